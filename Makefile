@@ -12,9 +12,12 @@ export MALLOC_TOP_PAD_ := 268435456
 # another checkout on PYTHONPATH would be imported instead of this one
 unexport PYTHONPATH
 
+# what people import
+API := mig_kit.boxes mig_kit.prompts mig_kit.rewards mig_kit.sample mig_kit.score mig_kit.shared_prefix.trainer mig_kit.stats
+
 NEXT := "ready; next: make run, make lab or source $(BIN)/activate, which puts mig-kit on the path"
 
-.PHONY: run test nightly lint lab setup clean
+.PHONY: run test nightly lint docs lab setup clean
 
 run: setup
 	$(BIN)/mig-kit run --profile $(PROFILE) $(if $(RUN_ID),--run-id $(RUN_ID))
@@ -27,9 +30,13 @@ test: setup
 nightly: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m nightly -rs --durations=8
 
+# the hooks of .pre-commit-config.yaml, on every file that git tracks
 lint: setup
-	$(BIN)/ruff check mig_kit tests notebooks
-	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files --show-diff-on-failure
+
+# docs/index.html: a page of what scripts import, from docstrings
+docs: setup
+	$(BIN)/python -m pdoc --no-show-source --docformat google --output-directory docs $(API)
 
 lab: export GOMP_SPINCOUNT := 1000
 lab: setup
@@ -43,4 +50,4 @@ $(VENV)/done: pyproject.toml requirements.lock .ci/install.sh
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build mig_kit.egg-info
+	rm -rf $(VENV) build docs mig_kit.egg-info

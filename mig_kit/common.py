@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 PACKAGE = Path(__file__).resolve().parent
 IS_CLONE = (PACKAGE.parent / "pyproject.toml").is_file()
-# Relative paths start here, and runs/ lies here: the clone or, where a wheel is installed, the
-# folder in which the command was given, which the processes that it starts are told.
+# Relative paths start here, and runs/ lies here: the clone or, if a wheel is installed, the folder
+# in which the command was given. Processes that it starts inherit it by the environment.
 PROJECT_ROOT = PACKAGE.parent if IS_CLONE else Path(
     os.environ.setdefault("MIG_KIT_PROJECT", os.getcwd()))
 # a wheel has them inside the package
@@ -98,7 +98,7 @@ def iter_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def progress_bar(steps: Iterable, label: str, **more) -> tqdm:
-    """A bar with the time left, as text on standard output; more: as of tqdm."""
+    """A bar with the time left, as text on standard output; more: further arguments of tqdm."""
     # tqdm's own choice in a notebook is a widget, of which papermill and a terminal show nothing
     return tqdm(steps, desc=label, file=sys.stdout, mininterval=5, ascii=" =", **more)
 

@@ -1,7 +1,7 @@
-"""Images that annotations name by path, decoded when looked at, stored once under their SHA-256.
+"""Images that annotations name by path: read safely, stored once under their SHA-256.
 
-A path in an annotation file is not trusted: after symbolic links it must lie under the root. All
-sizes and pixels are of the upright picture, as EXIF's orientation turns it.
+A path in an annotation file is not trusted: with all links resolved it must lie under the root. All
+sizes and pixels are those of the upright picture, turned as its EXIF orientation says.
 """
 
 import base64
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
 IMAGE_MANIFEST = "images.txt"  # lists them
@@ -26,12 +26,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # re
 MAX_ASPECT_RATIO = 200
 LFS_POINTER = "is a Git LFS pointer, not the file itself; run git lfs pull"
 CUT = "is cut or broken; copy it again"
-# EXIF orientation -> what turns the stored pixels upright
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-SWAPS_SIDES = (5, 6, 7, 8)
+ORIENTATION = ExifTags.Base.Orientation
+SWAPS_SIDES = (5, 6, 7, 8)  # of the orientations 1 to 8; 1 is upright
 # what Pillow's readers raise for broken files; those of AVIF, DDS and JPEG 2000 the last two
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RuntimeError,
                  MemoryError)
@@ -92,13 +88,13 @@ def is_regular_file(path: Path) -> bool:
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image, a key of TURNS; 1 for upright or unreadable EXIF."""
+    """The EXIF orientation of an opened image, 1 to 8; 1 also for EXIF data that are broken."""
     try:
         # a PNG's own method would decode it, in search of EXIF data after the pixels
-        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        value = Image.Image.getexif(image).get(ORIENTATION)
     except (*DECODE_ERRORS, struct.error, KeyError, TypeError, AttributeError):
         return 1
-    return value if type(value) is int and value in TURNS else 1
+    return value if type(value) is int and 1 <= value <= 8 else 1
 
 
 def read_size(path: Path, takes_frames: bool = True,
@@ -113,7 +109,7 @@ def read_size(path: Path, takes_frames: bool = True,
                                             "root, or correct its path")
         with Image.open(path) as image:
             width, height = image.size
-            turn, is_tiff = read_orientation(image), image.format == "TIFF"
+            orientation, is_tiff = read_orientation(image), image.format == "TIFF"
             is_deep = image.mode.startswith("I") or image.mode == "F"
             is_film = not takes_frames and _has_frames(image)
     is_too_long = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
@@ -127,15 +123,15 @@ def read_size(path: Path, takes_frames: bool = True,
             (is_deep and not takes_any_depth, "deep image",
              "is grey of more than 8 bits a pixel; scale it to 8 and save it as PNG or JPEG"),
             # Pillow turns some TIFF files by itself, and not others
-            (turn in TURNS and is_tiff, "turned image",
+            (is_tiff and orientation != 1, "turned image",
              "is a TIFF with an EXIF orientation; save it upright, as PNG or JPEG")):
         if is_wrong:
             raise BadImage(reason, f"{path.name!r} {sentence}")
-    return (height, width) if turn in SWAPS_SIDES else (width, height)
+    return (height, width) if orientation in SWAPS_SIDES else (width, height)
 
 
 def _has_frames(image: Image.Image) -> bool:
-    """Whether it is a film; what phones put beside a photo (MPO) is smaller, and no frame."""
+    """Whether it is a film; the smaller pictures that phones add to a photo (MPO) do not count."""
     size = image.size
     if image.format == "MPO":
         for number in range(1, image.n_frames):
@@ -167,7 +163,7 @@ def check_decodes(content: bytes, path: Path) -> None:
 
 @contextmanager
 def _name_fault(path: Path, broken: str) -> Iterator[None]:
-    """BadImage for what reading raises; an error of the system has a number, Pillow's have none."""
+    """Turns what reading raises into BadImage; errors of the system have a number."""
     try:
         yield
     except BadImage:
@@ -183,13 +179,15 @@ def _name_fault(path: Path, broken: str) -> Iterator[None]:
 
 
 def _decode_upright(image: Image.Image) -> Image.Image:
-    turn = TURNS.get(read_orientation(image))
+    orientation = read_orientation(image)
     if image.has_transparency_data:  # on white, as transformers and viewers show it
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     picture = image.convert("RGB")
-    picture.info = {}  # its EXIF data, or whoever reads them would turn it once more
-    return picture if turn is None else picture.transpose(turn)
+    picture.info = {}  # other EXIF data may be broken, and a later reader would turn it again
+    picture.getexif()[ORIENTATION] = orientation
+    ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def encode_image(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -235,7 +233,7 @@ class EncodedImage:
         return content
 
     def digest(self) -> bytes:
-        """Tells the image from others without decoding it."""
+        """SHA-256 of the image's file."""
         if self.sha256:
             return bytes.fromhex(self.sha256)
         return hashlib.sha256(self.read_bytes()).digest()
@@ -262,7 +260,7 @@ class LazyImages(Sequence):
 
 
 def image_digests(images: Sequence[Image.Image]) -> tuple[bytes, ...]:
-    """What tells these images from others; decodes none that is encoded."""
+    """A digest of each image, by which equal images are recognised; encoded ones stay encoded."""
     if isinstance(images, LazyImages):
         return tuple(image.digest() for image in images.encoded)
     return tuple(pixel_digest(image) for image in images)

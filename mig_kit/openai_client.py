@@ -55,9 +55,10 @@ def _read_json(text: bytes | str) -> object:
 
 
 def iter_results(work: Callable, items: Iterable, threads: int) -> Iterator:
-    """work(item) of every item, read as needed, as the results come, from so many threads.
+    """Yield work(item) of every item in the order in which the threads finish.
 
-    The first error is raised and ends all: no item is begun after it, nor after the caller stops.
+    Items are read as they are needed. The first error is raised; no item is begun after it, nor
+    after the caller stops.
     """
     results: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -99,8 +100,9 @@ def parse_server(server: str) -> list[str]:
 def read_choice(choice: dict, opened_tag: str = "") -> tuple[str, str]:
     """Text and finish_reason of a choice of a chat completion's JSON.
 
-    Reasoning that the server tells apart stands before the answer. A text left out for a reason is
-    "". ValueError if there is neither. opened_tag: what the prompt opened the reply with.
+    Reasoning in a field of its own is put before the answer. If the server gives a reason instead
+    of a text, the text is "". opened_tag: what the prompt opened the reply with. Raises ValueError
+    if there is neither.
     """
     message, reason = choice["message"], choice.get("finish_reason") or ""
     content = message.get("content")
@@ -184,8 +186,8 @@ class RequestFailed(Exception):
 class Connection:
     """A client of the server at `url`, up to and with /v1; its requests raise RequestFailed.
 
-    timeout: seconds without a sign of the server. Redirects are not followed: they could lead the
-    images elsewhere. Threads may share it.
+    timeout: seconds without a sign of the server. Threads may share it. Redirects are not followed,
+    since they could send the images elsewhere.
     """
 
     def __init__(self, url: str, key: str, timeout: float):

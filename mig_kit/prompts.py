@@ -1,7 +1,7 @@
 """Prompts and answers: how a sample is put to the model, and how its reply is read.
 
 Edit GROUNDING_INSTRUCTION or CHOICE_INSTRUCTION to try another prompt. The reply format is
-MG-Thinker's: reasoning in <think>, then one JSON object in <answer>, or one per box.
+MG-Thinker's: reasoning in `<think>`, then one JSON object in `<answer>`, or one per box.
 """
 
 import json
@@ -32,7 +32,7 @@ class Reply:
 
     Args:
         image, box: number of the image, from 1, and xyxy in the model's coordinates.
-        well_formed: it is one <think> and one <answer> block with one answer, and nothing else.
+        well_formed: it is one `<think>` and one `<answer>` block with one answer, nothing else.
         names_none: likewise, but the answer holds neither number nor letter, or is NO_BOX.
     """
 
@@ -50,17 +50,17 @@ def format_box(box: Box) -> str:
 
 
 def format_answer(image: int, box: Box) -> str:
-    """The JSON inside <answer>; box: in the model's coordinates of image number `image`."""
+    """The JSON inside `<answer>`; box: in the model's coordinates of image number `image`."""
     return f'{{"image": {image}, "box": {format_box(box)}}}'
 
 
 def format_answers(answers: Iterable[tuple[int, Box]]) -> str:
-    """The inside of <answer> to a question for all boxes; answers: (image number, box) pairs."""
+    """The inside of `<answer>` to a question for all boxes; answers: (image number, box) pairs."""
     return ", ".join(format_answer(image, box) for image, box in answers) or NO_BOX
 
 
 def correct_answers(sample: Sample, box_format: BoxFormat) -> list[str]:
-    """Every correct inside of <answer>: the letter, each target's box, or all boxes at once."""
+    """Every correct inside of `<answer>`: the letter, each target's box, or all boxes at once."""
     if sample.options:
         return [sample.letter]
     answers = [(image, to_model_box(box, sample.sizes[image - 1], box_format))
@@ -105,7 +105,7 @@ def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
 
 
 def parse_reply(text: str) -> Reply:
-    """Read a reply; never raises. Several boxes, or several <answer> blocks, count as no answer."""
+    """Read a reply; never raises. Several boxes or `<answer>` blocks count as no answer."""
     thinking = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
     answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     image, box, letter = None, None, ""
@@ -126,8 +126,8 @@ def parse_boxes(text: str) -> list[tuple[int, Box]] | None:
     Boxes are in the model's coordinates and may be empty or inverted; an image may be any number.
 
     Returns: [] if the answer says that there is none (NO_BOX, null, [] or an object whose image is
-    null); None if it cannot be read: not one <answer> block, a part that is no such object, or more
-    than MOST_BOXES.
+    null); None if it cannot be read: not one `<answer>` block, a part that is no such object, or
+    more than MOST_BOXES.
     """
     answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     if len(answers) != 1 or not answers[0].strip():
@@ -154,7 +154,7 @@ def _is_no_box(item: object) -> bool:
 
 
 def is_well_formed(text: str, sample: Sample) -> bool:
-    """Whether the reply is one <think> and one <answer> block with an answer of the asked form."""
+    """Whether a reply is one `<think>` and one `<answer>` block with an answer as asked for."""
     if sample.find_all:
         return _has_two_blocks(text) and parse_boxes(text) is not None
     return parse_reply(text).well_formed
@@ -194,7 +194,7 @@ def _read_box(data: object) -> tuple[int | None, Box | None]:
 
 
 def cut_reasoning(reply: str) -> str:
-    """The reply from its <answer> block on; all of it where it has none."""
+    """The reply from its `<answer>` block on; all of it if it has none."""
     return reply[max(0, reply.find("<answer>")):]
 
 

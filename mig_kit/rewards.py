@@ -55,7 +55,7 @@ def _pair_scores(boxes: list[tuple[int, Box]], sample: Sample, box_format: BoxFo
 def reply_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """IoU of the reply's box with the target in the image that it names, else 0.
 
-    For a question for all boxes it is `match_score`. box_format: coordinates of the reply's box.
+    For a question for all boxes it is `match_score`.
     """
     if sample.find_all:
         return match_score(reply, sample, box_format)
@@ -163,8 +163,9 @@ def cites_only_existing_images(reply: str, sample: Sample) -> bool:
 def is_correct(reply: str, sample: Sample, box_format: BoxFormat, threshold: float = 0.5) -> bool:
     """Whether a reply is correct, by what its sample asks for.
 
-    A box: the image and IoU >= threshold. A letter: that letter. All boxes: each found with that
-    IoU, and no other. A question without an answer in the images: it says so.
+    A box must be in the right image with IoU >= threshold; a letter must be the right one. If all
+    boxes are asked for, each must be found with that IoU, and no other; if nothing in the images
+    answers, the reply must say so.
     """
     if sample.options:
         return names_letter(reply, sample)

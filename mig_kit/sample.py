@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -23,29 +23,41 @@ REMEDY = "delete it and run its stage again with --force"
 
 
 class Target(NamedTuple):
-    """An acceptable answer."""
+    """An acceptable answer: number of the image, from 1, and box, xyxy, pixels of that original."""
 
-    image: int  # number, from 1
-    box: Box  # xyxy, pixels of that original image
+    image: int
+    box: Box
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question."""
+    """One question.
+
+    Args:
+        images: in prompt order, RGB; those of a table are decoded when looked at.
+        question: the text; "{ref}" stands for the reference box.
+        targets: any one of them answers; empty if nothing in the images does.
+        reference: xyxy, pixels of the original first image.
+        options, letter: of multiple choice, and the correct one's letter.
+        notes, finding: the scene graph's way to the answer, for the tiny profile's teacher.
+        find_all: all targets must be found, be they none, one or several.
+        spec: the `SampleSpec` of a drawn one; in no table, so None of one read from a file.
+    """
 
     id: str
     suite: str
     task: str
     split: str
-    images: Sequence[Image.Image]  # in prompt order, RGB; of a table, decoded when looked at
-    question: str  # "{ref}" stands for the reference box
-    targets: tuple[Target, ...] = ()  # any one answers; empty if nothing in the images does
-    reference: Box | None = None  # xyxy, pixels of the original first image
-    options: tuple[str, ...] = ()  # of multiple choice, with the correct letter
+    images: Sequence[Image.Image]
+    question: str
+    targets: tuple[Target, ...] = ()
+    reference: Box | None = None
+    options: tuple[str, ...] = ()
     letter: str = ""
-    notes: tuple[str, ...] = ()  # the scene graph's way to the answer, with the finding, for the
-    finding: str = ""  # tiny profile's teacher
-    find_all: bool = False  # all targets must be found, be they none, one or several
+    notes: tuple[str, ...] = ()
+    finding: str = ""
+    find_all: bool = False
+    spec: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(Target(*target) for target in self.targets))
@@ -60,11 +72,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Trace:
-    """A teacher's reply to a sample."""
+    """A teacher's reply; detail: how much its reasoning says; error: the mistake it was given."""
 
     text: str
-    detail: str  # how much its reasoning says
-    error: str  # the mistake it was given, or ""
+    detail: str
+    error: str
 
 
 def table_schema(with_traces: bool):
@@ -179,8 +191,10 @@ def write_samples(path: Path, samples: Iterable[Sample],
 class TableRows(Sequence):
     """Rows of a parquet file of this kit, read when they are looked at.
 
-    convert: from a row (a dict of `columns`) and the file's folder to an item. rows: which, in
-    order; None: all. FileNotFoundError, and ValueError for a cut file or another kind.
+    Args:
+        convert: makes an item of a row (a dict of `columns`) and the file's folder.
+        rows: which rows, in order; None for all.
+    Raises: FileNotFoundError, or ValueError for a file that is cut or of another kind.
     """
 
     def __init__(self, path: Path, convert: Callable[[dict, Path], object],

@@ -24,6 +24,7 @@ from mig_kit.pipeline import execute
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_folders import STAGES
 from mig_kit.world.tasks import TASKS, make_sample
+from tiny_base.config import tiny_config
 
 pytest_plugins = ["published"]  # folders laid out as the families are published
 
@@ -113,7 +114,7 @@ def random_folder(make_once, processor):
     """A folder with a random model of some 200,000 parameters, loadable like any other."""
     def save(folder):
         torch.manual_seed(0)
-        config = loading.tiny_config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
+        config = tiny_config(640, hidden=64, layers=2, vision_hidden=64, vision_layers=2)
         model = Qwen2_5_VLForConditionalGeneration._from_config(config)
         # livelier than the default, so that differences show
         for parameter in model.model.language_model.parameters():

@@ -21,8 +21,8 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.pipeline.params import profile_params
 from mig_kit.sample import write_samples
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
-from mig_kit.stages import grpo, launched_worker, sft, synthesize
-from mig_kit.training import jobs
+from mig_kit.stages import launched_worker, synthesize
+from mig_kit.training import jobs, resuming
 from mig_kit.world.tasks import TASKS, make_sample
 
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"
@@ -67,7 +67,7 @@ def run(stage: str, folder: Path, model: Path, launcher: str, **changes) -> Trai
 def changed_training(folder: Path) -> ExitStack:
     """While it lasts, training in this process is as this module's docstring says."""
     rank, drawn = os.environ.get("RANK", "0"), {"samples": [], "completions": []}
-    stock = sft.train_or_resume
+    stock = resuming.train_or_resume
     stock_rewards = SharedPrefixGRPOTrainer._calculate_rewards
 
     def calculate_rewards(trainer, inputs, prompts, replies, completions):
@@ -93,7 +93,7 @@ def changed_training(folder: Path) -> ExitStack:
 
     stack = ExitStack()
     for owner, name, replacement in (
-            (sft, "train_or_resume", train_or_resume), (grpo, "train_or_resume", train_or_resume),
+            (resuming, "train_or_resume", train_or_resume),
             (SharedPrefixGRPOTrainer, "_calculate_rewards", calculate_rewards)):
         stack.enter_context(patch.object(owner, name, replacement))
     return stack

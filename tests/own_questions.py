@@ -11,7 +11,6 @@ from pathlib import Path
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, rescale_box
-from mig_kit.image_files import TURNS
 from mig_kit.sample import Sample
 from mig_kit.world.free_form import FIND_ALL
 from mig_kit.world.suites import iter_free_form, make_suite
@@ -51,7 +50,6 @@ def save_image(image: Image.Image, path: Path, orientation: int) -> None:
     """Save a picture as PNG or JPEG; with an orientation of STORED_AS turned, as cameras do."""
     exif = Image.Exif()
     if orientation in STORED_AS:
-        assert orientation in TURNS
         image = image.transpose(STORED_AS[orientation])
         exif[ORIENTATION] = orientation
     more = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}

@@ -11,11 +11,16 @@ import shutil
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.models import loading
+from mig_kit.common import apply_umask
+from mig_kit.models import loading, merging
+from mig_kit.models.model_folders import copy_unchanged_files
+from mig_kit.shared_prefix.prompt_cache import unwrap_peft
+from mig_kit.training import resuming
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711]}
@@ -105,6 +110,26 @@ def format_of(family: str) -> BoxFormat:
     if family == "qwen2_5_vl":
         return BoxFormat()
     return BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
+
+
+def save_model(model, processor, folder, base) -> None:
+    """Write a model in memory as a folder like `base`, by transformers' own `save_pretrained`."""
+    model = unwrap_peft(model)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder, safe_serialization=True)
+    copy_unchanged_files(base, folder)
+    processor.save_image_settings(folder)
+    apply_umask(folder)
+
+
+def merge_new_adapter(base, folder, policy) -> None:
+    """Write `base` to `folder` as 03 writes a merged model; the adapter changes nothing yet."""
+    adapter = folder.with_name(f"{folder.name}_adapter")
+    get_peft_model(policy.model, resuming.lora_config(4)).save_pretrained(adapter)
+    merging.write_merged_model(base, adapter, folder, policy.hardware, policy.processor,
+                               four_bit=False)
 
 
 def write(path, values: dict) -> None:

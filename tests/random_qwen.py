@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from published import CONFIGS, GENERATION, PREPROCESSORS
 from safetensors.torch import save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
@@ -19,35 +20,26 @@ from mig_kit.models import loading, merging
 
 IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
        "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
-       "video_token_id": 151656}
-LANGUAGE = {"hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 11008,
-            "num_attention_heads": 16, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6, "max_position_embeddings": 128000, "max_window_layers": 70,
-            "use_sliding_window": False, "sliding_window": 32768, "tie_word_embeddings": True,
-            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
-VISION = {"depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420,
-          "num_heads": 16, "in_chans": 3, "out_hidden_size": 2048, "patch_size": 14,
-          "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
-          "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2}
-IMAGES = {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
-          "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-          "image_std": [0.26862954, 0.26130258, 0.27577711],
-          "image_processor_type": "Qwen2VLImageProcessor",
-          "processor_class": "Qwen2_5_VLProcessor"}
+       "video_token_id": 151656, "pad_token_id": None}
+SMALL = CONFIGS["qwen2_5_vl"]
+LARGE = SMALL | IDS | {
+    "hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16,
+    "num_key_value_heads": 2, "max_position_embeddings": 128000, "max_window_layers": 70,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 151936,
+    "vision_config": SMALL["vision_config"] | {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "hidden_act": "silu", "out_hidden_size": 2048, "fullatt_block_indexes": [7, 15, 23, 31]}}
 
 
 def write_random_qwen(folder: Path, tokenizer_json: Path, layers: int = 36) -> None:
     """Write the folder; with 36 layers 3,754,622,976 parameters, 7.5 GB."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        "config.json": {
-            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-            "num_hidden_layers": layers, "vocab_size": 151936, "torch_dtype": "bfloat16",
-            "use_cache": True, "vision_config": VISION, **LANGUAGE, **IDS},
-        "generation_config.json": {
-            "bos_token_id": 151643, "pad_token_id": 151643, "eos_token_id": [151645, 151643],
-            "do_sample": True, "repetition_penalty": 1.05, "temperature": 1e-6},
-        "preprocessor_config.json": IMAGES,
+        "config.json": LARGE | {"model_type": "qwen2_5_vl", "num_hidden_layers": layers,
+                                "torch_dtype": "bfloat16"},
+        "generation_config.json": GENERATION | {
+            "bos_token_id": 151643, "pad_token_id": 151643, "eos_token_id": [151645, 151643]},
+        "preprocessor_config.json": PREPROCESSORS["qwen2_5_vl"],
         "chat_template.json": {
             "chat_template": (loading.TINY_BASE / "chat_template.jinja").read_text()}}
     for name, values in files.items():

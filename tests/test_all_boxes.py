@@ -14,10 +14,10 @@ from PIL import Image
 
 from mig_kit import prompts, rewards
 from mig_kit.boxes import BoxFormat, iou
-from mig_kit.data.teacher_prompt import teacher_prompt
+from mig_kit.data.endpoint import teacher_prompt
 from mig_kit.filters import drop_reason
 from mig_kit.sample import Sample, Target, read_samples, write_samples
-from mig_kit.stages import evaluate, report, report_gallery
+from mig_kit.stages import evaluate, report, tables
 from mig_kit.stages.grpo import describe_reply
 from mig_kit.stages.rejection_sampling import accuracy_by_detail, pass_rates
 from mig_kit.stages.sanity_checks import _pair_with_other_images
@@ -100,7 +100,7 @@ def test_no_text_raises_and_no_reward_leaves_its_range(text, targets):
         assert value is None if name == "choice" else 0 <= value <= 1
     assert evaluate.score_reply(text, sample, BOX_FORMAT).keys() == {"iou", "correct", "image",
                                                                      "format"}
-    assert report_gallery.classify_outcome(text, sample, BOX_FORMAT) in report_gallery.OUTCOMES
+    assert report.classify_outcome(text, sample, BOX_FORMAT) in report.OUTCOMES
 
 
 def brute_force(boxes, targets, value):
@@ -222,7 +222,7 @@ def test_figures_by_hand():
     assert one["rejection"] is None and one["f1"] == 100
     assert "boxes" not in evaluate.summarize_suite([make_sample("diff", "val", 0)], [""], [],
                                                    BOX_FORMAT)
-    (row,) = report.box_rows({"sft": {"find_all": result, "blink": {}}})
+    (row,) = tables.box_rows({"sft": {"find_all": result, "blink": {}}})
     assert row["F1"] == 50 and row["rejection rate"] == 50 and row["questions"] == 5
     assert (row["wrongly none"], row["rejection rate, 95 %"]) == (33.3, [1.3, 98.7]), "rounded"
 
@@ -253,9 +253,9 @@ def test_outcomes_and_rollouts():
                 reply_with((1, A)): "wrong image", reply_with((1, C), (2, B)): "wrong object",
                 reply_with((1, A), (2, B), (2, C)): "wrong number of boxes"}
     for reply, outcome in outcomes.items():
-        assert report_gallery.classify_outcome(reply, two, BOX_FORMAT) == outcome
-    assert report_gallery.classify_outcome(NONE, ask(), BOX_FORMAT) == "correct"
-    named = report_gallery.classify_outcome(reply_with((1, A)), ask(), BOX_FORMAT)
+        assert report.classify_outcome(reply, two, BOX_FORMAT) == outcome
+    assert report.classify_outcome(NONE, ask(), BOX_FORMAT) == "correct"
+    named = report.classify_outcome(reply_with((1, A)), ask(), BOX_FORMAT)
     assert named == "box where none is"
     row = describe_reply(reply_with((1, A), (2, C), (7, A)), two, BOX_FORMAT, {}, {})
     assert row["boxes"] == [(1, A), (2, C)] and not row["correct"]

@@ -87,13 +87,6 @@ def test_status_shows_stages_and_scores(tmp_path, monkeypatch):
     assert "    it is stale: 07_report needs 01_synthesize of run 'run', which has not" in output
 
 
-def test_params_prints_values_help_and_what_a_profile_changes():
-    result = CliRunner().invoke(cli, ["params", "5", "--profile", "smoke"])
-    assert result.exit_code == 0
-    assert "max_steps: 2  # updates (tiny: 125)\n" in result.output
-    assert "loss_type: dapo  # " in result.output
-
-
 def test_ground_names_a_broken_image(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     result = CliRunner().invoke(cli, ["ground", "--model", str(tmp_path), "--image",

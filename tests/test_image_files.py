@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mig_kit.data.duplicates import find_near_duplicates, hash_images
+from mig_kit.data.inspection import find_near_duplicates, hash_images
 from mig_kit.data.records import SkipReport, iter_entries
 from mig_kit.image_files import (
     BadImage,

@@ -30,10 +30,10 @@ WINGS = {
     "commands": {"lab", "stages", "world", "data", "score", *ENGINE, "pipeline", "drawing"},
 }
 # what stages share; train is what launchers start
-STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "report_gallery": set(),
+STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "tables": set(),
                  "launched_worker": {"sft", "grpo"}}
 # compare reads the results of finished ones; eval_model asks and judges as 06 does
-READS_STAGES = {"compare": {"evaluate", "evaluated_runs", "report"},
+READS_STAGES = {"compare": {"evaluate", "evaluated_runs"},
                 "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate"}}
 # the notebook-less 06 judges real benchmarks, and 06's key holds the images that they name
 READS_SCORING = {"stages.eval_model"}
@@ -81,7 +81,7 @@ def is_allowed(name, other):
 
 def test_the_rules_themselves():
     assert is_allowed("stages.grpo", "stages.sanity_checks")
-    assert is_allowed("stages.compare", "stages.report")
+    assert is_allowed("stages.compare", "stages.tables")
     assert is_allowed("lab.gpu_needs", "world.tasks")
     for name, other in (("stages.grpo", "stages.sft"), ("models.loading", "world.tasks"),
                         ("world.tasks", "models.loading"), ("stages.evaluate", "score.protocols"),

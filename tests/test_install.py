@@ -25,10 +25,10 @@ OF_NOTEBOOKS = ["bitsandbytes", "trl", "papermill", "ipywidgets", "IPython", "nb
                 "nbformat"]
 MODULES = {
     ("mig_kit.commands.main", "mig_kit.score.run_benchmark", "mig_kit.data.importers",
-     "mig_kit.rewards", "mig_kit.data.duplicates", "mig_kit.pipeline.status"): [
+     "mig_kit.rewards", "mig_kit.data.inspection", "mig_kit.pipeline.status"): [
         *OF_NOTEBOOKS, "torch", "transformers", "peft", "datasets", "pandas", "pyarrow",
         "matplotlib", "seaborn", "openai", "jinja2", "psutil", "safetensors", "huggingface_hub"],
-    ("mig_kit.stages.eval_model", "mig_kit.data.preview"): OF_NOTEBOOKS}
+    ("mig_kit.stages.eval_model", "mig_kit.drawing.pictures"): OF_NOTEBOOKS}
 OF_UNIX = ["pwd", "grp", "fcntl"]
 
 

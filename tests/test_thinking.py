@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import run_mig_kit
+from published import save_model
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mig_kit.boxes import BoxFormat
@@ -92,7 +93,7 @@ def taught(make_once, folders, questions, traces, float32):
                 optimizer.step()
                 optimizer.zero_grad()
         assert loss < 0.05
-        loading.save_model(policy.model, policy.processor, folder, folders("rewrites"))
+        save_model(policy.model, policy.processor, folder, folders("rewrites"))
 
     return make_once("taught", fill)
 

@@ -12,7 +12,7 @@ from mig_kit.models import loading
 from mig_kit.prompts import parse_reply
 from mig_kit.shared_prefix import attention
 from mig_kit.world.scenes import PLAIN, UNSEEN_PAIRS, Object, Scene, object_cell
-from mig_kit.world.specs import list_image_note
+from mig_kit.world.tasks import list_image_note
 from tiny_base import (
     curriculum,
     lesson_batches,
@@ -22,6 +22,7 @@ from tiny_base import (
     vision,
     vocabulary,
 )
+from tiny_base.config import TINY_HIDDEN, tiny_config
 
 
 def draw_album(rng, images):
@@ -141,7 +142,7 @@ def test_short_and_long_dialogues_apart_teach_the_same(random_model, writer):
 
 def test_codes_are_orthonormal():
     table, sizes = vision.codes()
-    assert table.shape == (sum(sizes), loading.TINY_HIDDEN)
+    assert table.shape == (sum(sizes), TINY_HIDDEN)
     assert torch.allclose(table @ table.T, torch.eye(len(table)), atol=1e-5)
 
 
@@ -176,7 +177,7 @@ def test_an_answer_asks_for_the_number_it_wrote_itself(writer):
 
 
 def small_model():
-    config = loading.tiny_config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2)
+    config = tiny_config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2)
     return Qwen2_5_VLForConditionalGeneration._from_config(
         config, attn_implementation=attention.NAME)
 

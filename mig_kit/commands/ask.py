@@ -8,6 +8,7 @@ import click
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import suggest_word, write_json_lines
+from mig_kit.pipeline import model_cards
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
 from mig_kit.pipeline.store import stale_notes
@@ -110,6 +111,8 @@ def model_options(command):
               help="The --out of another model: one table, and the paired difference; repeat.")
 @click.option("--items", type=click.Path(dir_okay=False, path_type=Path),
               help="Write a line a question here: its values, what was read, wins and losses.")
+@click.option("--card", is_flag=True,
+              help="Also write the scores into the model folder's README.md, for the hub.")
 @click.option("--server", default="", help="Draws the replies: addresses, or a command with "
                                            "{model} and {port}.")
 @click.option("--concurrency", default=16, show_default=True, type=click.IntRange(1),
@@ -121,7 +124,7 @@ def model_options(command):
 @click.option("--device", default="auto", show_default=True, help="auto, cuda or cpu.")
 def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
                  images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
-                 items: Path | None, coordinates: str | None, min_pixels: int | None,
+                 items: Path | None, card: bool, coordinates: str | None, min_pixels: int | None,
                  max_pixels: int | None, device: str, **params) -> None:
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     _check_words(suite, file, images, adapter, four_bit)
@@ -140,6 +143,11 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
                          "load it, and give --model the adapter's name there")
     if adapter and (remark := check_adapter_base(adapter, run_model.folder, four_bit)):
         click.echo(f"warning: {remark}", err=True)
+    if card:
+        if adapter or limit:
+            raise ValueError("--card is for the scores of a whole suite and of the model in the "
+                             "folder; leave --adapter and --limit out")
+        model_cards.require_card(Path(run_model.folder))
     chosen = {name: value for name, value in params.items() if value is not None}
     of_run = {name: value for name, value in run_model.evaluation.items()
               if name in eval_model.DEFAULTS}
@@ -152,6 +160,8 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
                                        adapter, four_bit)
     for text in eval_model.result_tables({str(out): result, **others}):
         click.echo(text)
+    if card:
+        model_cards.add_scores(Path(run_model.folder), result["scores"], file.name if file else "")
     if items:
         write_json_lines(items, eval_model.item_rows(out, others))
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from mig_kit.boxes import MODEL_COORDINATES, BoxFormat
-from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.params import RUN_PARAMS, profile_params
 
 SHOWN = 100  # problems that a command prints
 
 
 @click.group()
 def data() -> None:
-    """Check, look at and compare training data; nothing here loads a model."""
+    """Check, look at, import, compare and export training data; nothing here loads a model."""
 
 
 def file_arguments(command):
@@ -41,11 +41,10 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None) 
     says what is in one.
     """
     from mig_kit.data import own_data, records
-    from mig_kit.data.remarks import Remarks
 
     if out and out.exists() and out.samefile(file):
         raise ValueError(f"--out {out} is FILE itself; name another file")
-    total, wrong, word, remarks = 0, 0, records.entry_word(file), Remarks()
+    total, wrong, word, remarks = 0, 0, records.entry_word(file), own_data.Remarks()
     measure, formats = _prompt_measure(profile), _box_formats(profile)
     lines, is_held = [], root is None  # held: as long as no image was found, --root may be missing
     checked = zip(own_data.check_file(file, root or file.parent, measure, formats, remarks),
@@ -74,8 +73,7 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None) 
     click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}{place * is_written}")
     for sentence in remarks.sentences():
         click.echo(f"remark: {sentence}")
-    if not total:
-        raise ValueError(f"{file} has no {word}; write one JSON object a line, a question each")
+    own_data.require_lines(file, total)
     if wrong:
         raise click.exceptions.Exit(1)
 
@@ -110,19 +108,18 @@ def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
     The guide, notebooks/guide/own_data.md, says what is in a line.
     """
     from mig_kit.data import own_data, records
-    from mig_kit.data.preview import write_preview
+    from mig_kit.data.inspection import write_preview
 
-    lines = own_data.iter_checked_lines(file, root or file.parent, decodes=True)
     wrong = 0
 
     def iter_correct():
         nonlocal wrong
-        for line in lines:
+        for line in own_data.iter_checked_lines(file, root or file.parent, decodes=True):
             wrong += bool(line.problems)
-            if line.problems and wrong <= 10:
-                click.echo(f"{records.entry_word(file)} {line.number}: {line.problems[0]}")
-            elif not line.problems:
+            if not line.problems:
                 yield line.sample
+            elif wrong <= 10:
+                click.echo(f"{records.entry_word(file)} {line.number}: {line.problems[0]}")
 
     n_drawn = write_preview(islice(iter_correct(), count), out)
     click.echo(f"{n_drawn} questions drawn, {wrong} wrong left out: {out}")
@@ -192,7 +189,7 @@ def duplicates(train: Path, held_out: Path) -> None:
     """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1
     if there are any.
     """
-    from mig_kit.data.duplicates import find_near_duplicates, hash_images
+    from mig_kit.data.inspection import find_near_duplicates, hash_images
     from mig_kit.data.records import SkipReport
 
     report = SkipReport()
@@ -210,3 +207,87 @@ def duplicates(train: Path, held_out: Path) -> None:
     click.echo(f"{len(hashes[0][0])} against {len(hashes[1][0])} images: {pairs} pairs")
     if pairs:
         raise click.exceptions.Exit(1)
+
+
+@data.command("export")
+@click.argument("engine", type=click.Choice(["verl", "easyr1", "swift", "trl"]))
+@click.argument("source", metavar="RUN")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="The new folder.")
+@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Image root of a file; else the file's folder.")
+@click.option("--profile", help="Whose values of stage 05 are handed over: tiny, or a folder of "
+                                "params/; left out, those that RUN's 05 had.")
+@click.option("--gpus", default=8, show_default=True, type=click.IntRange(1),
+              help="GPUs of a node, for the configuration.")
+def export_command(engine: str, source: str, out: Path, root: Path | None, profile: str | None,
+                   gpus: int) -> None:
+    """Write the prompts that stage 04 of RUN kept, or those of a file of own data, for another
+    engine: its data, reward.py, config.yaml with the recipe's values, and a README.md.
+    """
+    from mig_kit.data.exports import write_export
+
+    recipe = (_recipe_of_file if Path(source).is_file() else _recipe_of_run)(source, profile, root)
+    differences = write_export(engine, recipe, out, gpus)
+    click.echo(f"{len(recipe.samples)} prompts, their rewards and the recipe for {engine}: {out}")
+    for sentence in differences:
+        click.echo(f"remark: with {engine}, {sentence}")
+
+
+def _further_settings(params: dict) -> dict:
+    """TRL's settings that are no parameters of 05 in the profiles."""
+    known = {*profile_params("05_grpo"), *RUN_PARAMS}
+    return {name: value for name, value in params.items() if name not in known}
+
+
+def _recipe_of_file(source: str, profile: str | None, root: Path | None):
+    """A file's questions with a profile's values and base model."""
+    from mig_kit.data import exports, own_data
+    from mig_kit.models import loading
+
+    if not profile:
+        raise ValueError("a file has no recipe; name a --profile: tiny, or a folder of params/")
+    of_run = profile_params("01_synthesize", profile)
+    params = profile_params("05_grpo", profile) | {name: of_run[name] for name in RUN_PARAMS}
+    if own := [text for text in params["rewards"] if ":" in text]:
+        raise ValueError(f"the reward {own[0]} is exported from a run alone, whose 05 has tried it")
+    samples = list(own_data.iter_samples(Path(source), root or Path(source).parent))
+    return exports.Recipe(Path(source).name, samples, params,
+                          loading.resolve_model(params["base_model"]), _further_settings(params))
+
+
+def _recipe_of_run(source: str, profile: str | None, root: Path | None):
+    """A run's kept prompts with the values of its 05, or with a profile's."""
+    from mig_kit.data import exports
+    from mig_kit.models import loading
+    from mig_kit.pipeline import run_facts, run_folders, store
+    from mig_kit.sample import read_samples
+    from mig_kit.training.reward_loading import BatchReward, load_rewards
+
+    run_folders.require_runs(source)
+    if root:
+        raise ValueError("--root is for a file of own data; leave it out")
+    run_folders.require_record("04_rejection_sampling", source, "mig-kit data export")
+    trained = run_folders.load_record("05_grpo", source)
+    if not (trained or profile):
+        raise ValueError(f"05 of run '{source}' has not finished; say with --profile whose values "
+                         "to hand over: tiny, or a folder of params/")
+    params = profile_params("05_grpo", profile) if profile else store.recorded_params(
+        "05_grpo", trained)
+    params |= run_facts.run_params(source, "mig-kit data export")
+    start, merged = params["start_from"], run_folders.stage_folder("03_merge", source) / "merged"
+    if start == "adapter":
+        raise ValueError("start_from is adapter, which no other engine goes on with over 4-bit "
+                         "weights; export a run that starts from merged")
+    folder = run_folders.stage_folder("05_grpo", source)
+    rewards = load_rewards(params["rewards"], folder)
+    if of_batch := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
+        raise ValueError(f"the reward '{of_batch[0]}' judges whole batches, which other engines do "
+                         "not give; write it as a function of reply, sample and box format")
+    for note in store.stale_notes("04_rejection_sampling", source):
+        click.echo(f"warning: {note}", err=True)
+    kept = run_folders.stage_folder("04_rejection_sampling", source) / "kept.parquet"
+    model = merged if start == "merged" else loading.resolve_model(
+        params["base_model"] if start == "base" else start)
+    return exports.Recipe(source, read_samples(kept), params, model, _further_settings(params),
+                          tuple((folder / "rewards").glob("*.py")))

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from mig_kit import LATE
+from mig_kit import LATE, __version__
 from mig_kit.commands.ask import absolute_folder, eval_command, ground
 from mig_kit.commands.data import data
 from mig_kit.commands.score import score_command
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
 from mig_kit.pipeline import attempts, store
-from mig_kit.pipeline.failures import describe_os_error
 from mig_kit.pipeline.params import describe_edits, profile_params
+from mig_kit.pipeline.processes import describe_os_error
 from mig_kit.pipeline.run_folders import list_runs, remove_run, require_no_branches, require_runs
 
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 @click.group()
-@click.version_option(package_name="mig-kit", prog_name="mig-kit")
+@click.version_option(__version__, prog_name="mig-kit")
 def cli() -> None:
     """mig-kit: multi-image visual grounding by reinforcement learning."""
 
@@ -82,7 +82,7 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: 
     run_id = run_id or (store.DEFAULT_RUN if profile == "tiny" else profile)
     plans = plan_runs([stage_name(text) for text in stages], profile, run_id, source,
                       parse_seeds(seeds) if seeds else [], overrides)
-    files = set()
+    files = set()  # of own data, which several seeds share
     for plan in plans:
         p = plan.params.get("01_synthesize", {"data": "scenes"})
         if p["data"] != "scenes" and not store.is_up_to_date("01_synthesize", plan.run_id, p):
@@ -106,7 +106,7 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: 
 
 @cli.command()
 @click.argument("run_id", required=False)
-@click.option("--verify", is_flag=True, help="Hash all files: exit code 1 where one is damaged.")
+@click.option("--verify", is_flag=True, help="Hash all files: exit code 1 if one is damaged.")
 @click.option("--why", is_flag=True, help="Say why a stage is stale, that is would run again.")
 def status(run_id: str | None, verify: bool, why: bool) -> None:
     """What has finished in a run, or in all runs, with the greedy scores (percent); a branch stands
@@ -194,9 +194,9 @@ def diff(run_a: str, run_b: str, with_metrics: bool) -> None:
 @click.option("--out", default="notebooks/guide/lessons", show_default=True,
               type=click.Path(file_okay=False, path_type=Path), help="Folder of the pages.")
 def lessons_command(run_ids: tuple[str, ...], out: Path) -> None:
-    """The executed notebooks of RUN_IDS as pages for a repository's web view; a notebook that the
-    first run does not have is taken from the next. The README's question.png, which 07 has drawn,
-    goes into the folder above.
+    """Write the executed notebooks of RUN_IDS as pages for a repository's web view. A notebook that
+    the first run does not have is taken from the next. The README's question.png, of 07, goes into
+    the folder above.
     """
     from mig_kit.pipeline import lesson_pages
 
@@ -256,7 +256,7 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
               help="Write RUN.json of every run into this folder.")
 def record(run_ids: tuple[str, ...], out: Path) -> None:
-    """Keep what `table` reads of RUNS as small files, which take the place of the runs in it."""
+    """Keep what `table` reads of RUNS as small files, which `table` takes in place of the runs."""
     from mig_kit.stages.evaluated_runs import record_run
 
     require_runs(*run_ids)
@@ -289,7 +289,7 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
 
     if out and not out.absolute().parent.is_dir():
         raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
-    from mig_kit.lab import benchmark, utilisation
+    from mig_kit.lab import benchmark
     from mig_kit.lab.workload import Workload
     from mig_kit.models import loading
 
@@ -299,9 +299,8 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
         result = benchmark.run_headline(loading.resolve_model(absolute_folder(model)), hardware,
                                         workload, folder / "headline", repeats)
         if hardware.device == "cpu":
-            wide = utilisation.save_random_model(folder / "wide", hidden=2048)
-            result["utilisation"] = utilisation.measure_utilisation(
-                wide, hardware, workload, folder / "utilisation", repeats)
+            result["utilisation"] = benchmark.measure_utilisation(
+                hardware, workload, folder / "utilisation", repeats)
     click.echo(benchmark.headline_text(result, workload))
     if out:
         write_json(out, result)

@@ -18,7 +18,7 @@ from mig_kit.common import write_json, write_json_lines
 @click.option("--compare", type=click.Path(),
               help="A second model's predictions: adds the paired difference.")
 @click.option("--protocol", default="",
-              help="official (the default) or strict; of own data free_text (the default) or "
+              help="official (the default) or strict; for own data free_text (the default) or "
                    "strict.")
 @click.option("--coordinates", default="normalized_1000", show_default=True,
               type=click.Choice([name.value for name in Coordinates]),
@@ -26,21 +26,20 @@ from mig_kit.common import write_json, write_json_lines
                    "original image) or absolute (pixels of the resized image, as Qwen2.5-VL "
                    "answers); official converts them for the authors' rule.")
 @click.option("--box-order", type=click.Choice(["xyxy", "yxyx", "xywh"]),
-              help="What the four numbers of a box are, where not x1, y1, x2, y2: yxyx (Gemini), "
-                   "xywh.")
+              help="Order of a box's four numbers, if not x1, y1, x2, y2: yxyx (Gemini) or xywh.")
 @click.option("--compare-coordinates", type=click.Choice([name.value for name in Coordinates]),
-              help="The same of the second model; else those of the first.")
+              help="Coordinates of the second model's boxes, if not those of the first.")
 @click.option("--images", type=click.Path(),
               help="The folder of the images, where their sizes are needed.")
 @click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(1),
-              help="The processor's, for --coordinates absolute.")
+              help="The processor's lower limit of an image's area, for --coordinates absolute.")
 @click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(1),
-              help="The same, its upper limit.")
+              help="The processor's upper limit.")
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
 @click.option("--json", "out", type=click.Path(), help="Write the result here.")
 @click.option("--items", type=click.Path(),
-              help="Write a line a question here: its value, the image and the box that were read, "
-                   "and why nothing was; with --compare also wins and losses.")
+              help="Write one line per question here: its value, the image and box that were read, "
+                   "and why none was; with --compare also win, loss or tie.")
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
                   compare_coordinates: str | None, out: str | None, items: str | None,
                   min_pixels: int, max_pixels: int, **rules) -> None:
@@ -48,9 +47,9 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """
     from mig_kit.data import own_data
-    from mig_kit.score import leaderboard, protocols
+    from mig_kit.score import protocols
     from mig_kit.score.records import read_records
-    from mig_kit.score.result import paired_difference, summarize
+    from mig_kit.score.result import paired_difference, score_markdown, summarize
 
     if compare_coordinates and not compare:
         raise ValueError("--compare-coordinates is about the predictions of --compare; add that, "
@@ -88,6 +87,6 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     if items:
         rows = protocols.item_rows(scored, name, header["protocol"], other)
         write_json_lines(Path(items), rows)
-    click.echo(leaderboard.score_markdown(result))
+    click.echo(score_markdown(result))
     if out:
         write_json(Path(out), result)

@@ -51,7 +51,6 @@ class Turn:
     references: list[tuple[int | None, list]]  # (image number from 1 or None, box)
     answers: list[tuple[int | None, list]]  # as references
     coordinates: str
-    earlier_tags: int  # <image> tags in the turns before
 
 
 def conversation_lines(record: dict, rules: ImportRules) -> list[dict | Problem]:
@@ -63,21 +62,26 @@ def conversation_lines(record: dict, rules: ImportRules) -> list[dict | Problem]
                                    f"{len(images) or 'none'}")
     check_image_tags([text for pair in texts for text in pair], len(images))
     objects = record.get("objects")
-    turns = (_swift_turns(texts, objects, rules, len(images)) if objects is not None
-             else _text_turns(texts, rules))
+    if objects is not None:
+        turns = _swift_turns(texts, objects, rules, len(images))
+    else:
+        turns = [read_turn(*text, rules.coordinates) for text in texts]
+        require(bool(rules.coordinates) or not any(turn.answers for turn in turns),
+                "the file does not say what its boxes are measured in; give --coordinates")
     require(any(turn.answers for turn in turns), "no answer holds a box; a question of own data "
                                                  "needs one, or the keys options and letter")
     rule = _box_rule(record)
     for text in [rule, *chain(*texts)]:
         require_usual_order(text)
     lines: list[dict | Problem] = []
-    for number, turn in enumerate(turns):
+    earlier_tags = 0
+    for number, (turn, text) in enumerate(zip(turns, texts)):
         try:
-            lines += [line | ({"box_rule": rule} if rule else {})
-                      for line in turn_lines(turn, images, rules.several, number > 0)
-                      ] if turn.answers else []
+            lines += [line | ({"box_rule": rule} if rule else {}) for line in turn_lines(
+                turn, images, rules.several, number > 0, earlier_tags)] if turn.answers else []
         except Problem as problem:
             lines.append(problem)
+        earlier_tags += "".join(text).count("<image>")
     return lines
 
 
@@ -129,7 +133,7 @@ def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
 
 
 def _content_text(content: object, images: list) -> object:
-    """A turn's text, or its list of parts as one, whose images are tags and added to `images`."""
+    """A turn's text; of a list of parts, the images become tags and are added to `images`."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -193,12 +197,11 @@ def _swift_turns(texts: list[tuple[str, str]], objects: object, rules: ImportRul
             f"'image_id' names an image that is not there; there are {image_count}, from 0")
     unused_refs = list(refs)
     unused_boxes = [(number + 1, box) for number, box in zip(image_ids, boxes)]
-    turns, tags = [], 0
+    turns = []
     for asked, answered in texts:
         question, references = _fill_placeholders(asked, unused_refs, unused_boxes, "{ref}")
         _, answers = _fill_placeholders(answered, unused_refs, unused_boxes, "")
-        turns.append(Turn(question, references, answers, coordinates, tags))
-        tags += (asked + answered).count("<image>")
+        turns.append(Turn(question, references, answers, coordinates))
     require(not unused_boxes, f"'objects' has {len(unused_boxes)} boxes more than there are <bbox> "
                               "in the texts; write one <bbox> per box")
     return turns
@@ -221,28 +224,16 @@ def _fill_placeholders(text: str, refs: list, boxes: list, box_word: str) -> tup
     return PLACEHOLDER.sub(fill, text), own_boxes
 
 
-def _text_turns(texts: list[tuple[str, str]], rules: ImportRules) -> list[Turn]:
-    turns, tags = [], 0
-    for asked, answered in texts:
-        turns.append(read_turn(asked, answered, rules.coordinates, tags))
-        tags += (asked + answered).count("<image>")
-    require(not any(turn.answers for turn in turns) or bool(rules.coordinates),
-            "the file does not say what its boxes are measured in; give --coordinates")
-    return turns
-
-
-def read_turn(asked: str, answered: str, coordinates: str, earlier_tags: int) -> Turn:
+def read_turn(asked: str, answered: str, coordinates: str) -> Turn:
     """The turn of these texts; Problem if it is unclear which images the answer's boxes are in."""
-    references = [(None, box_numbers(match)) for match in BOX.finditer(asked)]
+    def to_box(match: re.Match) -> list[float]:
+        return [float(number) for number in match.groups() if number is not None]
+
     matches = list(BOX.finditer(answered))
     numbers = numbers_of_boxes(answered, [match.span() for match in matches])
-    answers = list(zip(numbers or [None] * len(matches), map(box_numbers, matches), strict=True))
-    return Turn(BOX.sub("{ref}", asked), references, answers, coordinates, earlier_tags)
-
-
-def box_numbers(match: re.Match) -> list[float]:
-    """The numbers of a match of BOX, as they stand."""
-    return [float(number) for number in match.groups() if number is not None]
+    return Turn(BOX.sub("{ref}", asked), [(None, to_box(match)) for match in BOX.finditer(asked)],
+                list(zip(numbers or [None] * len(matches), map(to_box, matches), strict=True)),
+                coordinates)
 
 
 def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
@@ -258,12 +249,14 @@ def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
     return {"image": numbers[0], "boxes": boxes}
 
 
-def turn_lines(turn: Turn, images: list[str], several: str, is_later: bool) -> list[dict]:
+def turn_lines(turn: Turn, images: list[str], several: str, is_later: bool,
+               earlier_tags: int = 0) -> list[dict]:
     """The turn as one line of own data or, if any box is correct, one per image that has boxes.
 
-    Raises Problem for a later turn that cannot be read alone.
+    earlier_tags: <image> tags in the turns before. Raises Problem for a later turn that cannot be
+    read alone.
     """
-    question = clean_question(turn.question, len(images), turn.earlier_tags)
+    question = clean_question(turn.question, len(images), earlier_tags)
     require(not (is_later and is_follow_up(question, len(images))),
             f"a later turn leans on the turns before it; write out what {question[:60]!r} asks for")
     numbers = [number for number, _ in turn.answers]

@@ -1,8 +1,7 @@
 """Stage 01 with a model teacher: traces from any OpenAI-compatible endpoint (vLLM, SGLang, hosted).
 
-Each sample costs two calls, a trace and a direct answer, which
-`filters.drop_reason_of_model_teacher` compares. Finished calls are logged at once and never made
-again. The key comes from the environment variable MIG_KIT_API_KEY and is written nowhere.
+Each sample costs two calls, a trace and a direct answer. Finished calls are logged at once and
+never made again. The key comes from the environment variable MIG_KIT_API_KEY alone.
 """
 
 import hashlib
@@ -13,9 +12,10 @@ from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.data.teacher_prompt import KINDS, teacher_messages, teacher_prompt
-from mig_kit.image_files import image_digests
+from PIL import Image
+
+from mig_kit.boxes import BoxFormat, seen_size
+from mig_kit.image_files import image_digests, to_data_url
 from mig_kit.openai_client import (
     ADDRESS,
     KEY_VARIABLE,
@@ -26,8 +26,31 @@ from mig_kit.openai_client import (
     read_choice,
     redact,
 )
+from mig_kit.prompts import (
+    ALL_INSTRUCTION,
+    CHOICE_INSTRUCTION,
+    GROUNDING_INSTRUCTION,
+    correct_answers,
+    format_question,
+    image_label,
+)
 from mig_kit.sample import Sample, Trace
 
+KINDS = ("trace", "direct")
+# As in MG-Thinker (section 3.2, appendix B), the teacher gets the verified answer and must not
+# reveal it. The wording is ours; edit it to try another.
+RULES = ("Inside <think>, reason from what is visible, step by step: note what is characteristic "
+         "of what is asked for, go through the images one by one, say what they share and where "
+         "they differ, rule out what is only alike, and come to the conclusion last. Do not write "
+         "coordinates there, and do not mention that an answer was given to you. Boxes are in "
+         "{coordinates}.")
+COORDINATES_IN_RULES = {
+    "absolute": "pixels of the images as you see them",
+    "normalized_1000": "thousandths of an image's width and height",
+}
+DIRECT_INSTRUCTION = ('Do not reason. Reply with nothing but '
+                      '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
+DIRECT_CHOICE_INSTRUCTION = "Do not reason. Reply with nothing but the letter in <answer></answer>."
 NO_REPLY = {"failed": "no reply in any attempt"}
 MAX_FAILURES_IN_A_ROW = 10
 REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
@@ -35,10 +58,12 @@ REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the teacher is, and how hard to ask it.
+    """Where the teacher is, and how to ask it.
 
-    url: up to and with /v1. timeout: seconds without a sign of the server. attempts: of one call.
-    Raises ValueError for an address that cannot be used, such as one that holds a key.
+    Args:
+        url: address that ends in /v1. timeout: seconds without a sign of the server.
+        attempts: most requests for one call.
+    Raises: ValueError for an address that cannot be used, such as one that holds a key.
     """
 
     url: str
@@ -54,6 +79,36 @@ class Endpoint:
             raise ValueError("endpoint_url must be like http://localhost:8000/v1, with no name, "
                              "key or query in it, and endpoint_model must be named; a key goes "
                              f"into the environment variable {KEY_VARIABLE}")
+
+
+def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
+    """The text after the images; kind: "trace", or "direct", without truth and without thinking."""
+    question = format_question(sample, box_format)
+    if kind == "direct":
+        if sample.find_all:
+            more = ALL_INSTRUCTION.removeprefix(GROUNDING_INSTRUCTION)
+            return question.removesuffix(ALL_INSTRUCTION) + DIRECT_INSTRUCTION + more
+        question = question.removesuffix(CHOICE_INSTRUCTION).removesuffix(GROUNDING_INSTRUCTION)
+        return question + (DIRECT_CHOICE_INSTRUCTION if sample.options else DIRECT_INSTRUCTION)
+    truth = " or ".join(correct_answers(sample, box_format))
+    rules = RULES.format(coordinates=COORDINATES_IN_RULES[box_format.coordinates])
+    return ("You are an expert at reading several images together.\n\n"
+            f"Question: {question}\n\n{rules}\n\n"
+            "Only to check your conclusion, and never to be mentioned: "
+            f"the verified answer is {truth}.")
+
+
+def teacher_messages(sample: Sample, kind: str, box_format: BoxFormat) -> list[dict]:
+    """The chat in OpenAI's form: numbered images with their sizes, as JPEG, then the text."""
+    content: list[dict] = []
+    for number, image in enumerate(sample.images, 1):
+        size = seen_size(image.size, box_format)
+        resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        url = to_data_url(resized, "JPEG", quality=95, subsampling=0)
+        content += [{"type": "text", "text": image_label(number, size)},
+                    {"type": "image_url", "image_url": {"url": url}}]
+    content.append({"type": "text", "text": teacher_prompt(sample, kind, box_format)})
+    return [{"role": "user", "content": content}]
 
 
 @dataclass(frozen=True)
@@ -192,11 +247,13 @@ def find_failure(entry: dict, endpoint: Endpoint) -> str:
 
 def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
                    box_format: BoxFormat) -> tuple[list[Trace], list[str]]:
-    """The teacher's trace and its direct answer for every sample, in order; "" if there is none.
+    """The teacher's trace and its direct answer for every sample, in order; "" for no answer.
 
-    samples: may be a generator, whose images are held only while they are asked about. path: the
-    log of finished calls. Trace.error: why there is no reply, or "". Raises as `make_calls`, and
-    ValueError for a sample without a target.
+    Args:
+        samples: of a generator, images are in memory only while the teacher is asked about them.
+        path: the log of finished calls.
+    Returns: (traces, direct answers); a trace's `error` says why there is no reply.
+    Raises: as `make_calls`; ValueError for a sample without a target.
     """
     keys: dict[str, list[str]] = {kind: [] for kind in KINDS}
 
@@ -218,7 +275,7 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
 
 
 def summarize_usage(path: Path) -> dict:
-    """What the logged calls took; "without_counts": those whose server told no token counts."""
+    """What the logged calls took; "without_counts": for how many the server gave no counts."""
     entries = read_log(path).values()
     return {"calls": len(entries), "failed": sum("failed" in entry for entry in entries),
             **{name: sum(entry.get(name) or 0 for entry in entries)

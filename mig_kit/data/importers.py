@@ -27,6 +27,7 @@ from mig_kit.data.line_checks import (
     simplify_line,
 )
 from mig_kit.data.mgrounding import find_image_roots, locate_images, record_lines
+from mig_kit.data.own_data import Remarks
 from mig_kit.data.records import (
     ImportRules,
     Problem,
@@ -37,7 +38,6 @@ from mig_kit.data.records import (
     require,
     require_records,
 )
-from mig_kit.data.remarks import Remarks
 from mig_kit.image_files import DECODE_ERRORS, BadImage
 
 FORMATS = (
@@ -56,10 +56,12 @@ ASKS_FOR_CATEGORY, ASKS_FOR_PHRASE = "Find the {}.", "Find this: {}."
 
 def import_file(form: str, path: Path, out: Path, rules: ImportRules,
                 on_problem: Callable[[str], object]) -> SkipReport:
-    """Write the correct questions of `path` to `out` as own data; returns the counts.
+    """Write the correct questions of `path` to `out` as own data, and return the counts.
 
-    form: one of FORMATS. on_problem: called with a sentence on everything that is left out.
-    ValueError for rules that do not go together.
+    Args:
+        form: one of FORMATS.
+        on_problem: called with a sentence for each thing that is left out.
+    Raises: ValueError for rules that do not go together.
     """
     for given in filter(None, (path, rules.instances)):
         if out.exists() and out.samefile(given):

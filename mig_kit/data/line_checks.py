@@ -85,7 +85,7 @@ def asks_for_all(data: dict) -> bool:
 
 
 def find_problems(data: dict) -> list[str]:
-    """What is wrong with a line of `simplify_line`; its image files are not looked at."""
+    """What is wrong with a line from `simplify_line`, without a look at its image files."""
     return _layout_problems(data) or _key_problems(data) or _value_problems(data)
 
 
@@ -128,20 +128,19 @@ def _key_problems(data: dict) -> list[str]:
 
 
 def _value_problems(data: dict) -> list[str]:
-    question = data["question"]
     problems = [_images_problem(data["images"])]
     if not is_choice(data) and not asks_for_all(data):
         hint = "; null says that no image shows it" if data["image"] == 0 else ""
         problems.append(_number_problem(data["image"], data["images"]) + hint)
-    problems.append(text_problem("'question'", question))
-    if not problems[-1] and ("{ref}" in question) != ("reference" in data):
+    problems.append(text_problem("'question'", data["question"]))
+    if not problems[-1] and ("{ref}" in data["question"]) != ("reference" in data):
         problems.append("'{ref}' in the question and 'reference' go together; "
                         "add the one that is missing")
     for key in ("id", "task"):
         text = data.get(key, "-")
-        problems.append(_unwritable_problem(f"'{key}'", text))
-        if not problems[-1] and not (isinstance(text, str) and text and text.isprintable()):
-            problems.append(f"'{key}' must be printable text")
+        is_printable = isinstance(text, str) and text and text.isprintable()
+        problem = "" if is_printable else f"'{key}' must be printable text"
+        problems.append(_unwritable_problem(f"'{key}'", text) or problem)
     problems.append(text_problem("'reply'", data.get("reply", "-"), may_hold_tags=True))
     if is_choice(data):
         problems += _choice_problems(data["options"], data["letter"])
@@ -185,7 +184,7 @@ def _number_problem(number: object, images: object) -> str:
 
 
 def _targets_problem(targets: object, images: object) -> str:
-    """What is wrong with 'targets' but for the numbers of its boxes; "" if nothing."""
+    """What is wrong with 'targets', without the numbers of its boxes; "" if nothing."""
     if not isinstance(targets, list) or not all(
             isinstance(target, dict) and target.keys() == {"image", "box"} for target in targets):
         return "'targets' must be a list of {\"image\": number, \"box\": [x1, y1, x2, y2]}"
@@ -240,9 +239,7 @@ def _unwritable_problem(name: str, text: object) -> str:
 
 
 def text_problem(name: str, text: object, may_hold_tags: bool = False) -> str:
-    """A sentence on a text that cannot stand in a prompt or reply; "" if it can.
-
-    name: what the sentence calls the text. may_hold_tags: whether <...> is allowed, as in a reply.
+    """Why the text called `name` cannot stand in a prompt, or in a reply (with tags); "" if it can.
     """
     if problem := _unwritable_problem(name, text):
         return problem
@@ -262,7 +259,6 @@ def text_problem(name: str, text: object, may_hold_tags: bool = False) -> str:
 
 
 def _choice_problems(options: object, letter: object) -> list[str]:
-    """Sentences on the options of a multiple-choice question and its correct letter."""
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         return [f"'options' must be a list of 2 to {len(LETTERS)} texts"]
     problems = [text_problem(f"'options' number {number}", option)
@@ -293,10 +289,13 @@ def find_file_problems(data: dict, read_sizes: Callable) -> tuple[list, list[str
 
 def read_sizes_below(root: Path, decodes: bool = False
                      ) -> Callable[..., tuple[int, int] | BadImage]:
-    """A function from a name below the root to its upright (width, height), pixels, or a BadImage.
+    """A function from an image's name to its upright (width, height), pixels, or to a BadImage.
 
-    It remembers MAX_SIZES images. decodes: whether it also reads all pixels, so that cut files are
-    found. Its parameter takes_frames: whether the image may be a film, whose first frame counts.
+    Args:
+        root: the folder that names are relative to.
+        decodes: also read all pixels, so that cut files are found.
+    Returns: a function of (name, takes_frames), which remembers MAX_SIZES images. takes_frames:
+        whether the image may be a film, of which the first frame counts.
     """
     @lru_cache(MAX_SIZES)
     def read(name: str, takes_frames: bool = False) -> tuple[int, int] | BadImage:

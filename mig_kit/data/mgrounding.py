@@ -69,7 +69,7 @@ def record_lines(record: dict) -> list[dict | Problem]:
             require(all(len(BOX.findall(text)) == text.count("<|box_start|>")
                         == text.count("<|box_end|>") for text in (asked, answered)),
                     "box text cannot be read")
-            turn = read_turn(asked, answered, Coordinates.NORMALIZED_1000, 0)
+            turn = read_turn(asked, answered, Coordinates.NORMALIZED_1000)
             turn = _without_reference(turn, asked, len(images), subset)
             lines += [line | ({"task": subset} if subset else {})
                       for line in turn_lines(turn, images, "any", number > 0)]

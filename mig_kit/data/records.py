@@ -34,18 +34,14 @@ class Problem(ValueError):
 
 @dataclass
 class SkipReport:
-    """What was left out of a data set, and why; read: records, kept: questions.
+    """What was left out of a data set, and why."""
 
-    counts, names: by reason (names: the first MAX_NAMES). remarks: on what is kept. file: gets
-    every name with its reason.
-    """
-
-    read: int = 0
-    kept: int = 0
-    counts: Counter = field(default_factory=Counter)
-    names: dict[str, list[str]] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
-    file: Path | None = None
+    read: int = 0  # records
+    kept: int = 0  # questions
+    counts: Counter = field(default_factory=Counter)  # by reason
+    names: dict[str, list[str]] = field(default_factory=dict)  # the first MAX_NAMES, by reason
+    remarks: list[str] = field(default_factory=list)  # on what is kept
+    file: Path | None = None  # gets every name with its reason
 
     def add(self, reason: str, name: str) -> None:
         """Count one more thing left out for `reason`; the first few are remembered by name."""
@@ -86,13 +82,13 @@ def require(condition: bool, sentence: str) -> None:
         raise Problem(sentence)
 
 
-def read_json(line: bytes | None) -> tuple[object, str]:
-    """The value on a line, and what is wrong with it; None for a line over MAX_LINE bytes."""
+def _read_json(line: bytes | None) -> tuple[object, str]:
+    """The value on a line, and why there is none; None for a line over MAX_LINE bytes."""
     if line is None:
         return None, (f"the line is longer than {MAX_LINE} bytes; put one question on a line, and "
                       "images into files of their own")
     try:
-        record = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: name)
+        return json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: name), ""
     except UnicodeDecodeError:
         return None, "the line is not UTF-8; save the file as UTF-8"
     except (ValueError, RecursionError) as error:
@@ -101,13 +97,6 @@ def read_json(line: bytes | None) -> tuple[object, str]:
         is_syntax = isinstance(error, json.JSONDecodeError)
         reason = f"character {error.colno}: {error.msg}" if is_syntax else str(error)[:60]
         return None, f"the line is no JSON object ({reason}); write one {{...}} per line"
-    return record, _record_problem(record, "line")
-
-
-def _record_problem(record: object, word: str) -> str:
-    if isinstance(record, dict):
-        return ""
-    return f"the {word} is no JSON object; write one {{...}} per {word}"
 
 
 def entry_word(path: Path) -> str:
@@ -141,15 +130,17 @@ def iter_entries(path: Path) -> Iterator[tuple[int, object, str]]:
         raise ValueError(f"{path} holds one JSON object over several lines; save its questions as "
                          "one list, [{...}, {...}], or one object a line")
     if word == "line":
-        for number, line in iter_lines(path):
-            yield number, *read_json(line)
-        return
+        results = (_read_json(line) for _, line in iter_lines(path))
+    else:
+        results = ((record, "") for record in (
+            _iter_rows(path) if word == "row" else iter_records(path)))
     number = 0
     try:
-        records = _iter_rows(path) if word == "row" else iter_records(path)
-        for number, record in enumerate(records, 1):
-            yield number, record, _record_problem(record, word)
-    except ValueError as error:
+        for number, (record, problem) in enumerate(results, 1):
+            is_none = not problem and not isinstance(record, dict)
+            yield number, record, (
+                f"the {word} is no JSON object; write one {{...}} per {word}" * is_none or problem)
+    except ValueError as error:  # the file is broken
         yield number + 1, None, str(error)
 
 

@@ -1,5 +1,4 @@
-"""Figures that explain the method. A figure comes back closed: as a cell's last line it shows once.
-"""
+"""Figures that explain the method."""
 
 from collections.abc import Sequence
 from itertools import cycle
@@ -12,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 from scipy.stats import t as student_t
 
 from mig_kit.drawing.palette import CORRECT, INK, MUTED, PREDICTED, SIDE_COLOURS
-from mig_kit.drawing.plots import LEGEND, WIDTH, set_title
+from mig_kit.drawing.plots import LEGEND, WIDTH, set_style, set_title
 
 # number -> (name, what it hands on)
 STAGES = {
@@ -32,11 +31,20 @@ TERM_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#E69F00", "#CC79A7")  # of rew
 MEAN_LINE = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
 
 
+def _close(figure: plt.Figure) -> plt.Figure:
+    """The figure, closed: as a cell's last line it then shows once, not twice."""
+    plt.close(figure)
+    return figure
+
+
 def draw_pipeline(stage: str) -> plt.Figure:
     """All stages in a strip, the present one filled, and under each arrow what it hands on.
 
+    Sets the style of all figures, as each notebook calls it first.
+
     stage: number, or name as "02_sft". 08, 09 and 90 stand beside the recipe, dashed.
     """
+    set_style()
     number = stage[:2]
     beside = {number: (BESIDE[number], "")} if number in BESIDE else {}
     stages = beside | STAGES if number == "90" else STAGES | beside
@@ -57,8 +65,7 @@ def draw_pipeline(stage: str) -> plt.Figure:
             axes.text(place + 1, 0.28, handed_on, ha="center", va="center", fontsize=8, color=INK)
     axes.set(xlim=(0, len(stages)), ylim=(0.1, 1.25))
     axes.axis("off")
-    plt.close(figure)
-    return figure
+    return _close(figure)
 
 
 def plot_levels(scaled: np.ndarray, levels: Sequence[float]) -> plt.Figure:
@@ -70,11 +77,9 @@ def plot_levels(scaled: np.ndarray, levels: Sequence[float]) -> plt.Figure:
     axes.hist(np.ravel(scaled)[:SHOWN_VALUES], bins=80, color="#BBBBBB")
     for level in levels:
         axes.axvline(level, color=CORRECT, linewidth=1.3)
-    axes.set_title(f"Weights of one matrix, and the {len(levels)} values (lines) that NF4 keeps",
-                   loc="left", fontsize=11)
+    set_title(axes, f"Weights of one matrix, and the {len(levels)} values (lines) that NF4 keeps")
     axes.set(xlabel="weight / largest |weight| of its block of 64", ylabel="weights")
-    plt.close(figure)
-    return figure
+    return _close(figure)
 
 
 def plot_matrices(matrices: dict[str, np.ndarray]) -> plt.Figure:
@@ -88,8 +93,7 @@ def plot_matrices(matrices: dict[str, np.ndarray]) -> plt.Figure:
                         fontsize=9)
         axes.set(xticks=[], yticks=[])
     set_title(figure, f"One matrix, its rounding and its adapter (first {CORNER} rows, columns)")
-    plt.close(figure)
-    return figure
+    return _close(figure)
 
 
 def plot_learning_signal(group: int, low: float, high: float) -> plt.Figure:
@@ -100,16 +104,15 @@ def plot_learning_signal(group: int, low: float, high: float) -> plt.Figure:
     """
     p = np.linspace(0, 1, 201)
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7), layout="constrained")
-    for axes, title, values in ((left, "Variance of the reward, p (1 - p)", p * (1 - p)),
-                                (right, f"Chance that {group} replies differ",
-                                 1 - p**group - (1 - p) ** group)):
+    panels = ((left, "Variance of the reward, p (1 - p)", p * (1 - p)),
+              (right, f"Chance that {group} replies differ", 1 - p**group - (1 - p) ** group))
+    for axes, title, values in panels:
         axes.plot(p, values, color=INK, linewidth=2)
         axes.set_title(title, loc="left", fontsize=10)
         axes.axvspan(low, high, color=CORRECT, alpha=0.15, linewidth=0)
         axes.set(xlabel="p", xlim=(0, 1), ylim=(0, None))
     set_title(figure, "Prompts that are never or always answered teach nothing (blue: kept)")
-    plt.close(figure)
-    return figure
+    return _close(figure)
 
 
 def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, low: float,
@@ -132,12 +135,10 @@ def plot_pass_rates(tasks: Sequence[str], rates: Sequence[float], group: int, lo
     kept = [count for count in table.columns if low <= count / group <= high]
     for edge in (kept[0], kept[-1] + 1) if kept else ():
         axes.axvline(edge, color=CORRECT, linewidth=3, clip_on=False)
-    axes.set_title(f"Pass rates, % of prompts (blue: {low:g} to {high:g} is kept)",
-                   loc="left", fontsize=11)
+    set_title(axes, f"Pass rates, % of prompts (blue: {low:g} to {high:g} is kept)")
     axes.set(xlabel=f"correct replies of {group}", ylabel="")
     axes.tick_params(axis="both", labelsize=8, rotation=0)
-    plt.close(figure)
-    return figure
+    return _close(figure)
 
 
 def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float]) -> plt.Figure:
@@ -156,8 +157,7 @@ def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float])
     _label(left, "Rewards, weighted and summed", "reward", numbers)
     _draw_signed_bars(right, advantages, advantages)
     _label(right, "Advantages", "advantage (in σ)", numbers)
-    plt.close(figure)
-    return figure
+    return _close(figure)
 
 
 def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Figure:
@@ -171,8 +171,7 @@ def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Fig
     axis.set_xticks(range(1, len(change) + 1), [
         f"{number}\n({advantage:+.1f})" for number, advantage in enumerate(advantages, 1)])
     axis.set_xlabel("reply (its advantage)")
-    plt.close(figure)
-    return figure
+    return _close(figure)
 
 
 def _draw_signed_bars(axis: plt.Axes, values: Sequence[float], signs: Sequence[float]) -> None:
@@ -182,9 +181,8 @@ def _draw_signed_bars(axis: plt.Axes, values: Sequence[float], signs: Sequence[f
 
 
 def _label(axis: plt.Axes, title: str, unit: str, numbers: range) -> None:
-    axis.set_title(title, loc="left", fontsize=11)
-    axis.set(xlabel="reply", ylabel=unit)
-    axis.set_xticks(numbers)
+    set_title(axis, title)
+    axis.set(xlabel="reply", ylabel=unit, xticks=numbers)
     axis.grid(False, axis="x")
 
 
@@ -208,18 +206,16 @@ def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
     for row in range(1, group + 1):  # every reply attends to the one prompt
         kit.plot([prompt / 2, prompt / 2, prompt], [0.45, row, row], color=INK, linewidth=0.6,
                  linestyle=":")
-    for axis, title in ((stock, f"Stock: the prompt is read {group} times, "
-                                f"{tokens['stock']:,} tokens"),
-                        (kit, f"Kit: it is read once, its keys and values are shared, "
-                              f"{tokens['kit']:,} tokens")):
-        axis.set_title(title, loc="left", fontsize=11)
+    titles = (f"Stock: the prompt is read {group} times, {tokens['stock']:,} tokens",
+              f"Kit: it is read once, its keys and values are shared, {tokens['kit']:,} tokens")
+    for axis, title in zip(axes, titles):
+        set_title(axis, title)
         axis.set_yticks([])
         axis.invert_yaxis()
         axis.grid(False)
     kit.set_xlabel("tokens of a row")
     figure.legend(ncols=2, **LEGEND)
-    plt.close(figure)
-    return figure
+    return _close(figure)
 
 
 def plot_resamples(means: np.ndarray, interval: list[float], title: str) -> plt.Figure:
@@ -235,10 +231,9 @@ def plot_resamples(means: np.ndarray, interval: list[float], title: str) -> plt.
                  label="95 % interval")
     axes.axvline(100 * means.mean(), label="mean", **MEAN_LINE)
     axes.set(xlabel="score of a resample, percent", ylabel="resamples")
-    axes.set_title(title, loc="left", fontsize=11)
+    set_title(axes, title)
     figure.legend(ncols=3, **LEGEND)
-    plt.close(figure)
-    return figure
+    return _close(figure)
 
 
 def plot_seed_widths() -> plt.Figure:
@@ -254,7 +249,6 @@ def plot_seed_widths() -> plt.Figure:
                       fontsize=9, color=MUTED)
     axes.set(xlabel="seeds", ylabel="half width, standard deviations",
              ylim=(0, 1.12 * student.max()), xticks=counts)
-    axes.set_title("What is left open after so many seeds", loc="left", fontsize=11)
+    set_title(axes, "What is left open after so many seeds")
     figure.legend(ncols=2, **LEGEND)
-    plt.close(figure)
-    return figure
+    return _close(figure)

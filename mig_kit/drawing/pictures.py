@@ -45,7 +45,8 @@ SYSTEM_MARKS = {"base": (DOTS, "b", (0, 0)), "sft": (SHORT_DASHES, "S", (1, 0)),
 class Stroke(NamedTuple):
     """A box to draw on image number `image`, in its original pixels.
 
-    letter: stands at the corner, which is a (share of width, share of height).
+    letter: stands at the corner, which is a (share of width, share of height); without a corner
+    in a row beside all boxes, which hides none of them.
     """
 
     image: int
@@ -53,7 +54,7 @@ class Stroke(NamedTuple):
     colour: str
     dashes: tuple[int, int]
     letter: str = ""
-    corner: tuple[float, float] = (0, 0)
+    corner: tuple[float, float] | None = (0, 0)
 
 
 def _draw_dashed(pen: ImageDraw.ImageDraw, stroke: Stroke, size: tuple[int, int]) -> None:
@@ -104,8 +105,7 @@ def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) ->
     strokes = []
     for place, reply in enumerate(replies):
         style = STYLES[is_correct(reply, sample, box_format)]
-        corner = place / max(1, len(replies) - 1), 0  # apart where boxes agree
-        strokes += [Stroke(image, box, *style, str(place + 1), corner)
+        strokes += [Stroke(image, box, *style, str(place + 1), None)
                     for image, box in reply_boxes_in_original(sample, reply, box_format)]
     return draw_boxes(sample, strokes, _fit_height(sample, 300))
 
@@ -124,8 +124,7 @@ def draw_boxes(sample: Sample, strokes: list[Stroke], height: int) -> Image.Imag
                   for stroke in strokes if stroke.image == number]
         for stroke in scaled:
             _draw_dashed(ImageDraw.Draw(tile), stroke, size)
-        for stroke in scaled:
-            _draw_letter(ImageDraw.Draw(tile), stroke, size)
+        _draw_letters(ImageDraw.Draw(tile), scaled, size)
         framed = ImageOps.expand(tile, 1, FRAME)
         sheet = ImageOps.expand(framed, (GAP - 2, HEAD - 1, 1, GAP - 1), "white")
         ImageDraw.Draw(sheet).text((GAP, 3), f"Image {number}", fill=INK,
@@ -134,12 +133,26 @@ def draw_boxes(sample: Sample, strokes: list[Stroke], height: int) -> Image.Imag
     return stack(sheets, across=True)
 
 
-def _draw_letter(pen: ImageDraw.ImageDraw, stroke: Stroke, size: tuple[int, int]) -> None:
-    """The stroke's letter, if any, in a square outside its box but in the image."""
-    side = 15
-    x, y = (min(max(low + share * (high - low) - side * (1 - share), 0), limit - side)
-            for low, high, share, limit in zip(stroke.box[:2], stroke.box[2:], stroke.corner, size))
-    if stroke.letter:
+def _draw_letters(pen: ImageDraw.ImageDraw, strokes: list[Stroke], size: tuple[int, int]) -> None:
+    """Letters in squares: at a corner of their box, or in a row, each with a line to its box."""
+    side, step = 15, 19
+    squares = [(*(min(max(low + share * (high - low) - side * (1 - share), 0), limit - side)
+                  for low, high, share, limit in zip(stroke.box[:2], stroke.box[2:],
+                                                     stroke.corner, size)), stroke)
+               for stroke in strokes if stroke.letter and stroke.corner]
+    row = sorted((stroke for stroke in strokes if stroke.letter and not stroke.corner),
+                 key=lambda stroke: stroke.box[0] + stroke.box[2])
+    top, bottom = (f((stroke.box[side] for stroke in row), default=0)
+                   for f, side in ((min, 1), (max, 3)))
+    is_below = bottom + step + side < size[1]
+    y = bottom + step if is_below else max(0, top - step - side)
+    middle = sum(stroke.box[0] + stroke.box[2] for stroke in row) / (2 * len(row) or 1)
+    x = max(0, min(middle - step * len(row) / 2, size[0] - step * len(row)))
+    for place, stroke in enumerate(row):
+        end = (stroke.box[0] + stroke.box[2]) / 2, stroke.box[3 if is_below else 1]
+        pen.line((x + place * step + side / 2, y + side / 2, *end), fill=stroke.colour)
+        squares.append((x + place * step, y, stroke))
+    for x, y, stroke in squares:
         pen.rectangle((x, y, x + side - 1, y + side - 1), fill=stroke.colour)
         pen.text((x + side / 2, y + side / 2), stroke.letter, fill=text_colour(stroke.colour),
                  anchor="mm", font=ImageFont.load_default(12))
@@ -190,14 +203,27 @@ def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
     return stack(parts, gap=10)
 
 
-def draw_text(text: str, width: int, size: int = 14, colour: str = INK) -> Image.Image:
-    """The text on white, wrapped to the width (pixels) line by line; size: of its letters."""
+def draw_text(text: str, width: int, size: int = 14, colour: str = INK,
+              struck: Sequence[tuple[int, int]] = ()) -> Image.Image:
+    """The text on white, wrapped to the width (pixels) line by line; size: of its letters.
+
+    struck: (start, end) of parts that are orange and struck through.
+    """
     lines = [part for line in text.split("\n")
              for part in textwrap.wrap(line, max(10, 2 * width // size)) or [""]]
     block = Image.new("RGB", (width, round(1.4 * size) * len(lines) + 8), "white")
+    pen, offset = ImageDraw.Draw(block), 0
     for number, line in enumerate(lines):
-        ImageDraw.Draw(block).text((8, 4 + round(1.4 * size) * number), line, fill=colour,
-                                   font=text_font(size, line))
+        font, y = text_font(size, line), 4 + round(1.4 * size) * number
+        pen.text((8, y), line, fill=colour, font=font)
+        offset = max(offset, text.find(line, offset))
+        for start, end in struck:
+            before, part = line[:max(0, start - offset)], line[max(0, start - offset):end - offset]
+            if part and end > offset:
+                x, middle = 8 + font.getlength(before), y + 0.6 * size
+                pen.text((x, y), part, fill=PREDICTED, font=font)
+                pen.line((x, middle, x + font.getlength(part), middle), fill=PREDICTED)
+        offset += len(line)
     return block
 
 
@@ -237,8 +263,10 @@ def _draw_step(sample: Sample, step: int, rows: list[dict]) -> list[Image.Image]
     reward = sum(row["reward"] for row in rows) / len(rows)
     width = max(sheet.width, 560)
     line = f"update {step}: {n_correct} of {len(rows)} correct, mean reward {reward:.2f}"
-    reply = textwrap.shorten(rows[0]["reply"], 400, placeholder=" ...")
-    return [draw_text(line, width), sheet, draw_text(f'first reply: "{reply}"', width, 13, MUTED)]
+    head, first = 'first reply: "', rows[0]
+    text = head + first["reply"][:400] + ("..." if len(first["reply"]) > 400 else '"')
+    false = [(len(head) + start, len(head) + end) for start, end in first.get("false", [])]
+    return [draw_text(line, width), sheet, draw_text(text, width, 13, MUTED, false)]
 
 
 def merge_runs(tokens: Sequence[str], values: Sequence[float]) -> tuple[list[str], list[float]]:

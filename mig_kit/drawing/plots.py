@@ -22,6 +22,7 @@ from mig_kit.drawing.palette import (
 # What a curve is called above its panel, with its unit.
 CURVE_NAMES = {
     "reward": "reward, weighted sum", "length": "length, tokens", "entropy": "entropy, nats",
+    "truth": "true claims, share", "coverage": "objects listed, share",
     "zero_std": "groups without spread, share",
     "clipped_ratio": "replies cut off, share", "loss": "loss, nats per token",
     "token_accuracy": "correct tokens, share", "visual_loss": "loss on images, nats",
@@ -50,7 +51,8 @@ def set_title(target: plt.Figure | Axes, title: str) -> None:
         target.set_title(textwrap.fill(title, 80), loc="left", fontsize=11)
 
 
-def plot_scores(rows: list[dict], by: str, title: str, value: str = "score") -> plt.Figure:
+def plot_scores(rows: list[dict], by: str, title: str, value: str = "score",
+                unit: str = "correct, percent") -> plt.Figure:
     """A line per `by`, on it a marker per system with its 95 % interval.
 
     rows: {by, "system", value, "ci95", "n"}, percent. Systems differ in marker and height, too.
@@ -72,7 +74,7 @@ def plot_scores(rows: list[dict], by: str, title: str, value: str = "score") -> 
     counts = table.groupby(by)["n"].first()
     axes.set_yticks(range(len(names)), [f"{name}, n = {counts[name]}" for name in names])
     axes.set(ylim=(len(names) - 0.5, -0.5), xlim=(-2, 102),
-             xlabel="correct, percent, with 95 % interval over questions")
+             xlabel=f"{unit}, with 95 % interval over questions")
     axes.hlines([place + 0.5 for place in range(len(names) - 1)], -2, 102, color="#DDDDDD",
                 linewidth=0.8)
     axes.grid(False, axis="y")

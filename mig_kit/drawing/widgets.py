@@ -1,32 +1,23 @@
-"""Pictures that one can move in a live notebook: a box, a gallery.
+"""Controls for a live notebook: move a box, leaf through a gallery.
 
-Where nobody can move them, as in executed copies, they are still pictures that say the same.
+In executed copies, where nobody can move a control, the functions return still pictures.
 """
 
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import ipywidgets
 from PIL import Image
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box
-from mig_kit.drawing.pictures import (
-    STYLES,
-    Stroke,
-    draw_boxes,
-    draw_replies,
-    draw_sample,
-    draw_text,
-    stack,
-)
+from mig_kit.drawing import pictures
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS, is_correct, reply_iou
 from mig_kit.sample import Sample, Target
 
-# what a server of notebooks, or a hosted service, gives to a kernel that someone looks at
+# variables that JupyterLab, VS Code and Colab set in the kernels of open notebooks
 LIVE_ENVIRONMENT = ("JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG")
 OVERLAPS = (0.9, 0.7, 0.55, 0.45, 0.2)  # IoUs of the still picture
 
@@ -44,16 +35,16 @@ def explore_box(sample: Sample, box_format: BoxFormat) -> Image.Image | ipywidge
     if not sample.targets:
         raise ValueError(f"sample {sample.id} has no target; take one that has a box")
     if not is_live():
-        return stack([_draw_shifted(sample, overlap, box_format) for overlap in OVERLAPS],
-                     across=True)
+        shifted = [_draw_shifted(sample, overlap, box_format) for overlap in OVERLAPS]
+        return pictures.stack(shifted, across=True)
     image, box = sample.targets[0]
     width, tall = map(max, zip(*sample.sizes))
 
     def draw(image: int, across: tuple[int, int], down: tuple[int, int]) -> Image.Image:
         reply = _reply_of(sample, image, (across[0], down[0], across[1], down[1]), box_format)
-        picture = draw_sample(sample, reply, box_format)
+        picture = pictures.draw_sample(sample, reply, box_format)
         lines = _score_lines(reply, sample, box_format)
-        return stack([draw_text(", ".join(lines), picture.width), picture])
+        return pictures.stack([pictures.draw_text(", ".join(lines), picture.width), picture])
 
     return ipywidgets.interactive(
         draw, {"auto_display": True},
@@ -71,19 +62,18 @@ def browse_gallery(gallery: Sequence[tuple[str, Sample]], replies: dict[str, dic
     if not gallery:
         raise ValueError("the gallery is empty; give at least one sample")
 
-    def draw(kind: str, sample: Sample) -> Image.Image:
+    def draw(page: int) -> Image.Image:
+        kind, sample = gallery[page]
         of_sample = {system: by_id[sample.id] for system, by_id in replies.items()}
-        page = draw_replies(sample, of_sample, box_format, 110)
-        return stack([draw_text(f"{sample.task}: {kind}", page.width), page])
+        sheet = pictures.draw_replies(sample, of_sample, box_format, 110)
+        return pictures.stack([pictures.draw_text(f"{sample.task}: {kind}", sheet.width), sheet])
 
+    kinds = [kind for kind, _ in gallery]
     if not is_live():
-        first = {kind: sample for kind, sample in reversed(gallery)}
-        kinds = dict.fromkeys(kind for kind, _ in gallery)
-        return stack([draw(kind, first[kind]) for kind in kinds], gap=8)
-    pages = {f"{number}. {sample.task}: {kind}": partial(draw, kind, sample)
-             for number, (kind, sample) in enumerate(gallery, 1)}
-    return ipywidgets.interactive(lambda page: pages[page](), {"auto_display": True},
-                                  page=list(pages))
+        return pictures.stack([draw(kinds.index(kind)) for kind in dict.fromkeys(kinds)], gap=8)
+    pages = [(f"{page + 1}. {sample.task}: {kind}", page)
+             for page, (kind, sample) in enumerate(gallery)]
+    return ipywidgets.interactive(draw, {"auto_display": True}, page=pages)
 
 
 def _reply_of(sample: Sample, image: int, box: Box, box_format: BoxFormat) -> str:
@@ -114,7 +104,7 @@ def _draw_shifted(sample: Sample, overlap: float, box_format: BoxFormat) -> Imag
                     reference=None)
     shifted = shift_to_iou(box, overlap)
     reply = _reply_of(alone, 1, shifted, box_format)
-    style = STYLES[is_correct(reply, alone, box_format)]
-    picture = draw_boxes(alone, [Stroke(1, shifted, *style)], 160)
+    style = pictures.STYLES[is_correct(reply, alone, box_format)]
+    picture = pictures.draw_boxes(alone, [pictures.Stroke(1, shifted, *style)], 160)
     lines = _score_lines(reply, alone, box_format)
-    return stack([picture, draw_text("\n".join(lines), picture.width, 12)])
+    return pictures.stack([picture, pictures.draw_text("\n".join(lines), picture.width, 12)])

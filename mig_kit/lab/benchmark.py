@@ -1,42 +1,53 @@
-"""Stage 08: the kit beside stock TRL and transformers in one run.
+"""Stage 08: the kit and stock TRL and transformers measured in turns.
 
-Both have the same weights, data and tokens per reply, and take turns. Stock trainers read a prompt
-once per reply, the kit once per group. No rollout reuses the images of another.
+Both sides have the same weights, data and tokens per reply. Stock trainers read a prompt once per
+reply, the kit once per group. No rollout reuses the images of another.
 """
 
+import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import progress_bar, release_memory
 from mig_kit.drawing.method_plots import count_tokens
-from mig_kit.lab.trainers import gradient_error, make_sides, same_batches
 from mig_kit.lab.workload import (
     BOX_FORMAT,
     STOCK_ATTENTION,
     Workload,
     compare_times,
+    gradient_error,
     load_stock_model,
     make_questions,
+    make_side,
+    make_sides,
     peak_memory,
+    same_batches,
+    time_call,
 )
-from mig_kit.models.loading import Hardware, Policy, load_model
+from mig_kit.models.loading import TINY_BASE, Hardware, Policy, load_model
+from mig_kit.models.model_folders import load_config
 from mig_kit.models.processors import load_processor, render_prompt
 from mig_kit.models.sample_prompts import make_cache
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
+from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 STAGES = ("rollout", "train", "grpo_step", "rejection", "evaluate", "evaluate_alike")
+MATRIX_SIZES = ((2048, 1024, 1024), (2048, 1024, 2816), (4096, 1024, 4096))  # rows, inputs, outputs
 ALIKE = 5  # questions about the same images: all of MIG-Bench's 555 with six images are such fives
 
 
 def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Workload, group: int,
                     repeats: int, name: str) -> dict:
-    """`group` replies of `load.tokens` tokens to every question, from images on, side by side.
+    """Times `group` replies of `load.tokens` tokens to every question, with the images' features.
 
-    One reply is greedy: stock is asked a question at a time, as in MIG-Bench's script, the kit all
-    at once. Several are sampled, for both in one batch.
+    A single reply is greedy: stock gets one question at a time, as in MIG-Bench's script, the kit
+    all at once. Several replies are sampled, on both sides in one batch.
     """
     processor, hardware, is_greedy = stock.processor, stock.hardware, group == 1
     options = SamplingOptions(float(not is_greedy), 1.0, load.tokens, load.tokens)
@@ -63,7 +74,7 @@ def compare_replies(stock: Policy, kit: Policy, samples: list[Sample], load: Wor
 
 def compare_training(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                      repeats: int, with_step: bool = False) -> dict:
-    """"rollout" and "train" of a load, side by side; with_step: also a GRPO step and its memory."""
+    """Times "rollout" and "train" of a load; with_step: also a GRPO step and its memory."""
     names = ("rollout", "train") if with_step else ("", "")
     stock, kit = make_sides(model, hardware, load, folder)
     stock_batch, kit_batch = same_batches(stock)
@@ -81,7 +92,7 @@ def compare_training(model: str | Path, hardware: Hardware, load: Workload, fold
 
 
 def sweep_loads(load: Workload) -> list[Workload]:
-    """`load` with a single prompt, and loads that change one of its numbers; each load once."""
+    """The loads of the sweep: `load` with one prompt, and with one other number changed."""
     single = replace(load, prompts=1)
     powers = (1, 2, 4, 8)
     groups, lengths = (max(2, load.group // 2), 2 * load.group), (
@@ -95,7 +106,7 @@ def sweep_loads(load: Workload) -> list[Workload]:
 
 def run_sweep(model: str | Path, hardware: Hardware, loads: list[Workload], folder: Path,
               repeats: int) -> list[dict]:
-    """Rollout and training of every load; a row per load and stage."""
+    """A row per load and stage ("rollout", "train"), with the load's numbers and both times."""
     rows = []
     for number, load in enumerate(progress_bar(loads, "loads")):
         result = compare_training(model, hardware, load, folder / str(number), repeats)
@@ -107,10 +118,10 @@ def run_sweep(model: str | Path, hardware: Hardware, loads: list[Workload], fold
 
 def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
                  repeats: int) -> dict:
-    """All comparisons at one load, a printed line each, and the gradients' difference in float32.
+    """Measures all STAGES at one load, prints a line each, and compares gradients in float32.
 
     "rejection" has as many questions as a step, "evaluate" four times as many; "evaluate_alike" has
-    ALIKE times as many, ALIKE about the same images.
+    ALIKE times as many, in groups of ALIKE about the same images.
     """
     float32 = replace(hardware, dtype=torch.float32, autocast=False, attention="sdpa")
     error = gradient_error(*make_sides(model, float32, replace(load, prompts=1), folder))
@@ -131,7 +142,7 @@ def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: 
 
 
 def headline_text(result: dict, load: Workload) -> str:
-    """What was measured, with what `run_headline` has not printed: memory, gradients and more."""
+    """Text about the load, memory, gradients and utilisation; `run_headline` prints the times."""
     memory = result["peak_mem_mb"]
     tokens = count_tokens(result["prompt_tokens"], load.group, load.tokens)
     lines = [f"{load.prompts} prompts with {load.images} images of {load.side} px "
@@ -146,3 +157,84 @@ def headline_text(result: dict, load: Workload) -> str:
         lines.append(f"{100 * used['share']:.0f} % of this machine's matrix rate "
                      f"({used['parameters_m']:.0f} M parameters)")
     return "\n".join(lines)
+
+
+def save_random_model(folder: Path, hidden: int) -> Path:
+    """Write a random Qwen2.5-VL with two layers shaped like the 3B's to `folder`, and return it.
+
+    hidden: its width, a multiple of 128; the 3B has 2048.
+    """
+    torch.manual_seed(0)
+    processor, config = load_processor(TINY_BASE, BoxFormat()), load_config(TINY_BASE)
+    text, config.vision_config.out_hidden_size = config.text_config, hidden
+    text.hidden_size, text.num_hidden_layers, text.layer_types = hidden, 2, text.layer_types[:2]
+    text.num_attention_heads, text.intermediate_size = hidden // 128, hidden * 43 // 8
+    text.num_key_value_heads = max(1, text.num_attention_heads // 8)
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [16, 24, 24]}
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def minimal_flops(model, prompt: int, replies: int, tokens: int) -> float:
+    """Floating-point operations that the gradient of a group needs at least.
+
+    Every distinct token passes once: forward, gradient of the activations through frozen weights,
+    and gradient of the adapters. prompt: tokens of the prompt; tokens: of a reply.
+    """
+    language = unwrap_peft(model).model.language_model
+    last_layer = f"{len(language.layers) - 1}."
+    weight_passes = unread_passes = 0  # unread: of the last layer for tokens with keys and values
+    for name, parameter in language.layers.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        passes = (3 if ".lora_" in name else 2) * parameter.numel()
+        weight_passes += passes
+        is_key_or_value = ".k_proj" in name or ".v_proj" in name
+        if name.startswith(last_layer) and not is_key_or_value:
+            unread_passes += passes
+    config = language.config
+    own_tokens = replies * tokens
+    linear = 2 * (prompt + own_tokens) * weight_passes - 2 * (prompt - 1) * unread_passes
+    # the head is for replies only; a token attends to all before it, and backward counts twice
+    head = 2 * 2 * own_tokens * config.hidden_size * config.vocab_size
+    prompt_pairs, own_pairs = prompt**2 / 2, replies * (tokens * prompt + tokens**2 / 2)
+    pairs = config.num_hidden_layers * (prompt_pairs + own_pairs) - prompt_pairs + prompt
+    return linear + head + 3 * 4 * config.hidden_size * pairs
+
+
+def matrix_rate(hardware: Hardware) -> float:
+    """FLOP/s of matrix products in the dtype in use: the best of five turns of MATRIX_SIZES."""
+    in_bfloat16 = hardware.autocast or hardware.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+    best = 0.0
+    for rows, inputs, outputs in MATRIX_SIZES:
+        a = torch.ones(rows, inputs, dtype=dtype, device=hardware.device)
+        b = torch.ones(outputs, inputs, dtype=dtype, device=hardware.device)
+        multiply = partial(torch.nn.functional.linear, a, b)
+        multiply()
+        seconds = min(time_call(multiply, hardware) for _ in range(5))
+        best = max(best, 2 * rows * inputs * outputs / seconds)
+    return best
+
+
+def measure_utilisation(hardware: Hardware, load: Workload, folder: Path, repeats: int,
+                        hidden: int = 2048) -> dict:
+    """The share of this machine's matrix rate that training a model of `save_random_model` reaches.
+
+    Every distinct token of one prompt and its replies is counted once.
+    """
+    model = save_random_model(folder / "random", hidden)
+    kit = make_side(model, hardware, replace(load, prompts=1), folder, is_kit=True)
+    batch = kit.roll_out()
+    weights = kit.trainer.model
+    flops = minimal_flops(weights, kit.prompt_tokens, load.group, load.tokens)
+    kit.learn(batch)
+    times = [time_call(lambda: kit.learn(batch), hardware) for _ in range(repeats)]
+    seconds, rate = statistics.median(times), matrix_rate(hardware)
+    return {
+        "seconds": round(seconds, 4), "gflop": round(flops / 1e9, 2),
+        "matrix_gflops": round(rate / 1e9, 1),
+        "parameters_m": round(sum(p.numel() for p in weights.parameters()) / 1e6, 1),
+        "share": round(flops / seconds / rate, 3)}

@@ -1,14 +1,12 @@
-"""What a real run needs of one GPU's memory, stage by stage, before anything is downloaded.
+"""How much of one GPU's memory each stage of a real run needs, before anything is downloaded.
 
-It is predicted from the models' shapes and from what a layer keeps for the backward pass; one H100
-confirmed 02 of the 3B alone (9.0 GiB of tensors predicted, 9.1 measured). Every prompt holds IMAGES
-images of the largest size, and every reply is as long as it may be.
+Computed from the model's shape, for prompts of IMAGES images of the largest size and replies of the
+largest length. Measured once: 02 of the 3B on an H100 (9.0 GiB of tensors predicted, 9.1 measured).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from operator import add, mul
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from transformers import AutoConfig
@@ -35,7 +33,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's widths, numbers of parameters, and side of an image token (pixels)."""
+    """A model's widths and numbers of parameters."""
 
     hidden: int
     inner: int
@@ -44,80 +42,69 @@ class Shape:
     kv_heads: int
     vocabulary: int
     total: int  # parameters
-    vision: int  # parameters of the vision tower
     head_dim: int = 128
-    token_side: int = 28
-    linear_layers: int = 0  # of `layers`; the others' q_proj then has a gate as wide as the query
+    token_side: int = 28  # of an image, pixels
+    linear_layers: int = 0  # of `layers`: those with linear attention
     key_width: int = 0  # of all heads of linear attention
     value_width: int = 0
     value_heads: int = 0
     state_depth: int = 0  # numbers that a layer keeps for each value channel: its state
 
-    def sum_projections(self, size: Callable[[int, int], int]) -> int:
-        """The sum of `size(inputs, outputs)` over all projections: what 4-bit and LoRA apply to."""
+    def list_projections(self) -> list[int]:
+        """The side that is not `hidden`, of every matrix that 4-bit and LoRA apply to."""
         query, kv = self.head_dim * self.heads, self.head_dim * self.kv_heads
-        gated_query = query * (2 if self.linear_layers else 1)
-        linear_widths = (2 * self.key_width + self.value_width, self.value_width, self.value_width)
-        counts = {(gated_query, query, kv, kv): self.layers - self.linear_layers,
-                  linear_widths: self.linear_layers, 3 * (self.inner,): self.layers}
-        return sum(count * sum(size(self.hidden, width) for width in widths)
-                   for widths, count in counts.items())
+        # beside linear attention, q_proj also gives a gate as wide as the query
+        attention = [query * (2 if self.linear_layers else 1), query, kv, kv]
+        linear = [2 * self.key_width + self.value_width, self.value_width, self.value_width]
+        return (attention * (self.layers - self.linear_layers) + linear * self.linear_layers
+                + [self.inner] * 3 * self.layers)
 
     @property
     def linear_weights(self) -> int:
         """Weights of all projections."""
-        return self.sum_projections(mul)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of a token's keys and values in bfloat16."""
-        return 2 * (self.layers - self.linear_layers) * self.kv_heads * self.head_dim * 2
+        return self.hidden * sum(self.list_projections())
 
 
 # from each model's config.json; tests/models/test_full_profile.py counts their parameters
 SHAPES = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": Shape(
-        2048, 11008, 36, 16, 2, 151936, 3_754_622_976, 668_684_288),
-    "Qwen/Qwen2.5-VL-7B-Instruct": Shape(
-        3584, 18944, 28, 28, 4, 152064, 8_292_166_656, 676_550_144),
-    "Qwen/Qwen2-VL-7B-Instruct": Shape(
-        3584, 18944, 28, 28, 4, 152064, 8_291_375_616, 675_759_104),
+    "Qwen/Qwen2.5-VL-3B-Instruct": Shape(2048, 11008, 36, 16, 2, 151936, 3_754_622_976),
+    "Qwen/Qwen2.5-VL-7B-Instruct": Shape(3584, 18944, 28, 28, 4, 152064, 8_292_166_656),
+    "Qwen/Qwen2-VL-7B-Instruct": Shape(3584, 18944, 28, 28, 4, 152064, 8_291_375_616),
     "Qwen/Qwen3-VL-4B-Instruct": Shape(
-        2560, 9728, 36, 32, 8, 151936, 4_437_815_808, 415_347_712, token_side=32),
+        2560, 9728, 36, 32, 8, 151936, 4_437_815_808, token_side=32),
     "Qwen/Qwen3-VL-8B-Instruct": Shape(
-        4096, 12288, 36, 32, 8, 151936, 8_767_123_696, 576_388_336, token_side=32),
+        4096, 12288, 36, 32, 8, 151936, 8_767_123_696, token_side=32),
     "Qwen/Qwen3.5-9B": Shape(
-        4096, 12288, 32, 16, 4, 248320, 9_409_813_744, 456_010_480, 256, 32, 24, 2048, 4096, 32,
-        128)}
+        4096, 12288, 32, 16, 4, 248320, 9_409_813_744, 256, 32, 24, 2048, 4096, 32, 128)}
 
 
 def read_profile(profile: str) -> dict[str, SimpleNamespace]:
-    """Stage -> its parameters in a profile, a folder of params/."""
+    """Stage -> its parameters in a profile, for 01 and the stages in ADVICE."""
     return {stage: SimpleNamespace(**profile_params(stage, profile))
             for stage in ("01_synthesize", *ADVICE)}
 
 
 def predict(profile: str) -> dict[str, list]:
-    """{"advice", "memory"} of a profile: a line per card, and the rows of `memory_table`.
+    """What a profile needs.
 
-    Both are empty if its model is neither in SHAPES nor a folder, as is "tiny".
+    Returns: {"advice": a line for each of CARDS, "memory": rows of `memory_table`}; both are empty
+    for "tiny", and for a model that is neither in SHAPES nor a folder.
     """
     params = read_profile(profile)
     first = params["01_synthesize"]
     shape = find_shape(first.base_model)
     if shape is None:
         return {"advice": [], "memory": []}
-    advice = []
-    for gigabytes in CARDS:
-        pixels = fitting_pixels(shape, params, gigabytes)
-        verdict = f"all stages fit, up to max_pixels {pixels}" if pixels else "not all stages fit"
-        advice.append(f"{gigabytes} GB: {verdict} ({IMAGES} images a prompt)")
-    needs = predict_memory(shape, params, first.max_pixels)
-    return {"advice": advice, "memory": memory_table(needs)}
+    largest = {gigabytes: fitting_pixels(shape, params, gigabytes) for gigabytes in CARDS}
+    verdicts = {gigabytes: f"all stages fit, up to max_pixels {pixels}" if pixels else
+                "not all stages fit" for gigabytes, pixels in largest.items()}
+    return {"advice": [f"{gigabytes} GB: {verdict} ({IMAGES} images a prompt)"
+                       for gigabytes, verdict in verdicts.items()],
+            "memory": memory_table(predict_memory(shape, params, first.max_pixels))}
 
 
 def find_shape(model: str) -> Shape | None:
-    """The shape of a known hub name or a model folder; None for others and mixtures of experts."""
+    """The shape of a name in SHAPES or of a model folder; None for others and for experts."""
     folder = model_folder(model)
     if model in SHAPES or model == "tiny" or not (folder / "config.json").is_file():
         return SHAPES.get(model)
@@ -126,30 +113,27 @@ def find_shape(model: str) -> Shape | None:
 
 
 def count_shape(config) -> Shape:
-    """The shape of a model by its configuration; its parameters are counted without weights."""
+    """The shape of a configuration, whose parameters are counted without weights."""
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config)
     text, tower = config.text_config, config.vision_config
     head_dim = next(module.head_dim for name, module in model.model.language_model.named_modules()
                     if name.endswith("self_attn"))
     linear = list_linear_attention(model)
-    linear_sizes = [(part.key_dim, part.value_dim, part.num_v_heads, part.head_k_dim)
-                    for part in linear[:1]]
+    sizes = [(part.key_dim, part.value_dim, part.num_v_heads, part.head_k_dim) for part in linear]
     return Shape(
         text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads,
         text.num_key_value_heads, text.vocab_size, sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.model.visual.parameters()), head_dim,
-        tower.patch_size * tower.spatial_merge_size, len(linear), *sum(linear_sizes, ()))
+        head_dim, tower.patch_size * tower.spatial_merge_size, len(linear), *sum(sizes[:1], ()))
 
 
-@dataclass(frozen=True)
-class Load:
-    """What is in memory at once; prompt and tokens are the lengths of a prompt and of a reply."""
+class Load(NamedTuple):
+    """What is in memory at once."""
 
-    prompt: int
+    prompt: int  # tokens of a prompt
     prompts: int = 1
-    replies: int = 1
-    tokens: int = 512
+    replies: int = 1  # to each prompt
+    tokens: int = 512  # of a reply
 
 
 def layer_bytes(shape: Shape, lora_r: int) -> float:
@@ -166,8 +150,8 @@ def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool
     """GiB of each part of a training step.
 
     Args:
-        is_checkpointed: only layers' inputs are kept, and one layer in full.
-        four_bit: all that is not 4-bit is float32, by peft's prepare_model_for_kbit_training.
+        is_checkpointed: the inputs of all layers are kept, and one layer in full.
+        four_bit: projections are NF4, and all else float32 (prepare_model_for_kbit_training).
     """
     own_tokens = load.replies * load.tokens
     group_tokens = load.prompt + own_tokens  # the prompt is read once
@@ -176,14 +160,12 @@ def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool
     if is_checkpointed:
         layer_inputs = shape.layers * shape.hidden * (4 if four_bit else 2)
         activations = tokens * (layer_bytes(shape, lora_r) + layer_inputs)
-        logit_tokens = min(logit_tokens, HEAD_TOKENS)
-        if load.replies > 1:
+        if load.replies > 1:  # SFT's loss reads all logits at once
+            logit_tokens = min(logit_tokens, HEAD_TOKENS)
             activations += load.prompts * group_tokens**2 * 2  # the mask of who sees whom
-        else:
-            logit_tokens = load.prompts * own_tokens  # SFT's loss reads them at once
     rest = shape.total - shape.linear_weights
     weights = shape.linear_weights * NF4_BYTES + rest * 4 if four_bit else shape.total * 2
-    adapter = lora_r * shape.sum_projections(add)
+    adapter = lora_r * sum(shape.hidden + width for width in shape.list_projections())
     return {"weights": weights / GIB, "adapter, gradients, Adam": adapter * 16 / GIB,
             "activations": activations / GIB,
             "logits": logit_tokens * shape.vocabulary * 10 / GIB}  # bf16, float32, gradient
@@ -195,20 +177,19 @@ def decoding_memory(shape: Shape, load: Load) -> dict[str, float]:
     # linear attention keeps states, so each reply has its own copy of the prompt's cache
     copies = replies if shape.linear_layers else load.prompts
     tokens = copies * load.prompt + replies * load.tokens
-    state_size = shape.value_width * shape.state_depth
-    states = replies * shape.linear_layers * state_size * 4  # float32
+    kv_bytes = 2 * (shape.layers - shape.linear_layers) * shape.kv_heads * shape.head_dim * 2
+    states = replies * shape.linear_layers * shape.value_width * shape.state_depth * 4  # float32
     return {"weights": shape.total * 2 / GIB,
-            "keys and values": (tokens * shape.kv_bytes + states) / GIB,
-            "logits": load.prompts * load.replies * shape.vocabulary * 6 / GIB,
+            "keys and values": (tokens * kv_bytes + states) / GIB,
+            "logits": replies * shape.vocabulary * 6 / GIB,
             "prefill": prompt_tokens * (4 * shape.hidden + 3 * shape.inner) * 2 / GIB}
 
 
 def predict_memory(shape: Shape, params: dict[str, SimpleNamespace],
                    max_pixels: int) -> dict[str, dict[str, float]]:
-    """Stage -> parts in GiB; params: of `read_profile`; max_pixels: of an image.
+    """Stage -> GiB of its parts, one prompt at a time; for 05 those of its larger phase.
 
-    One prompt at a time gets its replies; memory decides how many fit. 05 has the parts of its
-    larger phase, drawing or learning.
+    params: of `read_profile`. max_pixels: of an image.
     """
     _, sft, sampling, grpo, evaluate = params.values()
     prompt = TEXT_TOKENS + IMAGES * max_pixels // shape.token_side**2
@@ -229,7 +210,7 @@ def predict_memory(shape: Shape, params: dict[str, SimpleNamespace],
 
 
 def memory_table(needs: dict[str, dict[str, float]]) -> list[dict]:
-    """Rows {stage, GiB, largest part, one column per card: "fits" or what to lower}."""
+    """Rows {"stage", "GiB", "largest part", a column per card: "fits" or the words of ADVICE}."""
     rows = []
     for stage, parts in needs.items():
         total = sum(parts.values()) + RUNTIME_GIB
@@ -242,7 +223,7 @@ def memory_table(needs: dict[str, dict[str, float]]) -> list[dict]:
 
 
 def fitting_pixels(shape: Shape, params: dict[str, SimpleNamespace], gigabytes: int) -> int:
-    """The largest max_pixels, in steps of 16 image tokens, that fits a card in all stages, or 0."""
+    """The largest max_pixels, by 16 image tokens, with which all stages fit a card; 0 if none."""
     area = shape.token_side**2
     for tokens in range(params["01_synthesize"].max_pixels // area, 0, -16):
         rows = memory_table(predict_memory(shape, params, tokens * area))

@@ -1,4 +1,4 @@
-"""What the benchmark measures, and how: questions of one size, stock models, time and memory."""
+"""What the benchmark measures: questions of one size, the two trainers, time and memory."""
 
 import random
 import statistics
@@ -7,15 +7,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from trl import GRPOTrainer
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import release_memory
-from mig_kit.models.loading import Hardware
+from mig_kit.models.loading import Hardware, Policy, load_model
+from mig_kit.models.processors import load_processor
+from mig_kit.pipeline.params import profile_params
 from mig_kit.sample import Sample, Target
+from mig_kit.stages.grpo import grpo_trainer
 from mig_kit.world.scenes import PLAIN, render_scene
 
 BOX_FORMAT = BoxFormat(max_pixels=4_000_000)  # no image is made smaller
@@ -61,23 +66,20 @@ def load_stock_model(model: str | Path, hardware: Hardware) -> PreTrainedModel:
 
 def time_call(call: Callable[[], object], hardware: Hardware) -> float:
     """Wall time of a call, seconds."""
-    _wait_for_device(hardware)
+    wait_for_device = torch.cuda.synchronize if hardware.device == "cuda" else lambda: None
+    wait_for_device()
     start = time.perf_counter()
     call()
-    _wait_for_device(hardware)
+    wait_for_device()
     return time.perf_counter() - start
-
-
-def _wait_for_device(hardware: Hardware) -> None:
-    if hardware.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def compare_times(stock: Callable[[], object], kit: Callable[[], object], repeats: int,
                   hardware: Hardware, name: str = "") -> dict:
-    """Both calls, warmed up, in turns: medians in seconds, their ratio, fastest and slowest.
+    """Times the two calls in turns, after one warm-up each; a `name` also prints the figures.
 
-    They are also printed under a `name`.
+    Returns: {"stock_s", "kit_s": medians, seconds; "ratio"; "stock_spread", "kit_spread": fastest
+    and slowest}.
     """
     stock()
     kit()
@@ -98,7 +100,6 @@ def peak_memory(call: Callable[[], object], hardware: Hardware) -> float:
     """MiB at a call's peak beyond what was in use: of the GPU, else of the process."""
     release_memory()
     if hardware.device == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
@@ -117,3 +118,98 @@ def peak_memory(call: Callable[[], object], hardware: Hardware) -> float:
     is_over.set()
     watcher.join()
     return round((highest - before) / 2**20, 1)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two trainers. is_kit: it reads every prompt once per group."""
+
+    trainer: GRPOTrainer
+    samples: list[Sample]
+    load: Workload
+    is_kit: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the first prompt of the last rollout; of the kit's trainer only."""
+        return len(self.trainer._prompts_of([0])[0].ids)
+
+    def roll_out(self) -> dict:
+        """Replies and rewards of a step, from an empty cache, and advantages that are not all 0."""
+        if self.is_kit:
+            self.trainer.cache.clear()
+        data = self.trainer.train_dataset
+        rows = [data[index] for index in range(self.load.prompts) for _ in range(self.load.group)]
+        batch = self.trainer._generate_and_score_completions(rows)
+        advantages = torch.linspace(-1, 1, self.load.group, device=batch["completion_ids"].device)
+        return {**batch, "advantages": advantages.repeat(self.load.prompts)}
+
+    def learn(self, batch: dict) -> None:
+        """Log-probabilities, loss and gradients of a batch."""
+        trainer = self.trainer
+        trainer.model.zero_grad()
+        with trainer.compute_loss_context_manager():
+            loss = trainer._compute_loss(trainer.model, batch)
+        loss.backward()
+
+    def step(self) -> None:
+        """A whole GRPO step."""
+        self.learn(self.roll_out())
+        self.trainer.optimizer.step()
+
+    def gradients(self) -> torch.Tensor:
+        """Those of all adapters, as one vector."""
+        return torch.cat([parameter.grad.flatten().float()
+                          for parameter in self.trainer.model.parameters()
+                          if parameter.grad is not None])
+
+
+def make_sides(model: str | Path, hardware: Hardware, load: Workload,
+               folder: Path) -> tuple[Side, Side]:
+    """(stock, kit)."""
+    return tuple(make_side(model, hardware, load, folder, is_kit) for is_kit in (False, True))
+
+
+def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
+              is_kit: bool) -> Side:
+    """A trainer for `load` whose adapter is not zero; scratch files go below `folder`."""
+    processor = load_processor(model, BOX_FORMAT)
+    samples = make_questions(load, load.prompts)
+    weights = load_model(model, hardware) if is_kit else load_stock_model(model, hardware)
+    policy = Policy(weights, processor, hardware, BOX_FORMAT)
+    torch.manual_seed(0)
+    params = SimpleNamespace(**profile_params("05_grpo") | {
+        "share_prefix": is_kit, "num_generations": load.group,
+        "per_device_train_batch_size": load.prompts * load.group,
+        "gradient_accumulation_steps": 1, "max_completion_length": load.tokens, "max_steps": 1,
+        "learning_rate": 1e-4, "warmup_steps": 1, "scale_rewards": "group", "save_steps": 100,
+        "seed": 0})
+    trainer = grpo_trainer(policy, samples, folder / str(is_kit), params,
+                           min_new_tokens=load.tokens)
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    trainer.create_optimizer()
+    if hardware.device == "cuda":  # or stock TRL keeps every layer of every reply
+        trainer.model.activation_checkpointing_enable({"use_reentrant": False})
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return Side(trainer, samples, load, is_kit)
+
+
+def same_batches(stock: Side) -> tuple[dict, dict]:
+    """The same replies as stock's batch and the kit's, in which a prompt is its sample's number."""
+    batch = stock.roll_out()
+    ids = batch["completion_ids"]
+    numbers = torch.arange(stock.load.prompts, device=ids.device)
+    prompt_ids = numbers.repeat_interleave(stock.load.group)[:, None]
+    return batch, {**batch, "prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids)}
+
+
+def gradient_error(stock: Side, kit: Side) -> float:
+    """Norm of the difference of both gradients over the norm of stock's, for the same replies."""
+    kit.roll_out()  # reads the prompts
+    for side, batch in zip((stock, kit), same_batches(stock)):
+        side.learn(batch)
+    return float((stock.gradients() - kit.gradients()).norm() / stock.gradients().norm())

@@ -1,7 +1,7 @@
-"""LoRA adapters in folders: the base they were trained on, and a layer merged with its adapter.
+"""LoRA adapters in folders: which base they were trained on, and how one layer is merged.
 
-PEFT merges each layer, as `merge_and_unload` would. An adapter whose initialisation changed the
-base in a way that PEFT cannot compute again is refused.
+PEFT merges each layer, as `merge_and_unload` would. Some initialisations change the base in a way
+that PEFT cannot compute again; such adapters are refused.
 """
 
 import copy
@@ -21,7 +21,7 @@ from mig_kit.models.model_folders import locate_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on which weights
-# initialisations that leave the base as it is, and those whose change of it PEFT computes again
+# initialisations that do not change the base, and those whose change PEFT can compute again
 PLAIN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 REPEATABLE = ("pissa", "olora", "kasa")
 ELSEWHERE = ("merge it where it was trained, with PEFT's merge_and_unload, and give the folder of "
@@ -91,10 +91,11 @@ def check_adapter_fits(adapter: Adapter, model: torch.nn.Module, base: str | Pat
 
 
 def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a layer, by their names in it, after PEFT has merged its adapter.
+    """Merges an adapter into one layer, W + alpha / r * B A for a plain LoRA, B A in float32.
 
-    A plain LoRA gives W + alpha / r * B A, with B A in float32. layer: the module `name` with the
-    base's weights, which may change. ValueError if PEFT cannot merge the adapter.
+    layer: the module `name` with the base's weights, which may change.
+    Returns: the layer's parameters by their names in it.
+    Raises: ValueError if PEFT cannot merge the adapter.
     """
     from peft import inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -124,7 +125,7 @@ def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str
 
 
 def weights_digest(model: str | Path) -> str:
-    """SHA-256 over name and first row of every tensor: tells a model's weights in any layout."""
+    """SHA-256 over name and first row of every tensor, equal for all layouts of a model."""
     rows = []
     for name, path in locate_tensors(model).items():
         with safe_open(path, "pt") as file:
@@ -139,7 +140,7 @@ def weights_digest(model: str | Path) -> str:
 
 
 def record_base(adapter: Path, base: str, four_bit: bool) -> None:
-    """Write beside an adapter on which weights it was trained; base: a folder or hub name."""
+    """Write into an adapter's folder on which weights it was trained; base: folder or hub name."""
     write_json(adapter / RECORD, {"weights": weights_digest(base), "four_bit": four_bit})
 
 
@@ -195,7 +196,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _find_base(name: str) -> Path | None:
-    """The folder of a base that is here, also that of a hub name in the hub's cache."""
+    """The folder of a base on this machine, be it in the hub's cache; None without weights."""
     if name and Path(name).is_dir():
         return Path(name)
     config = _is_hub_name(name) and cached_file(

@@ -1,4 +1,4 @@
-"""Models and processors: loading, checking and saving.
+"""Models and processors: loading and checking.
 
 One place decides device, dtype and attention, and says why. Qwen2.5-VL, Qwen2-VL, Qwen3-VL and
 Qwen3.5 load here. Only safetensors are read, and no code of a model folder is ever run.
@@ -9,25 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import BitsAndBytesConfig, Qwen2_5_VLConfig
+from transformers import BitsAndBytesConfig
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import apply_umask, model_folder, release_memory
+from mig_kit.common import model_folder, release_memory
 from mig_kit.models.adapters import check_adapter_base
 from mig_kit.models.model_folders import (
     FAMILIES,
     VisionLanguageModel,
     check_model_folder,
-    copy_unchanged_files,
     load_config,
 )
 from mig_kit.models.processors import StillImageProcessor, load_processor
 from mig_kit.shared_prefix import attention
 from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
-from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 TINY_BASE = model_folder("tiny")
-TINY_HIDDEN, TINY_VISION_HIDDEN = 256, 128
 
 # LoRA goes on projections of the language model and nowhere else. A list of names such as
 # "gate_proj" would also land in the vision tower, whose MLP uses the same names, hence regular
@@ -136,7 +133,7 @@ def pack_windows(tower: torch.nn.Module, hardware: Hardware) -> None:
 
 def run_tower_without_graph(model: VisionLanguageModel) -> None:
     """Let the frozen vision tower run without autograd from here on."""
-    # gradient checkpointing makes patches require a gradient, so backward would go through it
+    # gradient checkpointing makes patches require a gradient, and backward would enter the tower
     tower = model.model.visual
     tower.forward = torch.no_grad()(tower.forward)
 
@@ -209,7 +206,7 @@ class Policy:
 def load_policy(folder: str | Path, hardware: Hardware, box_format: BoxFormat,
                 four_bit: bool = False) -> Policy:
     """Model and processor of a folder or hub name; raises as `load_model` and `load_processor`."""
-    processor = load_processor(folder, box_format)  # first: it takes no minutes to refuse
+    processor = load_processor(folder, box_format)  # first, because it refuses within seconds
     return Policy(load_model(folder, hardware, four_bit), processor, hardware, box_format)
 
 
@@ -258,7 +255,7 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
     outside = [name for name in names if "language_model" not in name]
     targets = model.peft_config["default"].target_modules
     key = next((key for key, pattern in LORA_TARGETS.items() if pattern == targets), "all")
-    # told by the modules' names, not by the pattern that PEFT has applied
+    # counted by the modules' names, which the pattern that PEFT has applied may have missed
     expected = sum("language_model." in name and name.rpartition(".")[2] in ADAPTED_PROJECTIONS[key]
                    for name, _ in model.named_modules())
     if outside:
@@ -268,54 +265,3 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
         raise ValueError(f"LoRA is on {len(names)} projections, expected {expected}; "
                          "use models.LORA_TARGETS")
     return names
-
-
-def save_model(model, processor: StillImageProcessor, folder: Path, base: str | Path) -> None:
-    """Write a model folder that opens like `base`, whose unchanged files it takes over.
-
-    The image settings hold the pixel limits that the model was trained with.
-    """
-    model = unwrap_peft(model)
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(folder, safe_serialization=True)
-    copy_unchanged_files(base, folder)
-    processor.save_image_settings(Path(folder))
-    apply_umask(Path(folder))
-
-
-def tiny_config(vocab_size: int, hidden: int = TINY_HIDDEN, layers: int = 5,
-                vision_hidden: int = TINY_VISION_HIDDEN,
-                vision_layers: int = 4) -> Qwen2_5_VLConfig:
-    """The tiny Qwen2.5-VL. Widths are multiples of 64, the block size of NF4; heads are 32 wide."""
-    heads = hidden // 32
-    text_config = dict(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=-(-hidden * 11 // 256) * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0,
-                         "mrope_section": [4, 6, 6]},
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=0)
-    vision_config = dict(
-        depth=vision_layers,
-        hidden_size=vision_hidden,
-        intermediate_size=vision_hidden * 2,
-        num_heads=vision_hidden // 32,
-        out_hidden_size=hidden,
-        fullatt_block_indexes=list(range(vision_layers)))
-    return Qwen2_5_VLConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=3,
-        vision_end_token_id=4,
-        tie_word_embeddings=True)

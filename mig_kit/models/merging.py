@@ -1,6 +1,6 @@
-"""Merge an adapter into a model's weights file by file: no whole model is ever in memory.
+"""Merges an adapter into a model's weights file by file, so no whole model is ever in memory.
 
-Each tensor is read from the base, rounded to NF4 if training saw it so, merged and written.
+Each tensor is read from the base, rounded to NF4 if training saw it in 4 bits, merged and written.
 """
 
 import copy
@@ -38,11 +38,13 @@ SHARD_BYTES = 2 * 2**30
 
 def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: Hardware,
                        processor: StillImageProcessor, four_bit: bool) -> None:
-    """Write `base` with the LoRA `adapter` merged in as a model folder, as `save_model` writes one.
+    """Write the model folder of `base` with the LoRA `adapter` merged in, complete or not at all.
 
-    Merges as PEFT's merge_and_unload in hardware.dtype; four_bit: into the base after NF4 with
-    double quantisation, as `load_model(..., four_bit=True)` computes. The folder is complete or
-    missing. ValueError for another model's adapter, or one that cannot be merged.
+    Args:
+        hardware: merges happen in its dtype, with the result of PEFT's merge_and_unload.
+        four_bit: merge into weights that are rounded to NF4, as `load_model(..., four_bit=True)`
+            computes with them.
+    Raises: ValueError for another model's adapter, or one that cannot be merged.
     """
     check_model_folder(base)
     config = load_config(base)
@@ -105,10 +107,10 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
 
 def plan_shards(model: torch.nn.Module, dtype: torch.dtype,
                 source: Collection[str] = ()) -> tuple[dict[str, str], StateDictSplit]:
-    """(name in a file -> name in the model, the files of at most SHARD_BYTES).
+    """Plans the files of a model, which may be on the meta device.
 
-    model: may be on the meta device. source: names in the base's files, whose fused experts stay
-    one.
+    source: names in the base's files; experts that are fused there stay fused.
+    Returns: (name in a file -> name in the model, files of at most SHARD_BYTES).
     """
     is_tied = model.config.tie_word_embeddings
     names, tensors = {}, {}

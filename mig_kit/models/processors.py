@@ -20,7 +20,7 @@ from mig_kit.prompts import chat_messages, parse_reply
 from mig_kit.sample import Sample
 
 SETTINGS_FILE = "mig_kit.json"  # of a model folder: what its other files have no place for
-MOST_PROBED = 2**22  # pixels of a probe; larger ones take seconds and a gigabyte
+MOST_PROBED = 2**22  # pixels of a probe image; larger ones take seconds and a gigabyte
 
 
 class StillImageProcessor(Qwen2_5_VLProcessor):
@@ -239,26 +239,39 @@ def _fill_template(processor: StillImageProcessor, messages: list[dict],
 
 
 def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample], str]:
-    """A function that says in a sentence if a prompt is longer than the model reads, else "".
+    """Makes a function of a sample that returns a sentence if its prompt is too long, else "".
 
-    It decodes no image and loads no weights.
+    The function decodes no image and loads no weights.
     """
     processor = load_processor(model, box_format)
     limit = load_config(model).get_text_config().max_position_embeddings
-    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
 
     def measure(sample: Sample) -> str:
+        n_image_tokens = count_image_tokens(processor, sample, box_format)
         text = render_prompt(processor, sample, box_format)
-        seen = [seen_size(size, box_format, factor) for size in sample.sizes]
-        n_image_tokens = sum(width * height for width, height in seen) // factor**2
         if len(text.encode()) + n_image_tokens <= limit:  # a token is a byte or more
             return ""
-        n_tokens = len(processor.tokenizer(text)["input_ids"]) - len(seen) + n_image_tokens
+        n_tokens = count_prompt_tokens(processor, sample, box_format)
         return "" if n_tokens <= limit else (
             f"the prompt takes {n_tokens} tokens, {n_image_tokens} of them for images, and the "
             f"model reads {limit}; shorten the question, take fewer images, or lower max_pixels")
 
     return measure
+
+
+def count_image_tokens(processor: StillImageProcessor, sample: Sample,
+                       box_format: BoxFormat) -> int:
+    """Tokens of the sample's images; decodes none."""
+    factor = processor.image_processor.patch_size * processor.image_processor.merge_size
+    seen = [seen_size(size, box_format, factor) for size in sample.sizes]
+    return sum(width * height for width, height in seen) // factor**2
+
+
+def count_prompt_tokens(processor: StillImageProcessor, sample: Sample,
+                        box_format: BoxFormat) -> int:
+    """Tokens of the sample's prompt; decodes no image."""
+    n_tokens = len(processor.tokenizer(render_prompt(processor, sample, box_format))["input_ids"])
+    return n_tokens - len(sample.images) + count_image_tokens(processor, sample, box_format)
 
 
 def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,

@@ -25,7 +25,7 @@ PROMPTS_AT_ONCE = 4  # prompts that `reply_logps` holds in memory
 
 def prompt_source(processor: StillImageProcessor, box_format: BoxFormat,
                   sample: Sample) -> PromptSource:
-    """The sample's prompt, rendered by a `PromptCache` when needed; its key is the suite and id."""
+    """The sample's prompt, which a `PromptCache` renders when needed; its key is suite and id."""
     return PromptSource((sample.suite, sample.id),
                         partial(render_prompt, processor, sample, box_format), sample.images,
                         sample.sizes, partial(image_digests, sample.images))

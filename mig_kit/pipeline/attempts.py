@@ -1,13 +1,14 @@
-"""Attempts at a stage: each is made beside what has finished, and replaces it when it is done.
+"""Attempts at a stage: each is made beside the finished stage, and replaces it at its end.
 
-An attempt is the folder runs/<run id>/NN_stage.new-KEY; KEY begins the hash of all that its results
-follow from. A stopped attempt goes on when the stage starts with the same key. What a finished
-attempt replaces is kept in NN_stage.before.
+An attempt is the folder runs/<run id>/NN_stage.new-KEY; KEY is the start of the hash of all that
+its results follow from. A stopped attempt goes on when the stage starts with the same key. The
+stage that a finished attempt replaces is kept in NN_stage.before.
 """
 
 import json
 import os
 import shutil
+from operator import itemgetter
 from pathlib import Path
 
 from mig_kit.common import file_sha256, write_json
@@ -43,52 +44,49 @@ def list_attempts(stage: str, run_id: str) -> list[Path]:
 def open_attempt(stage: str, run_id: str, facts: dict) -> tuple[Path, dict]:
     """The folder in which an attempt goes on or begins, and its marker.
 
-    The marker is {"facts" of `store.stage_facts`, "spent": seconds of the same attempt before,
-    "repeats": whether all was finished already; its files are then linked or copied}.
+    The marker is {"facts" of `stage_facts`, "spent": seconds of the same attempt before,
+    "repeats": True if the stage has finished with this key; its files are then linked or copied}.
     """
     key = facts["key"]
     folder = attempt_folder(stage, run_id, key)
-    marker = read_marker(folder)
-    if marker.get("repeats"):  # another kernel's look at what has finished
-        shutil.rmtree(folder)
-        marker = {}
-    if marker:
-        marker |= {"facts": facts, "spent": seconds_spent(folder)}
-    else:
-        shutil.rmtree(folder, ignore_errors=True)  # half of a copy
-        final = runs_root() / run_id / stage
-        repeats = _copy_finished(final, folder, key)
-        replaced = None if repeats else _copy_finished(final.with_name(f"{stage}.before"), folder,
-                                                       key)
-        marker = {"facts": facts, "repeats": bool(repeats),
-                  "spent": replaced["seconds"] if replaced else 0.0}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MARKER, marker)
-    return folder, marker
+    before = read_marker(folder)
+    if before and not before.get("repeats"):
+        return folder, _write_marker(folder, facts, seconds_spent(folder))
+    # another kernel's look at what has finished, or half of a copy
+    shutil.rmtree(folder, ignore_errors=True)
+    final = runs_root() / run_id / stage
+    if _copy_finished(final, folder, key):
+        return folder, _write_marker(folder, facts, repeats=True)
+    replaced = _copy_finished(final.with_name(f"{stage}.before"), folder, key)
+    return folder, _write_marker(folder, facts, replaced["seconds"] if replaced else 0.0)
 
 
-def begin_anew(stage: str, run_id: str, facts: dict) -> None:
-    """An empty attempt with this key, whatever there was of one, or has finished."""
+def begin_again(stage: str, run_id: str, facts: dict) -> None:
+    """An empty attempt with this key, even if one was stopped or has finished."""
     folder = attempt_folder(stage, run_id, facts["key"])
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(folder / MARKER, {"facts": facts, "spent": 0.0, "repeats": False})
+    _write_marker(folder, facts)
+
+
+def _write_marker(folder: Path, facts: dict, spent: float = 0.0, repeats: bool = False) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = {"facts": facts, "spent": spent, "repeats": repeats}
+    write_json(folder / MARKER, marker)
+    return marker
 
 
 def set_others_aside(stage: str, run_id: str, facts: dict) -> list[str]:
     """A sentence on each attempt with another key that cost minutes; cheaper ones are deleted."""
     sentences, new = [], attempt_folder(stage, run_id, facts["key"])
     for folder in list_attempts(stage, run_id):
-        if folder == new:
-            continue
-        if (seconds := seconds_spent(folder)) < WORTH_KEEPING:
+        seconds = seconds_spent(folder)
+        if folder != new and seconds < WORTH_KEEPING:
             shutil.rmtree(folder)
-            continue
-        differences = describe_differences(read_marker(folder).get("facts", {}), facts)
-        sentences.append(
-            f"warning: an attempt that was stopped after {seconds / 60:.0f} min stays in {folder}: "
-            f"what differs is {differences}; to go on with it change that back, or delete it if it "
-            "is of no use")
+        elif folder != new:
+            sentences.append(
+                f"warning: an attempt that was stopped after {seconds / 60:.0f} min stays in "
+                f"{folder}: what differs is {describe_change(folder, facts)}; to go on with it "
+                "change that back, or delete it if it is of no use")
     return sentences
 
 
@@ -98,14 +96,14 @@ def promote(folder: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(before, ignore_errors=True)
         final.rename(before)
-    if folder.exists():  # else whoever looked meanwhile has done it, see `load_record`
+    if folder.exists():  # else another process has renamed it meanwhile, in `load_record`
         folder.rename(final)
 
 
 def restore(run_id: str, stage: str = "") -> list[str]:
     """Swap a stage with what it replaced; a second call undoes that. Returns the stages.
 
-    stage: "" for all that the last command replaced. Raises: FileNotFoundError if nothing is kept,
+    stage: "" for all that the last command replaced. Raises FileNotFoundError if nothing is kept,
     RuntimeError if another process writes the run.
     """
     require_runs(run_id)
@@ -118,12 +116,13 @@ def restore(run_id: str, stage: str = "") -> list[str]:
             if aside.exists() and (run / name).exists() and not before.exists():  # a kill between
                 aside.rename(before)
             if before := read_record(run / f"{name}.before" / "run.json"):
-                last[name] = max(before, read_record(run / name / "run.json") or before, key=_start)
+                last[name] = max(before, read_record(run / name / "run.json") or before,
+                                 key=itemgetter("started"))
         if not last:
             raise FileNotFoundError(
                 f"run '{run_id}' keeps nothing that {stage or 'a stage'} replaced; mig-kit status "
                 f"{run_id} shows what it has")
-        command = _command(max(last.values(), key=_start))
+        command = _command(max(last.values(), key=itemgetter("started")))
         chosen = [name for name, record in last.items() if _command(record) == command]
         for name in chosen:
             before, final, aside = (run / f"{name}{suffix}" for suffix in (".before", "", SWAP))
@@ -137,16 +136,12 @@ def restore(run_id: str, stage: str = "") -> list[str]:
     return chosen
 
 
-def _start(record: dict) -> str:
-    return record["started"]
-
-
 def _command(record: dict) -> str:
     return record.get("command", record["started"])
 
 
 def read_marker(folder: Path) -> dict:
-    """The marker of the attempt that a folder holds; {} where there is none, or a broken one."""
+    """The marker of the attempt that a folder holds; {} if there is none, or a broken one."""
     try:
         return json.loads((folder / MARKER).read_text())
     except (OSError, ValueError):
@@ -208,6 +203,11 @@ def find_damaged(folder: Path, record: dict, is_thorough: bool = False,
 def file_facts(path: Path) -> list[int]:
     """[bytes, time of the last change in ns], by which a file is taken to be the same."""
     return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def describe_change(folder: Path, facts: dict) -> str:
+    """What differs between the attempt that a folder holds and `facts`."""
+    return describe_differences(read_marker(folder).get("facts", {}), facts) or "its key"
 
 
 def describe_differences(before: dict, now: dict) -> str:

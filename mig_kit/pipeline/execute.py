@@ -2,16 +2,17 @@
 
 import logging
 import os
+import re
 import shlex
 import sys
 import time
+from pathlib import Path
 
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
 from mig_kit.common import NOTEBOOKS
 from mig_kit.pipeline import attempts, store
-from mig_kit.pipeline.failures import describe_exit, failure_sentence
 from mig_kit.pipeline.joint_rules import check_run
 from mig_kit.pipeline.params import (
     CONFIGS,
@@ -23,8 +24,13 @@ from mig_kit.pipeline.params import (
     profile_params,
 )
 from mig_kit.pipeline.plan import PlannedRun
+from mig_kit.pipeline.processes import describe_disk, describe_exit
 from mig_kit.pipeline.run_folders import load_branch, start_branch
-from mig_kit.pipeline.stage_lines import StageLines
+
+STEP = re.compile(r"^step (\d+)/(\d+): ")
+BAR = re.compile(r"^(?!Loading weights: )(.+?): +100%\|")
+# lines that are always printed; a progress bar may stand before them
+NEWS = re.compile(r"(?:the server https?://\S+ .*is left out|warning: ).*")
 
 
 class ThisPython(AsyncKernelManager):
@@ -48,6 +54,47 @@ class ThisPython(AsyncKernelManager):
         return await super()._async_is_alive()
 
     is_alive = _async_is_alive
+
+
+class StageLines(logging.Handler):
+    """A log handler that prints a stage's start, some progress of its notebook, and its result."""
+
+    def __init__(self):
+        super().__init__()
+        self.started = 0.0
+        self.shown: set[tuple[str, int]] = set()  # fifths of the work that a line has told of
+
+    def set(self, name: str, state: str, summary: str = "") -> None:
+        """A stage is now "running", "up to date", "done" or "failed"; summary: its result."""
+        if state == "running":
+            self.started = time.monotonic()
+            self.shown.clear()
+        minutes = (time.monotonic() - self.started) / 60
+        took = f" in {minutes:.1f} min" if state == "done" else ""
+        result = f"; {summary}" if summary else ""
+        print(f"{name}: {state}{took}{result}", flush=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the lines of a notebook's output that tell of progress or match NEWS."""
+        for line in record.getMessage().split("\n"):
+            line = line.rsplit("\r", 1)[-1].strip()  # a bar is printed over itself
+            if news := NEWS.search(line):
+                print(f"  {news.group()}", flush=True)
+            elif self._is_due(line):
+                print(f"  {line}", flush=True)
+
+    def _is_due(self, line: str) -> bool:
+        """Whether a line of progress is the first in its fifth of the work."""
+        if match := STEP.match(line):
+            label, share = "step", int(match[1]) / int(match[2])
+        elif match := BAR.match(line):  # a bar per batch of replies is many bars: their ends do
+            label, share = match[1], 1.0
+        else:
+            return False
+        fifth = (label, int(5 * share))
+        is_new = fifth not in self.shown
+        self.shown.add(fifth)
+        return is_new and share > 0
 
 
 def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
@@ -78,57 +125,58 @@ def describe_replaced(plan: PlannedRun, force: bool) -> list[str]:
     run_id, params = plan.run_id, plan.params
     stale = store.find_stale(run_id, params)
     finished = {stage for stage in params if store.load_record(stage, run_id)}
-    due = {stage for stage in params if force or stage in stale or stage not in finished}
-    origin = run_id if load_branch(run_id) or not plan.source else plan.source
+    due = [stage for stage in params if force or stage in stale or stage not in finished]
     if not force:
-        _refuse_stale_inputs({stage: params[stage] for stage in params if stage in due}, params,
-                             origin)
-    lines = [f"{stage}: edited in notebooks/{stage}.ipynb: {edits}" for stage in params
-             if stage in due and (edits := describe_edits(stage, params[stage]))]
-    replaced = [stage for stage in params if stage in finished & due]
+        _refuse_stale_inputs(plan, due)
+    lines = [f"{stage}: edited in notebooks/{stage}.ipynb: {edits}" for stage in due
+             if (edits := describe_edits(stage, params[stage]))]
+    replaced = [stage for stage in due if stage in finished]
     if not replaced:
         return lines
-    causes = {stage: stale.get(stage, (stage, "--force")) for stage in replaced}
-    names = [f"{stage} ({why})" for stage, (cause, why) in causes.items() if cause == stage]
-    named = [stage for stage in replaced if not names or causes[stage][0] == stage]
-    others = [stage for stage in replaced if stage not in named]
-    left = [stage[:2] for stage, (cause, _) in stale.items()
-            if cause in replaced and stage not in params]
     if not force and (other := _find_other_profile(plan, replaced)):
         raise ValueError(f"--profile {plan.profile} would replace {', '.join(replaced)} of run "
                          f"'{run_id}', which are of profile {other}; leave --run-id out or name "
                          "another for a run beside it, or add --force to replace them")
-    also = f", and {', '.join(stage[:2] for stage in others)}, which build on it" if others else ""
+    causes = {stage: stale.get(stage, (stage, "--force")) for stage in replaced}
+    names = [f"{stage} ({why})" for stage, (cause, why) in causes.items() if cause == stage]
+    others = [stage[:2] for stage in replaced if names and causes[stage][0] != stage]
+    left = [stage[:2] for stage, (cause, _) in stale.items()
+            if cause in replaced and stage not in params]
+    also = f", and {', '.join(others)}, which build on it" if others else ""
     also += f"; {', '.join(left)} become stale" if left else ""
     return [*lines, f"this replaces finished stages of run '{run_id}': "
             f"{', '.join(names or replaced)}{also}. What is there is kept, and mig-kit restore "
             f"{run_id} puts it back; for a run beside it: {_branch_command(plan, replaced[0])}"]
 
 
-def _refuse_stale_inputs(due: dict[str, dict], planned: dict[str, dict], origin: str) -> None:
-    """ValueError where a stage would read a stale one that does not run before it."""
-    known_stale = store.find_stale(origin, planned)
-    for stage, values in due.items():
-        inputs = [name for name in store.input_stages(stage, origin, values) if name not in planned]
+def _refuse_stale_inputs(plan: PlannedRun, due: list[str]) -> None:
+    """ValueError if a stage would read a stale one that does not run before it."""
+    planned = plan.params
+    origin = plan.run_id if load_branch(plan.run_id) or not plan.source else plan.source
+    stale = {name: cause for name, cause in store.find_stale(origin, planned).items()
+             if name not in planned}
+    for stage in due:
+        inputs = [name for name in store.input_stages(stage, origin, planned[stage])
+                  if name not in planned]
         if store.STAGES[stage] and "01_synthesize" not in planned:
             for name in ("01_synthesize", *inputs):
                 store.require_record(name, origin, stage)
         for name in inputs:
-            if name in known_stale:
-                _refuse(stage, name, origin, known_stale, planned)
-        if control := values.get("control_run"):
-            stale = {name: cause for name, cause in store.find_stale(control).items()
-                     if name <= "03_merge"}
-            if "03_merge" in stale:
-                _refuse(stage, "03_merge", control, stale, {})
+            _refuse_stale(stage, name, origin, stale)
+        if control := planned[stage].get("control_run"):
+            causes = store.find_stale(control).items()
+            _refuse_stale(stage, "03_merge", control,
+                          {name: cause for name, cause in causes if name <= "03_merge"})
 
 
-def _refuse(stage: str, name: str, run_id: str, stale: dict[str, tuple[str, str]],
-            planned: dict[str, dict]) -> None:
+def _refuse_stale(stage: str, name: str, run_id: str, stale: dict[str, tuple[str, str]]) -> None:
+    """ValueError if `name`, which `stage` would read, is among the stale stages of a run."""
+    if name not in stale:
+        return
     owner, (cause, why) = store.find_owner(name, run_id), stale[name]
     through = f"through {cause}: " if cause != name else ""
     numbers = " ".join(other[:2] for other in stale if "00_preflight" < other < stage
-                       and other not in planned and store.find_owner(other, run_id) == owner)
+                       and store.find_owner(other, run_id) == owner)
     raise ValueError(f"{stage} would build on a stale {name} of run '{owner}': {through}{why}; run "
                      f"again what is stale (mig-kit run {numbers} --run-id {owner}, with the "
                      "--profile and every -p of that run), or add --force: what comes of it is "
@@ -164,7 +212,7 @@ def _branch_command(plan: PlannedRun, first: str) -> str:
 
 
 def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> None:
-    """Run the stages of `params` in order; force: also those that are up to date, from nothing.
+    """Run the stages of `params` in order; force: run all of them from the start.
 
     Raises RuntimeError if a stage fails; its attempt is kept for resuming.
     """
@@ -188,7 +236,7 @@ def _prepare(stage: str, run_id: str, params: dict, force: bool) -> None:
     run = store.runs_root() / run_id
     store.lock_run(run)
     if force:
-        attempts.begin_anew(stage, run_id, facts)
+        attempts.begin_again(stage, run_id, facts)
     store.unlock_run(run)
 
 
@@ -214,3 +262,14 @@ def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) 
                   if isinstance(error, DeadKernelError) else failure_sentence(error, kept))
         raise RuntimeError(f"{stage} failed: {reason} (the notebook is {kept})") from None
     output.replace(folder / f"{stage}.ipynb")
+
+
+def failure_sentence(error: Exception, notebook: Path) -> str:
+    """What went wrong in a cell, as "ValueError: message"; error: PapermillExecutionError."""
+    sentence = f"{error.ename}: {error.evalue}"
+    if not error.evalue.strip():
+        plain = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
+        lines = re.findall(r"^-+> *\d+ +(.+)$", plain, re.M)  # the line that failed, of each frame
+        sentence = (f"{error.ename} at: {lines[-1]}" if lines else
+                    f"cell {error.exec_count} ended without a word; look at it")
+    return describe_disk(sentence, notebook.parent) or sentence

@@ -1,5 +1,4 @@
-"""Rules between parameters and for rewards: what cannot act together, or not with what the run's
-other stages have made, is refused before any kernel starts.
+"""Rules between parameters and for rewards, checked before any kernel starts.
 
 With `num_iterations` 1 an update learns once from its replies, so the ratio of new to old
 probabilities is exactly 1: no clip acts, and losses that differ in the ratio alone are the same.
@@ -11,14 +10,13 @@ import json
 import re
 import symtable
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import yaml
 
 from mig_kit.common import PROFILES, PROJECT_ROOT, model_folder, split_function_name, suggest_word
 from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
-from mig_kit.pipeline.launchers import parse_launcher
 from mig_kit.pipeline.params import (
     RULES,
     RUN_PARAMS_STAGE,
@@ -28,6 +26,7 @@ from mig_kit.pipeline.params import (
     shipped_params,
     stage_parameters,
 )
+from mig_kit.pipeline.processes import parse_launcher
 from mig_kit.pipeline.run_folders import (
     COLD_START,
     has_cold_start,
@@ -39,14 +38,15 @@ from mig_kit.pipeline.run_folders import (
 SINGLE = "with num_iterations 1 the ratio of new to old probabilities is exactly 1"
 TWICE = "set num_iterations to 2 or more"
 START_WORDS, NEEDS_SFT = ("merged", "base", "adapter"), ("merged", "adapter")
-TABLE_COLUMNS = ("suite", "compared")  # of the paper's claims, where the groups are columns, too
+TABLE_COLUMNS = ("suite", "compared")  # of the table of claims, beside a column per group
 HIDDEN = ("endpoint_url", "server")  # may hold a key, which no message repeats
 # the names of `mig_kit.rewards.REWARDS`, which is slow to import
 KIT_REWARDS = ("format", "image", "box", "choice")
 # what the curves of stage 05 hold besides the rewards
 NAMES_OF_CURVES = ("step", "reward", "length", "entropy", "kl", "zero_std", "clipped_ratio",
-                   "clip_ratio", "ratio", "staleness", "adapter", "method", "finding", "evidence")
-SFT, CURATION = "02_sft", "04_rejection_sampling"
+                   "clip_ratio", "ratio", "staleness", "adapter", "method", "finding", "evidence",
+                   "truth", "coverage")
+CURATION = "04_rejection_sampling"
 
 
 def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
@@ -84,9 +84,9 @@ def _leaves_steps_over(launcher: str, steps: int) -> bool:
     return steps % (launch.local * launch.nodes or 1) > 0
 
 
-# (whether parameters of these names break the rule, what holds; the remedy). A rule is of the
-# stages that have all of them. `changed` names those that are not at their defaults. The rest are
-# facts of the run, of `list_facts`, and such a rule waits until they are known.
+# (whether parameters of these names break the rule, what holds; the remedy). A rule applies to the
+# stages that have all its parameters. `changed` names those that are not at their defaults. Other
+# names are facts of the run (`_list_facts`); a rule with one waits until it is known.
 JOINT_RULES = (
     (lambda profile: profile != "tiny" and (not profile or not (PROFILES / profile).is_dir()),
      "it must be tiny or a folder of params/; name one of them"),
@@ -104,10 +104,11 @@ JOINT_RULES = (
     (lambda data, teacher: teacher == "own" and data == "scenes",
      "teacher own is the key 'reply' of your own data; name its file in data"),
     (lambda data, teacher: teacher == "rules" and data != "scenes",
-     "the rules teacher reads drawn scenes only; set teacher to none and start_from to base (RL "
-     "alone: images, question and target are enough), to own (your key 'reply') or to endpoint"),
+     "the rules teacher reads synthetic scenes only; set teacher to none and start_from to base "
+     "(RL alone: images, question and target are enough), to own (your key 'reply') or to "
+     "endpoint"),
     (lambda data, train_find_all_per_task: data != "scenes" and train_find_all_per_task,
-     "questions for all boxes are drawn, as scenes are; set train_find_all_per_task to 0"),
+     "questions for all boxes are made of synthetic scenes only; set train_find_all_per_task to 0"),
     (lambda data, rl_per_task, rl_free_form_per_task, rl_boxes_per_task, train_find_all_per_task:
      data == "scenes" and not (rl_per_task or rl_free_form_per_task or rl_boxes_per_task
                                or train_find_all_per_task),
@@ -157,7 +158,8 @@ JOINT_RULES = (
     (lambda server, vllm_importance_sampling_correction, vllm_importance_sampling_mode,
      vllm_importance_sampling_clip_max, changed: not server and any(
          name.startswith("vllm") for name in changed),
-     "the latter correct what a server drew; name a server, or take them out"),
+     "the vllm_importance_sampling settings correct what a server sampled; name a server, or take "
+     "them out"),
     (lambda loss_type, num_iterations: num_iterations == 1 and (
         loss_type in ("cispo", "vespo", "sapo", "luspo")),
      f"{SINGLE}, so that cispo and vespo are dapo, sapo is grpo, and luspo is dr_grpo times "
@@ -211,14 +213,6 @@ JOINT_RULES = (
 NAMES = {is_broken: tuple(inspect.signature(is_broken).parameters) for is_broken, _ in JOINT_RULES}
 
 
-def describe_joint_rules(names) -> Iterator[str]:
-    """A line per rule of a stage that has the parameters `names`."""
-    for is_broken, text in JOINT_RULES:
-        shown = [name for name in NAMES[is_broken] if name != "changed"]
-        if all(name in names or name not in RULES for name in shown):
-            yield f"# {', '.join(shown)}: {text.partition(';')[0]}"
-
-
 def params_text(stage: str, profile: str = "tiny") -> str:
     """A stage's parameters in a profile as lines: value, help, range; then the joint rules."""
     values, parameters = profile_params(stage, profile), stage_parameters(stage)
@@ -231,11 +225,15 @@ def params_text(stage: str, profile: str = "tiny") -> str:
         difference = "" if values[name] == parameter.default else f" ({word}: {parameter.default})"
         lines += [f"{name}: {value}  # {parameter.help}{difference}",
                   f"    # {describe_values(name, type(parameter.default))}"]
-    return "\n".join([*lines, *describe_joint_rules(parameters)])
+    for is_broken, text in JOINT_RULES:
+        names = [name for name in NAMES[is_broken] if name != "changed"]
+        if all(name in parameters or name not in RULES for name in names):
+            lines.append(f"# {', '.join(names)}: {text.partition(';')[0]}")
+    return "\n".join(lines)
 
 
 def check_joint_rules(params: dict, defaults: dict, stage: str, **facts) -> None:
-    """ValueError if parameters cannot act together, or not with the facts of `list_facts`."""
+    """ValueError if parameters cannot act together, or not with the facts of `_list_facts`."""
     changed = {name for name in params if params[name] != defaults.get(name)}
     known = {**params, **facts, "changed": changed}
     for is_broken, text in JOINT_RULES:
@@ -262,8 +260,9 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
 
     planned: parameters by stage. run_id: the run, or the one that it starts from.
     """
-    builds_on_run = any("02" <= stage < "08" for stage in planned)
-    facts = list_facts(planned, run_id) if builds_on_run else {}
+    facts = {}
+    if any("02" <= stage < "08" for stage in planned):
+        facts = _list_facts(planned, run_id)
     for stage, params in planned.items():
         check_joint_rules(params, shipped_params(stage), stage, **facts)
         groups = parse_groups(params["groups"]) if "groups" in params else {}
@@ -272,14 +271,14 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
                                  if not name.endswith(".json")))
 
 
-def list_facts(planned: dict[str, dict], run_id: str) -> dict:
+def _list_facts(planned: dict[str, dict], run_id: str) -> dict:
     """What rules need to know of stages other than their own, as far as it is known by now."""
-    synthesize, sft = (_find_params(stage, planned, run_id) for stage in (RUN_PARAMS_STAGE, SFT))
+    synthesize = _find_params(RUN_PARAMS_STAGE, planned, run_id)
     facts = {f"{name}_of_01": synthesize[name] for name in ("data", "teacher")
              if name in synthesize}
     facts["has_sft"] = any(stage in planned for stage in COLD_START) or (
         synthesize["teacher"] != "none" if RUN_PARAMS_STAGE in planned else has_cold_start(run_id))
-    if sft:
+    if sft := _find_params("02_sft", planned, run_id):
         facts["adapter_of_02"] = [sft[name] for name in ("lora_r", "lora_targets")]
     if p := planned.get("05_grpo"):
         replies = p["per_device_train_batch_size"] * p["gradient_accumulation_steps"]
@@ -290,7 +289,7 @@ def list_facts(planned: dict[str, dict], run_id: str) -> dict:
 
 
 def _find_params(stage: str, planned: dict[str, dict], run_id: str) -> dict:
-    """A stage's planned parameters, else those that it finished with; {} without."""
+    """A stage's planned parameters, else the ones that it finished with, else {}."""
     return planned.get(stage) or (load_record(stage, run_id) or {}).get("params", {})
 
 
@@ -309,13 +308,9 @@ def count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
     return None
 
 
-def leave_out(params: dict[str, dict], run_id: str, is_every_stage: bool) -> dict[str, dict]:
-    """`params` by stage, without 02 and 03 if the run has no cold start; named stages stay.
-
-    run_id: the run, or the one that it starts from. is_every_stage: nobody named stages.
-    """
-    teacher = _find_params(RUN_PARAMS_STAGE, params, run_id).get("teacher")
-    if not is_every_stage or teacher != "none":
+def leave_out_cold_start(params: dict[str, dict], run_id: str) -> dict[str, dict]:
+    """`params` by stage, without 02 and 03 if the run (or its source) has no teacher."""
+    if _find_params(RUN_PARAMS_STAGE, params, run_id).get("teacher") != "none":
         return params
     return {stage: values for stage, values in params.items() if stage not in COLD_START}
 
@@ -356,14 +351,13 @@ def _check_reference(text: str) -> str:
         raise ValueError(f"the curves of 05 have a '{function}' of their own; rename the function "
                          f"in {path}")
     try:
-        table = symtable.symtable(path.read_text(), str(path), "exec")
+        symbols = symtable.symtable(path.read_text(), str(path), "exec").get_symbols()
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None) or 1
         raise ValueError(f"{path}, line {line}: {error.args[0]}; correct it") from None
-    defined = [symbol for symbol in table.get_symbols()
-               if symbol.is_assigned() or symbol.is_imported()]
-    if function not in [symbol.get_name() for symbol in defined]:
-        functions = [symbol.get_name() for symbol in defined if symbol.is_namespace()]
+    if not any(symbol.get_name() == function and (symbol.is_assigned() or symbol.is_imported())
+               for symbol in symbols):
+        functions = [symbol.get_name() for symbol in symbols if symbol.is_namespace()]
         raise ValueError(f"{path} has no function '{function}'; it has "
                          f"{', '.join(functions) or 'none'}")
     return function

@@ -1,7 +1,4 @@
-"""Executed notebooks as pages for a repository's web view: `mig-kit lessons`.
-
-nbconvert's exporter writes them from what `_prepare_cells` keeps: text, tables and pictures.
-"""
+"""Executed notebooks as pages for a repository's web view: `mig-kit lessons`."""
 
 import base64
 import hashlib
@@ -14,10 +11,8 @@ from pathlib import Path
 
 import nbformat
 from bs4 import BeautifulSoup
-from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_markdown_cell
 from PIL import Image
 
 from mig_kit.common import NOTEBOOKS
@@ -58,10 +53,8 @@ def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
     """Write a page NN.md per stage with its pictures, and question.png; returns each page's origin.
 
     A notebook comes from the first run that finished it. If none did, its page stays if it is of
-    the present notebook, else it has no outputs.
-
-    Raises: ValueError for a copy of another version of the notebook, FileNotFoundError if no run
-    has a finished stage; the old pages then stay.
+    the present notebook, else it has no outputs. Raises ValueError for a copy of another version of
+    the notebook, FileNotFoundError if no run has a finished stage; the old pages then stay.
     """
     copies = {stage: _find_copy(stage, run_ids) for stage in store.STAGES}
     if not any(copies.values()):
@@ -69,39 +62,33 @@ def write_lessons(run_ids: list[str], folder: Path = LESSONS) -> dict[str, str]:
                                 "`mig-kit status` lists")
     origins, files = {}, {}
     for stage, run_id in copies.items():
-        number, notebook = stage[:2], _read_notebook(stage)
-        page = folder / f"{number}.md"
+        page, notebook = folder / f"{stage[:2]}.md", _read_notebook(stage)
         if not run_id and page.is_file() and page_hash(page) == source_hash(notebook):
             origins[stage] = "its page as it was: no run has it"
-            continue
-        origins[stage] = f"run '{run_id}'" if run_id else "no outputs: no run has it"
-        files[number] = _make_page(stage, run_id, notebook)
+        else:
+            origins[stage] = f"run '{run_id}'" if run_id else "no outputs: no run has it"
+            files[stage[:2]] = _make_page(stage, run_id, notebook)
     folder.mkdir(parents=True, exist_ok=True)
     for number, by_name in files.items():
         for path in folder.glob(f"{number}[._]*"):
             path.unlink()
         for name, content in by_name.items():
             (folder / name).write_bytes(content)
-    for run_id in run_ids:
-        picture = store.stage_folder("07_report", run_id) / "question.png"
-        if picture.is_file():
-            place = folder.parent if folder.resolve() == LESSONS.resolve() else folder
-            (place / picture.name).write_bytes(shrink_picture(picture.read_bytes()))
-            break
+    pictures = (store.stage_folder("07_report", run_id) / "question.png" for run_id in run_ids)
+    if picture := next(filter(Path.is_file, pictures), None):
+        place = folder.parent if folder.resolve() == LESSONS.resolve() else folder
+        (place / picture.name).write_bytes(shrink_picture(picture.read_bytes()))
     return origins
 
 
-def _read_notebook(stage: str) -> NotebookNode:
-    return nbformat.read(NOTEBOOKS / f"{stage}.ipynb", as_version=4)
+def _read_notebook(stage: str, folder: Path | None = None) -> NotebookNode:
+    return nbformat.read((folder or NOTEBOOKS) / f"{stage}.ipynb", as_version=4)
 
 
 def _find_copy(stage: str, run_ids: list[str]) -> str:
     """The first run that finished the stage as a notebook; "" if none has."""
-    for run_id in run_ids:
-        has_notebook = (store.stage_folder(stage, run_id) / f"{stage}.ipynb").is_file()
-        if has_notebook and store.load_record(stage, run_id):
-            return run_id
-    return ""
+    return next((run_id for run_id in run_ids if store.load_record(stage, run_id)
+                 and (store.stage_folder(stage, run_id) / f"{stage}.ipynb").is_file()), "")
 
 
 def _make_page(stage: str, run_id: str, notebook: NotebookNode) -> dict[str, bytes]:
@@ -110,12 +97,11 @@ def _make_page(stage: str, run_id: str, notebook: NotebookNode) -> dict[str, byt
               f"`mig-kit run {stage[:2]}`.")
     expected = source_hash(notebook)
     if run_id:
-        notebook = nbformat.read(store.stage_folder(stage, run_id) / f"{stage}.ipynb", as_version=4)
+        notebook = _read_notebook(stage, store.stage_folder(stage, run_id))
         if source_hash(notebook) != expected:
             raise ValueError(f"{stage} of run '{run_id}' is of another version of the notebook; "
                              f"run: {format_run_command(stage, run_id)}")
         header = _describe_run(stage, run_id)
-    nbformat.validator.normalize(notebook)
     page, pictures = render_page(notebook, stage[:2])
     title, rest = page.split("\n", 1)
     link = f"[notebooks/{stage}.ipynb](../../{stage}.ipynb)"
@@ -139,26 +125,21 @@ def render_page(notebook: NotebookNode, number: str) -> tuple[str, dict[str, byt
 
     NN_cover.png is a smaller copy: of the cell tagged "cover", else of the first picture.
     """
+    heading, covers, parts = "", {}, []
     pictures: dict[str, bytes] = {}
-    exporter = MarkdownExporter(preprocessors=[CoalesceStreamsPreprocessor(enabled=True)])
-    exporter.register_preprocessor(
-        lambda source, resources: (_prepare_cells(source, number, pictures), resources),
-        enabled=True)
-    page, _ = exporter.from_notebook_node(notebook)
-    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n", pictures
-
-
-def _prepare_cells(notebook: NotebookNode, number: str,
-                   pictures: dict[str, bytes]) -> NotebookNode:
-    """Cells as the page shows them: outputs as markdown, links set; adds to `pictures`."""
-    heading, covers, cells = "", {}, []
+    CoalesceStreamsPreprocessor().preprocess(notebook, {})
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             heading = ["", heading, *re.findall(r"^#+ +(.+)$", cell.source, re.MULTILINE)][-1]
-            cells.append(new_markdown_cell(page_links(web_formulas(cell.source))))
+            parts.append(page_links(web_formulas(cell.source)))
         if cell.cell_type != "code" or _has_tag(cell, "injected-parameters"):
             continue
-        parts, last = [], None
+        code = fence(cell.source, "python")
+        if _has_tag(cell, "parameters"):
+            parts.append(f"<details><summary>Parameters</summary>\n\n{code}\n\n</details>")
+        elif cell.source.strip() and not _has_tag(cell, "hide-input"):
+            parts.append(code)
+        last = None
         for output in cell.outputs:
             picture = base64.b64decode(output.get("data", {}).get("image/png", ""))
             if not picture:
@@ -169,18 +150,10 @@ def _prepare_cells(notebook: NotebookNode, number: str,
                 pictures[name] = shrink_picture(picture)
                 parts.append(f"![{alternative_text(output, heading)}]({name})")
             last = picture
-        if _has_tag(cell, "parameters"):
-            parts = ["<details><summary>Parameters</summary>\n\n"
-                     f"{fence(cell.source, 'python')}\n\n</details>"]
-        elif not _has_tag(cell, "hide-input") and cell.source.strip():
-            cells.append(new_code_cell(cell.source))
-        cells.append(new_markdown_cell("\n\n".join(filter(None, parts))))
     if covers:
         picture = covers.get(True) or covers[False]
         pictures[f"{number}_cover.png"] = shrink_picture(picture, COVER_WIDTH)
-    notebook.cells = cells
-    notebook.metadata.setdefault("language_info", {"name": "python"})  # of the code blocks
-    return notebook
+    return re.sub(r"\n{3,}", "\n\n", "\n\n".join(parts)).strip() + "\n", pictures
 
 
 def _has_tag(cell: NotebookNode, tag: str) -> bool:
@@ -207,7 +180,7 @@ def clean_text(text: str) -> str:
 
 
 def fence(text: str, language: str = "text") -> str:
-    """A code block that ends where it should, whatever the text holds."""
+    """A code block whose fence is longer than any run of backticks in the text."""
     longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
     return f"{ticks}{language}\n{text}\n{ticks}"

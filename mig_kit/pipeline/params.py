@@ -6,6 +6,7 @@ and in shipped.yaml, its row in RULES, a joint rule if it can be idle, and new l
 """
 
 import ast
+import json
 import math
 import re
 from dataclasses import MISSING, dataclass, fields
@@ -15,8 +16,7 @@ from pathlib import Path
 import yaml
 
 from mig_kit.boxes import MODEL_COORDINATES
-from mig_kit.common import PROFILES, suggest_word
-from mig_kit.pipeline.dependencies import notebook_cells
+from mig_kit.common import NOTEBOOKS, PROFILES, suggest_word
 
 # set once, in stage 01; every later stage of the run takes them from there
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
@@ -44,7 +44,7 @@ HELP = {
     "vllm_importance_sampling_correction": "weigh served replies by learner / server",
     "vllm_importance_sampling_mode": "token_ or sequence_, mask or truncate",
     "vllm_importance_sampling_clip_max": "larger ratios are masked or truncated"}
-# those with rules of the kit, and TRL's defaults; 0 stands for TRL's None
+# settings that the kit has rules for, with TRL's defaults; 0 stands for TRL's None
 SETTINGS = {"02_sft": {"report_to": "none"}, "05_grpo": {
     "report_to": "none", "importance_sampling_level": "token", "num_iterations": 1,
     "epsilon": 0.2, "epsilon_high": 0.0, "mask_truncated_completions": False,
@@ -59,8 +59,8 @@ def _each(rule: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), rule)
 
 
-# every parameter of the notebooks -> its range (of each number of a list), its words or, where
-# anything may stand, what that is
+# every parameter of the notebooks -> its range (of each number of a list), its words or, if any
+# value may stand, a description of it
 RULES: dict[str, str | tuple[str, ...]] = {
     **_each("0 or more", "beta blink_per_task cot_per_task "
             "disk_gib epsilon epsilon_high find_all_per_task free_form_per_task max_samples "
@@ -121,6 +121,13 @@ class Parameter:
     value: str | int | float | bool | list | dict = ""
 
 
+def notebook_cells(stage: str) -> list[dict]:
+    """The code cells of a stage's notebook; [] if there is none."""
+    path = NOTEBOOKS / f"{stage}.ipynb"
+    cells = json.loads(path.read_text())["cells"] if path.is_file() else []
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
 def stage_parameters(stage: str) -> dict[str, Parameter]:
     """A stage's parameters by name, from its notebook; SETTINGS' entries in place of `trl`."""
     cell = next(cell for cell in notebook_cells(stage)
@@ -134,17 +141,16 @@ def stage_parameters(stage: str) -> dict[str, Parameter]:
         raise ValueError(f"the parameters cell of notebooks/{stage}.ipynb cannot be read ({error})"
                          "; write a line NAME: TYPE = VALUE each, without calculating") from None
     for node, value in zip(nodes, values):
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        if target.id == GROUP:
-            known = SETTINGS[stage] | shipped
-            known = (trl_defaults(stage) if value.keys() - known.keys() else {}) | known
-            settings = {**value, **SETTINGS[stage], **value}  # the cell's first
-            parameters |= {name: Parameter(known.get(name, setting),
-                                           HELP.get(name, f"of {CONFIGS[stage]}"), setting)
-                           for name, setting in settings.items()}
-        else:
+        name = (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
+        if name != GROUP:
             text = source.splitlines()[node.lineno - 1].partition("  # ")[2]
-            parameters[target.id] = Parameter(shipped.get(target.id, value), text, value)
+            parameters[name] = Parameter(shipped.get(name, value), text, value)
+            continue
+        known = SETTINGS[stage] | shipped
+        known = (trl_defaults(stage) if value.keys() - known.keys() else {}) | known
+        for name, setting in {**value, **SETTINGS[stage], **value}.items():  # the cell's first
+            text = HELP.get(name, f"of {CONFIGS[stage]}")
+            parameters[name] = Parameter(known.get(name, setting), text, setting)
     return parameters
 
 
@@ -155,7 +161,7 @@ def _shipped_values(folder: Path) -> dict[str, dict]:
 
 
 def shipped_params(stage: str) -> dict:
-    """The parameters of a stage as they are shipped, whatever its notebook has now."""
+    """The parameters of a stage as they are shipped, even if its notebook is edited."""
     return {name: parameter.default for name, parameter in stage_parameters(stage).items()}
 
 
@@ -215,18 +221,22 @@ def _is_flat(value) -> bool:
 def complete_params(values: dict, stage: str) -> dict:
     """`values` completed by the stage's defaults, converted to their types, checked by RULES.
 
-    Raises: KeyError for an unknown name, TypeError for a wrong type, ValueError for a number out of
+    Raises KeyError for an unknown name, TypeError for a wrong type, ValueError for a number out of
     its range or an unknown word; each names the fix.
     """
     parameters = stage_parameters(stage)
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     params = {name: parameter.value for name, parameter in parameters.items()}
+    edited = {name: value for name, value in params.items() if value != defaults[name]}
     settings = values.get(GROUP, {}) if stage in CONFIGS else {}
-    values = settings | {name: value for name, value in values.items() if name != GROUP}
-    values = {name: value for name, value in params.items() if value != defaults[name]} | values
-    for name, value in values.items():
+    for name, value in {**edited, **settings, **values}.items():
+        if name == GROUP:
+            continue
         if name not in defaults and name not in trl_defaults(stage):
             raise KeyError(unknown_parameter_message(name, stage, defaults))
+        if name.endswith("_token"):
+            raise ValueError(f"{name} would be kept in the notebook and in run.json; set HF_TOKEN "
+                             "in the environment instead")
         default = defaults[name] if name in defaults else trl_defaults(stage)[name]
         params[name] = merge_mappings(params.get(name), _typed(name, value, stage, default))
         check_value(name, params[name], stage)
@@ -234,7 +244,7 @@ def complete_params(values: dict, stage: str) -> dict:
 
 
 def merge_mappings(value, change):
-    """`change`; where both are mappings, `value` with the entries of `change`."""
+    """`change`; if both are mappings, `value` with the entries of `change`."""
     return {**value, **change} if isinstance(value, dict) and isinstance(change, dict) else change
 
 
@@ -247,27 +257,23 @@ def unknown_parameter_message(name: str, where: str, names) -> str:
 
 
 def _typed(name: str, value, stage: str, default):
+    """`value` as the type of `default`; TypeError if it cannot be that."""
+    kind = type(default)
     if default is None:  # of TRL: a number, a word or a list
         return _to_number(value)
-    kind = type(default)
     if kind is dict:
         return _typed_mapping(name, value, stage, default)
+    items, item_kind = [value], kind
     if kind is list and type(value) is list:
-        of_items = type(default[0])
-        numbers = [_to_number(item) for item in value] if of_items is float else value
-        is_fitting = all(_is_of(item, of_items) for item in numbers)
-        value = [of_items(item) for item in numbers] if is_fitting else value
-    else:
-        value = _to_number(value) if kind is float else value
-        is_fitting = _is_of(value, kind)
-    if not is_fitting:
+        items, item_kind = value, type(default[0])
+    if item_kind is float:
+        items = [_to_number(item) for item in items]
+    if not all(type(item) is item_kind or (item_kind is float and type(item) is int)
+               for item in items):
         raise TypeError(f"{stage}: parameter '{name}' is {value!r}, {name_type(type(value))}; "
                         f"it must be {describe_values(name, kind)}")
-    return kind(value)
-
-
-def _is_of(value, kind: type) -> bool:
-    return type(value) is kind or (kind is float and type(value) is int)
+    items = [item_kind(item) for item in items]
+    return items if kind is list else items[0]
 
 
 def _typed_mapping(name: str, value, stage: str, default: dict) -> dict[str, float]:

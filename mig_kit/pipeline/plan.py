@@ -3,13 +3,15 @@
 import os
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
 
 from mig_kit.common import PROJECT_ROOT, suggest_word
 from mig_kit.pipeline import store
-from mig_kit.pipeline.joint_rules import check_run, leave_out, validate_params
+from mig_kit.pipeline.dependencies import MODEL_PARAMS
+from mig_kit.pipeline.joint_rules import check_run, leave_out_cold_start, validate_params
 from mig_kit.pipeline.params import (
     CONFIGS,
     GROUP,
@@ -23,6 +25,7 @@ from mig_kit.pipeline.params import (
     stage_parameters,
     unknown_parameter_message,
 )
+from mig_kit.pipeline.run_facts import run_params
 from mig_kit.pipeline.run_folders import (
     RECIPE,
     check_branch,
@@ -35,9 +38,7 @@ from mig_kit.pipeline.run_folders import (
 )
 
 SEED = "{seed}"  # what stands for a seed in names and values
-# parameters that name a model: a folder, a name on the hub, or one of these words
-MODEL_PARAMS = ("base_model", "model", "start_from")
-MODEL_WORDS = ("tiny", "merged", "base", "adapter")
+MODEL_WORDS = ("tiny", "merged", "base", "adapter")  # in place of a model's folder or name
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: l
 
     names: stages; [] for all that are the run's own. Raises if one of the runs could not start.
     """
-    require_seed_in_name(run_id, seeds)
+    _require_seed_in_name(run_id, seeds)
     if not seeds:
         return [_plan_run(names, profile, run_id, source, overrides)]
     if any(name == "seed" for name, _ in overrides):
@@ -66,9 +67,9 @@ def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: l
     for seed in seeds:
         words = [text.replace(SEED, str(seed)) for text in (run_id, source)]
         values = [(name, text.replace(SEED, str(seed))) for name, text in overrides]
-        stages = plan_stages(names, words[0])
-        is_named = SEED in run_id  # 03 of run{seed} is the run's own, without a seed
-        if not is_named or any("seed" in stage_parameters(stage) for stage in stages):
+        # 03 of run{seed} is the run's own, without a seed
+        if SEED not in run_id or any("seed" in stage_parameters(stage)
+                                     for stage in plan_stages(names, words[0])):
             values.append(("seed", str(seed)))
         plans.append(_plan_run(names, profile, *words, tuple(values)))
     return plans
@@ -80,28 +81,25 @@ def _plan_run(names: list[str], profile: str, run_id: str, source: str,
     stages = plan_stages(names, run_id)
     values = parse_overrides(overrides, stages)
     params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
-    params = leave_out(params, source or run_id, is_every_stage=not names)
-    check_full_profile(profile, params, "data" in values)
+    if not names:
+        params = leave_out_cold_start(params, source or run_id)
+    _check_full_profile(profile, params, "data" in values)
     if source:
         check_branch(source, run_id, stages)
-    is_branch = bool(load_branch(run_id))
-    check_run(_drop_finished(params, run_id), run_id if is_branch else source or run_id)
-    builds_on_run = any(store.STAGES[stage] for stage in params)
-    if builds_on_run and RUN_PARAMS_STAGE not in params:
-        if suggest_word(source or run_id, list_runs()):
-            require_runs(source or run_id)
-        _check_run_params(source or run_id, profile)
+    origin = source or run_id
+    check_run(_drop_finished(params, run_id), run_id if load_branch(run_id) else origin)
+    if any(store.STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
+        if suggest_word(origin, list_runs()):
+            require_runs(origin)
+        _check_run_params(origin, profile)
     return PlannedRun(run_id, source, params, profile, overrides)
 
 
 def _drop_finished(params: dict[str, dict], run_id: str) -> dict[str, dict]:
-    """`params` of the stages from the first one of the recipe's, after 00, that is to run."""
-    unfinished = dict(params)
-    for stage in RECIPE[1:]:
-        if stage in params and not store.is_up_to_date(stage, run_id, params[stage]):
-            break
-        unfinished.pop(stage, None)
-    return unfinished
+    """`params` without the recipe's stages, after 00, that stand before the first one to run."""
+    finished = set(takewhile(lambda stage: stage not in params or store.is_up_to_date(
+        stage, run_id, params[stage]), RECIPE[1:]))
+    return {stage: values for stage, values in params.items() if stage not in finished}
 
 
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
@@ -167,18 +165,15 @@ def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dic
     return validate_params({**values, **settings, **known}, stage)
 
 
-def check_full_profile(profile: str, params: dict[str, dict], is_data_given: bool) -> None:
-    """Raise if a full profile has no GPU, or synthetic scenes to train on that nobody asked for.
-
-    params: of every stage that will run. is_data_given: `data` was set on the command line.
-    """
+def _check_full_profile(profile: str, params: dict[str, dict], is_data_given: bool) -> None:
+    """Raise if a full profile has no GPU, or trains on synthetic scenes that nobody asked for."""
     if not needs_gpu(profile):
         return
     data = params.get(RUN_PARAMS_STAGE, {}).get("data")
     if data == "scenes" and not is_data_given:
         raise ValueError(
-            f"profile '{profile}' would train a full model on drawn scenes; name the file of your "
-            "data (-p data mine.jsonl), or say -p data scenes to train on them")
+            f"profile '{profile}' would train a full model on synthetic scenes; name the file of "
+            "your data (-p data mine.jsonl), or say -p data scenes to train on them")
     if not any(values.get("device") == "cuda" for values in params.values()):
         return
     import torch  # seconds, which other profiles need not wait for
@@ -191,23 +186,17 @@ def check_full_profile(profile: str, params: dict[str, dict], is_data_given: boo
 
 def _check_run_params(run_id: str, profile: str) -> None:
     """Raise ValueError if the run has the model or box format of another profile."""
-    record = load_record(RUN_PARAMS_STAGE, run_id)
-    if record is None:
+    if load_record(RUN_PARAMS_STAGE, run_id) is None:
         return
-    values = store.run_params(run_id, RUN_PARAMS_STAGE)
-    fitting = [other for other in list_profiles() if _run_params_of(other) == values]
-    if not fitting or profile in fitting:
-        return
-    expected = _run_params_of(profile)
-    name = next(name for name in RUN_PARAMS if values[name] != expected[name])
-    raise ValueError(
-        f"run '{run_id}' has the {name} {values[name]}, and profile '{profile}' {expected[name]}; "
-        f"go on with --profile {fitting[0]}, or use another --run-id")
-
-
-def _run_params_of(profile: str) -> dict:
-    values = profile_params(RUN_PARAMS_STAGE, profile)
-    return {name: values[name] for name in RUN_PARAMS}
+    values = run_params(run_id, RUN_PARAMS_STAGE)
+    by_profile = {name: profile_params(RUN_PARAMS_STAGE, name) for name in list_profiles()}
+    fitting = [name for name, others in by_profile.items() if values.items() <= others.items()]
+    if fitting and profile not in fitting:
+        expected = by_profile[profile]
+        name = next(name for name in RUN_PARAMS if values[name] != expected[name])
+        raise ValueError(f"run '{run_id}' has the {name} {values[name]}, and profile '{profile}' "
+                         f"{expected[name]}; go on with --profile {fitting[0]}, or use another "
+                         "--run-id")
 
 
 def plan_stages(names: list[str], run_id: str) -> list[str]:
@@ -219,7 +208,7 @@ def plan_stages(names: list[str], run_id: str) -> list[str]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds of "0,1,2"; ValueError where they are no whole numbers or one is named twice."""
+    """The seeds of "0,1,2"; ValueError for other texts, and if a seed is named twice."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
         raise ValueError(f"--seeds is '{text}'; write whole numbers with commas, such as 0,1,2")
@@ -229,7 +218,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def require_seed_in_name(run_id: str, seeds: list[int]) -> None:
+def _require_seed_in_name(run_id: str, seeds: list[int]) -> None:
     """ValueError if several seeds would share a run, or if a name has {seed} without seeds."""
     if len(seeds) > 1 and SEED not in run_id:
         raise ValueError(f"{len(seeds)} seeds cannot share the run '{run_id}'; put {SEED} into "

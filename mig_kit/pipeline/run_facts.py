@@ -1,4 +1,4 @@
-"""What a finished run says of itself: data, parameters, models, machine and packages."""
+"""What a finished run records: data, parameters, models, machine and packages."""
 
 import importlib.metadata
 import os
@@ -44,19 +44,20 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
     """Finished stage -> its parameters that differ from the shipped ones and change results."""
     changed = {}
     for stage in stages:
-        params = (load_record(stage, run_id) or {}).get("params", {})
-        defaults = shipped_params(stage)
-        values = {name: value for name, value in params.items()
-                  if name in defaults and value != defaults[name]
-                  and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
-        changed |= {stage: values} if values else {}
-    return changed
+        params, defaults = _finished_params(stage, run_id), shipped_params(stage)
+        changed[stage] = {name: value for name, value in params.items()
+                          if name in defaults and value != defaults[name]
+                          and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
+    return {stage: values for stage, values in changed.items() if values}
+
+
+def _finished_params(stage: str, run_id: str) -> dict:
+    return (load_record(stage, run_id) or {}).get("params", {})
 
 
 def name_data(run_id: str) -> str:
-    """`data` of the run's 01, "scenes" where that has not finished."""
-    record = load_record("01_synthesize", run_id) or {}
-    return record.get("params", {}).get("data", "scenes")
+    """`data` of the run's 01, "scenes" if that has not finished."""
+    return _finished_params("01_synthesize", run_id).get("data", "scenes")
 
 
 def describe_control(run_id: str) -> dict:
@@ -75,11 +76,8 @@ def describe_control(run_id: str) -> dict:
 def model_digest(run_id: str) -> str:
     """SHA-256 over the files of the run's SFT model, "" if its 03 has not finished."""
     record = load_record("03_merge", run_id)
-    if record is None:
-        return ""
-    files = {name: digest for name, digest in record["outputs"].items()
-             if name.startswith("merged/")}
-    return digest_json(files)
+    return digest_json({name: digest for name, digest in record["outputs"].items()
+                        if name.startswith("merged/")}) if record else ""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,6 @@ def find_run_model(text: str) -> RunModel | None:
         return None
     params = run_params(run_id, "a run's model")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    evaluated = load_record("06_evaluate", run_id) or {"params": {}}
     stage, _, name = MODELS[system or "grpo"].partition("/")
     if system == "base":
         folder = model_folder(params["base_model"])
@@ -121,10 +118,20 @@ def find_run_model(text: str) -> RunModel | None:
     else:
         require_record(stage, run_id, f"the model {text}")
         folder = stage_folder(stage, run_id) / name
-    return RunModel(folder, box_format, evaluated["params"], stage, run_id)
+    return RunModel(folder, box_format, _finished_params("06_evaluate", run_id), stage, run_id)
 
 
-def git_revision() -> str:
+def describe_machine() -> dict:
+    """{"versions" of packages, "machine": its CPU, "git": the project's commit} for run.json."""
+    import torch  # not at the top: a command that only looks at runs need not wait for it
+
+    # the CPU and its threads: another number of them rounds sums otherwise, with other digits
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    machine = f"{name}, {platform.system()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return {"versions": package_versions(), "machine": machine, "git": _read_commit()}
+
+
+def _read_commit() -> str:
     """The project's commit, "+" for a changed tree; "" if unknown, and a line says why."""
     if not IS_CLONE:
         return ""
@@ -142,17 +149,9 @@ def git_revision() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, of those that are installed."""
-    versions = {}
+    """Versions of Python and of the installed packages that matter."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):  # of an extra
             versions[name] = importlib.metadata.version(name)
-    return {"python": platform.python_version(), **versions}
-
-
-def describe_cpu() -> str:
-    """The CPU and its number of threads: another one rounds sums otherwise, with other digits."""
-    import torch  # not at the top: a command that only looks at runs need not wait for it
-
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return f"{name}, {platform.system()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return versions

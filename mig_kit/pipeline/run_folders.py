@@ -27,6 +27,7 @@ STAGES = {
 }
 RECIPE = tuple(stage for stage in STAGES if stage < "08")
 COLD_START = ("02_sft", "03_merge")
+RUN_ID = re.compile(r"[\w-]([\w.-]*[\w-])?")
 _LOCKS: dict[Path, FileLock] = {}  # of the runs that this process writes
 WRITER = "writer.txt"  # beside a run's lock: who holds it
 # what a disk without locks answers, such as NFS without its lock daemon
@@ -40,7 +41,7 @@ def runs_root() -> Path:
 
 def validate_run_id(run_id: str) -> str:
     """`run_id`, or ValueError if it is no plain name of a folder."""
-    if not re.fullmatch(r"[\w-]([\w.-]*[\w-])?", run_id):
+    if not RUN_ID.fullmatch(run_id):
         raise ValueError(f"run_id is '{run_id}'; use letters, digits, '-', '_' and, inside, '.'")
     return run_id
 
@@ -61,10 +62,8 @@ def require_runs(*run_ids: str) -> None:
 
 
 def format_run_command(stage: str, run_id: str, options: str = "") -> str:
-    """The command that makes this stage of a run, for error messages.
-
-    It names the stage: without one all stages would be made again with the tiny profile.
-    """
+    """The command that makes this stage of a run, for error messages."""
+    # without a stage all of them would be made again with the tiny profile
     command = " ".join(filter(None, ("mig-kit run", stage[:2], "--run-id", run_id, options)))
     return f"{command}, with the --profile and every -p of that run"
 
@@ -72,19 +71,23 @@ def format_run_command(stage: str, run_id: str, options: str = "") -> str:
 def load_branch(run_id: str) -> dict:
     """The branch.json of a run, {} if it has none; ValueError with a remedy if it is broken."""
     path = runs_root() / run_id / BRANCH_FILE
-    if not path.is_file():
-        return {}
-    try:
-        branch = json.loads(path.read_text())
-        # a mapping: earlier runs have a key beside each stage
-        is_broken = not (isinstance(branch["stages"], dict | list)
-                         and validate_run_id(branch["from"]))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        is_broken = True
-    if is_broken:
+    branch = _read_mapping(path)
+    source = branch.get("from")
+    # in files of earlier versions `stages` is a mapping
+    if path.is_file() and not (isinstance(branch.get("stages"), dict | list)
+                               and isinstance(source, str) and RUN_ID.fullmatch(source)):
         raise ValueError(f"{path} is broken; delete the run '{run_id}' and start it again with "
                          "--from")
     return branch
+
+
+def _read_mapping(path: Path) -> dict:
+    """A JSON file's mapping, {} if there is none."""
+    try:
+        data = json.loads(path.read_text()) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def list_sources(run_id: str) -> list[str]:
@@ -126,7 +129,7 @@ def require_own_stage(stage: str, run_id: str) -> None:
 
 
 def has_cold_start(run_id: str) -> bool:
-    """False where the run's 01 had no teacher."""
+    """False if the run's 01 had no teacher."""
     record = load_record("01_synthesize", run_id)
     return record is None or record["params"].get("teacher") != "none"
 
@@ -141,16 +144,11 @@ def load_record(stage: str, run_id: str) -> dict | None:
 
 
 def read_record(path: Path) -> dict | None:
-    """A run.json, or None where there is none; ValueError with a remedy if it is broken."""
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text())
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or not record:
+    """A run.json, or None if there is none; ValueError with a remedy if it is broken."""
+    record = _read_mapping(path)
+    if not record and path.is_file():
         raise ValueError(f"{path} is broken; delete it, and the stage counts as not finished")
-    return record
+    return record or None
 
 
 def require_record(stage: str, run_id: str, by: str) -> dict:
@@ -167,7 +165,7 @@ def lock_run(run: Path, stage: str = "", patience: float = 5.0) -> None:
     """Keep other processes from writing this run until `unlock_run` or this process ends.
 
     Raises RuntimeError if another process holds it for `patience` seconds; a notebook whose caller
-    was killed ends within one. On a disk without locks a line says so.
+    was killed ends within one second. On a disk without locks a line says so.
     """
     run.mkdir(parents=True, exist_ok=True)
     lock = _LOCKS.get(run) or FileLock(run / "lock", thread_local=False, fallback_to_soft=False)
@@ -193,7 +191,7 @@ def unlock_run(run: Path) -> None:
 
 
 def remove_run(run_id: str) -> None:
-    """Delete a run that nobody writes; ValueError where branches start from it."""
+    """Delete a run that nobody writes; ValueError if branches start from it."""
     require_no_branches(run_id)
     lock_run(runs_root() / run_id)
     shutil.rmtree(runs_root() / run_id)
@@ -201,21 +199,16 @@ def remove_run(run_id: str) -> None:
 
 
 def require_no_branches(run_id: str) -> None:
-    """ValueError, with their names, where runs start from this one."""
+    """ValueError, with their names, if other runs start from this one."""
     require_runs(validate_run_id(run_id))
-    branches = []
-    for name in sorted(list_runs() - {run_id}):
-        try:
-            branches += [name] if load_branch(name).get("from") == run_id else []
-        except ValueError:  # a broken branch.json
-            pass
-    if branches:
+    if branches := [name for name in sorted(list_runs() - {run_id})
+                    if _read_mapping(runs_root() / name / BRANCH_FILE).get("from") == run_id]:
         raise ValueError(f"run '{run_id}' stays: {', '.join(branches)} start from it; remove these "
                          f"first, as mig-kit rm {branches[0]}")
 
 
 def find_writer(run: Path) -> str:
-    """"process N in STAGE" where one writes the run, or ""."""
+    """"process N in STAGE" if one writes the run, else ""."""
     try:
         if (run / "lock").is_file():
             with FileLock(run / "lock", fallback_to_soft=False).acquire(blocking=False):

@@ -3,15 +3,21 @@
 import re
 
 from mig_kit.pipeline import store
-from mig_kit.pipeline.attempts import NOT_PRODUCTS, find_damaged, list_attempts, seconds_spent
+from mig_kit.pipeline.attempts import find_damaged, list_attempts, seconds_spent
+from mig_kit.pipeline.dependencies import select_products
 from mig_kit.pipeline.run_folders import (
     RECIPE,
+    STAGES,
+    find_owner,
     find_writer,
+    format_run_command,
     list_runs,
     list_sources,
     load_branch,
     load_record,
     require_runs,
+    runs_root,
+    stage_folder,
 )
 from mig_kit.world.suites import suite_title
 
@@ -28,20 +34,24 @@ def run_tree() -> list[tuple[str, int]]:
 
 
 def run_lines(run_id: str, with_reasons: bool = False) -> list[str]:
-    """A run's name, own stages and greedy scores; with_reasons: why stages are stale, too."""
+    """A run's name, own stages and greedy scores; with_reasons: also why stages are stale."""
     branch, stale = load_branch(run_id), store.find_stale(run_id)
     lines = [f"  {_inherited_state(run_id, branch, stale)}"] if branch else []
-    for stage in store.STAGES:
-        state = _stage_state(stage, run_id, stale.get(stage, ("", ""))[0])
+    for stage in STAGES:
+        cause, reason = stale.get(stage, ("", ""))
+        state = _stage_state(stage, run_id, cause)
         is_unused = state == "-" and stage not in RECIPE[1:]
         if stage not in branch.get("stages", ()) and not (branch and is_unused):
-            cause, reason = stale.get(stage, ("", ""))
             lines.append(f"  {stage:<24}{state}")
             lines += [f"    it is stale: {reason}"] if cause == stage and with_reasons else []
-    folder = store.runs_root() / run_id / "06_evaluate"
+    folder = runs_root() / run_id / "06_evaluate"
     if (folder / "run.json").is_file():
+        systems = store.read_metrics(folder)["systems"]
         mark = " (stale)" if "06_evaluate" in stale else ""
-        lines += _score_lines(store.read_metrics(folder)["systems"], mark)
+        for suite in systems["grpo"]:
+            scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"
+                               for system, by_suite in systems.items())
+            lines.append(f"  {suite_title(suite):<24}{scores}{mark}")
     own = [stage for stage in RECIPE if stage not in branch.get("stages", ())]
     return [run_id, *lines, *(f"  {mark}" for mark in store.list_marks(own, run_id))]
 
@@ -51,17 +61,17 @@ def _inherited_state(run_id: str, branch: dict, stale: dict) -> str:
     stages, source = list(branch["stages"]), branch["from"]
     numbers = " to ".join(dict.fromkeys((stages[0][:2], stages[-1][:2])))
     text = f"{numbers} of {source}"
-    if not (store.runs_root() / (last := list_sources(run_id)[-1])).is_dir():
+    if not (runs_root() / (last := list_sources(run_id)[-1])).is_dir():
         return f"{text}; run '{last}' is gone"
-    if unfinished := [stage for stage in stages if store.load_record(stage, source) is None]:
+    if unfinished := [stage for stage in stages if load_record(stage, source) is None]:
         return f"{text}; {unfinished[0]} is not finished"
     first = next((stage for stage in stages if stage in stale), "")
     return f"{text}; {first} is stale" if first else text
 
 
 def _stage_state(stage: str, run_id: str, cause: str) -> str:
-    """cause: the stage that makes this one stale, "" where it is not."""
-    run = store.runs_root() / run_id
+    """cause: the stage that makes this one stale, "" if none does."""
+    run = runs_root() / run_id
     record = load_record(stage, run_id) if (run / stage).is_dir() else None
     attempts = list_attempts(stage, run_id)
     process, _, written = (find_writer(run) if attempts else "").partition(" in ")
@@ -80,21 +90,11 @@ def _stage_state(stage: str, run_id: str, cause: str) -> str:
 def damaged_files(run_id: str) -> list[str]:
     """A line for every stage of the run or its source that has a damaged file."""
     lines = []
-    for stage in store.STAGES:
-        record = store.load_record(stage, run_id)
-        folder = record and store.stage_folder(stage, run_id)
+    for stage in STAGES:
+        folder, record = stage_folder(stage, run_id), load_record(stage, run_id)
         if path := record and find_damaged(folder, record, is_thorough=True, hashes_images=True):
-            command = store.format_run_command(stage, store.find_owner(stage, run_id), "--force")
+            command = format_run_command(stage, find_owner(stage, run_id), "--force")
             lines.append(f"{path} is not what {stage} wrote; make it again: {command}")
-    return lines
-
-
-def _score_lines(systems: dict, mark: str) -> list[str]:
-    lines = []
-    for suite in systems["grpo"]:
-        scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"
-                           for system, by_suite in systems.items())
-        lines.append(f"  {suite_title(suite):<24}{scores}{mark}")
     return lines
 
 
@@ -102,7 +102,7 @@ def list_differences(first: str, second: str) -> list[dict]:
     """Rows {stage, name, a, b}, None for a missing value; FileNotFoundError for a missing run."""
     require_runs(first, second)
     rows = []
-    for stage in store.STAGES:
+    for stage in STAGES:
         facts, other_facts = (_comparable_facts(stage, run_id) for run_id in (first, second))
         if not facts or not other_facts:  # what one lacks altogether is one row
             facts, other_facts = ({"finished": bool(found)} for found in (facts, other_facts))
@@ -146,10 +146,9 @@ def _comparable_facts(stage: str, run_id: str) -> dict:
     record = load_record(stage, run_id)
     if record is None:
         return {}
-    folder = store.stage_folder(stage, run_id)
-    inputs = {f"{earlier}/{name}": digest[:8]
-              for earlier, files in record["inputs"].items() for name, digest in files.items()
-              if name not in NOT_PRODUCTS}
+    folder = stage_folder(stage, run_id)
+    inputs = {f"{earlier}/{name}": digest[:8] for earlier, files in record["inputs"].items()
+              for name, digest in select_products(files).items()}
     facts = {
         "parameter": {name: value for name, value in record["params"].items() if name != "run_id"},
         "input": inputs, "version": record["versions"],

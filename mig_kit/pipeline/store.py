@@ -1,7 +1,7 @@
 """Stages of a run: what makes one up to date, and how one begins and finishes.
 
-A stage lives in runs/<run id>/NN_stage/. It is made in an attempt beside that (`attempts`), whose
-run.json is written last and which is then renamed. So a failure leaves what has finished intact.
+A stage lives in runs/<run id>/NN_stage/. It is made in an attempt beside that folder (`attempts`),
+whose run.json is written last. Then the attempt is renamed, so a failure leaves what has finished.
 """
 
 import ast
@@ -13,45 +13,40 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import (
-    PACKAGE,
-    PROJECT_ROOT,
-    digest_json,
-    file_sha256,
-    split_function_name,
-    write_json,
-)
+from mig_kit.common import PACKAGE, digest_json, file_sha256, write_atomically, write_json
 from mig_kit.image_files import IMAGE_FOLDER
 from mig_kit.pipeline import attempts
-from mig_kit.pipeline.dependencies import STAGES_OF_PICTURES, describe_code
-from mig_kit.pipeline.fingerprints import hash_named_files, model_fingerprint
+from mig_kit.pipeline.dependencies import (
+    describe_code,
+    hash_named_files,
+    input_stages,
+    load_inputs,
+    model_fingerprint,
+    select_products,
+    stage_facts,
+    with_run_params,
+)
 from mig_kit.pipeline.joint_rules import check_run, validate_params
+from mig_kit.pipeline.model_cards import CARD, write_cards
 from mig_kit.pipeline.params import (
     EXECUTION_PARAMS,
-    NAMES_OF_RUNS,
     RUN_PARAMS,
     describe_edits,
     stage_parameters,
     trl_defaults,
 )
-from mig_kit.pipeline.run_facts import (
-    describe_control,
-    describe_cpu,
-    git_revision,
-    package_versions,
-    run_params,
-)
+from mig_kit.pipeline.run_facts import describe_control, describe_machine, package_versions
 from mig_kit.pipeline.run_folders import (
-    COLD_START,
     RECIPE,
     STAGES,
     find_owner,
     format_run_command,
-    has_cold_start,
+    list_sources,
     load_branch,
     load_record,
     lock_run,
@@ -63,110 +58,39 @@ from mig_kit.pipeline.run_folders import (
     unlock_run,
     validate_run_id,
 )
+from mig_kit.pipeline.run_folders import has_cold_start as has_cold_start  # for stages
 
-KEY_FACTS = ("parameter", "file", "input", "code")
 DEFAULT_RUN = "default"  # which a new run of a notebook starts from
-
-
-def input_stages(stage: str, run_id: str, params: dict) -> tuple[str, ...]:
-    """The stages that this one reads. A run without a cold start has no 02 and 03."""
-    if stage <= COLD_START[-1] or has_cold_start(run_id):
-        adapter = ("02_sft",) if params.get("start_from") == "adapter" else ()
-        return adapter + STAGES[stage]
-    return tuple(name for name in STAGES[stage] if name not in COLD_START)
-
-
-def with_run_params(stage: str, run_id: str, params: dict) -> dict:
-    """The stage's parameters and, where it builds on earlier stages, those of the whole run."""
-    return {**params, **run_params(run_id, stage)} if STAGES[stage] else params
-
-
-def stage_facts(stage: str, run_id: str, params: dict) -> dict:
-    """All that a stage's results follow from, by kind (KEY_FACTS), and "key", their hash.
-
-    A finished stage with another key is stale. Names of cells and definitions are for sentences.
-    """
-    params = with_run_params(stage, run_id, params)
-    inputs = {name: require_record(name, run_id, stage)["outputs"]
-              for name in input_stages(stage, run_id, params)}
-    if stage not in STAGES_OF_PICTURES:
-        inputs = {name: _stage_products(outputs) for name, outputs in inputs.items()}
-    files = hash_named_files(params)
-    files |= {name: file_sha256(split_function_name(name)[0])
-              for name in params.get("rewards", ()) if ":" in name}
-    files |= {name: model_fingerprint(params[name])
-              for name in ("base_model", "model", "start_from") if params.get(name)}
-    if params.get("control_run"):
-        files["control_run"] = _control_outputs(params, run_id, stage)
-    for group in params.get("groups", ()):
-        members = str(group).rpartition("=")[2].split(",")
-        files |= {f"group {name}": _member_digest(name) for name in map(str.strip, members)}
-    params = {name: value for name, value in params.items()
-              if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
-    facts = {"parameter": params,
-             "file": {name: digest_json(value) for name, value in files.items()},
-             "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
-             **describe_code(stage, _chosen_rewards(stage, run_id, params))}
-    return {**facts, "key": digest_json([facts[kind] for kind in KEY_FACTS])}
-
-
-def _chosen_rewards(stage: str, run_id: str, params: dict) -> list[str]:
-    """The rewards of a stage: its own parameter's, else those that the 05 it builds on had."""
-    default = {"rewards": stage_parameters("05_grpo")["rewards"].default}
-    trained = load_record("05_grpo", run_id) if "05_grpo" in STAGES[stage] else None
-    return {**default, **(trained or {}).get("params", {}), **params}["rewards"]
-
-
-def _member_digest(name: str) -> str:
-    """SHA-256 of what a comparison reads of a run, or of a recorded run's file; "" without it."""
-    is_recorded = name.endswith(".json")
-    path = (PROJECT_ROOT / name if is_recorded
-            else stage_folder("06_evaluate", validate_run_id(name)) / "run.json")
-    return file_sha256(path) if path.is_file() else ""
-
-
-def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
-    control = validate_run_id(params["control_run"])
-    outputs = require_record("03_merge", control, stage)["outputs"]
-    other = run_params(control, stage)
-    if different := [name for name in RUN_PARAMS if other[name] != params[name]]:
-        name = different[0]
-        raise ValueError(f"control_run '{control}' has another {name} ({other[name]}) than run "
-                         f"'{run_id}' ({params[name]}); compare runs of one model and box format")
-    return _stage_products(outputs)
+REPLY_KEYS = "reply_keys.json"
+DRAWN_PARAMS = ("seed", "replies", "sampled_per_task")  # greedy replies do not follow from them
+MIXED = "mixed"  # instead of a key: sampled by two attempts, on different servers or devices
 
 
 def find_replaced_input(stage: str, run_id: str) -> str:
     """The name of an earlier stage that has made something else since this one read it, or ""."""
-    record = load_record(stage, run_id) or {}
-    for name, outputs in record.get("inputs", {}).items():
+    for name, outputs in (load_record(stage, run_id) or {}).get("inputs", {}).items():
         now = load_record(name, run_id)
-        if now is None or _stage_products(now.get("outputs", {})) != _stage_products(outputs):
+        if now is None or select_products(now.get("outputs", {})) != select_products(outputs):
             return name
     return ""
 
 
-def _stage_products(outputs: dict[str, str]) -> dict[str, str]:
-    return {name: digest for name, digest in outputs.items() if name not in attempts.NOT_PRODUCTS}
-
-
 def is_up_to_date(stage: str, run_id: str, params: dict) -> bool:
-    """False where the stage has to run, as `describe_staleness` says."""
+    """False if the stage has to run; `describe_staleness` says why."""
     return not describe_staleness(stage, run_id, params)
 
 
 def describe_staleness(stage: str, run_id: str, params: dict) -> str:
     """Why a stage has to run, in words; "" if it is up to date and its files are all there.
 
-    Raises: ValueError if an input is damaged, FileNotFoundError if an input is gone.
+    Raises ValueError if an input is damaged, FileNotFoundError if an input is gone.
     """
     record = load_record(stage, run_id)
     if record is None:
         return "it has not finished"
     facts, folder = stage_facts(stage, run_id, params), stage_folder(stage, run_id)
     if record["key"] != facts["key"]:
-        before = attempts.read_marker(folder).get("facts", {})
-        return f"{attempts.describe_differences(before, facts) or 'its key'} has changed"
+        return f"{attempts.describe_change(folder, facts)} has changed"
     require_intact_inputs(stage, run_id, params)
     damaged = attempts.find_damaged(folder, record)
     return f"{damaged} is gone or damaged" if damaged else ""
@@ -175,7 +99,7 @@ def describe_staleness(stage: str, run_id: str, params: dict) -> str:
 def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str, tuple[str, str]]:
     """Stale stage -> (the first stage that makes it stale, why), in a run and its source.
 
-    planned: parameters of stages; the other stages keep those that they finished with.
+    planned: parameters by stage; other stages count with the parameters that they finished with.
     """
     stale: dict[str, tuple[str, str]] = {}
     for stage in STAGES:
@@ -183,23 +107,18 @@ def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str,
             if record := load_record(stage, run_id):
                 values = (planned or {}).get(stage) or recorded_params(stage, record)
                 reason = describe_staleness(stage, run_id, values)
-                inputs = input_stages(stage, run_id, values)
-                causes = [(stage, reason)] if reason else [
-                    stale[name] for name in inputs if name in stale]
+                causes = [(stage, reason)] if reason else []
+                causes += [stale[name] for name in input_stages(stage, run_id, values)
+                           if name in stale]
                 stale |= {stage: causes[0]} if causes else {}
         except (FileNotFoundError, ValueError) as error:  # what it was made from is gone or damaged
             stale[stage] = (stage, str(error))
     return stale
 
 
-def find_stale_inputs(stage: str, run_id: str, params: dict,
-                      stale: dict[str, tuple[str, str]] | None = None) -> dict[str, str]:
-    """Stale stage -> why, of the stages (its control run's, too) that this one would read.
-
-    stale: the result of `find_stale`, if it is known.
-    """
-    stale = find_stale(run_id) if stale is None else stale
-    control = params.get("control_run")
+def find_stale_inputs(stage: str, run_id: str, params: dict) -> dict[str, str]:
+    """Stale stage -> why, of the stages (its control run's, too) that this one would read."""
+    stale, control = find_stale(run_id), params.get("control_run")
     causes = dict(stale[name] for name in input_stages(stage, run_id, params) if name in stale)
     if control and (cause := find_stale(control).get("03_merge")):
         causes[f"{cause[0]} of run '{control}'"] = cause[1]
@@ -207,7 +126,7 @@ def find_stale_inputs(stage: str, run_id: str, params: dict,
 
 
 def stale_notes(stage: str, run_id: str) -> list[str]:
-    """Sentences on why results differ from those of the code and parameters of now."""
+    """Sentences on why a stage's results are not those of the present code and parameters."""
     cause, reason = find_stale(run_id).get(stage, ("", ""))
     through = f" through {cause}" if cause != stage else ""
     notes = [f"{stage} of run '{run_id}' is stale{through}: {reason}"] if reason else []
@@ -292,22 +211,23 @@ class Stage:
         summary: the result in a few words, for the command line. facts: more entries of run.json.
         """
         write_json(self.folder / "metrics.json", metrics)
-        files = {str(path.relative_to(self.folder)): path for path in _output_files(self.folder)}
-        outputs = {name: file_sha256(path) for name, path in files.items()}
+        write_cards(self.name, self.folder, self.final_folder, self.params, metrics)
         # cells that only showed what has finished leave it as it is
         if self.marker["repeats"] and load_record(self.name, self.run_id):
             shutil.rmtree(self.folder)
             print(f"{self.name} of run '{self.run_id}' is as it was")
         else:
+            files = {str(path.relative_to(self.folder)): path
+                     for path in _output_files(self.folder)}
             started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
             write_json(self.folder / "run.json", {
                 "stage": self.name, "run_id": self.run_id, "params": self.params,
                 "key": self.marker["facts"]["key"], "inputs": self.inputs, "control": self.control,
                 "branch": load_branch(self.run_id) if self.inputs else {},
-                "outputs": outputs,
+                "outputs": {name: file_sha256(path) for name, path in files.items()},
                 "stats": {name: attempts.file_facts(path) for name, path in files.items()},
                 "summary": summary.replace(str(self.folder), str(self.final_folder)),
-                "versions": package_versions(), "machine": describe_cpu(), "git": git_revision(),
+                **describe_machine(),
                 "started": started, "command": os.environ.get(attempts.COMMAND, started),
                 "stale_inputs": self.stale_inputs,
                 "seconds": round(self.marker["spent"] + time.monotonic() - self.clock, 1),
@@ -322,6 +242,7 @@ def _output_files(folder: Path) -> list[Path]:
                   if path.is_file() and path.suffix not in (".ipynb", ".tmp", ".log")
                   and path.name not in ("job.json", attempts.MARKER)  # these say how it ran
                   and "checkpoint" not in str(path.relative_to(folder))
+                  and (path.name != CARD or path.parent == folder)  # no result follows from it
                   and path.parent != folder / IMAGE_FOLDER)  # IMAGE_MANIFEST lists these
 
 
@@ -351,9 +272,8 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     require_intact_inputs(stage, run_id, params, is_thorough=True)
     lock_run(run, stage)
     facts = stage_facts(stage, run_id, params)  # nobody changes them from here on
-    inputs = {name: require_record(name, run_id, stage)["outputs"]
-              for name in input_stages(stage, run_id, params)}
-    from IPython.display import display  # where only scores are computed it is not installed
+    inputs = load_inputs(stage, run_id, params)
+    from IPython.display import display  # not installed for scoring alone
 
     stale_inputs = find_stale_inputs(stage, run_id, params)
     for sentence in _list_warnings(stage, run_id, params, facts, stale_inputs, names):
@@ -376,13 +296,12 @@ class Warned(str):
 
 def _list_warnings(stage: str, run_id: str, params: dict, facts: dict,
                    stale_inputs: dict[str, str], names: dict) -> list[str]:
-    """What someone who runs the setup cell has to know before anything is replaced."""
-    record, folder = load_record(stage, run_id), stage_folder(stage, run_id)
+    """What whoever runs the setup cell has to know before anything is replaced."""
+    record = load_record(stage, run_id)
     warnings = [f"{name} is stale, and this stage would build on it ({why}); run it again first, "
                 "or what comes of it is marked" for name, why in stale_inputs.items()]
     if record and record["key"] != facts["key"]:
-        before = attempts.read_marker(folder).get("facts", {})
-        differences = attempts.describe_differences(before, facts) or "its key"
+        differences = attempts.describe_change(stage_folder(stage, run_id), facts)
         branch = f", which then starts from run '{DEFAULT_RUN}'" if STAGES[stage] else ""
         warnings.insert(0, (
             f"Finishing this replaces {stage} of run '{run_id}' ({_describe_finished(record)}); "
@@ -398,7 +317,7 @@ def _list_warnings(stage: str, run_id: str, params: dict, facts: dict,
 
 
 def _require_own_notebook() -> None:
-    """RuntimeError where a notebook of another copy of the kit runs with this one."""
+    """RuntimeError if a notebook of another copy of the kit runs with this one."""
     here = Path.cwd()
     for folder in (here, here.parent):
         if (folder / "mig_kit" / "pipeline").is_dir() and folder.resolve() != PACKAGE.parent:
@@ -420,11 +339,11 @@ def _print_stage(stage: Stage) -> None:
                        if name != "run_id")
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     print(f"{stage.name} of run '{stage.run_id}': {params}\nversions: {versions}")
-    record = load_record(stage.name, stage.run_id)
     if stage.marker["repeats"]:
+        record = require_record(stage.name, stage.run_id, stage.name)
         print(f"it has finished ({_describe_finished(record)}): the cells show what is there, and "
               "train nothing again")
-    elif not record and stage.marker["spent"]:
+    elif stage.marker["spent"] and not load_record(stage.name, stage.run_id):
         print(f"it goes on where it was stopped after {stage.marker['spent'] / 60:.1f} min")
 
 
@@ -436,3 +355,49 @@ def _describe_finished(record: dict) -> str:
 def read_metrics(folder: Path) -> dict:
     """metrics.json of a stage folder."""
     return json.loads((folder / "metrics.json").read_text())
+
+
+def take_replies(stage: Stage, models: dict[str, str | Path], hardware: str,
+                 suites: tuple[str, ...]) -> dict[str, str]:
+    """Copy the replies that a source of this run has already; returns "<system> <kind>" -> its run.
+
+    models: system -> folder; hardware: what samples the replies, in words. The source must have
+    finished this stage with the same models, files, code and parameters; DRAWN_PARAMS may differ
+    for greedy replies.
+    """
+    folder = stage.folder / "replies"
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = {f"{system} {kind}": _reply_key(stage, model, hardware, kind)
+            for system, model in models.items() for kind in ("greedy", "drawn")}
+    before = _read_keys(folder)  # of an interrupted attempt, whose replies stay
+    write_json(folder / REPLY_KEYS, {name: key if before.get(name, key) == key else MIXED
+                                     for name, key in keys.items()})
+    taken = {}
+    for run_id in list_sources(stage.run_id)[1:]:
+        source = stage_folder(stage.name, run_id) / "replies"
+        source_keys = _read_keys(source) if load_record(stage.name, run_id) else {}
+        for name, key in keys.items():
+            system, kind = name.split()
+            is_wanted = kind == "greedy" or stage.params["replies"]
+            if is_wanted and name not in taken and source_keys.get(name) == key:
+                paths = [source / f"{system}_{suite}_{kind}.jsonl" for suite in suites]
+                for path in filter(Path.is_file, paths):
+                    write_atomically(folder / path.name, partial(shutil.copyfile, path))
+                taken[name] = run_id
+    return taken
+
+
+def _read_keys(folder: Path) -> dict[str, str]:
+    path = folder / REPLY_KEYS
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _reply_key(stage: Stage, model: str | Path, hardware: str, kind: str) -> str:
+    left_out = {"run_id", "profile", "control_run", *EXECUTION_PARAMS} - {"server"}
+    if kind == "greedy":
+        left_out.update(DRAWN_PARAMS)
+    params = {name: value for name, value in stage.params.items() if name not in left_out}
+    code = describe_code(stage.name, ())["code"]
+    questions = stage.inputs["01_synthesize"]["val.parquet"]  # of own data; else they are synthetic
+    return digest_json([kind, model_fingerprint(str(model)), params, hash_named_files(params),
+                        hardware, code, questions])

@@ -22,8 +22,8 @@ MIG_BENCH_TASKS = {
 REVISED_TASKS = MIG_BENCH_TASKS | {"common_object": 815, "group_grounding": 485, "reasoning": 97}
 # task -> number of the target image, where it is the same in every question
 TARGETS = {"region": 1, "view_diff": 2, "refer_grounding": 2, "reasoning": 2, "correspondence": 2}
-LISA_VERSIONS = {200: "val", 779: "test"}
-REF_L4_VERSIONS = {7231: "val", 38110: "test", 45341: "all"}
+VERSIONS = {"lisa": {200: "val", 779: "test"},
+            "ref_l4": {7231: "val", 38110: "test", 45341: "all"}}  # by the number of items
 BLINK_VAL_ITEMS = 1901
 MMIU_TASKS = 60  # names in the authors' file, of the 52 tasks that the paper counts
 # benchmark -> how many items its paper counts, of which another number may be a part or another
@@ -79,13 +79,13 @@ def is_four_numbers(values) -> bool:
     return isinstance(values, list) and len(values) == 4 and all(map(is_number, values))
 
 
-def _get_field(record: dict, name: str, kind: type, index: int, benchmark: str):
-    """The field of item `index`; ValueError if it is missing or of another type than `kind`."""
-    value = record.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"item {index} of the {benchmark} annotations has no usable '{name}'; is "
-                         f"this the {benchmark} file?")
-    return value
+def _read_fields(record: dict, index: int, benchmark: str, **kinds) -> list:
+    """The fields of item `index` by name; ValueError for a missing one or one of another type."""
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
+            raise ValueError(f"item {index} of the {benchmark} annotations has no usable '{name}'; "
+                             f"is this the {benchmark} file?")
+    return [record[name] for name in kinds]
 
 
 def _to_box(values, index: int, benchmark: str) -> Box:
@@ -93,8 +93,13 @@ def _to_box(values, index: int, benchmark: str) -> Box:
     if not is_four_numbers(values):
         raise ValueError(f"item {index} of the {benchmark} annotations has no box of four numbers; "
                          f"is this the {benchmark} file?")
-    x1, y1, x2, y2 = map(float, values)
-    return x1, y1, x2, y2
+    return tuple(map(float, values))
+
+
+def _of_known_size(name: str, items: list[BenchmarkItem]) -> Benchmark:
+    """The benchmark, whose version is told by the number of items."""
+    version = VERSIONS[name].get(len(items), "subset")
+    return Benchmark(name, version, tuple(items), version != "subset")
 
 
 def read_mig_bench(records: list[dict]) -> Benchmark:
@@ -108,9 +113,8 @@ def read_mig_bench(records: list[dict]) -> Benchmark:
     coordinates = Coordinates.NORMALIZED_1000 if is_revised else Coordinates.NORMALIZED_1
     items = []
     for index, (record, box) in enumerate(zip(records, boxes)):
-        task, question = (_get_field(record, name, str, index, "MIG-Bench")
-                          for name in ("task", "question"))
-        images = _get_field(record, "images", list, index, "MIG-Bench")
+        task, question, images = _read_fields(record, index, "MIG-Bench", task=str, question=str,
+                                              images=list)
         if task not in MIG_BENCH_TASKS:
             raise ValueError(f"item {index} has task '{task}', which MIG-Bench does not have; its "
                              f"tasks are {', '.join(MIG_BENCH_TASKS)}")
@@ -144,15 +148,13 @@ def read_lisa(records: list[dict]) -> Benchmark:
     """
     items = []
     for index, record in enumerate(records):
-        boxes = _get_field(record, "boxes", list, index, "LISA-grounding")
-        question, image = (_get_field(record, name, str, index, "LISA-grounding")
-                           for name in ("instruction", "image_path"))
+        boxes, question, image = _read_fields(record, index, "LISA-grounding", boxes=list,
+                                              instruction=str, image_path=str)
         has_box = boxes and boxes[0] not in (None, [])
         box = _to_box(boxes[0], index, "LISA-grounding") if has_box else None
         items.append(BenchmarkItem(index, "", "lisa", question, (image,), box, Coordinates.PIXELS,
                                    target=1))
-    version = LISA_VERSIONS.get(len(items), "subset")
-    return Benchmark("lisa", version, tuple(items), version != "subset")
+    return _of_known_size("lisa", items)
 
 
 def read_revos(records: list[dict]) -> Benchmark:
@@ -163,19 +165,17 @@ def read_revos(records: list[dict]) -> Benchmark:
     """
     items = []
     for index, record in enumerate(records):
-        frames, boxes = (_get_field(record, name, list, index, "ReVOS-grounding")
-                         for name in ("frames", "bbox_list"))
-        video = _get_field(record, "video_id", str | int, index, "ReVOS-grounding")
+        frames, boxes, video, question = _read_fields(
+            record, index, "ReVOS-grounding", frames=list, bbox_list=list, video_id=str | int,
+            question=str)
         if len(frames) < 3 or not all(type(place) is int and place >= 0 for place in frames):
             raise ValueError(f"item {index} of the ReVOS-grounding annotations needs three frame "
                              "numbers")
         box = None
         if len(boxes) >= 3 and boxes[2]:
-            x1, y1, x2, y2 = map(int, _to_box(boxes[2], index, "ReVOS-grounding"))
-            box = float(x1), float(y1), float(x2), float(y2)
-        question = _get_field(record, "question", str, index, "ReVOS-grounding")
-        images = tuple(f"{video}#{place}" for place in frames)
-        items.append(BenchmarkItem(index, "", "revos", question, images, box,
+            box = tuple(float(int(v)) for v in _to_box(boxes[2], index, "ReVOS-grounding"))
+        items.append(BenchmarkItem(index, "", "revos", question,
+                                   tuple(f"{video}#{place}" for place in frames), box,
                                    Coordinates.PIXELS, target=3,
                                    image_stated=bool(find_names(question))))
     return Benchmark("revos", "", tuple(items), None)
@@ -195,8 +195,7 @@ def read_ref_l4(records: list[dict]) -> Benchmark:
             (x, y, x + width, y + height), Coordinates.PIXELS, target=1,
             size=size if all(type(side) is int for side in size) else None,
             category=str(record.get("ori_category_id", ""))))
-    version = REF_L4_VERSIONS.get(len(items), "subset")
-    return Benchmark("ref_l4", version, tuple(items), version != "subset")
+    return _of_known_size("ref_l4", items)
 
 
 def read_blink(records: list[dict]) -> Benchmark:
@@ -204,10 +203,9 @@ def read_blink(records: list[dict]) -> Benchmark:
 
     `images`, file names, is ours: the benchmark holds the pictures themselves.
     """
-    names, letters, tasks = [], [], []
+    items, last_letters = [], defaultdict(str)
     for index, record in enumerate(records):
-        answer, name = (_get_field(record, field, str, index, "BLINK") for field in (
-            "answer", "idx"))
+        answer, name = _read_fields(record, index, "BLINK", answer=str, idx=str)
         letter = re.fullmatch(r"\(?([A-Z])\)?", answer.strip())
         if not letter:
             raise ValueError(f"item {index} of the BLINK annotations has answer '{answer}'; "
@@ -217,23 +215,16 @@ def read_blink(records: list[dict]) -> Benchmark:
             raise ValueError(f"item {index} of the BLINK annotations has no 'task' or 'sub_task', "
                              f"and its idx '{name}' names none, as val_Jigsaw_1 does; is this the "
                              "BLINK file?")
-        names.append(name)
-        letters.append(letter[1])
-        tasks.append(task)
-    if twice := next((name for name, count in Counter(names).items() if count > 1), ""):
-        raise ValueError(f"the BLINK annotations have idx '{twice}' twice; give each question once "
-                         "(one model's file, not several joined)")
-    last_letters: dict = defaultdict(str)
-    for task, letter in zip(tasks, letters):
-        last_letters[task] = max(last_letters[task], letter)
-    items = []
-    for index, (record, name, task, letter) in enumerate(zip(records, names, tasks, letters)):
-        choices = _text_list(record.get("choices"))
-        count = len(choices) or ascii_uppercase.index(last_letters[task]) + 1
+        last_letters[task] = max(last_letters[task], letter[1])
         question = str(record.get("question") or record.get("prompt", ""))
         items.append(BenchmarkItem(index, name, task, question, _text_list(record.get("images")),
-                                   letter=letter, options=ascii_uppercase[:count],
-                                   choices=choices))
+                                   letter=letter[1], choices=_text_list(record.get("choices"))))
+    names = Counter(item.id for item in items)
+    if twice := next((name for name, count in names.items() if count > 1), ""):
+        raise ValueError(f"the BLINK annotations have idx '{twice}' twice; give each question once "
+                         "(one model's file, not several joined)")
+    items = [replace(item, options=ascii_uppercase[:len(item.choices) or ascii_uppercase.index(
+        last_letters[item.task]) + 1]) for item in items]
     is_val = len(items) == BLINK_VAL_ITEMS and all(name.startswith("val_") for name in names)
     return Benchmark("blink", "val" if is_val else "subset", tuple(items), is_val)
 
@@ -253,13 +244,13 @@ def read_mmiu(records: list[dict]) -> Benchmark:
         if record.get("output") is None:
             left_out.append(index)
             continue
-        letter = _get_field(record, "output", str, index, "MMIU").strip().strip(".").upper()
+        letter, task = _read_fields(record, index, "MMIU", output=str, task=str)
         choices = _split_options(str(record.get("options", "")))
         parts = [record.get("context"), record.get("question")]
         question = " ".join(str(part).strip() for part in parts if part)
-        task = _get_field(record, "task", str, index, "MMIU")
-        images = tuple(record.get("input_image_path") or [])
-        items.append(BenchmarkItem(index, "", task, question, images, letter=letter,
+        items.append(BenchmarkItem(index, "", task, question,
+                                   tuple(record.get("input_image_path") or []),
+                                   letter=letter.strip().strip(".").upper(),
                                    options=ascii_uppercase[:len(choices)] or MMIU_OPTIONS,
                                    choices=choices))
     if not items:
@@ -304,14 +295,14 @@ def resolve_image_path(root: str | Path, name: str) -> Path:
 def read_image_sizes(names: Iterable[str], root: str | Path | None) -> dict[str, tuple[int, int]]:
     """Image name -> upright (width, height), from the headers of the files below the root.
 
-    Raises ValueError listing what is missing, refused or no image.
+    Raises ValueError listing what is missing, refused or no image; for no names it needs no root.
     """
-    if root is None:
+    names = dict.fromkeys(names)
+    if names and root is None:
         raise ValueError("these boxes need the images' sizes; pass --images FOLDER, which image "
                          "names are relative to")
-    sizes: dict[str, tuple[int, int]] = {}
-    missing, broken = [], []
-    for name in dict.fromkeys(names):
+    sizes, missing, broken = {}, [], []
+    for name in names:
         path = resolve_image_path(root, name)
         if not is_regular_file(path):
             missing.append(name)
@@ -335,12 +326,6 @@ def add_image_sizes(items: tuple[BenchmarkItem, ...],
     """The items with their target images' sizes, read if not annotated; see `read_image_sizes`."""
     names = {item.index: item.images[(item.target or len(item.images)) - 1] for item in items
              if item.size is None and item.box is not None}
-    sizes = read_image_sizes(names.values(), root) if names else {}
+    sizes = read_image_sizes(names.values(), root)
     return [replace(item, size=sizes[names[item.index]]) if item.index in names else item
             for item in items]
-
-
-def count_and_list(names: list[str]) -> str:
-    """How many names there are and the first ten of them, as "12 (a, b, ...)"."""
-    ellipsis = ", ..." if len(names) > 10 else ""
-    return f"{len(names)} ({', '.join(names[:10])}{ellipsis})"

@@ -13,10 +13,9 @@ from itertools import takewhile
 from string import ascii_uppercase
 
 from mig_kit.score.annotations import BenchmarkItem
-from mig_kit.score.image_names import ORDINALS
+from mig_kit.score.image_names import NUMBER_WORDS, ORDINALS
 from mig_kit.score.official import last_answer_block
 
-NUMBER_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 # What the letters of BLINK's tasks stand for where it is the same in every question.
 _LATTER_TWO = ("the second image", "the third image")
 BLINK_CHOICES = {
@@ -143,11 +142,9 @@ _COUNTS |= {word: number for number, word in _COUNTS.items()}
 
 
 def parse_blink_letter(text: str, valid: str) -> str:
-    """The only "(B)" that stands by itself among white space, or the only one of the last
-    paragraph; "" where that decides nothing.
+    """The only "(B)" among white space, of the text or of its last paragraph; "" if undecided.
 
-    Source: zeyofu/BLINK_Benchmark, eval/test_benchmark.py, analyze_answer, which then asks another
-    model.
+    Source: zeyofu/BLINK_Benchmark, eval/test_benchmark.py, analyze_answer; it then asks a model.
     """
     for part in (text, text.split("\n\n")[-1]):
         words = part.split()
@@ -160,8 +157,8 @@ def parse_blink_letter(text: str, valid: str) -> str:
 def mark_options(text: str, choices: tuple[str, ...]) -> str:
     """The text with every option that its words name as "\xabB\xbb", longest words first.
 
-    "image 3" and "third one" name "the third image" where no option has these words; "four" names
-    "4". "yes" and "no" count only where a sentence begins with them, or after "is" or "be".
+    "image 3" and "third one" name "the third image" if no option has these words, "four" names "4".
+    "yes" and "no" count only where a sentence begins with them, or after "is" or "be".
     """
     options = [(letter, _ARTICLE.sub("", words.strip().strip(".")).lower())
                for letter, words in zip(ascii_uppercase, choices)]
@@ -198,13 +195,17 @@ def _other_words(words: str) -> str:
 
 def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (),
                 is_blink: bool = False) -> tuple[str, str]:
-    """(letter, way): the option a free text settles on, one letter of `valid`, and which of WAYS
-    told it; ("", "") where it names none, several without choosing, or refuses them all.
+    """The option that a free text settles on, by rules of ours.
 
-    Of an <answer> block only the last one is read, else what follows the last </think>. choices:
-    what the letters stand for. is_blink: whether BLINK's own rule decides before the kit's where
-    there is no explicit conclusion. The other rules are ours, for where BLINK's and MMIU's authors
-    ask another model.
+    BLINK's and MMIU's authors ask another model instead.
+
+    Args:
+        text: only its last <answer> block is read or, without one, what follows </think>.
+        valid: the options' letters.
+        choices: what the letters stand for.
+        is_blink: without an explicit conclusion, BLINK's own rule is tried before the kit's.
+    Returns: (letter, one of WAYS), or ("", "") if the text names no option, several without
+        choosing, or refuses them all.
     """
     block = last_answer_block(text)
     final = text.rpartition("</think>")[2] if block is None else block
@@ -232,10 +233,6 @@ def _mark_letters(text: str, valid: str) -> str:
         return match[0] if letter not in valid else f"{before.strip('(')}\u2039{letter}\u203a"
 
     return _NAMED_OPTION.sub(mark, text)
-
-
-def _options(text: str) -> list[str]:
-    return list(dict.fromkeys(re.findall(_OPTION, text)))
 
 
 def _find_conclusion(text: str) -> str | None:
@@ -281,44 +278,40 @@ def _conclude(text: str, cue: re.Match) -> str | None:
 
 
 def _read_loosely(text: str) -> tuple[str, str]:
-    """In order: the only option; the last sentence with a cue of a conclusion; the only option of
-    the first or last sentence.
-    """
-    letters = _options(text)
+    """By the only option, by the last sentence that concludes, or by the first or last sentence."""
+    def options(part: str) -> list[str]:
+        return list(dict.fromkeys(re.findall(_OPTION, part)))
+
+    letters = options(text)
     if len(letters) <= 1:
         return "".join(letters), letters and (ONLY_ONE if "\u2039" in text else WORDS) or ""
     sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
     concluding = [part for part in sentences
-                  if _CONCLUDES.search(part) and 1 <= len(_options(part)) <= 2]
+                  if _CONCLUDES.search(part) and 1 <= len(options(part)) <= 2]
     if concluding:
-        return _options(concluding[-1])[0], CONCLUSION
+        return options(concluding[-1])[0], CONCLUSION
     ends = [part for part in (sentences[0], sentences[-1])
-            if len(_options(part)) == 1 and not _NEGATES.search(part)]
-    return (_options(ends[0])[0], FIRST) if ends else ("", "")
+            if len(options(part)) == 1 and not _NEGATES.search(part)]
+    return (options(ends[0])[0], FIRST) if ends else ("", "")
 
 
 def count_ways(items: list[BenchmarkItem], lines: list[dict | None]) -> str:
-    """A sentence: how many letters of the lines' "response" are read in which of WAYS."""
+    """A sentence: how many letters of the lines' replies are read in which of WAYS."""
     counts = Counter(read_item(item, line["response"])[1]
                      for item, line in zip(items, lines, strict=True) if line)
     return f"Letters read {', '.join(f'{way}: {counts[way]:,}' for way in WAYS)}."
 
 
-def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, problem) by the letter that the free text settles on."""
-    letter = read_letter(item, response)
-    return float(letter == item.letter), "" if letter else "no option chosen"
-
-
 def read_item(item: BenchmarkItem, response: str) -> tuple[str, str]:
-    """How a reply to an item is read; items with an id are BLINK's."""
+    """`read_choice` of a reply to an item; items with an id are BLINK's."""
     choices = BLINK_CHOICES.get(item.task.replace(" ", "_"), ()) if item.id else ()
     return read_choice(response, item.options, item.choices or choices, bool(item.id))
 
 
-def read_letter(item: BenchmarkItem, response: str) -> str:
-    """The option that a reply's free text settles on, or ""."""
-    return read_item(item, response)[0]
+def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
+    """(1 or 0, problem) by the letter that the free text settles on."""
+    letter, _ = read_item(item, response)
+    return float(letter == item.letter), "" if letter else "no option chosen"
 
 
 def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:

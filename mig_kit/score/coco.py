@@ -90,9 +90,9 @@ def load_detections(coco: COCO, predictions: list[dict]) -> COCO:
 
 def run_coco_eval(coco: COCO, detections: COCO, images: list | None = None,
                   thresholds: tuple[float, ...] = ()) -> COCOeval:
-    """pycocotools' box evaluation over all areas, with at most 100 detections.
+    """pycocotools' box evaluation: all areas, 100 detections, only `images` (ids) if not None.
 
-    images: ids to restrict it to; thresholds: of IoU, COCO's ten if empty.
+    thresholds: of IoU, COCO's ten if empty.
     """
     evaluation = COCOeval(coco, detections, "bbox")
     evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
@@ -167,8 +167,7 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
     """MC-Bench: image-level accuracy per pair, and AP50 weighted by the truth's count per category.
 
     Tasks are the text styles. A pair is correct if for both images "has a box" agrees with the
-    truth. Groups are renamed first, see `rename_groups`. Source: XuYunqiu/MC-Bench,
-    eval_mc_bench.py.
+    truth. `rename_groups` comes first. Source: XuYunqiu/MC-Bench, eval_mc_bench.py.
     """
     coco = load_coco(annotations, "MC-Bench")
     styled_pairs = _styled_pairs(coco)

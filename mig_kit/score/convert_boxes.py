@@ -38,9 +38,8 @@ def wrap_native_json(reply: str) -> str:
     shown = shown_text(reply).strip()
     fenced = FENCE.findall(shown)
     text = fenced[0] if len(fenced) == 1 else shown
-    if last_answer_block(reply) is not None:
-        return reply
-    if not _NATIVE_KEY.search(text) or not text.startswith(("[", "{")):
+    if last_answer_block(reply) is not None or not (
+            _NATIVE_KEY.search(text) and text.startswith(("[", "{"))):
         return reply
     try:
         json.loads(text)
@@ -51,9 +50,9 @@ def wrap_native_json(reply: str) -> str:
 
 def model_size(reply: str, sizes: list[tuple[int, int]], target: int | None,
                coordinates: Coordinates, box_format: BoxFormat) -> tuple[int, int]:
-    """(width, height) in `coordinates` of the image that the reply names, else of the target.
+    """(width, height) in `coordinates` of the image that the reply names, else of image `target`.
 
-    sizes: of the original images. target: number of the target image, from 1.
+    sizes: of the original images.
     """
     image, _ = parse_named_box(reply)
     number = image if image is not None and 1 <= image <= len(sizes) else target or 1
@@ -135,8 +134,7 @@ def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
     """
     reply = line["response"]
     size = model_size(reply, sizes, item.target, coordinates, box_format)
-    converted = convert_reply(reply, size, in_place=benchmark == "mig_bench")
-    line = line | {"response": converted}
+    line = line | {"response": convert_reply(reply, size, in_place=benchmark == "mig_bench")}
     if benchmark != "ref_l4":
         return line
     _, box = parse_named_box(reply)

@@ -105,11 +105,10 @@ def last_answer_block(text: str) -> str | None:
 
 
 def script_iou(answer: Box, box: Box | None, added: float = 0.0) -> float:
-    """IoU of xyxy boxes in the same coordinates as the authors' scripts have it; 0 for None.
+    """IoU of two boxes as the authors' scripts compute it; 0 for None or a division by zero.
 
-    Nothing is clipped or repaired. Where the script divides by zero or has no number, this is 0.
-    added: to the union, 1e-6 in UniVG-R1's script. Sources: thunlp/Migician, eval/utils.py,
-    calculate_iou; AMAP-ML/UniVG-R1, eval/zero_shot (LISA, ReVOS), compute_iou.
+    Nothing is clipped or repaired. added: to the union, 1e-6 in UniVG-R1's script. Sources:
+    thunlp/Migician, eval/utils.py, calculate_iou; AMAP-ML/UniVG-R1, eval/zero_shot, compute_iou.
     """
     if box is None:
         return 0.0
@@ -131,22 +130,19 @@ def read_official_box(item: BenchmarkItem) -> Callable[[str], Box | None]:
 
 
 def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(IoU, problem or "") of one free-text reply by the benchmark's own script.
+    """(IoU, problem or "") of a free-text reply by the benchmark's own script.
 
-    An item without a box counts 0, as in the script for LISA and ReVOS; one in pixels needs a size.
+    An item without a box counts 0, as in LISA's and ReVOS's script; one in pixels needs a size.
     """
     if item.box is None:
         return 0.0, NO_BOX_ANNOTATED
+    read_box = read_official_box(item)
+    box, limit = read_box(response), 1000 if item.coordinates == Coordinates.NORMALIZED_1000 else 1
     if item.coordinates == Coordinates.PIXELS:
         width, height = item.size
         x1, y1, x2, y2 = item.box
-        read_box, limit = read_official_box(item), 1
-        box = read_box(response)
         value = script_iou((x1 / width, y1 / height, x2 / width, y2 / height), box, 1e-6)
     else:
-        read_box = read_official_box(item)
-        limit = 1 if item.coordinates == Coordinates.NORMALIZED_1 else 1000
-        box = read_box(response)
         value = script_iou(item.box, box)
     if box is None:
         return value, "no box found"

@@ -55,10 +55,10 @@ def read_own(records: list[dict]) -> Benchmark:
 
 
 def read_freely(reply: str, sample: Sample) -> str:
-    """The reply in the kit's answer format if its text names a box or a letter, else as it is.
+    """The reply in the kit's answer format if its text names a box or a letter, else unchanged.
 
-    A box whose reply names no image is in the only image, if there is one. If all boxes are asked
-    for, one without an image leaves the reply as it is; one sentence may say that there is none.
+    A box without an image is in the question's only image. If the question has several images and
+    asks for all boxes, one box without an image leaves the reply unchanged.
     """
     if is_well_formed(reply, sample) or sample.find_all and parse_boxes(reply) is not None:
         return reply

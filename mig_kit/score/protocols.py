@@ -15,7 +15,7 @@ import numpy as np
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, iou, rescale_box
 from mig_kit.image_files import is_regular_file
-from mig_kit.score import coco
+from mig_kit.score import coco, official
 from mig_kit.score.annotations import (
     PAPER_COUNTS,
     READERS,
@@ -34,14 +34,6 @@ from mig_kit.score.convert_boxes import (
     reorder_boxes,
     to_official_line,
     wrap_native_json,
-)
-from mig_kit.score.official import (
-    NO_BOX_ANNOTATED,
-    class_averages,
-    judge_boxes,
-    official_iou,
-    read_official_box,
-    ref_l4_metrics,
 )
 from mig_kit.score.own import judge_own, read_own
 from mig_kit.score.records import align_predictions, read_json, read_records
@@ -89,7 +81,7 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
         box_format: the processor's limits, for absolute coordinates.
     """
     if item.box is None:
-        return 0.0, NO_BOX_ANNOTATED
+        return 0.0, official.NO_BOX_ANNOTATED
     answer = parse_strict_answer(response, item.target is not None, len(item.images))
     if answer.box is None:
         return 0.0, answer.problem
@@ -114,7 +106,7 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
 
 
 def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box | None:
-    """The box cut to an image of (width, height); None if it is over `tolerance` outside."""
+    """The box cut to an image of `size`; None if it is over `tolerance` outside."""
     limits = (*size, *size)
     if any(not -tolerance <= v <= limit + tolerance for v, limit in zip(box, limits)):
         return None
@@ -125,15 +117,16 @@ def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box 
 def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
               judge: Judge) -> tuple[np.ndarray, list[str]]:
     """(n,) values and n problems of each line's "response"; a missing or empty reply counts 0."""
-    def judge_line(item: BenchmarkItem, line: dict | None) -> tuple[float, str]:
+    values, problems = [], []
+    for item, line in zip(items, lines, strict=True):
         if line is None or not line["response"].strip():
-            return 0.0, "missing" if line is None else "empty"
-        value, problem = judge(item, line["response"])
-        is_cut = problem and len(line["response"]) == CELL_LIMIT
-        return value, CUT if is_cut else problem
-
-    judged = [judge_line(item, line) for item, line in zip(items, lines, strict=True)]
-    return np.array([value for value, _ in judged]), [problem for _, problem in judged]
+            value, problem = 0.0, "missing" if line is None else "empty"
+        else:
+            value, problem = judge(item, line["response"])
+        values.append(value)
+        problems.append(CUT if problem and line and len(line["response"]) == CELL_LIMIT
+                        else problem)
+    return np.array(values), problems
 
 
 def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str,
@@ -173,9 +166,9 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         metrics = {"accuracy": values}
         remarks = (count_ways(items, lines),) if protocol == "official" else ()
     elif benchmark.name == "own":
-        names = [name for item in items if _needs_conversion(item.coordinates, coordinates)
-                 for name in item.images if item.targets]
-        sizes = read_image_sizes(names, images) if names else {}
+        sizes = read_image_sizes((
+            name for item in items if _needs_conversion(item.coordinates, coordinates)
+            for name in item.images if item.targets), images)
         values, problems = judge_all(items, lines, lambda item, reply: judge_own(
             item, reply, protocol, coordinates, box_format, sizes))
         metrics = {"acc@0.5": values}
@@ -192,13 +185,14 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                 _needs_conversion(items[0].coordinates, coordinates)):
             items = add_image_sizes(benchmark.items, images)
         if judges_boxes:
-            values, problems = judge_boxes(items, lines, source)
-            aggregates = {"avg": class_averages(items, values)}
+            values, problems = official.judge_boxes(items, lines, source)
+            aggregates = {"avg": official.class_averages(items, values)}
         else:
-            values, problems = judge_all(items, lines, official_iou if protocol == "official" else (
+            judge = official.official_iou if protocol == "official" else (
                 lambda item, reply: strict_iou(item, wrap_native_json(reply), coordinates,
-                                               box_format)))
-        metrics = ref_l4_metrics(values) if benchmark.name == "ref_l4" else {
+                                               box_format))
+            values, problems = judge_all(items, lines, judge)
+        metrics = official.ref_l4_metrics(values) if benchmark.name == "ref_l4" else {
             **{f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)},
             "mean_iou": values}
     return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO, values,
@@ -235,7 +229,7 @@ def item_rows(scored: Scored, name: str, protocol: str, other: Scored | None = N
                                          len(item.images))
             row |= {"image": answer.image, "box": answer.box}
         else:
-            row |= {"image": None, "box": read_official_box(item)(reply)}
+            row |= {"image": None, "box": official.read_official_box(item)(reply)}
         rows.append(row | {"problem": problem})
     if other:
         metric, values = next(iter(scored.metrics.items()))
@@ -246,11 +240,10 @@ def item_rows(scored: Scored, name: str, protocol: str, other: Scored | None = N
 
 def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: Coordinates,
                    box_format: BoxFormat, images: str | None) -> list[dict | None]:
-    """The lines with their boxes as the authors' rule reads them; see to_official_line."""
+    """The lines with their boxes as the authors' rule reads them; see `to_official_line`."""
     needs_sizes = coordinates != Coordinates.NORMALIZED_1 or benchmark.name == "ref_l4"
-    names = [name for item in benchmark.items if needs_sizes and item.size is None
-             for name in item.images]
-    sizes = read_image_sizes(names, images) if names else {}
+    sizes = read_image_sizes((name for item in benchmark.items if needs_sizes and item.size is None
+                              for name in item.images), images)
     return [line and to_official_line(
         item, benchmark.name, line,
         [item.size or sizes.get(name, (1, 1)) for name in item.images], coordinates, box_format)

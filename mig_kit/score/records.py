@@ -13,7 +13,7 @@ from pathlib import Path
 from mig_kit.common import MAX_LINE, iter_lines
 from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
 from mig_kit.openai_client import read_choice
-from mig_kit.score.annotations import BenchmarkItem, count_and_list
+from mig_kit.score.annotations import BenchmarkItem
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COMPRESSED = "compressed; unpack it, and give the file that it holds"
@@ -38,15 +38,15 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     if path.is_dir():
         return [record for file in _folder_files(path) for record in read_records(file)]
     _require_file(path)
-    numbered = (list(enumerate(_read_table(path), 1)) if path.suffix.lower() in TABLES
+    numbered = (dict(enumerate(_read_table(path), 1)) if path.suffix.lower() in TABLES
                 else _read_numbered(path))
-    for number, record in numbered:
+    for number, record in numbered.items():
         if not isinstance(record, dict):
             raise ValueError(f"entry {number} of {path} is no JSON object; every entry must look "
                              "like {...}")
     if not numbered and not may_be_empty:
         raise ValueError(f"{path} is empty; it needs one JSON object per item")
-    return [record for _, record in numbered]
+    return list(numbered.values())
 
 
 def read_json(path: str | Path):
@@ -75,13 +75,14 @@ def _require_file(path: Path) -> None:
                                 "written")
     if is_lfs_pointer(path):
         raise ValueError(f"{path} {LFS_POINTER}")
+    if path.suffix.lower() in (".parquet", ".xlsx"):
+        return
     with path.open("rb") as file:
         opening = file.read(8)
-    formats = {} if path.suffix.lower() in (".parquet", ".xlsx") else FORMATS
-    for start, advice in formats.items():
+    for start, advice in FORMATS.items():
         if opening.startswith(start):
             raise ValueError(f"{path} is {advice}")
-    if b"\0" in opening and path.suffix.lower() not in (".parquet", ".xlsx"):
+    if b"\0" in opening:
         raise ValueError(f"{path} is no text in UTF-8, perhaps UTF-16; save it as UTF-8")
 
 
@@ -136,23 +137,23 @@ def _holds_bytes(kind) -> bool:
     return pyarrow.types.is_binary(kind) or any(map(_holds_bytes, fields))
 
 
-def _read_numbered(path: Path) -> list[tuple[int, object]]:
-    """(line or place from 1, JSON value) of every record of a JSON or JSON lines file."""
+def _read_numbered(path: Path) -> dict[int, object]:
+    """Line or place from 1 -> record of a file of JSON or JSON lines."""
     with path.open("rb") as file:
         opening = file.read(1 << 16).removeprefix(BYTE_ORDER_MARK).lstrip()
     if opening.startswith(b"[") or opening and path.suffix.lower() == ".json":
         try:
-            return list(enumerate(_unwrap(read_json(path)), 1))
+            return dict(enumerate(_unwrap(read_json(path)), 1))
         except ValueError as error:
             if "Extra data" not in str(error):  # which more lines are
                 raise
-    numbered = []
+    numbered = {}
     for number, line in iter_lines(path):
         if line is None:
             raise ValueError(f"line {number} of {path} is longer than {MAX_LINE} bytes; write one "
                              "JSON object per line")
         if line.strip(BYTE_ORDER_MARK + b" \t"):
-            numbered.append((number, _parse_json(line, f"line {number} of {path}")))
+            numbered[number] = _parse_json(line, f"line {number} of {path}")
     return numbered
 
 
@@ -190,10 +191,9 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
                       left_out: tuple[int, ...] = ()) -> list[dict | None]:
     """Each item's record, in the items' order, with its prediction under `field`; None if missing.
 
-    A record names its item by "index" (from 0) or "id"; a table of VLMEvalKit may count from 1. A
-    correct letter that the record repeats must be the annotations', else its index counts others.
-
     Args:
+        records: name their items by "index" (from 0) or "id"; a table of VLMEvalKit may count from
+            1. If a record repeats the correct letter, it must be the annotations'.
         source: what errors call the predictions.
         left_out: indices without an answer, whose predictions are dropped.
     Raises: ValueError for records without the field, and unknown, doubled or missing indices.
@@ -231,9 +231,10 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
         else:
             lines[item.index] = line
     missing = [] if allow_missing else [item.name for item in items if item.index not in lines]
-    problems = [f"{problem}: {count_and_list(names)}" for problem, names in (
-        ("unknown to the annotations", unknown), ("given more than once", doubled),
-        ("missing", missing)) if names]
+    problems = [f"{problem}: {len(names)} ({', '.join(names[:10])}{', ...' * (len(names) > 10)})"
+                for problem, names in (("unknown to the annotations", unknown),
+                                       ("given more than once", doubled), ("missing", missing))
+                if names]
     if problems:
         hint = " (or pass --allow-missing to count missing ones wrong)" if missing else ""
         raise ValueError(f"{source}: {'; '.join(problems)}; give one prediction for each of the "

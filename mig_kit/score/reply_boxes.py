@@ -8,18 +8,20 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mig_kit.boxes import Box
 from mig_kit.score.image_names import (
     BOX,
+    NOT_READ,
     find_image_numbers,
     find_images_of_boxes,
     find_key_numbers,
+    find_spoken_images,
 )
 from mig_kit.score.official import FENCE, last_answer_block, parse_revised_mig_bench_box, shown_text
-from mig_kit.score.spoken_images import NOT_READ, find_spoken_images
 
 AMBIGUOUS, IMAGE_NOT_READ = "ambiguous: several images", "image not read"
 _MOST_BOXES = 8  # the same box written more often is no answer
@@ -53,40 +55,35 @@ class StrictAnswer:
     problem: str = ""  # why there is no box
 
 
-@dataclass(frozen=True)
-class _WrittenBox:
-    """A box and its place in the text."""
-
-    start: int
+class _WrittenBox(NamedTuple):
+    start: int  # place in the text
     end: int
     box: Box
 
 
-def parse_strict_answer(text: str, one_image: bool = True, count: int = 0) -> StrictAnswer:
-    """The one box of the last <answer>, and the one image that it speaks of.
+def parse_strict_answer(text: str, one_image: bool = True, count: int | None = 0) -> StrictAnswer:
+    """The one box of the last <answer>, and the one image that it names.
 
-    Several different boxes count as none; so do several images, unless one_image is False: then the
-    answer names no image. count: of the question's images, 0 if unknown.
+    Several different boxes count as none.
+
+    Args:
+        one_image: several images count as no box; if False, as no image.
+        count: of the question's images, 0 if unknown; None reads only plain names of images.
     """
-    return _read_answer(text, one_image, lambda marked: find_spoken_images(marked, count))
-
-
-def _read_answer(text: str, one_image: bool,
-                 find_images: Callable[[str], set[int]]) -> StrictAnswer:
     block = last_answer_block(text)
     if block is None:
         return StrictAnswer(None, None, "no <answer> block")
     block = _plain_text(block)
-    is_strict = find_images != find_image_numbers
-    if is_strict:
+    if count is not None:
         block = _TABLE.sub(_write_out_rows, block)
     written = _find_boxes(block)
-    images = find_images(_mark_boxes(block, written[:_MOST_BOXES]))
+    marked = _mark_boxes(block, written[:_MOST_BOXES])
+    images = find_image_numbers(marked) if count is None else find_spoken_images(marked, count)
     image = _only(images) or None
     boxes = {box.box for box in written}
     if len(boxes) != 1 or len(written) > _MOST_BOXES:
         return StrictAnswer(image, None, "several boxes" if boxes else "no box")
-    if NOT_READ in images and is_strict:
+    if NOT_READ in images and count is not None:
         return StrictAnswer(None, None, IMAGE_NOT_READ)
     if len(images) > 1 and one_image:
         return StrictAnswer(None, None, AMBIGUOUS)
@@ -102,8 +99,7 @@ def parse_named_box(reply: str, count: int | None = None) -> tuple[int | None, B
     count: of the question's images; None reads only plain names of images, for the authors' rules.
     """
     if last_answer_block(reply) is not None:
-        answer = (_read_answer(reply, True, find_image_numbers) if count is None
-                  else parse_strict_answer(reply, count=count))
+        answer = parse_strict_answer(reply, count=count)
         return answer.image, answer.box or parse_revised_mig_bench_box(reply)
     shown = shown_text(reply).strip() or reply  # chat templates may open <think>
     text = _plain_text(shown)

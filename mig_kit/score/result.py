@@ -1,11 +1,20 @@
-"""What scoring gives, in percent and not rounded; intervals are over lists of images."""
+"""What scoring gives, in percent and not rounded, and its table beside published numbers.
+
+Intervals are over lists of images. `published.yaml` holds the published numbers.
+"""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 import numpy as np
+import yaml
 
+from mig_kit.score.annotations import MIG_BENCH_TASKS, PAPER_COUNTS
 from mig_kit.stats import gap_interval_by_list, group_by_task, macro_mean, share_interval_by_list
+
+MEANT_SHARE = 0.1  # of replies with boxes in other coordinates, above which all may be meant so
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Scored:
 
 
 def averaged_groups(scored: Scored) -> list[np.ndarray]:
-    """Places of the items of every task, which the average weighs the same; else of all items."""
+    """Places of each task's items, if the average is over tasks; else one group of all items."""
     places = np.arange(len(scored.tasks))
     return list(group_by_task(scored.tasks, places).values()) if scored.is_macro else [places]
 
@@ -48,10 +57,11 @@ def _percent(value: float) -> float:
 
 
 def summarize(scored: Scored) -> dict:
-    """{"n", "lists", "tasks", "avg", "problems", "remarks"}, in percent, not rounded.
+    """The scores in percent, not rounded.
 
-    tasks: task -> {"n", "lists", metrics, "ci95"}; avg: {metrics, "ci95"}. lists: how many lists of
-    images there are. ci95: of the first metric, by `stats.share_interval_by_list`.
+    Returns: {"n", "lists", "tasks", "avg", "problems", "remarks"}. "tasks" has {"n", "lists",
+        metrics, "ci95"} for each task, "avg" the metrics and "ci95"; "lists" is the number of
+        different lists of images, "ci95" the first metric's `stats.share_interval_by_list`.
     """
     headline = next(iter(scored.metrics.values()), None)
     lists = number_lists(scored)
@@ -91,3 +101,108 @@ def paired_difference(first: Scored, second: Scored, is_same: bool = False) -> d
     for name, value in first.aggregates.get("avg", {}).items():
         differences[name] = {"value": value - second.aggregates["avg"][name], "ci95": None}
     return differences
+
+
+@cache
+def read_published() -> dict[str, list[dict]]:
+    """The rows of `published.yaml` by benchmark and version; "tasks" are task -> percent."""
+    rows = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text("utf-8"))
+    return {name: [row | {"tasks": dict(zip(MIG_BENCH_TASKS, row.get("tasks", ())))}
+                   for row in systems] for name, systems in rows.items()}
+
+
+def score_markdown(result: dict) -> str:
+    """A result of `mig-kit score` as a Markdown table beside published numbers, with notes."""
+    rows = []
+    if result["complete"] is not False and result["protocol"] == "official":
+        name = f"{result['benchmark']} {result['version']}".strip()
+        rows = read_published().get(name, [])
+    published = [row for row in rows if "doubt" not in row]
+    headline, *others = [name for name in result["avg"] if name != "ci95"]
+    has_interval = "ci95" in result["avg"]
+    head = ["task", "n", headline, *["95 %"] * has_interval, *others,
+            *(row["system"] for row in published)]
+    lines = [head, ["---"] * len(head)]
+    average = {"n": result["n"], **result["avg"]}
+    for name, values in [*result["tasks"].items(), ("avg", average)]:
+        interval = " to ".join(f"{bound:.1f}" for bound in values.get("ci95", ()))
+        known = [row["avg"] if name == "avg" else row["tasks"].get(name) for row in published]
+        lines.append([name, str(values["n"]), _number(values.get(headline)),
+                      *[interval] * has_interval,
+                      *(_number(values.get(metric)) for metric in others), *map(_number, known)])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([table, "", *table_notes(result, rows)])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # never -0.00
+
+
+def table_notes(result: dict, published: list[dict]) -> list[str]:
+    """Sentences on what the table's numbers mean, and where the published ones come from."""
+    benchmark, protocol, problems = result["benchmark"], result["protocol"], result["problems"]
+    judges_letters = benchmark in ("blink", "mmiu") and protocol == "official"
+    answered = result["n"] - problems.get("missing", 0)
+
+    def is_usual(words: str) -> bool:
+        return sum(count for reason, count in problems.items()
+                   if words in reason) > MEANT_SHARE * answered
+
+    rule = f"{protocol} (letters by the kit's own rule)" if judges_letters else protocol
+    notes = [f"{benchmark}, version {result['version'] or 'as given'}, protocol {rule}, "
+             f"{result['n']} items."]
+    if problems.get("missing"):
+        notes.append("Replies are missing: do not set these numbers beside published ones.")
+    elif result["complete"] is False:
+        notes.append("The annotations do not hold every item of the benchmark: do not set these "
+                     "numbers beside published ones.")
+    if result["complete"] is None and benchmark != "own":
+        known = (f"its paper counts {PAPER_COUNTS[benchmark]:,}" if benchmark in PAPER_COUNTS
+                 else "no number is published")
+        notes.append(f"Whether these are all items of {benchmark} is not known ({known}): set "
+                     "these numbers beside published ones only if they are.")
+    if protocol != "official" and benchmark != "own":
+        notes.append("Published figures follow the authors' own rules, so none stands beside this "
+                     "protocol.")
+    if result["lists"] < result["n"]:
+        notes.append(f"The questions are about {result['lists']} lists of images. Intervals are "
+                     "over lists, because questions about the same images are not independent.")
+    if "ci95" in result["avg"]:
+        notes.append("Intervals are Jeffreys', or exact if all or none is correct; those of "
+                     "differences are Student's t.")
+    notes += result["remarks"]
+    if judges_letters:
+        notes.append("Letters are read from the text alone; the authors ask another model if the "
+                     "text is not itself an option"
+                     + (', and count an empty choice as correct and leave out "GPT error".'
+                        if benchmark == "mmiu" else "."))
+    notes += ["{system}: {source}.".format(**row) for row in published if "doubt" not in row]
+    notes += ["Not in the table: {system} {avg:.2f} ({source}), {doubt}.".format(**row)
+              for row in published if "doubt" in row]
+    notes += [f"Replies, {reason}: {count}."
+              for reason, count in sorted(problems.items(), key=lambda problem: -problem[1])]
+    if is_usual("outside the image"):
+        notes.append("Say what boxes outside the image are measured in: --coordinates absolute for "
+                     "pixels of the resized image (Qwen2.5-VL), with the --min-pixels and "
+                     "--max-pixels that its processor had, or pixels for those of the original; "
+                     "both with --images.")
+    if is_usual("within 0 to 1") and not any("normalized_1" in note for note in notes):
+        notes.append("For boxes in 0 to 1 say --coordinates normalized_1.")
+    return notes + (_comparison_notes(result) if "compare" in result else [])
+
+
+def _comparison_notes(result: dict) -> list[str]:
+    other = result["compare"]
+    notes = [f"Replies of {other['predictions']}, {reason}: {count}."
+             for reason, count in sorted(other["problems"].items())]
+    systems = f"{result['predictions']} minus {other['predictions']}"
+    for metric, gap in other["difference"].items():
+        interval = "no interval"
+        if gap["ci95"]:
+            interval = " to ".join(map(_signed, gap["ci95"]))
+        notes.append(f"{metric}, {systems}: {_signed(gap['value'])} points ({interval}), paired.")
+    return notes

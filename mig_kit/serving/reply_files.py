@@ -1,4 +1,4 @@
-"""Draw replies to many samples with one model, into a file that a killed stage resumes from."""
+"""Replies of one or several models to many samples, in files that a killed stage resumes from."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -8,17 +8,18 @@ from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import progress_bar, release_memory
 from mig_kit.image_files import LazyImages
 from mig_kit.models.loading import Hardware, Policy, load_policy
-from mig_kit.models.sample_prompts import SampleCache, make_cache
+from mig_kit.models.sample_prompts import SampleCache, make_cache, reply_logps
 from mig_kit.sample import Sample
 from mig_kit.serving.server import Question, ServedModel
 from mig_kit.serving.server_process import serve_model
-from mig_kit.serving.stored_replies import format_row, load_replies
+from mig_kit.serving.stored_replies import count_endings, format_row, load_replies
 from mig_kit.shared_prefix.decoding import fuse_decoding_weights, train_mode_for_4bit_layers
 from mig_kit.shared_prefix.generation import (
     SamplingOptions,
@@ -30,21 +31,22 @@ from mig_kit.shared_prefix.generation import (
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 BATCH_SIZE = 64  # prompts of a batch
-Drawn = tuple[list[str], list[str]]  # replies to a sample, and why each of them ended
 CPU_WORKERS = 2  # batches under way at a time on a CPU, each on its share of the cores
+KL_SAMPLES = 10  # of a suite
+Drawn = tuple[list[str], list[str]]  # replies to a sample, and why each of them ended
 
 
 @contextmanager
 def open_policy(model: str | Path, system: str, hardware: Hardware, box_format: BoxFormat,
                 folder: Path, params: SimpleNamespace) -> Iterator[Policy | ServedModel]:
-    """What draws a model's replies: a policy, or with `params.server` servers that hold the model.
+    """Opens what draws a model's replies: a policy, or servers if `params.server` names any.
 
-    model: a folder or hub name. system: the model's name in the run. A server that this starts logs
-    to folder/server_<system>.log and ends with the context.
+    model: a folder or hub name. system: the model's name in the run. A server that is started here
+    writes its log to folder/server_<system>.log and ends with the context.
     """
     if not params.server:
         yield load_policy(model, hardware, box_format)
-        release_memory()  # of a policy that the caller keeps no longer
+        release_memory()  # the caller has dropped the policy
         return
     log = folder / f"server_{system}.log"
     with serve_model(params.server, params.concurrency, model, system, box_format, log) as served:
@@ -52,7 +54,7 @@ def open_policy(model: str | Path, system: str, hardware: Hardware, box_format: 
 
 
 def describe_source(params: SimpleNamespace) -> str:
-    """What drew a stage's replies, for its record."""
+    """What draws a stage's replies, as its record says it."""
     return f"served: {params.server}" if params.server else "the kit's own loop"
 
 
@@ -64,7 +66,7 @@ def greedy_replies(policy: Policy, samples: Sequence[Sample],
 
 def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperature: float,
                  max_new_tokens: int) -> list[list[str]]:
-    """`count` replies to every sample, the same ones each time; no random state is used."""
+    """`count` replies to every sample, the same ones at every call; no random state changes."""
     prompts = make_cache(policy).get(samples)
     uniforms = draw_uniforms(0, len(samples), count, max_new_tokens) if temperature else None
     rollouts = generate_rollouts(
@@ -79,10 +81,13 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
                    replies: int, temperature: float, max_new_tokens: int, seed: int,
                    label: str = "rollouts",
                    cache: SampleCache | None = None) -> dict[str, list[str]]:
-    """`replies` replies to every sample, by sample id, appended to `path` as they are drawn.
+    """Draws `replies` replies to every sample, and appends them to `path` as they come.
 
-    What is whole in the file is not drawn again. cache: prepared prompts of the same model. seed
-    and cache do not apply to servers.
+    Args:
+        path: a reply file; samples whose replies it already holds are not asked again.
+        seed: of the random numbers of the kit's own loop; servers have none.
+        cache: prompts of the same model that are already prepared.
+    Returns: sample id -> its replies.
     """
     ids, is_stored = [sample.id for sample in samples], load_replies(path).keys()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +113,7 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
 def _ask_servers(served: ServedModel, samples: Sequence[Sample], ids: list[str],
                  is_stored: Set[str], replies: int,
                  sampling: SamplingOptions) -> Iterator[dict[str, Drawn]]:
-    """Replies by id, those to a sample as they come; ids: of the samples."""
+    """Sample id -> replies, one sample at a time as servers answer; ids: of the samples."""
     questions = (Question(samples[index], replies) for index, name in enumerate(ids)
                  if name not in is_stored)
     for question, drawn in served.ask(questions, sampling):
@@ -119,7 +124,7 @@ def _ask_servers(served: ServedModel, samples: Sequence[Sample], ids: list[str],
 def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_stored: Set[str],
                   replies: int, sampling: SamplingOptions, seed: int,
                   cache: SampleCache) -> Iterator[dict[str, Drawn]]:
-    """Replies by id, batch by batch, each with its own seed; ids: of the samples."""
+    """Sample id -> replies, batch by batch, each batch with its own seed; ids: of the samples."""
     # Batches are cut before anything is skipped, so a resumed run draws what it would have drawn.
     # Where products round by the number of cores (AMX in bf16), a few replies in a hundred differ.
     todo = [(number, batch) for number, batch in enumerate(_cut_batches(samples))
@@ -152,9 +157,9 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
 
 
 def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterator:
-    """function(part) for every part, in order, `threads` at a time; 1 stays in this thread.
+    """Yields function(part) for every part in order, computing `threads` of them at a time.
 
-    No call may change what another one reads.
+    On a GPU, and for one thread, all calls stay in this thread.
     """
     if threads == 1 or torch.cuda.is_available():
         yield from map(function, parts)
@@ -171,7 +176,7 @@ def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterato
 
 
 def _cut_batches(samples: Sequence[Sample]) -> list[list[int]]:
-    """The indices of samples by number of images, questions about the same images side by side."""
+    """Batches of sample indices, by number of images; questions about the same images adjoin."""
     keys, first_id = [], {}
     for sample in samples:
         key = _image_list_key(sample)
@@ -183,9 +188,116 @@ def _cut_batches(samples: Sequence[Sample]) -> list[list[int]]:
 
 
 def _image_list_key(sample: Sample) -> int | str:
-    """A key of the sample's images: their paths, or their identities in memory; decodes nothing."""
+    """A key that samples with the same images share: by their paths or identities in memory."""
     if not isinstance(sample.images, LazyImages):
         return hash(tuple(map(id, sample.images)))
     contents = [image.content for image in sample.images.encoded]
-    # a sample whose images a table holds is alone with them
+    # images inside a table have no path, so such a sample counts as sharing them with none
     return sample.id if bytes in map(type, contents) else hash(tuple(contents))
+
+
+def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]],
+                  drawn_samples: dict[str, list[Sample]], hardware: Hardware,
+                  box_format: BoxFormat, folder: Path, params: SimpleNamespace) -> dict:
+    """Replies of several systems to the same samples, one model in memory at a time (stage 06).
+
+    Args:
+        models: system -> model folder.
+        samples: by suite; each gets one greedy reply.
+        drawn_samples: by suite, those that also get `params.replies` replies at temperature 1.
+        folder: where the replies are stored.
+    Returns: system -> suite -> {"greedy": [reply], "drawn": [[reply]]}, in the order of `samples`;
+    a sample without drawn replies has [].
+    """
+    cache: SampleCache | None = None
+    replies: dict[str, dict] = {}
+    for system, model in models.items():
+        if cache:
+            cache.release()  # so that two models need not be in memory at a time
+        release_memory()
+        with open_policy(model, system, hardware, box_format, folder.parent, params) as policy:
+            if cache:  # no stage trains the vision tower: all systems see the same
+                cache.serve(policy.model)
+            elif isinstance(policy, Policy):
+                cache = make_cache(policy)
+            replies[system] = _system_replies(policy, system, cache, samples, drawn_samples,
+                                              folder, params)
+            policy = None  # frees the system before the next
+    return replies
+
+
+def reply_file(folder: Path, system: str, suite: str, kind: str) -> Path:
+    """Where a system's replies to a suite are stored; kind: greedy, or drawn at temperature 1."""
+    return folder / f"{system}_{suite}_{kind}.jsonl"
+
+
+def count_endings_by_system(replies: dict, folder: Path) -> dict:
+    """System -> figures of `count_endings`; replies, folder: of `suite_replies`."""
+    return {system: count_endings(
+        *(reply_file(folder, system, suite, kind) for suite in by_suite
+          for kind in ("greedy", "drawn"))) for system, by_suite in replies.items()}
+
+
+def _system_replies(policy: Policy | ServedModel, system: str, cache: SampleCache | None,
+                    samples: dict[str, list[Sample]], drawn_samples: dict[str, list[Sample]],
+                    folder: Path, params: SimpleNamespace) -> dict:
+    """One system's part of `suite_replies`; cache: of a policy, None for servers."""
+    answers = {}
+    for suite, suite_samples in samples.items():
+        def ask(kind: str, questions: list[Sample], count: int, temperature: float,
+                suite=suite) -> dict[str, list[str]]:
+            return sample_replies(
+                policy, questions, reply_file(folder, system, suite, kind), replies=count,
+                temperature=temperature, max_new_tokens=params.max_new_tokens, seed=params.seed,
+                label=f"{system} {suite} {kind}", cache=cache)
+
+        greedy = ask("greedy", suite_samples, 1, 0.0)
+        drawn = ask("drawn", drawn_samples[suite], params.replies, 1.0) if params.replies else {}
+        answers[suite] = {"greedy": [greedy[sample.id][0] for sample in suite_samples],
+                          "drawn": [drawn.get(sample.id, []) for sample in suite_samples]}
+    return answers
+
+
+def kl_from_base(models: dict[str, str | Path], samples: dict[str, list[Sample]], replies: dict,
+                 hardware: Hardware, box_format: BoxFormat) -> dict:
+    """KL(system || base) in nats, the mean of log p_system - log p_base over the system's replies.
+
+    Args:
+        models, samples: as in `suite_replies`; replies: what it returned. The first reply at
+            temperature 1 to KL_SAMPLES samples of a suite counts.
+    Returns: system -> suite -> {"per_token", "per_reply", "standard_error" of per_reply, "replies":
+    their number}.
+    """
+    questions: dict[str, dict[str, list[tuple[Sample, str]]]] = {
+        system: {suite: _spread_replies(samples[suite], answers["drawn"])
+                 for suite, answers in by_suite.items()}
+        for system, by_suite in replies.items() if system != "base"}
+    own: dict[str, dict[str, list[np.ndarray]]] = {}
+    for system, by_suite in questions.items():
+        policy = None  # frees the system before the next
+        policy = load_policy(models[system], hardware, box_format)
+        own[system] = {suite: _reply_logps(policy, rows) for suite, rows in by_suite.items()}
+    policy = None
+    policy = load_policy(models["base"], hardware, box_format)
+    return {system: {suite: _summarize_kl(own[system][suite], _reply_logps(policy, rows))
+                     for suite, rows in by_suite.items()}
+            for system, by_suite in questions.items()}
+
+
+def _spread_replies(samples: list[Sample], drawn: Sequence[list[str]]) -> list[tuple[Sample, str]]:
+    rows = [row for row, replies in enumerate(drawn) if replies]
+    return [(samples[row], drawn[row][0])
+            for row in rows[::max(1, len(rows) // KL_SAMPLES)][:KL_SAMPLES]]
+
+
+def _reply_logps(policy: Policy, rows: list[tuple[Sample, str]]) -> list[np.ndarray]:
+    samples, replies = map(list, zip(*rows))
+    logps = reply_logps(policy.model, policy.processor, samples, replies, policy.box_format)
+    return [values.double().numpy() for values in logps]
+
+
+def _summarize_kl(own: list[np.ndarray], base: list[np.ndarray]) -> dict:
+    sums = np.array([(a - b).sum() for a, b in zip(own, base, strict=True)])
+    error = sums.std(ddof=1) / len(sums) ** 0.5 if len(sums) > 1 else None
+    return {"per_token": float(sums.sum() / sum(map(len, own))), "per_reply": float(sums.mean()),
+            "standard_error": error, "replies": len(sums)}

@@ -1,8 +1,9 @@
-"""Rollouts that servers draw for stage 05, and the correction that they need.
+"""Rollouts that servers draw for stage 05.
 
-Servers round otherwise than the learner, so replies bring their log-probabilities, and TRL weights
-the loss by the ratio. Servers may silently ignore an adapter or keep an old one: a canary, which no
-model can overlook, is tried first, and log-probabilities that stay apart end the training.
+Servers round differently from the learner, so they send log-probabilities with their replies, and
+TRL weights the loss by the ratio. A server may also ignore an adapter, or keep an old one, without
+an error. So before every update a canary, an adapter with large weights, must change its answer,
+and the training ends if log-probabilities stay far apart.
 """
 
 import shutil
@@ -32,11 +33,11 @@ DIFFERENCE = "sampling/sampling_logp_difference/mean"  # TRL's name
 SAMPLING_CURVES = {
     "sampling/importance_sampling_ratio/mean": "ratio", "sampling/staleness": "staleness",
     "sampling/adapter_version": "adapter"}
-# Nats a token, so that learner and server are apart by a ratio of 0.86 to 1.16. vLLM in bfloat16
-# beside a learner in float32 had 0.006 to 0.017. The ratio of whole replies would not do: it leaves
-# any band when replies are long.
+# Nats a token, a ratio of learner to server of 0.86 to 1.16. vLLM in bfloat16 and a learner in
+# float32 differed by 0.006 to 0.017. The ratio of whole replies cannot be bounded: it grows with
+# their length.
 MAX_DIFFERENCE = 0.15
-CANARY_STD = 0.5  # of B; with A as it is drawn, an adapted layer's change exceeds its output
+CANARY_STD = 0.5  # of B; an adapted layer's change then exceeds its output
 LEAST_CHANGE = 0.05  # nats by which the canary must move the first token
 
 
@@ -53,9 +54,10 @@ class ServedRollouts:
 
     def draw(self, trainer, samples: list[Sample], prompts: list[Prompt], group: int,
              sampling: SamplingOptions) -> tuple[list[list[int]], list[list[float]]]:
-        """`group` completions to each prompt, in sequence: token ids and their log-probabilities.
+        """Draws `group` completions to each prompt, in sequence.
 
-        One without an end token is cut. RuntimeError for a stale adapter or other prompt ids.
+        Returns: (token ids of each, their log-probabilities); a cut one has no end token.
+        Raises: RuntimeError for a stale adapter or other prompt ids.
         """
         if self.served is None:
             self._open(trainer.accelerator)
@@ -78,7 +80,7 @@ class ServedRollouts:
         self.served = None
 
     def _open(self, accelerator: Accelerator) -> None:
-        """Reach the servers; a command is started once, by the first process of all."""
+        """Reach the servers; only the first of all processes starts a command."""
         server = self.params.server
         if accelerator.is_main_process:
             self._enter(server)
@@ -102,8 +104,8 @@ class ServedRollouts:
             model = trainer.accelerator.unwrap_model(trainer.model)
             model.save_pretrained(saved, safe_serialization=True)
             apply_umask(saved)  # a server may be another user's
-            # a server keeps what it has read of a prompt under the adapter's name: a stage that
-            # goes on after a kill must not give new weights an old name
+            # servers cache prompts under the adapter's name, so after a kill new weights must not
+            # get an old name
             name = f"{saved.name}-{file_sha256(saved / 'adapter_model.safetensors')[:8]}"
             self._load(name, saved.resolve(), before)
             for old in folder.iterdir():
@@ -113,7 +115,7 @@ class ServedRollouts:
         self.served.name, self.version = self.adapter, version
 
     def _try_canary(self, trainer, question: Question) -> None:
-        """RuntimeError if an adapter with large weights changes nothing at a server."""
+        """RuntimeError if an adapter with large weights does not change a server's answer."""
         if not trainer.accelerator.is_main_process:
             return
         folder, before = self.folder / "checkpoints" / SERVED_ADAPTERS / "canary", self.adapter
@@ -161,10 +163,10 @@ class ServedRollouts:
         for server in (server for server in self.served.servers if server.is_alive):
             try:
                 listed = server.connection.list_models()
-                if name not in listed:  # it may have outlived a killed stage
+                if name not in listed:  # a server may have outlived a killed stage
                     server.connection.post("/load_lora_adapter",
                                            {"lora_name": name, "lora_path": str(path)})
-                if before in listed:  # not if it was started again
+                if before in listed:  # unless the server was started again
                     server.connection.post("/unload_lora_adapter", {"lora_name": before})
             except RequestFailed as failure:
                 if failure.status:
@@ -178,14 +180,14 @@ class ServedRollouts:
 
 
 class StopIfServerIsStale(TrainerCallback):
-    """Ends a training whose log-probabilities are far from the servers' in three updates."""
+    """Ends a training whose log-probabilities are far from the servers' three times in a row."""
 
     def __init__(self):
         self.differences: deque[float] = deque(maxlen=3)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Raise RuntimeError with one sentence, or do nothing."""
-        # without it, an update learns again from the same replies, or nothing is corrected
+        # not logged by updates that learn again from the same replies
         if not logs or DIFFERENCE not in logs:
             return
         self.differences.append(logs[DIFFERENCE])

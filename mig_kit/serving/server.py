@@ -1,8 +1,8 @@
 """Replies of a model that servers hold, for stages 04, 05 and 06.
 
-Servers share the work; a dead one's requests are asked again elsewhere. They must draw as the kit's
-own loop: a request holds the images as the model sees them and every sampling parameter, and prompt
-ids are compared. Without a seed, served replies cannot be drawn again to the bit.
+Servers share the work, and what a dead one leaves goes to the others. So that they draw as the
+kit's own loop does, a request holds the images as the model sees them and every sampling parameter,
+and prompt ids are compared. Requests have no seed: served replies cannot be repeated to the bit.
 """
 
 import time
@@ -29,15 +29,19 @@ SET_KEY = f"set the environment variable {KEY_VARIABLE}"
 REMEDIES = {401: SET_KEY, 403: SET_KEY, 404: "end its address in /v1"}  # by status
 FACTOR = 28  # images whose sides absolute boxes count are multiples of it, see boxes.smart_resize
 FORBIDDEN_BIAS = -100.0  # the lowest that the API takes
-# a server that refuses some fields is asked with fewer: all, OpenAI's own, those without `n`; one
-# that holds a model which the kit cannot load, at last with those of OpenAI's reasoning models
-WITHOUT_N = ("model", "messages", "temperature", "top_p", "max_tokens", "logit_bias")
-FIELDS_OF_FORM = ((), (*WITHOUT_N, "n"), WITHOUT_N, ("model", "messages", "max_completion_tokens"))
+OF_ONE = ("model", "messages", "temperature", "top_p", "max_tokens", "logit_bias")  # OpenAI's
+# What a request may hold; a server that refuses the first is asked with the next. Only models that
+# the kit cannot load get to the last.
+FORMS = (
+    (),  # all fields that the kit has, vLLM's
+    (*OF_ONE, "n"),
+    OF_ONE,  # one reply a request
+    ("model", "messages", "max_completion_tokens"))  # OpenAI's reasoning models
 
 
 @dataclass
 class Server:
-    """One server. form: the fields that it takes, an index of FIELDS_OF_FORM."""
+    """One server; form: index in FORMS of the fields that it takes."""
 
     url: str
     connection: Connection
@@ -49,7 +53,7 @@ class Server:
 
 
 class Question(NamedTuple):
-    """`replies` replies to a sample; prompt_ids: the kit's own, None to have them computed."""
+    """Asks for `replies` replies to a sample; prompt_ids: of the kit, None to compute them."""
 
     sample: Sample
     replies: int
@@ -61,34 +65,32 @@ class ServedReply:
     """One reply of a server."""
 
     text: str
-    ids: list[int] | None = None  # with the end token; None if the server does not tell
-    logps: list[float] | None = None  # of ids
-    finish_reason: str = ""  # why it ended, in the server's word
+    ids: list[int] | None = None  # with the end token; None if the server does not return them
+    logps: list[float] | None = None  # log-probability of each id
+    finish_reason: str = ""  # as the server calls it
 
 
 @dataclass
 class ServedModel:
-    """A model that servers hold; it takes the place of a Policy where replies are drawn."""
+    """A model that servers hold, used instead of a Policy."""
 
     name: str  # what requests call the model
     servers: list[Server]
     concurrency: int  # requests under way
-    # None for a model that the kit cannot load: its prompts are not compared, and it is asked with
-    # OpenAI's fields alone
+    # None for a model that the kit cannot load, whose prompts are not compared
     processor: StillImageProcessor | None
     box_format: BoxFormat
     end_tokens: list[int]  # every token that ends a reply
-    failure: Callable[[], str] = str  # says why a server that the stage has started ended, or ""
+    failure: Callable[[], str] = str  # why a server that the stage has started ended, or ""
     count_lock: Lock = field(default_factory=Lock, repr=False)
     probe_lock: Lock = field(default_factory=Lock, repr=False)
-    # a tokenizer serves one thread at a time
-    tokenizer_lock: Lock = field(default_factory=Lock, repr=False)
+    tokenizer_lock: Lock = field(default_factory=Lock, repr=False)  # it serves one thread at a time
 
     def ask(self, questions: Iterable[Question], sampling: SamplingOptions,
             with_logps: bool = False) -> Iterator[tuple[Question, list[ServedReply]]]:
-        """Every question, read as needed, with its replies, as they come.
+        """Yields every question with its replies, in the order in which servers answer.
 
-        Raises RuntimeError if an answer cannot be used, or no server is left.
+        Raises: RuntimeError if an answer cannot be used, or no server is left.
         """
         fields = self.sampling_fields(sampling, with_logps)
         return iter_results(lambda question: (question, self._draw(question, fields)), questions,
@@ -105,7 +107,7 @@ class ServedModel:
             form, with_logps = server.form, "logprobs" in fields
             try:
                 answer, _ = server.connection.chat(
-                    {name: body[name] for name in FIELDS_OF_FORM[form] or body if name in body})
+                    {name: body[name] for name in FORMS[form] or body if name in body})
             except RequestFailed as failure:
                 self._handle_failure(server, form, failure, with_logps)
                 attempts += server.is_alive
@@ -158,7 +160,7 @@ class ServedModel:
             raise RuntimeError(f"the server {server.url} answered {failure}; {remedy}") from None
 
     def _leave_out_if_dead(self, server: Server, failure: RequestFailed) -> None:
-        """Leave the server out, and say so, unless it answers a probe."""
+        """Leave the server out with a printed sentence, unless it answers one of three probes."""
         with self.probe_lock:
             for wait in (0.2, 1.0, 2.0):
                 if not server.is_alive or server.connection.is_ready():
@@ -169,7 +171,7 @@ class ServedModel:
             print(f"the server {server.url} is left out: {failure}; {others} go on", flush=True)
 
     def _check(self, server: Server, answer: dict, question: Question, with_logps: bool) -> None:
-        """Raise RuntimeError unless the answer is this model's, to this prompt."""
+        """RuntimeError if another model has answered, or another prompt was read."""
         answered_by = answer.get("model")
         if answered_by not in (self.name, None) and with_logps:
             raise RuntimeError(f"the server {server.url} answered as '{answered_by}', not as "
@@ -181,7 +183,7 @@ class ServedModel:
             check_prompt_ids(answer, expected, question.sample.id, server.url)
 
     def messages(self, sample: Sample) -> list[dict]:
-        """The sample's prompt in OpenAI's form, its images as PNG at the size the model sees."""
+        """The sample's prompt in OpenAI's form; images are PNG of the size that the model sees."""
         images = iter(sample.images)
         messages = chat_messages(sample, self.box_format)
         for message in messages:
@@ -201,7 +203,7 @@ class ServedModel:
         return {"type": "image_url", "image_url": {"url": to_data_url(image, compress_level=1)}}
 
     def prompt_ids(self, sample: Sample) -> list[int] | None:
-        """The kit's own token ids of the sample's prompt; None without a processor."""
+        """Token ids of the sample's prompt, as the kit computes them; None without a processor."""
         if self.processor is None:
             return None
         text = render_prompt(self.processor, sample, self.box_format)
@@ -210,12 +212,12 @@ class ServedModel:
         return list(inputs["input_ids"][0])
 
     def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
-        """The fields of a request that say how to draw, with log-probabilities if asked."""
+        """The fields of a request that say how to draw; with_logps: ask for log-probabilities."""
         if self.processor is None:
             return {"temperature": sampling.temperature, "top_p": sampling.top_p,
                     "max_tokens": sampling.max_new_tokens,
                     "max_completion_tokens": sampling.max_new_tokens}
-        # all of them: a server takes what is missing from the model's generation_config.json
+        # all of them, because a server reads a missing one from generation_config.json
         bias = {str(token): FORBIDDEN_BIAS for token in forbidden_token_ids(self.processor)}
         fields = {
             "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0,
@@ -226,7 +228,7 @@ class ServedModel:
         return fields | ({"logprobs": True} if with_logps else {})
 
     def parse_replies(self, answer: dict, with_logps: bool) -> list[ServedReply]:
-        """The replies of a chat completion; ValueError if it is incomplete."""
+        """The replies in a chat completion; ValueError if the completion is incomplete."""
         try:
             if not answer["choices"]:
                 raise ValueError("an answer without choices is no complete chat completion")
@@ -237,7 +239,7 @@ class ServedModel:
     def _parse_choice(self, choice: dict, with_logps: bool) -> ServedReply:
         ids = choice.get("token_ids") if self.processor else None
         text, reason = read_choice(choice, self.processor.opened_tag if self.processor else "")
-        if ids:  # the text that the kit's own loop gives
+        if ids:  # decoded as in the kit's own loop
             with self.tokenizer_lock:
                 text = self.processor.batch_decode([ids], skip_special_tokens=True)[0]
         if not with_logps:
@@ -252,7 +254,7 @@ class ServedModel:
 
 
 def check_prompt_ids(answer: dict, expected: list[int], sample_id: str, url: str) -> None:
-    """RuntimeError unless the server has read the kit's prompt, by its ids or their number."""
+    """RuntimeError if the answer's prompt ids, or their number, are not the kit's `expected`."""
     served, usage = answer.get("prompt_token_ids"), answer.get("usage") or {}
     n_served = len(served) if served is not None else usage.get("prompt_tokens")
     if served == expected or (served is None and n_served in (None, len(expected))):

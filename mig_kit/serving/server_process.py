@@ -1,4 +1,4 @@
-"""Servers of a model: started for it by a stage and ended, or found where they are.
+"""Servers of a model: a stage starts one by a command, or uses those whose addresses it is given.
 
 A command holds `{model}` and `{port}`: `vllm serve {model} --host 127.0.0.1 --port {port}`.
 """
@@ -19,7 +19,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.models.model_folders import ServedName, load_config
 from mig_kit.models.processors import load_processor
 from mig_kit.openai_client import Connection, RequestFailed, parse_server, read_api_key
-from mig_kit.pipeline.failures import describe_exit
+from mig_kit.pipeline.processes import describe_exit
 from mig_kit.serving.server import REMEDIES, ServedModel, Server
 from mig_kit.shared_prefix.generation import end_token_ids
 
@@ -28,16 +28,16 @@ TIMEOUT = 900.0  # seconds without a sign of a server
 LISTED_MODELS = 12  # of a server, in a sentence
 START = "start it first, or take it out of server"
 LOG_TAIL = 8  # last lines of the server's output that an error quotes
-# what torchrun tells its processes; a server among them would take itself for one of those
+# torchrun's: a server that is started by one of its processes must not take itself for one
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE",
                       "LOCAL_WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "OMP_NUM_THREADS",
                       "ACCELERATE_")
 
 
 class ServerProcess:
-    """A server that `command` starts for one model, on a free port; it ends with this process.
+    """A server that `command` starts for a model on a free port; it ends with this process.
 
-    url: up to and with /v1. log: the file of its output. See `wait_until_ready`.
+    log: file of its output. `url` is its address with /v1; see `wait_until_ready`.
     """
 
     def __init__(self, command: str, model: str | Path, log: Path):
@@ -90,7 +90,7 @@ def _free_port() -> int:
 
 
 def _load_generation_config(model: str | Path) -> GenerationConfig:
-    """The model's, or what its config.json says where it has none."""
+    """The model's generation_config.json, or else what its config.json says."""
     try:
         return GenerationConfig.from_pretrained(model)
     except OSError:
@@ -100,10 +100,14 @@ def _load_generation_config(model: str | Path) -> GenerationConfig:
 @contextmanager
 def serve_model(server: str, concurrency: int, model: str | Path, system: str,
                 box_format: BoxFormat, log: Path) -> Iterator[ServedModel]:
-    """A model on servers; a server that the stage starts ends with the context.
+    """Opens a model on servers; a server that is started here ends with the context.
 
-    server: addresses or a command, see `parse_server`. model: a folder, a hub name or a ServedName.
-    system: another name by which a server may serve it. Raises ValueError or RuntimeError.
+    Args:
+        server: addresses or a command, see `parse_server`.
+        model: a folder, a hub name or a ServedName.
+        system: another name by which a server may serve the model.
+        log: file of the output of a server that is started.
+    Raises: ValueError for a `server` that is neither; RuntimeError if no server has the model.
     """
     key, urls = read_api_key(), parse_server(server)
     processor, end_tokens = None, []
@@ -116,9 +120,8 @@ def serve_model(server: str, concurrency: int, model: str | Path, system: str,
             process = stack.enter_context(closing(ServerProcess(server, model, log)))
             process.wait_until_ready()
             urls, failure = [process.url], process.failure
-        form = 0 if processor else 1
         servers = [Server(url, stack.enter_context(closing(Connection(url, key, TIMEOUT))),
-                          form=form) for url in urls]
+                          form=0 if processor else 1) for url in urls]
         names = (str(model), str(Path(model).resolve()), system)
         name = _find_served_name(servers, names, is_own)
         chosen = [server for server in servers if name in server.models]
@@ -126,10 +129,7 @@ def serve_model(server: str, concurrency: int, model: str | Path, system: str,
 
 
 def _find_served_name(servers: list[Server], names: tuple[str, ...], is_own: bool) -> str:
-    """What the servers call the model; RuntimeError unless one serves it under `names`.
-
-    A server that does not answer is left out.
-    """
+    """The one of `names` under which a server lists the model; RuntimeError if none does."""
     failures = []
     for server in servers:
         try:
@@ -139,7 +139,7 @@ def _find_served_name(servers: list[Server], names: tuple[str, ...], is_own: boo
                             f"{REMEDIES.get(failure.status, START)}")
     served = {model for server in servers for model in server.models}
     name = next((name for name in names if name in served), None)
-    if is_own:  # it was given the model, under whatever name; some servers list nothing
+    if is_own:  # it holds the model under any name, and may list nothing
         servers[0].models = (name or (served.pop() if len(served) == 1 else names[0]),)
         return servers[0].models[0]
     if len(failures) == len(servers):

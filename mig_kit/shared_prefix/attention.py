@@ -1,9 +1,8 @@
 """Attention for CPUs, registered with transformers under NAME.
 
-Of transformers' kinds, "eager" writes the scores several times, in float32, and the fused kernel of
-"sdpa" is fast only in the forward pass of short rows. This one uses that kernel there, and plain
-products elsewhere: scores have the products' dtype, are written in place, and those of a long
-prompt are computed block by block. The results equal those of "eager" but for the last bit.
+The fused kernel of "sdpa" is fast only in the forward pass of short rows, and is used there. All
+else is plain products, with scores written in place, and block by block for a long prompt. The
+results equal those of "eager" but for the last bit.
 """
 
 import torch
@@ -11,6 +10,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from mig_kit.shared_prefix.flat_layers import hide_future, product_dtype
 
 NAME = "mig_kit"
 PACKED_NAME = "mig_kit_flash"  # with "flash" in it, for transformers to hand over packed windows
@@ -25,13 +26,14 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
               value: torch.Tensor, attention_mask: torch.Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
               **kwargs) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
-    """query (rows, heads, tokens, width); key, value (rows, kv_heads, past, width) -> (mixed
-    values (rows, tokens, heads, width), weights or None).
+    """Attend, as transformers calls it, with a key and value for several query heads.
 
-    attention_mask: (rows, 1, tokens, past), bool (True: is attended to) or added to the scores;
-    None: every token attends to all, in a causal module to itself and those before it. A module
-    with `keep_weights` also gets its weights (rows, heads, tokens, past); one with `in_blocks`
-    leaves out most scores of the future, and its weights are as in `_attend_in_blocks`.
+    Args:
+        query: (rows, heads, tokens, width). key, value: (rows, kv_heads, past, width).
+        attention_mask: (rows, 1, tokens, past), bool (True: is attended to) or added to the
+            scores. None: every token attends to all, in a causal module to the past alone.
+    Returns: mixed values (rows, tokens, heads, width), and weights if the module `keep_weights`:
+        (rows, heads, tokens, past), or a list of `_attend_in_blocks` if it is `in_blocks`.
     """
     tokens, width, past = query.shape[2], query.shape[3], key.shape[2]
     keep_weights = getattr(module, "keep_weights", False)
@@ -39,37 +41,29 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
     causal = module.is_causal if is_causal is None else is_causal
     needs_gradient = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (query, key, value))
-    dtype = _product_dtype(query)
+    dtype = product_dtype(query)
     scale = width**-0.5 if scaling is None else scaling
 
-    def attend_fused() -> tuple[torch.Tensor, None]:
+    is_causal_square = attention_mask is None and causal and tokens == past
+    is_long = is_causal_square and tokens > LONG_WITH_GRADIENT and not keep_weights
+    if needs_gradient or keep_weights:
+        # in float32 it is as fast for long rows, too, and keeps no scores
+        is_fused = not keep_weights and (dropout > 0 or is_long and not in_blocks
+                                         and dtype == torch.float32)
+    elif (tokens == past and tokens >= LONG_WITHOUT_GRADIENT and dropout == 0
+          and dtype == torch.bfloat16):
+        return _attend_few_rows(query, key, value, scale, causal, attention_mask), None
+    else:
+        is_fused = True
+    if is_fused:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
                                       scaling=scaling, is_causal=is_causal, **kwargs)
-
-    if not keep_weights and not needs_gradient:
-        is_long = tokens == past and tokens >= LONG_WITHOUT_GRADIENT
-        if is_long and dropout == 0 and dtype == torch.bfloat16:
-            return _attend_few_rows(query, key, value, scale, causal, attention_mask), None
-        return attend_fused()
-    if not keep_weights and dropout > 0:
-        return attend_fused()
-    if attention_mask is None and causal and tokens == past:
-        if in_blocks:
-            return _attend_in_blocks(query, key, value, scale, keep_weights)
-        if tokens > LONG_WITH_GRADIENT and not keep_weights:
-            if dtype == torch.float32:  # the fused kernel is as fast there, and keeps no scores
-                return attend_fused()
-            return _attend_in_blocks(query, key, value, scale, keep_weights)
+    if is_long or is_causal_square and in_blocks:
+        return _attend_in_blocks(query, key, value, scale, keep_weights)
     if attention_mask is None and causal and tokens > 1:
         all_pairs = torch.ones(tokens, past, dtype=torch.bool, device=query.device)
         attention_mask = all_pairs.tril(past - tokens)[None, None]
     return _attend_at_once(query, key, value, scale, keep_weights, attention_mask)
-
-
-def _product_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype that products of this tensor are computed in."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def _attend_few_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
@@ -89,7 +83,7 @@ def _attend_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     """Attention with all scores in memory; shapes are those of `attention`."""
     rows, heads, tokens, width = query.shape
     kv_heads, past = key.shape[1:3]
-    dtype = _product_dtype(query)
+    dtype = product_dtype(query)
     # Autocast would write the scores again in float32; the softmax sums in float32 anyway.
     with torch.autocast(query.device.type, enabled=False):
         # The heads that share keys lie side by side, so that no key needs to be repeated.
@@ -108,13 +102,11 @@ def _attend_in_blocks(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
         keep_weights: bool, causal: bool = True,
         mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-    """BLOCK tokens at a time (NONCAUSAL_BLOCK) attend to what stands before the block's end.
-
-    The weights, if kept, are a list of (rows, heads, tokens of the block, tokens attended to).
+    """Attend block by block; weights are (rows, heads, tokens of the block, tokens before its end).
     """
     rows, heads, tokens, width = query.shape
     kv_heads = key.shape[1]
-    dtype = _product_dtype(query)
+    dtype = product_dtype(query)
     step = BLOCK if causal else NONCAUSAL_BLOCK
     mixed_blocks, weight_blocks = [], []
     with torch.autocast(query.device.type, enabled=False):
@@ -129,7 +121,7 @@ def _attend_in_blocks(
                 if mask is not None:
                     scores_by_head += _additive(mask[:, :, start:end, :past], dtype)
                 elif causal:
-                    scores_by_head[..., start:] += _future(end - start, dtype, query.device)
+                    scores_by_head[..., start:] += hide_future(end - start, dtype, query.device)
             weights = scores.softmax(-1)
             mixed = torch.matmul(weights, value[:, :, :past])
             mixed_blocks.append(mixed.view(rows, heads, -1, width))
@@ -139,22 +131,13 @@ def _attend_in_blocks(
     return mixed, weight_blocks if keep_weights else None
 
 
-def _lowest(dtype: torch.dtype) -> float:
-    """What is added to the score of a hidden token; -inf would make a row of padding NaN."""
-    return torch.finfo(dtype).min / 2
-
-
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What a mask, bool or numbers, adds to scores."""
+    lowest = torch.finfo(dtype).min / 2
     if mask.dtype == torch.bool:
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        return zeros.masked_fill_(~mask, _lowest(dtype))
-    return mask.clamp(min=_lowest(dtype)).to(dtype)
-
-
-def _future(tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(tokens, tokens), added to scores: nothing at a token and those before it, else `_lowest`."""
-    return torch.full((tokens, tokens), _lowest(dtype), dtype=dtype, device=device).triu(1)
+        return zeros.masked_fill_(~mask, lowest)
+    return mask.clamp(min=lowest).to(dtype)
 
 
 def attend_packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,

@@ -11,10 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch.nn.functional import linear, pad, softmax
 from transformers import Cache
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention
-from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextAttention
 
-from mig_kit.shared_prefix.flat_layers import is_plain_lora
+from mig_kit.shared_prefix.flat_layers import is_plain_lora, product_dtype
 from mig_kit.shared_prefix.linear_attention import has_linear_attention
 from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes
 
@@ -25,13 +23,11 @@ FusedWeights = dict[tuple[torch.nn.Module, ...], tuple[torch.Tensor, torch.Tenso
 
 
 class Decoder:
-    """One decoding step for all rows: `rows_per_prefix` rows to each of several prefixes.
+    """Computes one token for all rows at a time: `rows_per_prefix` rows for each prefix.
 
-    A prefix is a prompt, and its rows are the replies to it. With `suffixes` it is the images that
-    several prompts begin with, and each of the prefix's slots has as many rows. cache: keys and
-    values of the prefixes, and of the suffixes behind them. capacity: tokens that a row can hold.
-    Starting an operation costs more than its work, so a step has few: layers with the same input
-    are one product where `fused_weights` has them, and angles are computed once for all steps.
+    A prefix is a prompt, and its rows are replies; with `suffixes` it is the images that several
+    prompts begin with, and each prompt has as many rows. cache: keys and values of the prefixes,
+    and of the suffixes behind them. capacity: tokens that a row can hold.
     """
 
     def __init__(self, model, cache: Cache, prefixes: PaddedPrompts, rows_per_prefix: int,
@@ -40,8 +36,7 @@ class Decoder:
         self.rows_per_prefix, self.fused_weights = rows_per_prefix, fused_weights
         attention = self.language.layers[0].self_attn
         self.width, self.scale = attention.head_dim, attention.scaling
-        self.has_head_norms = isinstance(attention,
-                                         (Qwen3VLTextAttention, Qwen3VLMoeTextAttention))
+        self.has_head_norms = "q_norm" in dict(attention.named_children())
         self.sparse_layers = {index for index, layer in enumerate(self.language.layers)
                               if has_experts(layer.mlp)}
         self.heads = self.language.config.num_attention_heads
@@ -52,21 +47,19 @@ class Decoder:
         device = prefixes.mask.device
         n_prefixes, prefix_length = prefixes.mask.shape
         # Under autocast the cache is float32, and every step would cast all of it again.
-        is_autocast = torch.is_autocast_enabled(device.type)
-        self.dtype = (torch.get_autocast_dtype(device.type) if is_autocast
-                      else cache.layers[0].keys.dtype)
+        self.dtype = product_dtype(cache.layers[0].keys)
         self.suffix_length = 0 if suffixes is None else int(suffixes.length.max())
 
-        # Two caches: a prefix is the same for all its rows, so its keys stay where they are and are
-        # read once per step for all rows in one product, while each row's own keys grow in place (a
-        # concatenated cache would copy itself each step). A product on a CPU copies what is no
-        # whole tensor, so there they grow by ROW_BLOCK, and `bias` hides what is not written yet.
-        # of each layer: keys and values (prefixes, kv_heads, prefix tokens, width)
+        # First what all rows of a prefix share: its keys stay where they are, and one product reads
+        # them for all rows. Of each layer: (prefixes, kv_heads, prefix tokens, width), twice.
         self.prefix_cache = [
             tuple(tensor[:, :, :prefix_length].to(self.dtype).contiguous()
                   for tensor in (layer.keys, layer.values))
             for layer in cache.layers]
-        # of each layer: (keys or values, prefixes, kv_heads, rows, suffix and new tokens, width)
+        # Then each row's own keys and values, which grow in place; one cache for both would copy
+        # itself at each step. On a CPU, where a product copies what is no whole tensor, they grow
+        # by ROW_BLOCK, and `bias` hides what is not written yet. Of each layer: (keys or values,
+        # prefixes, kv_heads, rows, suffix and new tokens, width).
         self.grows = device.type == "cpu"
         at_first = min(ROW_BLOCK, capacity) if self.grows else capacity
         row_shape = (2, n_prefixes, self.kv_heads, rows_per_prefix, self.suffix_length + at_first,
@@ -181,9 +174,7 @@ class Decoder:
         return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
 
     def _attend(self, heads: torch.Tensor, index: int) -> torch.Tensor:
-        """(prefixes, rows, heads + 2 * kv_heads, width): queries, keys, values -> (all rows,
-        heads * width). Every row attends to its prefix, which it shares, and to its own past.
-        """
+        """Queries, keys, values (prefixes, rows, heads, width) -> (all rows, heads * width)."""
         prefix_keys, prefix_values = self.prefix_cache[index]
         n_prefixes, prefix_length = prefix_keys.shape[0], prefix_keys.shape[2]
         past = self.suffix_length + self.step + 1
@@ -193,10 +184,11 @@ class Decoder:
         size = row_cache.shape[-2] if self.grows else past
         row_keys, row_values = row_cache[..., :size, :]
 
-        # (prefixes, kv_heads, rows * heads_per_key, width)
+        # One product of all queries with the prefix's keys: (prefixes, kv_heads, rows *
+        # heads_per_key, width); and one of each row's with its own: (..., rows, heads_per_key,
+        # width). One softmax is over both.
         queries = heads[:, :, :self.heads].unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
         queries = queries.flatten(2, 3)
-        # (prefixes, kv_heads, rows, heads_per_key, width)
         queries_by_row = queries.unflatten(2, (self.rows_per_prefix, -1))
 
         multiply = _float32_scores if heads.is_cuda and heads.dtype != torch.float32 else _scores
@@ -222,15 +214,15 @@ class StateDecoder:
     def __init__(self, model, cache: Cache, prompts: PaddedPrompts, rows_per_prefix: int):
         self.language, self.head = model.model.language_model, model.lm_head
         self.cache, self.rows_per_prefix = cache, rows_per_prefix
-        prompt_of_row = torch.arange(len(prompts.mask), device=prompts.mask.device)
-        prompt_of_row = prompt_of_row.repeat_interleave(rows_per_prefix)
-        cache.batch_select_indices(prompt_of_row)
-        self.mask = prompts.mask[prompt_of_row]
-        self.position = prompts.next_position[prompt_of_row]
+        self.mask, self.position = prompts.mask, prompts.next_position
+        prompt_of_row = torch.arange(len(self.mask), device=self.mask.device)
+        self._select_rows(prompt_of_row.repeat_interleave(rows_per_prefix))
 
     def keep_prefixes(self, is_kept: torch.Tensor) -> None:
         """As `Decoder.keep_prefixes`."""
-        rows = is_kept.repeat_interleave(self.rows_per_prefix).nonzero()[:, 0]
+        self._select_rows(is_kept.repeat_interleave(self.rows_per_prefix).nonzero()[:, 0])
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
         self.cache.batch_select_indices(rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
 
@@ -266,10 +258,8 @@ def _float32_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def fuse_decoding_weights(model, autocast: bool) -> Iterator[FusedWeights]:
     """While it lasts, adapters are folded into the weights, and under autocast weights are bf16.
 
-    Otherwise every step would cast every weight and run every adapter again. Afterwards the weights
-    are what they were, bit for bit. Only plain LoRA on float32 weights is folded: in bfloat16 a
-    young adapter would be rounded away. Yields the weights of plain layers; where weights are cast,
-    layers with the same input are fused, because they then need no more memory.
+    Only plain LoRA on float32 weights is folded: bfloat16 would round a young adapter away. Yields
+    the weights of plain layers; under autocast those of layers with the same input are one.
     """
     layers = dict(model.model.language_model.layers.named_modules())
     folded = [layer for layer in layers.values() if _is_foldable(layer)]

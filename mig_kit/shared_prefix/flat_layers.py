@@ -1,9 +1,8 @@
-"""A language model's layers over the tokens of all rows, one behind the other, on a CPU.
+"""A language model's layers on a CPU, over the tokens of all rows, one behind the other.
 
 Layers with the same input are one product, backward passes are written out, and the last layer
 computes only the states that are asked for. Outputs and gradients are those of transformers and
-PEFT, but for rounding. Only the end is padding: a kernel is compiled for one shape, which takes
-longer than to run it, so shapes should come again.
+PEFT, but for rounding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,9 @@ from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
 BLOCK = 192  # tokens of a prompt whose scores are computed at a time
-STEP = 256  # longer rows are padded to a multiple of it; rows of those asked for, of its quarter
+# Longer rows are padded at their end to a multiple of it, and states that are asked for to one of
+# its quarter: oneDNN compiles a kernel for every new shape, which takes longer than to run it.
+STEP = 256
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 
@@ -91,12 +92,11 @@ def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.
               groups: Sequence[Group], deepstack: Sequence[torch.Tensor] = (),
               is_image: torch.Tensor | None = None,
               keys_and_values: list | None = None) -> torch.Tensor:
-    """embeds (tokens, hidden) -> normed states (asked for, hidden): in each group those of the
-    prompt's last token and of all completions' tokens, in sequence.
+    """Normed states of each prompt's last token and of all completions' tokens, (n, hidden).
 
-    positions: (3, tokens). groups: of all tokens, in sequence. deepstack: what is added behind the
-    first layers, each (image tokens, hidden), where is_image (tokens,) is true. keys_and_values:
-    gets those of each layer, (tokens, kv_heads, width) each.
+    embeds: (tokens, hidden) of the groups, in sequence. positions: (3, tokens). deepstack: what is
+    added behind the first layers, (image tokens, hidden) each, where is_image (tokens,) is true.
+    keys_and_values: gets those of each layer, (tokens, kv_heads, width) each.
     """
     asked_for = torch.cat([torch.arange(first + group.prompt - 1, first + group.tokens)
                            for first, group in _places(groups)])
@@ -112,7 +112,8 @@ def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.
     for index, layer in enumerate(language.layers):
         chosen = asked_for if index == last and len(deepstack) <= last else None
         arguments = layer, hidden, cosines, sines, groups, chosen, keys_and_values
-        if is_checkpointed and torch.is_grad_enabled():
+        # the last layer's backward pass comes first: it would be computed again at once
+        if is_checkpointed and torch.is_grad_enabled() and index < last:
             hidden = checkpoint(_run_layer, *arguments, use_reentrant=False)
         else:
             hidden = _run_layer(*arguments)
@@ -167,8 +168,7 @@ def _norm(module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def _project(inputs: torch.Tensor, count: int,
              *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:
     """(tokens, inputs), the first `count` no padding -> each layer's outputs (tokens, outputs)."""
-    is_cast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if is_cast else inputs.dtype
+    dtype = product_dtype(inputs)
     adapters = [_adapter_of(layer) for layer in layers]
     down = [adapter[0].to(dtype) for adapter in adapters if adapter]
     up = [adapter[1].to(dtype) for adapter in adapters if adapter]
@@ -200,12 +200,10 @@ def _plain_weight(base: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Projection(torch.autograd.Function):
-    """Frozen layers with the same input, and their adapters: x W^T + bias + scale * x A^T B^T.
+    """Frozen layers with the same input, and their adapters: x W^T + bias + scale * x A^T B^T."""
 
-    down: the adapters' A, one below the other; up: their B; scales: None without one. Adapters
-    learn from `count` tokens alone: padding would change the rounding of sums.
-    """
-
+    # down: the adapters' A, one below the other; up: their B; scales: None without one. Adapters
+    # learn from `count` tokens alone: padding would change the rounding of sums.
     @staticmethod
     def forward(ctx, inputs, count, bases, scales, down, *up):
         inner = None if down is None else inputs @ down.T
@@ -304,10 +302,7 @@ def _turn(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor,
 
 
 class _Attention(torch.autograd.Function):
-    """q (tokens, heads, width); k, v (tokens, kv_heads, width) -> (tokens, heads * width).
-
-    only_asked_for: of a prompt's tokens the last alone is computed; the others stay undefined.
-    """
+    """q (tokens, heads, width); k, v (tokens, kv_heads, width) -> (tokens, heads * width)."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale, groups, only_asked_for):
@@ -338,12 +333,9 @@ class _Attention(torch.autograd.Function):
 
 
 def _parts(groups: Sequence[Group], only_asked_for: bool) -> Iterator:
-    """What attends together: blocks of a prompt, and a prompt's completions.
-
-    A single completion simply goes on where its prompt ends.
-    """
+    """What attends together: blocks of a prompt, or its last token alone; its completions."""
     for first, group in _places(groups):
-        is_single = len(group.completions) == 1
+        is_single = len(group.completions) == 1  # it simply goes on where its prompt ends
         prompt_end = first + group.prompt
         end = first + group.tokens if is_single else prompt_end
         start = prompt_end - 1 if only_asked_for else first
@@ -354,8 +346,7 @@ def _parts(groups: Sequence[Group], only_asked_for: bool) -> Iterator:
 
 
 class _Block(NamedTuple):
-    """Tokens of a prompt, `rows`, which attend to those before them, `past`, themselves included.
-    """
+    """Tokens of a prompt, `rows`, which attend to the tokens up to their own, `past`."""
 
     rows: slice
     past: slice
@@ -364,7 +355,7 @@ class _Block(NamedTuple):
         queries = q[:, :, self.rows]
         scores = queries.flatten(1, 2) @ k[:, self.past].transpose(1, 2)
         size = queries.shape[2]
-        scores.view(*queries.shape[:3], -1)[..., -size:] += _future(size, q.dtype)
+        scores.view(*queries.shape[:3], -1)[..., -size:] += hide_future(size, q.dtype, q.device)
         weights = scores.softmax(-1)
         mixed[:, :, self.rows] = (weights @ v[:, self.past]).view(queries.shape)
         return weights
@@ -402,7 +393,7 @@ class _Completions(NamedTuple):
         # (kv_heads, n, shared * longest, width)
         by_row = queries.transpose(1, 2).flatten(2, 3)
         to_own = (by_row @ keys.transpose(2, 3)).unflatten(2, (shared, longest)).transpose(1, 2)
-        to_own = to_own + _future(longest, q.dtype)
+        to_own = to_own + hide_future(longest, q.dtype, q.device)
         scores = torch.cat([to_prompt.unflatten(1, (shared, n, longest)), to_own], -1)
         weights = scores.softmax(-1)
         prompt_weights, own_weights = weights.split([prompt_keys.shape[1], longest], -1)
@@ -440,13 +431,19 @@ class _Completions(NamedTuple):
 
 
 def _transposed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left^T @ right, (..., past, width), for a left (..., rows, past) and a right (..., rows,
-    width). A product copies what it transposes, and the right is smaller.
-    """
+    """left^T @ right of a left (..., rows, past) and a right (..., rows, width)."""
+    # a product copies what it transposes, and the right is smaller
     return (right.transpose(-1, -2) @ left).transpose(-1, -2)
 
 
-def _future(tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """(tokens, tokens), added to scores: nothing at a token and those before it."""
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that products of this tensor are computed in."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def hide_future(tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(tokens, tokens), added to scores: 0 at a token and those before it, else very low."""
+    # -inf would make a row of padding NaN
     lowest = torch.finfo(dtype).min / 2
-    return torch.full((tokens, tokens), lowest, dtype=dtype).triu_(1)
+    return torch.full((tokens, tokens), lowest, dtype=dtype, device=device).triu_(1)

@@ -1,5 +1,5 @@
-"""Rollouts that read a shared prompt once: a multi-image prompt is hundreds of tokens, a reply a
-few dozen, and several questions about the same images share these (`prefixes`).
+"""Rollouts that read a shared prompt once: a prompt with images has hundreds of tokens, a reply a
+few dozen. Several questions about the same images read these once, too.
 """
 
 from contextlib import nullcontext
@@ -39,6 +39,12 @@ class SamplingOptions:
     min_new_tokens: int = 0
 
 
+def read_sampling_options(args) -> SamplingOptions:
+    """The options of a TRL config, the only place that takes them from one."""
+    return SamplingOptions(args.temperature, args.top_p, args.max_completion_length,
+                           **args.generation_kwargs or {})
+
+
 def draw_uniforms(seed: int, prompts: int, group: int, tokens: int) -> torch.Tensor:
     """The uniform numbers in [0, 1) that decide every token: (prompts, group, tokens), float64.
 
@@ -69,9 +75,7 @@ def sample_tokens(logits: torch.Tensor, sampling: SamplingOptions,
 
 
 def max_kv_bytes(device: torch.device) -> int:
-    """Bytes that a draw's keys and values may take: half of what is free, on a CPU KV_BYTES at
-    most, on a GPU with what PyTorch keeps for later.
-    """
+    """Bytes for a draw's keys and values: half of what is free, on a CPU KV_BYTES at most."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + kept) // 2
@@ -80,34 +84,31 @@ def max_kv_bytes(device: torch.device) -> int:
 
 def count_prompts_at_once(count: int, longest: int, group: int, tokens: int, token_bytes: int,
                           max_bytes: int, reading_bytes: int = 0, row_bytes: int = 0) -> int:
-    """How many of `count` prompts to draw completions to at once; rounds are of about one size.
+    """How many of `count` prompts to draw completions to at once, in rounds of about one size.
 
-    longest, tokens: of the longest prompt and completion; token_bytes: of a token's keys and
+    longest, tokens: tokens of the longest prompt and completion. token_bytes: a token's keys and
     values. reading_bytes: extra bytes per prompt token while it is read, checked against twice
-    max_bytes; 0 to ignore. row_bytes: of a completion besides its tokens' keys and values.
+    max_bytes; 0 to ignore. row_bytes: a completion's bytes besides its keys and values.
     """
     bytes_per_prompt = (longest + group * tokens) * token_bytes + group * row_bytes
     most = max_bytes // bytes_per_prompt
     if reading_bytes:
         most = min(most, 2 * max_bytes // (longest * (token_bytes + reading_bytes)))
-    most = max(1, most)
-    rounds = -(-count // most)
+    rounds = -(-count // max(1, most))
     return -(-count // rounds)
 
 
 def kv_bytes_per_token(model) -> int:
     """Bytes of one token's keys and values in all layers."""
     language = unwrap_peft(model).model.language_model
-    attentions = [module for layer in language.layers for name, module in layer.named_children()
-                  if name == "self_attn"]
-    width = language.config.num_key_value_heads * attentions[0].head_dim
-    return 2 * len(attentions) * width * language.embed_tokens.weight.element_size()
+    widths = [module.head_dim for layer in language.layers
+              for name, module in layer.named_children() if name == "self_attn"]
+    numbers = 2 * sum(widths) * language.config.num_key_value_heads
+    return numbers * language.embed_tokens.weight.element_size()
 
 
 def reading_bytes_per_token(model) -> int:
-    """Bytes that a layer needs per token of a prompt that is read: its states and its wide ones, as
-    `gpu_needs.decoding_memory` counts them.
-    """
+    """Bytes that a layer needs per token of a prompt that is read, for its states."""
     language = unwrap_peft(model).model.language_model
     config = language.config
     inner = (config.num_experts_per_tok * config.moe_intermediate_size
@@ -128,13 +129,11 @@ def generate_rollouts(model, processor, prompts: list[Prompt], group: int,
                       sampling: SamplingOptions, uniforms: torch.Tensor | None = None,
                       autocast: bool = False, fused_weights: FusedWeights | None = None,
                       max_bytes: int | None = None) -> list[list[list[int]]]:
-    """`group` completions to each prompt: token ids up to and including the end token, or
-    sampling.max_new_tokens without one.
+    """`group` completions to each prompt: token ids, with the end token if there is one.
 
-    Prompts that begin with the same images share these images' keys and values. uniforms: of
-    `draw_uniforms`; None: new ones. fused_weights: of `fuse_decoding_weights`, where the caller has
-    folded the adapters, as it must if several threads use the model. max_bytes: of keys and values
-    at a time; None: `max_kv_bytes`.
+    uniforms: of `draw_uniforms`; None: new ones. fused_weights: of `fuse_decoding_weights`, if the
+    caller has folded the adapters, as it must if several threads use the model. max_bytes: of keys
+    and values at a time; None: `max_kv_bytes`.
     """
     model = unwrap_peft(model)
     device = model.device
@@ -190,40 +189,28 @@ def forbidden_token_ids(processor) -> list[int]:
 def _prefill_prompts(
         model, prompts: list[Prompt], group: int, capacity: int,
         fused_weights: FusedWeights) -> tuple[Decoder | StateDecoder, torch.Tensor, torch.Tensor]:
-    """Read the prompts, those with the same images together.
-
-    Returns a decoder, the states at the prompts' last tokens (prompts, hidden), and the prompt of
-    each of its rows (rows,), -1 where a prefix has fewer prompts than others.
-    """
-    if has_linear_attention(model):  # states of prefixes cannot be read on prompt by prompt
+    """A decoder, the states at the prompts' ends (prompts, hidden), each row's prompt or -1."""
+    groups, suffixes = group_by_prefix(prompts), None
+    prompt_index = torch.arange(len(prompts))[:, None]
+    if has_linear_attention(model) or len(groups) == len(prompts):
         batch = pad_prompts(model, prompts)
         hidden, cache = batch.prefill(model)
-        prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group)
-        return StateDecoder(model, cache, batch, group), hidden, prompt_of_row
-    groups = group_by_prefix(prompts)
-    if len(groups) == len(prompts):
-        batch = pad_prompts(model, prompts)
-        hidden, cache = batch.prefill(model)
-        prompt_index, suffixes = torch.arange(len(prompts))[:, None], None
     else:
-        prefixes = [prompts[indices[0]].cut_to_prefix() for indices in groups]
-        batch = pad_prompts(model, prefixes)
+        batch = pad_prompts(model, [prompts[indices[0]].cut_to_prefix() for indices in groups])
         _, cache = batch.prefill(model)
         suffixes = prefill_suffixes(model, prompts, groups, batch, cache)
         hidden, prompt_index = suffixes.hidden, suffixes.prompt_index
     prompt_of_row = prompt_index.repeat_interleave(group, 1)  # prefixes, rows of each
-    decoder = Decoder(model, cache, batch, prompt_of_row.shape[1], capacity, fused_weights,
-                      suffixes)
+    decoder = (StateDecoder(model, cache, batch, group) if has_linear_attention(model) else
+               Decoder(model, cache, batch, prompt_of_row.shape[1], capacity, fused_weights,
+                       suffixes))
     return decoder, hidden, prompt_of_row.flatten()
 
 
 def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, is_done: torch.Tensor,
             sampling: SamplingOptions, uniforms: torch.Tensor | None, end_tokens: list[int],
             forbidden_tokens: list[int]) -> list[list[int]]:
-    """Draw tokens until all rows have ended; a completion per row.
-
-    logits: (rows, vocabulary) of the first token; is_done: (rows,) rows without a completion.
-    """
+    """Draw tokens from logits (rows, vocabulary) on, until all rows are done; a completion each."""
     device = logits.device
     ends = torch.tensor(end_tokens, device=device)
     completions: list[list[int]] = [[] for _ in range(len(logits))]
@@ -234,12 +221,14 @@ def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, is_done: torc
             logits[:, ends] = -torch.inf
         row_uniforms = uniforms[rows, step] if sampling.temperature else None
         tokens = sample_tokens(logits, sampling, row_uniforms)
+        # a row that is done goes on with its prefix, but what it draws is dropped
         for row, token, was_done in zip(rows.tolist(), tokens.tolist(), is_done.tolist()):
             if not was_done:
                 completions[row].append(token)
         is_done = is_done | (tokens[:, None] == ends).any(1)
         if is_done.all() or step + 1 == sampling.max_new_tokens:
             break
+        # prefixes whose rows are all done leave, once enough of them are
         goes_on = ~is_done.view(-1, decoder.rows_per_prefix).all(1)  # by prefix
         if goes_on.sum() <= DROP_FINISHED_AT * len(goes_on):
             decoder.keep_prefixes(goes_on)

@@ -1,8 +1,8 @@
 """Models with linear attention: Gated DeltaNet layers beside attention, as in Qwen3.5.
 
-Such a layer keeps one state that every token changes, so nothing may stand between a prompt and its
-completion: prompts are padded on the left and masked, which leaves a state of zeros as it is, and
-each completion goes on from a copy of its prompt's state.
+Every token changes the one state of such a layer, so nothing may stand between a prompt and its
+completion: prompts are padded on the left, where masked tokens leave the state at zero, and each
+completion starts with a copy of its prompt's state.
 """
 
 import torch
@@ -26,9 +26,7 @@ def has_linear_attention(model) -> bool:
 
 
 class _AssignedStates(LinearAttentionLayer):
-    """A layer's states. transformers copies new ones into the memory of the old ones, which a
-    backward pass still needs; here they take the place of the old ones.
-    """
+    """A layer's states; new ones replace old ones, which transformers overwrites in memory."""
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0,
                           conv_kernel_size: int | None = None, **kwargs) -> torch.Tensor:

@@ -17,7 +17,7 @@ from mig_kit.shared_prefix.linear_attention import has_linear_attention, make_ca
 from mig_kit.shared_prefix.prefixes import additive_mask, embed_with_images, pad_prompts, pad_rows
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
 
-HEAD_TOKENS = 1024  # tokens whose logits are in memory at a time where layers are checkpointed
+HEAD_TOKENS = 1024  # tokens whose logits are in memory at a time if layers are checkpointed
 
 
 def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
@@ -30,13 +30,13 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
     model = unwrap_peft(model)
     states = completion_states(model, prompts, prompt_index, ids, mask)
     targets = ids[mask.bool()]
-    if model.is_activation_checkpointing:
-        pieces = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
-                  for piece in zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS))]
-        logps, entropies = (torch.cat(values) for values in zip(*pieces))
-    else:
-        logps, entropies = _token_logps(model, states, targets, temperature)
-    return _unpack_rows(logps, mask), _unpack_rows(entropies, mask)
+    size = HEAD_TOKENS if model.is_activation_checkpointing else len(states)
+    *pieces, last = zip(states.split(size), targets.split(size))
+    values = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
+              for piece in pieces]
+    values.append(_token_logps(model, *last, temperature))  # its backward pass comes first
+    logps, entropies = (_unpack_rows(torch.cat(parts), mask) for parts in zip(*values))
+    return logps, entropies
 
 
 def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
@@ -72,9 +72,9 @@ def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, 
 
 def _layered_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
                     mask: torch.Tensor) -> torch.Tensor:
-    """`completion_states` of a model with linear attention: its cache lives inside a layer, which
-    can be checkpointed, and reads the prompts and then the completions.
-    """
+    """`completion_states` of a model with linear attention."""
+    # Each layer reads the prompts and then the completions, and its cache lives no longer than
+    # that, so that layers can be checkpointed.
     language = model.model.language_model
     batch = pad_prompts(model, prompts)
     steps = torch.arange(ids.shape[1], device=ids.device)
@@ -119,19 +119,14 @@ def _read_layer(language, layer, prompt_index: torch.Tensor, angles: list, masks
 
 @dataclass(frozen=True)
 class _PackedRows:
-    """Each prompt followed by its completions, padded on the right.
+    """Each prompt followed by its completions, padded on the right."""
 
-    ids: (prompts, tokens); part: (prompts, tokens) 0 for the prompt, 1, 2, ... for its completions,
-    -1 for padding; positions: (3, prompts, tokens). state_rows, state_columns: (completion tokens,)
-    where the state before each token is, in the order of the completions. groups: of the prompts.
-    """
-
-    ids: torch.Tensor
-    part: torch.Tensor
-    positions: torch.Tensor
-    state_rows: torch.Tensor
-    state_columns: torch.Tensor
-    groups: list[Group]
+    ids: torch.Tensor  # (prompts, tokens)
+    part: torch.Tensor  # (prompts, tokens): 0 prompt; 1, 2, ... its completions; -1 padding
+    positions: torch.Tensor  # (3, prompts, tokens)
+    state_rows: torch.Tensor  # (completion tokens,): where the state before each token is,
+    state_columns: torch.Tensor  # completion by completion
+    groups: list[Group]  # of the prompts
 
     def is_allowed(self) -> torch.Tensor:
         """(prompts, tokens, past): does a token attend to another? Padding sees only itself."""
@@ -156,44 +151,33 @@ class _PackedRows:
 def _pack_completions(prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
                       mask: torch.Tensor) -> _PackedRows:
     """Arguments as of `completion_states`; the result is on the device of `ids`."""
-    lengths = mask.sum(1).tolist()
-    completions = [row[:length] for row, length in zip(ids.cpu(), lengths)]
-    packed_ids, packed_part, packed_positions, groups = [], [], [], []
-    state_places: list[list[tuple[int, int]]] = [[] for _ in completions]  # row and column
-    for row, prompt in enumerate(prompts):
-        members = (prompt_index == row).nonzero()[:, 0].tolist()
-        start = len(prompt.ids)
-        row_ids, row_part = [prompt.ids], [torch.zeros_like(prompt.ids)]
-        row_positions = [prompt.positions]
-        for number, member in enumerate(members, 1):
-            completion, length = completions[member], lengths[member]
-            positions = prompt.next_position + torch.arange(length)
-            row_ids.append(completion)
-            row_part.append(torch.full_like(completion, number))
-            row_positions.append(positions.expand(3, -1))
-            # the first token is predicted at the prompt's end, whose state all completions share
-            columns = [len(prompt.ids) - 1, *range(start, start + length - 1)]
-            state_places[member] = [(row, column) for column in columns[:length]]
-            start += length
-        packed_ids.append(torch.cat(row_ids))
-        packed_part.append(torch.cat(row_part))
-        packed_positions.append(torch.cat(row_positions, 1))
-        groups.append(Group(len(prompt.ids), tuple(lengths[member] for member in members)))
-    longest = max(map(len, packed_ids))
     device = ids.device
-    all_places = [place for places in state_places for place in places]
-    state_rows, state_columns = torch.tensor(all_places, device=device).T
+    prompt_index, ids, is_token = prompt_index.cpu(), ids.cpu(), mask.bool().cpu()
+    packed_ids, packed_part, packed_positions, groups = [], [], [], []
+    columns = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        members = (prompt_index == row).nonzero()[:, 0]
+        own = is_token[members]
+        number, step = own.nonzero(as_tuple=True)  # of each token: its completion, its place in it
+        packed_ids.append(torch.cat([prompt.ids, ids[members][own]]))
+        packed_part.append(torch.cat([torch.zeros_like(prompt.ids), number + 1]))
+        positions = (prompt.next_position + step).expand(3, -1)
+        packed_positions.append(torch.cat([prompt.positions, positions], 1))
+        # the first token is predicted at the prompt's end, whose state all completions share
+        before = len(prompt.ids) - 1 + torch.arange(len(step)) * (step > 0)
+        columns[members[number], step] = before
+        groups.append(Group(len(prompt.ids), tuple(own.sum(1).tolist())))
+    longest = max(map(len, packed_ids))
+    state_rows = prompt_index.repeat_interleave(is_token.sum(1))
     return _PackedRows(
         pad_rows(packed_ids, longest).to(device), pad_rows(packed_part, longest, -1).to(device),
-        pad_rows(packed_positions, longest).transpose(0, 1).to(device), state_rows, state_columns,
-        groups)
+        pad_rows(packed_positions, longest).transpose(0, 1).to(device), state_rows.to(device),
+        columns[is_token].to(device), groups)
 
 
 def _token_logps(model, states: torch.Tensor, targets: torch.Tensor,
                  temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the target tokens (tokens,), and entropies, from the states before them
-    (tokens, hidden).
-    """
+    """Log-probabilities (tokens,) of targets, and entropies, from the states (tokens, hidden)."""
     logps = log_softmax(model.lm_head(states).float() / temperature, -1)
     with torch.no_grad():
         entropies = -(logps.exp() * logps).sum(-1)

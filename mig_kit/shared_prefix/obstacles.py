@@ -4,10 +4,8 @@ import torch
 from accelerate.utils import is_peft_model
 from trl import GRPOTrainer
 
-from mig_kit.shared_prefix.prompt_cache import unwrap_peft
+from mig_kit.shared_prefix.prompt_cache import FAMILIES, unwrap_peft
 
-# whose passes are known to be shareable
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 # PEFT's methods that replace layers one by one, so that any order of passes computes the same
 LAYERWISE_PEFT = ("ADALORA", "BOFT", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR",
                   "LORA", "MISS", "OFT", "ROAD", "SHIRA", "VBLORA", "VERA")

@@ -1,5 +1,5 @@
-"""Prompts as batches, and what they share: questions about the same images begin alike, so the
-images are read once, and then all questions about them in one pass.
+"""Prompts as batches, and what they share: questions about the same images begin with the same
+tokens, which are read once; one pass then reads what follows in all of them.
 """
 
 from dataclasses import dataclass
@@ -55,15 +55,12 @@ def embed_with_images(embeds: torch.Tensor, is_image: torch.Tensor, prompts: lis
 class PaddedPrompts:
     """Prompts as one batch, padded on the right, which attention reads without a mask at half the
     cost; on the left for a model with linear attention.
-
-    inputs: of `embed_with_images`; mask: (prompts, tokens), 0 where padding is; positions: (3,
-    prompts, tokens); next_position: (prompts,) position of the token that follows a prompt.
     """
 
-    inputs: dict
-    mask: torch.Tensor
-    positions: torch.Tensor
-    next_position: torch.Tensor
+    inputs: dict  # of `embed_with_images`
+    mask: torch.Tensor  # (prompts, tokens), 0 for padding
+    positions: torch.Tensor  # (3, prompts, tokens)
+    next_position: torch.Tensor  # (prompts,), of the token that follows
 
     def prefill(self, model) -> tuple[torch.Tensor, Cache]:
         """States at the last tokens (prompts, hidden), and the cache."""
@@ -136,18 +133,13 @@ def group_by_prefix(prompts: list[Prompt]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Suffixes:
-    """What prompts have behind their shared prefixes; those of a prefix share its row, in slots.
+    """What prompts have behind their shared prefixes; each is in a slot of its prefix's row."""
 
-    prompt_index: (prefixes, slots) the prompt, -1 in an empty slot; start, length: (prefixes,
-    slots) the suffix's tokens in its row; next_position: (prefixes, slots) position of the token
-    that follows; hidden: (prompts, hidden) states at the prompts' last tokens.
-    """
-
-    prompt_index: torch.Tensor
-    start: torch.Tensor
-    length: torch.Tensor
-    next_position: torch.Tensor
-    hidden: torch.Tensor
+    prompt_index: torch.Tensor  # (prefixes, slots), -1 in an empty slot
+    start: torch.Tensor  # (prefixes, slots) of the suffix's tokens in the row
+    length: torch.Tensor  # (prefixes, slots)
+    next_position: torch.Tensor  # (prefixes, slots) of the token that follows
+    hidden: torch.Tensor  # (prompts, hidden) states at the prompts' last tokens
 
 
 def prefill_suffixes(model, prompts: list[Prompt], groups: list[list[int]], prefixes: PaddedPrompts,

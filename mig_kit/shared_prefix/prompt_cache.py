@@ -20,6 +20,10 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_torchvision_available
+
+# whose passes are known to be shareable
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 # Patches from which an image has the same features to the bit, whatever else is in its batch
 # (tried with 16 to 56 patches a side).
@@ -52,15 +56,17 @@ class ImagePrompts(Qwen2_5_VLProcessor):
                          chat_template=chat_template)
 
 
-def load_image_prompts(model, args, families: Sequence[str]) -> ImagePrompts | None:
+def load_image_prompts(model, args) -> ImagePrompts | None:
     """The processor that TRL would load for a model or its name, saved as its family's own; None
-    if it is of none of the families. args: the trainer's, or None.
+    if TRL can load it, or if the family is not known. args: the trainer's, or None.
     """
+    if is_torchvision_available():  # which AutoProcessor needs
+        return None
     options = (args.model_init_kwargs if args else None) or {}
     options = {"revision": options.get("revision", "main")}
     source = model if isinstance(model, str) else model.config._name_or_path
     family = AutoConfig.from_pretrained(source, **options).model_type
-    if family not in families:
+    if family not in FAMILIES:
         return None
     named = type(PROCESSOR_MAPPING_NAMES[family], (ImagePrompts,), {})
     return named.from_pretrained(source, padding_side="left", truncation_side="left", **options)
@@ -121,10 +127,10 @@ class Prompt:
 
 
 class ImageFeatures(NamedTuple):
-    """features: (image tokens, hidden), on the CPU; grid: (3,) of patches."""
+    """An image as the vision tower sees it."""
 
-    features: torch.Tensor
-    grid: torch.Tensor
+    features: torch.Tensor  # (image tokens, hidden), on the CPU
+    grid: torch.Tensor  # (3,) patches
 
 
 def tower_digest(model) -> bytes:
@@ -140,13 +146,9 @@ def tower_digest(model) -> bytes:
 class PromptCache:
     """Prompts by key and features by image; the least recently used are dropped first.
 
-    MAX_BYTES and MAX_TEXT_BYTES are kept, but for what one call of `get` asks for. PIXELS_AT_ONCE
-    pixels are decoded, and PATCHES_AT_ONCE patches of large images read, at a time.
-
-    autocast: compute images of LARGE_IMAGE_PATCHES or more in bfloat16. Features of smaller ones
-    would depend on what else is in the batch, so they are computed in the tower's own dtype.
-    check_grids: called with the patch grids (images, 3) and the sizes of images that are new, to
-    raise where the processor resizes them otherwise than the caller computes.
+    autocast: compute images of LARGE_IMAGE_PATCHES or more in bfloat16; features of smaller ones
+    would depend on what else is in their batch. check_grids: called with the patch grids (images,
+    3) and the sizes of new images, to raise if the caller expects other grids.
     """
 
     def __init__(self, model, processor, autocast: bool = False,
@@ -204,9 +206,7 @@ class PromptCache:
 
     def _compute_features(self, sources: Sequence[PromptSource],
                           digests: list[tuple[bytes, ...]]) -> None:
-        """Add the features of those images of the sources that are missing; digests: of each
-        source's images. Only these are decoded.
-        """
+        """Decode and add the missing images; digests: of each source's images."""
         # by digest: where the image is, and its pixels
         places = {digest: (source.images, number, width * height)
                   for source, row in zip(sources, digests)
@@ -231,11 +231,10 @@ class PromptCache:
         n_patches = grids.prod(1).tolist()
         patches = inputs["pixel_values"].split(n_patches)
         merged = self.processor.image_processor.merge_size**2  # patches that make one token
-        for batch in _batch_images(n_patches, self.autocast):
-            features = self._run_tower([patches[i] for i in batch.indices], grids[batch.indices],
-                                       batch.in_bfloat16)
-            n_tokens = [n_patches[i] // merged for i in batch.indices]
-            for i, part in zip(batch.indices, features.split(n_tokens)):
+        for indices, in_bfloat16 in _batch_images(n_patches, self.autocast):
+            features = self._run_tower([patches[i] for i in indices], grids[indices], in_bfloat16)
+            n_tokens = [n_patches[i] // merged for i in indices]
+            for i, part in zip(indices, features.split(n_tokens)):
                 # a slice would keep the features of its whole batch in memory
                 self.images[digests[i]] = ImageFeatures(part.to("cpu", copy=True), grids[i])
 
@@ -297,23 +296,17 @@ def _drop_least_recent(kept: OrderedDict, max_bytes: int, count: Callable[..., i
         held -= count(kept.popitem(last=False)[1])
 
 
-class _ImageBatch(NamedTuple):
-    indices: list[int]
-    in_bfloat16: bool
-
-
-def _batch_images(n_patches: list[int], autocast: bool) -> list[_ImageBatch]:
-    """Which images go through the tower together: under autocast all small ones; the others in the
-    order of their sizes, PATCHES_AT_ONCE patches at a time.
-    """
+def _batch_images(n_patches: list[int], autocast: bool) -> list[tuple[list[int], bool]]:
+    """(indices, in_bfloat16) of images that go through the tower together."""
+    # under autocast all small ones; the others by size, PATCHES_AT_ONCE patches at a time
     small = [i for i, size in enumerate(n_patches) if autocast and size < LARGE_IMAGE_PATCHES]
-    batches = [_ImageBatch(small, False)] if small else []
+    batches = [(small, False)] if small else []
     others = set(range(len(n_patches))) - set(small)
     free = 0  # patches that the last batch still has room for
     for i in sorted(others, key=lambda i: n_patches[i]):
         free -= n_patches[i]
         if free < 0:
-            batches.append(_ImageBatch([], autocast))
+            batches.append(([], autocast))
             free = PATCHES_AT_ONCE - n_patches[i]
-        batches[-1].indices.append(i)
+        batches[-1][0].append(i)
     return batches

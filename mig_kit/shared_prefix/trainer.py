@@ -1,10 +1,8 @@
-"""GRPO with shared prefixes: `SharedPrefixGRPOTrainer` takes what `trl.GRPOTrainer` takes and logs
-what it logs. Only this is another way to the same numbers: a prompt and its images are read once
-per group, when completions are drawn and when log-probabilities are computed, and an image goes
-through the frozen vision tower once per run.
+"""GRPO with shared prefixes: a prompt and its images are read once per group, when completions are
+drawn and when log-probabilities are computed, and an image goes through the frozen vision tower
+once per run. All else is TRL's.
 """
 
-import logging
 import time
 import warnings
 from collections import Counter
@@ -17,19 +15,17 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import is_torchvision_available
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from mig_kit.shared_prefix import obstacles
 from mig_kit.shared_prefix.decoding import evaluation_mode
-from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
-from mig_kit.shared_prefix.logprobs import completion_logps
-from mig_kit.shared_prefix.obstacles import (
-    FAMILIES,
-    find_obstacle,
-    find_sampling_obstacle,
-    find_trained_tower,
+from mig_kit.shared_prefix.generation import (
+    draw_uniforms,
+    generate_rollouts,
+    read_sampling_options,
 )
+from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import (
     ImagePrompts,
@@ -50,31 +46,24 @@ from mig_kit.shared_prefix.rows import (
 )
 from mig_kit.shared_prefix.self_check import compare_with_stock
 
-logger = logging.getLogger(__name__)
-
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer` that reads every prompt once per group; arguments, data sets, rewards and
-    logged figures are TRL's.
+    """`trl.GRPOTrainer` that reads every prompt once per group.
 
-    Completions are drawn by the kit's decoder, or by vLLM or transformers where the config asks for
-    those or for a sampling option that the decoder lacks. What cannot be shared at all (another
+    Arguments, data sets, rewards and logged figures are TRL's. What cannot be shared (another
     family of models, a trained vision tower, tools) is left to stock TRL, with a warning that says
-    why. At the first batch, and again two updates later, greedy completions to two prompts are
-    compared with the model's own forward pass, as stock TRL runs it: every token's log-probability,
-    and whether it is the model's choice. If they differ, training goes on without sharing.
+    why. A step holds groups of like lengths; TRL mixes the completions of an update. The decoder
+    never draws vision tokens. The same seed, step, draw and row give the same tokens.
 
-    Deviations from TRL: a step holds groups of like lengths, where TRL mixes the completions of an
-    update; `bnpo` and `top_entropy_quantile` look at one step at a time. The decoder never draws
-    vision tokens. Drawn tokens are a function of seed, step, draw within the step, and row, so that
-    a resumed training draws the same ones. micro_completions: completions whose graph is kept at a
-    time (0: those of a step); fewer need less memory and one more forward pass.
+    Args:
+        micro_completions: Completions whose graph is kept at a time, or 0 for those of a step.
+            Fewer need less memory and one more forward pass.
     """
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, *others, micro_completions: int = 0, **kwargs):
-        if processing_class is None and not is_torchvision_available():  # AutoProcessor needs it
-            processing_class = load_image_prompts(model, args, FAMILIES)
+        if processing_class is None:
+            processing_class = load_image_prompts(model, args)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
                          *others, **kwargs)
         self.micro_completions = micro_completions
@@ -84,14 +73,14 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.training_numbers: set[int] = set()  # those that evaluation must not drop
         self.draws = Counter()  # by global step, and whether it was for training
         self.is_checked, self.first_check = False, -1  # global step of the first self-check
-        self.unshared = find_obstacle(self) or find_trained_tower(self.model)
+        self.unshared = obstacles.find_obstacle(self) or obstacles.find_trained_tower(self.model)
         if self.unshared:
             warnings.warn(f"prompts are not shared: {self.unshared}", stacklevel=2)
             return
         # bfloat16 products over float32 weights
         self.autocasts = self.args.bf16 and unwrap_peft(self.model).dtype == torch.float32
         self.cache = self._make_cache()
-        self.unsupported_sampling = find_sampling_obstacle(self)
+        self.unsupported_sampling = obstacles.find_sampling_obstacle(self)
         if self.unsupported_sampling and not self.use_vllm:
             warnings.warn(f"completions are drawn by transformers, prompt by prompt: "
                           f"{self.unsupported_sampling}; updates share prompts", stacklevel=2)
@@ -134,8 +123,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return self.cache.get([self.sources[number] for number in numbers])
 
     def _find_group_starts(self, count: int) -> list[int]:
-        """Of `count` rows of this process, those that begin a group or this process's part of it.
-        """
+        """Of this process's `count` rows, those that begin a group or its part of one."""
         group = self.num_generations if self.model.training else self.num_generations_eval
         first = self.accelerator.process_index * count
         return [row for row in range(count) if row == 0 or (first + row) % group == 0]
@@ -156,10 +144,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return output
 
     def _check_sharing(self, prompts: list) -> None:
-        """Stop sharing where passes are not stock TRL's; compared before the first draw, and again
-        once the adapter has moved by two updates.
-        """
-        if reason := find_trained_tower(self.model):
+        """Stop sharing if passes are not stock TRL's, at the first draw or two updates later."""
+        if reason := obstacles.find_trained_tower(self.model):
             self._stop_sharing(reason)
         step, is_first = self.state.global_step, self.first_check < 0
         if self.unshared or self.is_checked or not is_first and step < self.first_check + 2:
@@ -176,8 +162,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         gaps, limit = compare_with_stock(self, [first, others[0]])
         gaps = self.accelerator.gather(gaps[None]).amax(0).tolist()  # processes go on alike
         when = "the first batch" if is_first else f"update {step}"
-        logger.info("self-check at %s: %.2g in log-probability, %.2g in the decoder's choices, of "
-                    "%.2g; %.1f s", when, *gaps, limit, time.perf_counter() - start)
+        if self.args.should_log:
+            print(f"self-check at {when}: log-probabilities differ from stock TRL's by "
+                  f"{gaps[0]:.1e}, the decoder's choices by {gaps[1]:.1e} (allowed: {limit}); "
+                  f"{time.perf_counter() - start:.1f} s", flush=True)
         for gap, what in zip(gaps, ("log-probabilities", "the decoder's choices")):
             if not gap <= limit and not self.unshared:  # NaN, too
                 self._stop_sharing(f"{what} at {when} are {gap:.2g} from stock TRL's, more than "
@@ -244,12 +232,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         most = max(end - start for start, end in zip(starts, ends))
         rows = (torch.tensor(starts)[:, None] + torch.arange(most)).clamp(max=count - 1)
         model = accelerator.unwrap_model(self.model)
-        sampling = SamplingOptions(self.temperature, self.top_p, length,
-                                   **self.args.generation_kwargs or {})
         with evaluation_mode(model):
             rollouts = generate_rollouts(
                 model, self.processor, self._prompts_of([numbers[row] for row in starts]), most,
-                sampling, uniforms[accelerator.process_index * count + rows], self.autocasts)
+                read_sampling_options(self.args),
+                uniforms[accelerator.process_index * count + rows], self.autocasts)
         return [completion for rollout, start, end in zip(rollouts, starts, ends)
                 for completion in rollout[:end - start]]
 
@@ -264,11 +251,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return logps, entropies, None
 
     def _logps(self, model, numbers, ids, mask):
-        """(log-probabilities, entropies) of completions, (rows, tokens) each; 0 where masked.
-
-        numbers: (rows,) of the prompts. Only rows with tokens are read, `micro_completions` or a
-        step's at a time: the reference reads completions of several steps.
-        """
+        """(log-probabilities, entropies) of completions, (rows, tokens) each; 0 where masked."""
+        # only rows with tokens are read, `micro_completions` or a step's at a time: the reference
+        # reads completions of several steps
         with_tokens = mask.any(1).nonzero()[:, 0]
         # a loss needs something to differentiate
         needs_leaf = torch.is_grad_enabled() and not len(with_tokens)
@@ -324,9 +309,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         distinct = rows.unique().tolist()
         lengths = {number: len(prompt.ids)
                    for number, prompt in zip(distinct, self._prompts_of(distinct))}
-        by_length = sorted(range(len(rows)),
-                           key=lambda row: (lengths[rows[row].item()], rows[row].item()))
-        order = torch.tensor(by_length, device=rows.device)
+        keys = [(lengths[number], number, row) for row, number in enumerate(rows.tolist())]
+        order = torch.tensor([row for _, _, row in sorted(keys)], device=rows.device)
         per_row = {name: torch.cat([step[name] for step in steps])[order].chunk(len(steps))
                    for name, value in steps[0].items() if torch.is_tensor(value) and value.ndim}
         return [steps[0] | {name: chunks[number] for name, chunks in per_row.items()}

@@ -1,32 +1,29 @@
 """Stage 09: groups of runs side by side, such as a variant's seeds beside the recipe's.
 
-Scores are of greedy replies, in percent, with 95 % intervals over samples (of own data: lists of
-images) and, if a group has several runs, over runs (`stats.joint_interval`). Two groups are
-compared by sample and, if runs share a seed of the cold start, by run (`pair_runs`).
+Scores of greedy replies have 95 % intervals over samples, of own data over lists of images, and
+over the runs of a group that has several (`stats.joint_interval`). Two groups are compared sample
+by sample, and run by run if their runs share seeds (`pair_runs`).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from mig_kit import stats
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.joint_rules import NEEDS_SFT
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, list_notes, load_groups, pair_runs
-from mig_kit.stages.report import CLAIMS
-from mig_kit.stats import (
-    gap_interval_by_list,
-    joint_interval,
-    probability_of_improvement,
-    share_interval_by_list,
-)
+from mig_kit.stages.tables import CLAIMS
 from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
 METHOD = ("Intervals: Student's t over samples, over runs too where a group has several; of one "
           "run's score Jeffreys' over samples.")
-FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},  # system -> of runs, and as headings
+# system -> columns of its table: what is known of each run, and the heading
+FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},
          "sft_long": {"minutes": "minutes to GRPO", "control_minutes": "minutes of control SFT"}}
 
 
@@ -35,22 +32,23 @@ class _Scope(NamedTuple):
 
     suite: str
     rows: list[np.ndarray]  # indices of samples, of each task
-    # a number per sample, the same for the same images; None for synthetic suites, which share none
-    lists: list[np.ndarray] | None = None
+    # as in stats.Groups; None for synthetic suites, whose questions share no images
+    clusters: list[np.ndarray] | None = None
 
 
 def compare_groups(groups: dict[str, list[str]], reference: str = "", system: str = "grpo") -> dict:
-    """{"reference", "system", "rows", "runs", "notes"} of groups of runs.
-
-    rows: {group, suite, figure, value, low, high, runs, over, improvement, by_run, is_same}, in
-    percent or points, unrounded. figure: a score ("grpo"), a gap within runs ("grpo-sft"), or a gap
-    between groups ("vs NAME"). improvement: of "vs NAME", rliable's probability (arXiv 2108.13264),
-    None with one run a side. by_run: the value of each run or pair of runs. is_same: of a
-    difference, whether both sides answer the same questions correctly.
+    """Scores of groups of runs, differences within runs, and differences between groups.
 
     Args:
+        groups: name -> run ids or files of recorded runs.
         reference: the group that the others are compared with, "" for the first.
-        system: whose scores are compared, one of SYSTEMS; ValueError if a run has no such model.
+        system: one of SYSTEMS, whose scores are compared between groups.
+    Returns: {"reference", "system", "rows", "runs", "notes"}. A row has group, suite, figure (a
+        score "grpo", a gap "grpo-sft" or a difference "vs NAME"), value, low and high (percent or
+        points, unrounded), runs, over (what the interval is over), improvement (probability, of
+        "vs NAME" with several runs a side), by_run, and is_same (of differences: both sides answer
+        the same questions correctly).
+    Raises: ValueError if a run has no such model; as `load_groups`.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:
@@ -58,18 +56,17 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
                          f"{', '.join(groups)}")
     samples, runs = load_groups(groups)
     _require_system(system, groups, runs)
-    scopes, rows = _scopes(samples), []
+    scopes, rows, facts = _scopes(samples), [], []
     for name, members in runs.items():
         for suite, scope in scopes.items():
             rows += _group_rows(name, members, suite, scope)
             if name != reference:
                 rows.append(_difference_row(system, (name, members), (reference, runs[reference]),
                                             suite, scope))
-    facts = [{"group": name, "run": run.run_id, "data_seed": run.data_seed, "seed": run.seed,
-              "tokens": run.tokens, "minutes": run.minutes,
-              "control_minutes": run.control.get("minutes", np.nan), "git": run.git,
-              "machine": run.machine}
-             for name, members in runs.items() for run in members]
+        facts += [{"group": name, "run": run.run_id, "data_seed": run.data_seed, "seed": run.seed,
+                   "tokens": run.tokens, "minutes": run.minutes,
+                   "control_minutes": run.control.get("minutes", np.nan), "git": run.git,
+                   "machine": run.machine} for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
             "notes": list_notes(runs, reference, system)}
 
@@ -90,43 +87,37 @@ def _require_system(system: str, groups: dict[str, list[str]],
 
 
 def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
-    """Name of a suite, or of a task out of domain -> what its figures are over."""
+    """Suite, or "suite/task" out of domain -> the samples that its figures average."""
     scopes = {}
     for suite, suite_samples in samples.items():
         rows = np.arange(len(suite_samples))
-        groups = evaluate.split_for_score(suite_samples, rows)
-        lists = None
-        if suite == OWN:
-            numbers = evaluate.number_image_lists(suite_samples)
-            lists = [numbers[group] for group in groups]
-        scopes[suite] = _Scope(suite, groups, lists)
+        clusters = evaluate.split_for_score(
+            suite_samples, evaluate.number_image_lists(suite_samples)) if suite == OWN else None
+        scopes[suite] = _Scope(suite, evaluate.split_for_score(suite_samples, rows), clusters)
         if suite == OUT_OF_DOMAIN:
             by_task = evaluate.split_by_task(suite_samples, rows)
             scopes |= {f"{suite}/{task}": _Scope(suite, [rows]) for task, rows in by_task.items()}
     return scopes
 
 
-def _values(runs: list[EvaluatedRun], system: str, scope: _Scope) -> list[np.ndarray]:
+def _values(runs: Sequence[EvaluatedRun], system: str, scope: _Scope) -> list[np.ndarray]:
     """(runs, samples) correctness of each task, in percent."""
     correct = 100 * np.array([list(run.correct[system][scope.suite]) for run in runs], dtype=float)
     return [correct[:, rows] for rows in scope.rows]
 
 
 def _group_rows(group: str, runs: list[EvaluatedRun], suite: str, scope: _Scope) -> list[dict]:
-    by_system = {system: _values(runs, system, scope) for system in SYSTEMS
-                 if all(system in run.correct for run in runs)}
-    estimates = {system: _estimate(values, scope.lists) for system, values in by_system.items()}
+    figures = {system: _values(runs, system, scope) for system in SYSTEMS
+               if all(system in run.correct for run in runs)}
     from_sft = all(run.start_from in NEEDS_SFT for run in runs)
-    for after, before in evaluate.list_pairs(by_system):
-        if (after, before) == ("grpo", "sft") and not from_sft:  # RL knew nothing of the SFT model
-            continue
-        figure = f"{after}-{before}"
-        by_system[figure] = [a - b for a, b in zip(by_system[after], by_system[before])]
-        estimates[figure] = _estimate(by_system[figure], scope.lists, is_gap=True)
-    return [{"group": group, "suite": suite, "figure": figure, **estimate, "runs": len(runs),
-             "improvement": None, "by_run": _by_run(by_system[figure]),
-             "is_same": figure not in SYSTEMS and not np.any(np.hstack(by_system[figure]))}
-            for figure, estimate in estimates.items()]
+    for after, before in evaluate.list_pairs(figures):
+        if from_sft or (after, before) != ("grpo", "sft"):  # else RL knew nothing of the SFT model
+            figures[f"{after}-{before}"] = [a - b for a, b in zip(figures[after], figures[before])]
+    return [{"group": group, "suite": suite, "figure": figure,
+             **_estimate(values, scope.clusters, is_gap=figure not in SYSTEMS), "runs": len(runs),
+             "improvement": None, "by_run": _by_run(values),
+             "is_same": figure not in SYSTEMS and not np.any(np.hstack(values))}
+            for figure, values in figures.items()]
 
 
 def _by_run(values: list[np.ndarray]) -> list[float]:
@@ -134,28 +125,23 @@ def _by_run(values: list[np.ndarray]) -> list[float]:
     return np.mean([task.mean(1) for task in values], axis=0).tolist()
 
 
-def _estimate(values: list[np.ndarray], lists: list[np.ndarray] | None,
-              is_gap: bool = False) -> dict:
-    """`joint_interval` within the values' range; of a run whose samples agree, 06's interval.
-
-    values: (runs, samples) of each task, percent or points.
-    """
-    estimate = joint_interval(values, lists)
+def _estimate(values: list[np.ndarray], clusters: list[np.ndarray] | None, is_gap: bool = True,
+              others: list[np.ndarray] | None = None) -> dict:
+    """`joint_interval` of percents or points, cut to their range; of a single run 06's interval."""
+    estimate = stats.joint_interval(values, clusters, others)
     answers = np.concatenate([part.ravel() for part in values])
-    if np.isnan(estimate["low"]) and (is_gap or answers.min() < answers.max()):
-        return estimate  # one list of images
-    if len(values[0]) > 1 and estimate["low"] < estimate["high"]:
-        return _limit(estimate, -100 if is_gap else 0, 100)
-    first = np.cumsum([0, *(part.shape[1] for part in values)])
-    lists = lists or [start + np.arange(part.shape[1]) for start, part in zip(first, values)]
-    groups = [(part.mean(0) / 100, numbers) for part, numbers in zip(values, lists)]
-    low, high = (gap_interval_by_list if is_gap else share_interval_by_list)(groups)
-    return estimate | {"low": 100 * low, "high": 100 * high}
-
-
-def _limit(estimate: dict, low: float, high: float) -> dict:
-    """The estimate with its interval within low to high; NaN, of one list of images, stays."""
-    return estimate | {name: float(np.clip(estimate[name], low, high)) for name in ("low", "high")}
+    is_one_cluster = np.isnan(estimate["low"]) and (is_gap or answers.min() < answers.max())
+    has_spread = len(values[0]) > 1 and estimate["low"] < estimate["high"]
+    if is_one_cluster or has_spread or others is not None:
+        bounds = np.clip([estimate["low"], estimate["high"]], -100 if is_gap else 0, 100)
+    else:
+        first = np.cumsum([0, *(part.shape[1] for part in values)])
+        clusters = clusters or [start + np.arange(part.shape[1])
+                                for start, part in zip(first, values)]
+        interval = stats.gap_interval_by_list if is_gap else stats.share_interval_by_list
+        bounds = 100 * np.array(interval([(part.mean(0) / 100, numbers)
+                                          for part, numbers in zip(values, clusters)]))
+    return estimate | dict(zip(("low", "high"), bounds.tolist()))
 
 
 def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
@@ -164,23 +150,22 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
     values, other_values = (_values(members, system, scope) for members in (runs, others))
     improvement = None  # of one run a side it says 1.00 for an unsure gain
     if len(runs) > 1 or len(others) > 1:
-        improvement = probability_of_improvement(values, other_values)
+        improvement = stats.probability_of_improvement(values, other_values)
     pairs = pair_runs(runs, others)
     if pairs:
-        paired, partners = (_values(list(members), system, scope) for members in zip(*pairs))
+        paired, partners = (_values(members, system, scope) for members in zip(*pairs))
         gaps = [a - b for a, b in zip(paired, partners)]
-        estimate, by_run = _estimate(gaps, scope.lists, is_gap=True), _by_run(gaps)
+        estimate, by_run = _estimate(gaps, scope.clusters), _by_run(gaps)
     else:
-        estimate = _limit(joint_interval(values, scope.lists, other_values), -100, 100)
+        estimate, by_run = _estimate(values, scope.clusters, others=other_values), []
         gaps = [a[:, None] - b for a, b in zip(values, other_values)]  # of any two runs
-        by_run = []
     return {"group": name, "suite": suite, "figure": f"vs {other_name}", **estimate,
             "runs": len(pairs) or len(runs), "improvement": improvement, "by_run": by_run,
             "is_same": not any(np.any(part) for part in gaps)}
 
 
 def scope_title(suite: str) -> str:
-    """How a suite, or a task out of domain, is called in tables."""
+    """The name of a suite, or of a task out of domain, in tables."""
     _, is_task, task = suite.partition("/")
     return task_title(task) if is_task else suite_title(suite)
 
@@ -191,13 +176,12 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
     system = result["system"]
     frames = {f"{SYSTEM_LABELS[system]} model, percent (95 %)":
               _wide_frame(rows, system, result["runs"])}
-    differences = [row for row in rows if row["figure"].startswith("vs ")]
-    if differences:
-        figure = differences[0]["figure"]
-        chance = "; probability of improvement" * any(row["improvement"] is not None
-                                                      for row in differences)
-        frames[f"Difference to {result['reference']}, points (95 %{chance})"] = _wide_frame(
-            rows, figure)
+    figure = f"vs {result['reference']}"
+    if differences := [row for row in rows if row["figure"] == figure]:
+        has_chance = any(row["improvement"] is not None for row in differences)
+        title = f"Difference to {result['reference']}, points (95 %"
+        title += "; probability of improvement)" if has_chance else ")"
+        frames[title] = _wide_frame(differences, figure)
     if system == "sft_long":  # what the control run is for
         frames["GRPO over control SFT, points (95 %)"] = _wide_frame(rows, "grpo-sft_long")
     claims = _claims_frame(rows)
@@ -259,17 +243,14 @@ def figure_rows(result: dict, differences: bool = False) -> list[dict]:
 def render_table(result: dict, form: str = "md") -> str:
     """The comparison as Markdown, as LaTeX (needs booktabs), or all rows unrounded as CSV."""
     if form == "csv":
-        facts = pd.DataFrame(result["runs"]).groupby("group")
         table = pd.DataFrame(result["rows"])
         table["by_run"] = table["by_run"].map(lambda values: "; ".join(map(repr, values)))
         is_difference = table["figure"].str.startswith("vs ")
         table.insert(3, "system", np.where(is_difference, result["system"], ""))
-        for name in ("tokens", "minutes", "control_minutes"):
-            table[name] = table["group"].map(facts[name].mean())
-        for name in ("git", "machine"):
-            words = facts[name].agg(lambda values: "; ".join(values.unique()))
-            table[name] = table["group"].map(words)
-        return table.to_csv(index=False)
+        facts = pd.DataFrame(result["runs"]).groupby("group").agg(
+            dict.fromkeys(("tokens", "minutes", "control_minutes"), "mean")
+            | dict.fromkeys(("git", "machine"), lambda words: "; ".join(words.unique())))
+        return table.join(facts, on="group").to_csv(index=False)
     parts = [f"% {title}\n{frame.to_latex(index=False, escape=True)}" if form == "latex" else
              f"{title}\n\n{_markdown(frame)}\n" for title, frame in table_frames(result).items()]
     notes = [f"% {note}" if form == "latex" else note for note in (METHOD, *result["notes"])]

@@ -22,7 +22,7 @@ from mig_kit.models.adapters import describe_adapter
 from mig_kit.models.loading import Hardware
 from mig_kit.models.model_folders import ServedName, find_file
 from mig_kit.models.processors import prompt_measure
-from mig_kit.pipeline.fingerprints import model_fingerprint
+from mig_kit.pipeline.dependencies import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.prompts import format_question, is_well_formed, parse_boxes
 from mig_kit.sample import Sample, read_samples
@@ -33,7 +33,7 @@ from mig_kit.score.own import read_freely
 from mig_kit.score.records import read_records
 from mig_kit.score.reply_boxes import parse_named_box
 from mig_kit.score.result import number_lists, summarize
-from mig_kit.serving import systems
+from mig_kit.serving import reply_files
 from mig_kit.serving.stored_replies import count_endings, describe_endings
 from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, paired_gap_by_list
@@ -47,6 +47,8 @@ MODEL = "model"  # what the one system is called
 UNREAD = ("empty", "no box found", "no option chosen")  # problems of replies
 BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
                "rejection": "rejection rate", "wrong_rejection": "wrongly none"}
+REASONING_FIGURES = {"truth": "true claims", "grounded": "grounded, of correct replies",
+                     "coverage": "objects listed"}
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,12 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
         if not folder.is_dir():  # it is there whole or not at all
             processor = loading.load_processor(model.folder, box_format)
             merging.write_merged_model(model.folder, adapter, folder, hardware, processor, four_bit)
-    replies = systems.suite_replies({MODEL: folder}, samples, {}, hardware, box_format,
-                                    out / "replies", params)[MODEL]
+    replies = reply_files.suite_replies({MODEL: folder}, samples, {}, hardware, box_format,
+                                        out / "replies", params)[MODEL]
     judged, lines = (judge_benchmark(benchmark, samples, replies, task.root, box_format)
                      if benchmark else judge_suites(samples, replies, box_format))
     write_json_lines(out / "predictions.jsonl", lines)
-    files = [systems.reply_file(out / "replies", MODEL, suite, "greedy") for suite in samples]
+    files = [reply_files.reply_file(out / "replies", MODEL, suite, "greedy") for suite in samples]
     result = {"model": str(model.folder), "adapter": described, "questions": questions,
               "endings": count_endings(*files),
               "max_new_tokens": params.max_new_tokens, **judged}
@@ -275,6 +277,9 @@ def _suite_cells(suite: str, summary: dict) -> dict[str, str]:
         cells = {suite_title(suite): _with_interval(summary["score"], summary["ci95"])}
         parts = {label: summary["boxes"][key] for key, label in BOX_FIGURES.items()
                  if "boxes" in summary}
+        reasoning = summary.get("reasoning", {})
+        cells |= {f"  {suite}: {label}": _with_interval(reasoning[key], reasoning[f"{key}_ci95"])
+                  for key, label in REASONING_FIGURES.items() if reasoning.get("claims")}
     else:
         average = summary["avg"]
         metric = next(key for key in average if key != "ci95")

@@ -31,6 +31,7 @@ from mig_kit.stats import (
     to_percent,
 )
 from mig_kit.world import suites
+from mig_kit.world.claims import count_claims
 
 PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"),
          ("grpo", "sft_long"))
@@ -184,7 +185,37 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
         summary[name] = to_percent(macro_mean(split_for_score(samples, columns[name])))
     if any(sample.find_all for sample in samples):
         summary["boxes"] = summarize_boxes(samples, greedy, box_format)
+    if all(sample.spec for sample in samples):
+        summary["reasoning"] = summarize_reasoning(samples, greedy, box_format)
     return summary
+
+
+def summarize_reasoning(samples: list[Sample], replies: list[str], box_format: BoxFormat) -> dict:
+    """How true the reasoning about drawn samples is, in percent, with NAME_ci95 of each figure.
+
+    Returns:
+        claims, unjudged: number of claims, and of sentences that cannot be judged.
+        truth: share of the claims that are true.
+        grounded: share of the correct replies that make a claim, and no false one.
+        coverage: share of the objects to list that are listed, by replies that list images.
+        Figures without a case are None.
+    """
+    counts = np.array([[*count_claims(reply, sample), is_correct(reply, sample, box_format)]
+                       for reply, sample in zip(replies, samples, strict=True)], dtype=float)
+    n_true, judged, unjudged, listed, to_list, correct = counts.T
+    grounded = correct * (judged > 0) * (n_true == judged)
+    summary = {"claims": int(judged.sum()), "unjudged": int(unjudged.sum())}
+    for name, (part, total) in {"truth": (n_true, judged), "grounded": (grounded, correct),
+                                "coverage": (listed, to_list)}.items():
+        summary[name], summary[f"{name}_ci95"] = _summarize_ratio(part, total)
+    return summary
+
+
+def _summarize_ratio(part: np.ndarray, total: np.ndarray) -> tuple[float, list[float]] | tuple:
+    """(sum(part) / sum(total), interval), percent; (None, None) if all totals are 0."""
+    if not total.any():
+        return None, None
+    return to_percent(part.sum() / total.sum()), _percents(ratio_interval(part, total))
 
 
 def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFormat) -> dict:
@@ -209,9 +240,9 @@ def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFo
     ratios = {"precision": (right, named), "recall": (right, wanted),
               "f1": (2 * right, named + wanted)}
     summary = {"n": len(counts), "n_none": len(rejected[True])}
-    for name, (part, total) in ratios.items():
-        summary[name] = to_percent(part.sum() / total.sum()) if total.any() else None
-    summary["f1_ci95"] = None if summary["f1"] is None else _percents(ratio_interval(*ratios["f1"]))
+    for name, ratio in ratios.items():
+        summary[name], interval = _summarize_ratio(*ratio)
+    summary["f1_ci95"] = interval
     for name, outcomes in (("rejection", rejected[True]), ("wrong_rejection", rejected[False])):
         interval = _percents(share_interval(sum(outcomes), len(outcomes)))
         summary[name] = to_percent(np.mean(outcomes)) if outcomes else None
@@ -282,7 +313,7 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
 
 def summarize_systems(samples: dict[str, list[Sample]], replies: dict,
                       box_format: BoxFormat) -> dict:
-    """system -> suite -> `summarize_suite`; replies: of `serving.systems.suite_replies`."""
+    """system -> suite -> `summarize_suite`; replies: of `reply_files.suite_replies`."""
     return {system: {suite: summarize_suite(samples[suite], answers["greedy"], answers["drawn"],
                                             box_format)
                      for suite, answers in by_suite.items()}

@@ -1,7 +1,7 @@
-"""Evaluated runs as comparisons read them, from their folders or from a small recorded file.
+"""Evaluated runs as comparisons read them, from their folders or from recorded runs.
 
-A recorded run is a JSON file of some kilobytes: which answers were correct, and how the run was
-made. A comparison takes it in place of the run's folder.
+A recorded run is a JSON file of some kilobytes that takes the place of the run's folder: which
+answers were correct, and how the run was made.
 """
 
 import json
@@ -51,9 +51,9 @@ class EvaluatedRun:
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[
         dict[str, list[Sample]], dict[str, list[EvaluatedRun]]]:
-    """(samples by suite, runs by group); a group's member is a run id or a recorded run's file.
+    """(samples by suite, runs by group); groups: name -> run ids or files of recorded runs.
 
-    Raises: FileNotFoundError for a run without a finished 06. ValueError if runs answered different
+    Raises: FileNotFoundError for a run without a finished 06; ValueError if runs answered different
     questions, or others than are drawn now, or if a model was trained again since.
     """
     members = [run for group in groups.values() for run in group]
@@ -100,7 +100,7 @@ def _require_evaluation(run_id: str) -> dict:
 
 
 def _held_out_part(run_id: str) -> str | None:
-    """What tells the held-out questions of own data from others; None for a run without such."""
+    """Digest of the file with a run's held-out own data; None for a run without own data."""
     if is_recorded(run_id) or not evaluate.has_own_data(run_id):
         return None
     return store.load_record("01_synthesize", run_id)["outputs"]["val.parquet"]
@@ -152,7 +152,7 @@ def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
 
 
 def is_recorded(name: str) -> bool:
-    """Whether a member of a group is the file of a recorded run, not a run id."""
+    """Whether a member of a group is a recorded run's file, not a run id."""
     return name.endswith(".json")
 
 
@@ -218,8 +218,6 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
     others = runs[reference]
     pairs = {name: pair_runs(members, others) for name, members in runs.items()
              if name != reference}
-    alone = [name for name in pairs if not pairs[name]]
-    single = [name for name in alone if 1 in (len(runs[name]), len(others))]
     groups = {  # a sentence -> the groups that it is about
         "One run each: {}. The intervals of their scores are over test samples alone; another seed "
         "may move a score by more.":
@@ -241,11 +239,10 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
         "holds what another cold start does: {}.":
             [name for name in pairs
              if any(run.data_seed != other.data_seed for run, other in pairs[name])],
-        f"Compared with {reference} by sample alone. The difference also holds what another seed "
-        "does; compare a branch with its own source to leave that out: {}.": single,
-        f"Compared with {reference} by sample alone, which widens the interval: fewer than two "
-        "pairs of runs have the same seed. A seed makes a pair if exactly one run of each group "
-        "has it: {}.": [name for name in alone if name not in single]}
+        f"Compared with {reference} by sample alone, for fewer than two pairs of runs have the "
+        "same seed, each in exactly one run of its group. The difference also holds what another "
+        "seed does; compare a branch with its own source to leave that out: {}.":
+            [name for name in pairs if not pairs[name]]}
     notes = [text.replace("{}", ", ".join(names)) for text, names in groups.items() if names]
     notes += [f"{note}." for members in runs.values() for run in members for note in run.stale]
     if len({run.git for members in runs.values() for run in members}) > 1:
@@ -271,11 +268,11 @@ def compare_with_readme(run_id: str) -> str:
     except (FileNotFoundError, ValueError) as error:
         return f"scores: not compared with the README's: {error}"
     (run,), (published,) = groups["run"], groups["readme"]
-    scores = [(system, suite, _score(run, system, suite), _score(published, system, suite))
-              for system, by_suite in published.correct.items() if system in run.correct
-              for suite in by_suite]
-    differences = [f"{suite_title(suite)} {system} {ours} (README: {theirs})"
-                   for system, suite, ours, theirs in scores if ours != theirs]
+    differences = [
+        f"{suite_title(suite)} {system} {score} (README: {_score(bits)})"
+        for system, by_suite in published.correct.items() if system in run.correct
+        for suite, bits in by_suite.items()
+        if (score := _score(run.correct[system][suite])) != _score(bits)]
     if not differences:
         return "scores: as in the README"
     reason = "another version of a library or of the code"
@@ -285,6 +282,5 @@ def compare_with_readme(run_id: str) -> str:
     return f"scores: not as in the README: {', '.join(differences)} ({reason})"
 
 
-def _score(run: EvaluatedRun, system: str, suite: str) -> str:
-    bits = run.correct[system][suite]
+def _score(bits: str) -> str:
     return f"{100 * bits.count('1') / len(bits):.1f}"

@@ -1,8 +1,8 @@
 """Stage 05: rule-based RL with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
 
-The paper publishes no group size, rates or KL weight: the tiny values are ours, those of the full
-profiles VLM-R1's and MG-Thinker's. The loss is the mean over the tokens of an update (TRL's
-`loss_type` dapo), not the mean per reply of the GRPO paper (arXiv 2402.03300).
+The paper publishes no group size, rates or KL weight. The tiny profile's are ours, the full
+profiles' are VLM-R1's and MG-Thinker's. The loss averages over the tokens of an update (TRL's
+`loss_type` dapo), not first over each reply as in the GRPO paper (arXiv 2402.03300).
 """
 
 import shutil
@@ -19,15 +19,7 @@ from trl.trainer.utils import is_async_callable
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import model_folder
-from mig_kit.models.loading import (
-    Hardware,
-    Policy,
-    check_adapters,
-    choose_hardware,
-    load_adapter_policy,
-    load_policy,
-    resolve_model,
-)
+from mig_kit.models import loading
 from mig_kit.models.model_folders import check_model_folder
 from mig_kit.models.processors import describe_other_format
 from mig_kit.prompts import chat_messages, reply_boxes_in_original
@@ -40,21 +32,17 @@ from mig_kit.serving.served_rollouts import (
     StopIfServerIsStale,
 )
 from mig_kit.serving.stored_replies import draw_first_rollouts
-from mig_kit.shared_prefix.generation import SamplingOptions
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
-from mig_kit.training.one_group import keep_global_state
-from mig_kit.training.recipe_trainer import KeepRollouts, RecipeTrainer, ResumableGRPOTrainer
-from mig_kit.training.resuming import (
-    LiveCurves,
-    ProgressLines,
-    lora_config,
-    save_adapter,
-    train_or_resume,
-    trainer_arguments,
-    use_one_device,
+from mig_kit.training import resuming
+from mig_kit.training.recipe_trainer import (
+    KeepRollouts,
+    RecipeTrainer,
+    ResumableGRPOTrainer,
+    keep_global_state,
 )
 from mig_kit.training.reward_loading import BatchReward, Score, load_rewards, score_functions
+from mig_kit.world.claims import count_claims, read_claims
 from mig_kit.world.teacher import DETAILS, recognize_detail
 
 ROLLOUT_STEPS = 25  # the replies to a few prompts are kept every so many updates
@@ -66,31 +54,27 @@ CURVES = {
 
 def reward_functions(scores: dict[str, Score], samples: Sequence[Sample]) -> list[Callable]:
     """The rewards in TRL's form; its column `sample` is the index into `samples`."""
-    first = next(iter(scores))
-    return [_trl_reward(name, score, samples, logs_details=name == first)
-            for name, score in scores.items()]
+    return [_trl_reward(score, samples, logs_details=number == 0)
+            for number, score in enumerate(scores.values())]
 
 
-def _trl_reward(name: str, score: Score, samples: Sequence[Sample], logs_details: bool) -> Callable:
-    is_batch = isinstance(score.reward, BatchReward)
-
+def _trl_reward(score: Score, samples: Sequence[Sample], logs_details: bool) -> Callable:
     def score_all(completions, sample, log_metric=None, **given) -> list[float | None]:
         replies = [completion[0]["content"] for completion in completions]
         answered = [samples[index] for index in sample]
         if logs_details and log_metric:
-            for detail, share in detail_shares(replies, answered).items():
-                log_metric(f"detail/{detail}", share)
-        if is_batch:
-            return score.judge_batch(replies, answered, completions=completions, sample=sample,
-                                     log_metric=log_metric, **given)
-        return [score(reply, question) for reply, question in zip(replies, answered)]
+            shares = detail_shares(replies, answered) | reasoning_shares(replies, answered)
+            for name, share in shares.items():
+                log_metric(f"detail/{name}", share)
+        return score.score_batch(replies, answered, completions=completions, sample=sample,
+                                 log_metric=log_metric, **given)
 
     async def score_later(**given) -> list[float | None]:
         return await score_all(**given)
 
-    is_async = is_batch and is_async_callable(score.reward.function)
+    is_async = isinstance(score.reward, BatchReward) and is_async_callable(score.reward.function)
     function = score_later if is_async else score_all
-    function.__name__ = name  # TRL logs a reward under its function's name
+    function.__name__ = score.name  # TRL logs a reward under its function's name
     return function
 
 
@@ -100,11 +84,21 @@ def detail_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str
     return {detail: details.count(detail) / len(details) for detail in DETAILS} if details else {}
 
 
+def reasoning_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+    """{"truth", "coverage"} of all replies, as `evaluate.summarize_reasoning` counts, 0..1.
+
+    Judged by the samples' notes. A share of nothing is left out; {} for own data.
+    """
+    counts = [count_claims(reply, sample) for reply, sample in zip(replies, samples)]
+    true, judged, _, listed, to_list = map(sum, zip(*counts))
+    ratios = {"truth": (true, judged), "coverage": (listed, to_list)}
+    return {name: part / total for name, (part, total) in ratios.items() if total}
+
+
 def describe_reply(reply: str, sample: Sample, box_format: BoxFormat, scores: dict[str, Score],
                    weights: dict[str, float]) -> dict:
-    """What is kept of a rollout: rewards, their weighted sum, whether it is correct, and boxes.
-
-    boxes: (image number, box in pixels of the original) pairs.
+    """The row of a rollout's log: reply, rewards, their weighted sum, correctness, boxes as
+    (image number, box in pixels of the original) pairs, and (start, end) of its false claims.
     """
     rewards = {name: score(reply, sample) for name, score in scores.items()}
     total = sum(weights.get(name, 1.0) * value for name, value in rewards.items()
@@ -112,13 +106,15 @@ def describe_reply(reply: str, sample: Sample, box_format: BoxFormat, scores: di
     return {"reply": reply, "reward": total, "rewards": rewards,
             "correct": is_correct(reply, sample, box_format),
             "boxes": reply_boxes_in_original(sample, reply, box_format),
-            "detail": recognize_detail(reply) if sample.notes else ""}
+            "detail": recognize_detail(reply) if sample.notes else "",
+            "false": [(claim.start, claim.end) for claim in read_claims(reply, sample)
+                      if claim.is_true is False]}
 
 
 def grpo_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bool) -> Dataset:
-    """A table of prompt and sample index, whose rows are made when they are looked at.
+    """A table of prompts and indices of samples; a row is made when it is read.
 
-    with_images: for stock TRL, which reads them; else the first message also holds the index.
+    with_images: add images, which stock TRL reads; else the first message also holds the index.
     """
     table = Dataset.from_dict({"sample": range(len(samples))})
     return table.with_transform(partial(_make_rows, samples, box_format, with_images))
@@ -137,8 +133,8 @@ def _make_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bo
     return rows
 
 
-def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params: SimpleNamespace,
-                 min_new_tokens: int = 0) -> GRPOTrainer:
+def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path,
+                 params: SimpleNamespace, min_new_tokens: int = 0) -> GRPOTrainer:
     """The GRPO trainer over `samples`, with a new adapter on the policy; params: the stage's."""
     hardware = policy.hardware
     if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
@@ -146,7 +142,7 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         torch.utils.deterministic.fill_uninitialized_memory = False
     rewards = load_rewards(params.rewards, folder)
     weights = [params.reward_weights.get(name, 1.0) for name in rewards]
-    arguments = trainer_arguments(
+    arguments = resuming.trainer_arguments(
         GRPOConfig, SimpleNamespace(**vars(params) | {"reward_weights": weights}), hardware, folder,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         generation_kwargs={"min_new_tokens": min_new_tokens},
@@ -156,7 +152,7 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
     arguments |= {"epsilon_high": params.epsilon_high or None,
                   "save_steps": -(-params.save_steps // iterations) * iterations}
     config = GRPOConfig(**arguments)
-    use_one_device(config)
+    resuming.use_one_device(config)
     scores = score_functions(rewards, policy.box_format, params.hallucinated_image_penalty)
     logged = ("reward", *(f"rewards/{name}/mean" for name in rewards), "entropy")
     common = {
@@ -164,38 +160,35 @@ def grpo_trainer(policy: Policy, samples: Sequence[Sample], folder: Path, params
         "reward_funcs": reward_functions(scores, samples),
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
         "peft_config": (None if isinstance(policy.model, PeftModel)  # it brings its adapter along
-                        else lora_config(params.lora_r, lora_targets=params.lora_targets)),
-        "callbacks": [ProgressLines(logged), StopIfNothingLearns(),
+                        else resuming.lora_config(params.lora_r, lora_targets=params.lora_targets)),
+        "callbacks": [resuming.ProgressLines(logged), StopIfNothingLearns(),
                       # these also draw a few replies before the first update
                       *_rollout_callbacks(policy, samples, folder, params, scores)]}
-    if not params.share_prefix:  # stock TRL
-        return _with_float32_adapter(ResumableGRPOTrainer(**common), hardware)
-    served = None
-    if params.server:
-        served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
-        common["callbacks"].append(StopIfServerIsStale())
-    # It computes what TRL computes, reading each prompt once per group. Steps hold groups of like
-    # lengths, where TRL's are mixed: `bnpo` and `top_entropy_quantile`, which look at a step at a
-    # time, depend on what shares a step, and on the number of processes.
-    return _with_float32_adapter(RecipeTrainer(
-        **common, samples=samples, box_format=policy.box_format, autocast=hardware.autocast,
-        micro_completions=params.micro_replies, served=served), hardware)
-
-
-def _with_float32_adapter(trainer: GRPOTrainer, hardware: Hardware) -> GRPOTrainer:
-    """The trainer, on a GPU with its adapter in float32."""
-    # TRL makes the adapter of a 4-bit model bfloat16, which rounds away three quarters of the
-    # updates of A at the full profiles' learning rate. The tiny profile has larger updates.
+    if params.share_prefix:
+        served = None
+        if params.server:
+            served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
+            common["callbacks"].append(StopIfServerIsStale())
+        # It computes what TRL computes and reads each prompt once per group. A step holds groups of
+        # like lengths, where TRL mixes them; `bnpo` and `top_entropy_quantile` look at one step at
+        # a time, so they depend on what shares a step, and on the number of processes.
+        trainer = RecipeTrainer(
+            **common, samples=samples, box_format=policy.box_format, autocast=hardware.autocast,
+            micro_completions=params.micro_replies, served=served)
+    else:
+        trainer = ResumableGRPOTrainer(**common)  # stock TRL
     if hardware.device == "cuda":
+        # TRL makes the adapter of a 4-bit model bfloat16, which rounds away three quarters of the
+        # updates of A at the full profiles' learning rate. The tiny profile has larger updates.
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return trainer
 
 
-def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
+def one_group_trainer(policy: loading.Policy, sample: Sample, folder: Path,
                       params: SimpleNamespace) -> RecipeTrainer:
-    """A trainer whose update is one prompt's group, for `training.one_group` to look at.
+    """A trainer whose update is one prompt's group, for `recipe_trainer.draw_group` to look at.
 
     The loss is plain dapo, of replies that this process draws. Random states stay as they were.
     """
@@ -212,29 +205,28 @@ def one_group_trainer(policy: Policy, sample: Sample, folder: Path,
     return trainer
 
 
-def _rollout_callbacks(policy: Policy, samples: Sequence[Sample], folder: Path,
+def _rollout_callbacks(policy: loading.Policy, samples: Sequence[Sample], folder: Path,
                        params: SimpleNamespace, scores: dict[str, Score]) -> list:
-    """What keeps rollouts, and what shows curves and rollouts while the model is trained."""
-    live = LiveCurves(training_curves, ("reward", *scores, *DETAILS),
-                      draw=partial(draw_first_rollouts, folder, policy.box_format, samples))
+    """Callbacks that log rollouts, and show curves and rollouts during training."""
+    live = resuming.LiveCurves(
+        training_curves, ("reward", *scores, *DETAILS),
+        draw=partial(draw_first_rollouts, folder, policy.box_format, samples))
     describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
                        weights=params.reward_weights)
-    sampling = SamplingOptions(params.temperature, getattr(params, "top_p", 1.0),
-                               params.max_completion_length)
-    return [KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, sampling, describe), live]
+    return [KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe), live]
 
 
 def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[str, str | Path]:
-    """What `train` starts from: {"start": a model}, and "adapter" if it goes on with 02's.
+    """Arguments of `train`: "start", a model, and "adapter" if training continues 02's adapter.
 
     Raises as `check_model_folder` for a folder that holds no model.
     """
     if params.start_from == "merged":
         return {"start": merged}
     if params.start_from == "base":
-        return {"start": resolve_model(params.base_model)}
+        return {"start": loading.resolve_model(params.base_model)}
     if params.start_from == "adapter":
-        return {"start": resolve_model(params.base_model), "adapter": adapter}
+        return {"start": loading.resolve_model(params.base_model), "adapter": adapter}
     folder = model_folder(params.start_from)
     check_model_folder(folder)
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
@@ -243,30 +235,30 @@ def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[
     return {"start": folder}
 
 
-def load_start(hardware: Hardware, box_format: BoxFormat, start: str | Path,
-               adapter: str | Path = "") -> Policy:
+def load_start(hardware: loading.Hardware, box_format: BoxFormat, start: str | Path,
+               adapter: str | Path = "") -> loading.Policy:
     """The model that RL starts from; start, adapter: of `resolve_start`."""
     if adapter:
-        return load_adapter_policy(start, Path(adapter), hardware, box_format)
-    return load_policy(start, hardware, box_format)
+        return loading.load_adapter_policy(start, Path(adapter), hardware, box_format)
+    return loading.load_policy(start, hardware, box_format)
 
 
 def train(folder: Path, params: SimpleNamespace, kept: str, start: str, adapter: str = "") -> None:
-    """Train the model `start` on the samples of file `kept`, or go on; save the adapter.
+    """Train an adapter on the samples of file `kept`, or resume, and save it.
 
-    The one job of all processes that train together. params: the stage's and the run's. adapter:
-    trained on the 4-bit `start`; "" for a new one.
+    Every process that trains calls it. params: the stage's and the run's. start: the model.
+    adapter: folder of an adapter trained on the 4-bit `start`; "" for a new one.
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
-    hardware = choose_hardware(params.dtype, params.device)
+    hardware = loading.choose_hardware(params.dtype, params.device)
     policy = load_start(hardware, box_format, start, adapter)
     trainer = grpo_trainer(policy, read_samples(Path(kept)), folder, params)
-    check_adapters(trainer.model)
+    loading.check_adapters(trainer.model)
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()
-    train_or_resume(trainer, folder)
-    save_adapter(trainer, folder)
-    if trainer.is_world_process_zero():  # what servers drew with
+    resuming.train_or_resume(trainer, folder)
+    resuming.save_adapter(trainer, folder)
+    if trainer.is_world_process_zero():  # the adapters that servers drew replies with
         shutil.rmtree(folder / "checkpoints" / SERVED_ADAPTERS, ignore_errors=True)
 
 
@@ -287,7 +279,8 @@ def training_curves(history: list[dict]) -> list[dict]:
              if name.startswith("rewards/") and name.endswith("/mean")}
     # sorted, because a log that was read back after a kill has its names in another order
     single = {name: name.split("/")[1] for name in sorted(names)}
-    further = {f"detail/{detail}": detail for detail in DETAILS} | {"clip_ratio": "clip_ratio"}
+    further = {f"detail/{name}": name for name in (*DETAILS, "truth", "coverage")}
+    further["clip_ratio"] = "clip_ratio"
     further = {name: short for name, short in (further | SAMPLING_CURVES).items()
                if any(row.get(name) is not None for row in updates)}
     curves = {"step": "step", "reward": "reward", **single, **CURVES, **further}

@@ -29,20 +29,20 @@ MERGE_METHODS = (DEQUANTISED, FOUR_BIT, ORIGINAL, ORIGINAL_FOUR_BIT)
 PROBES = 40  # replies on which the methods are compared
 READ_BACK = "saved and read back"
 LARGE_MODEL_BYTES = 2 * 2**30  # of a base's files: from here on fewer methods are compared
-MOST_NATS = 0.05  # per token that rounding may part the merged model from what training saw
+MOST_NATS = 0.05  # per token, largest mean difference to the trained model that rounding explains
 
 
 def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware) -> PeftModel:
-    """What training saw: a fresh 4-bit base under the adapter."""
+    """The model that training saw: the 4-bit base under the adapter."""
     quantised = load_model(base, hardware, four_bit=True)
     return train_mode_for_4bit_layers(PeftModel.from_pretrained(quantised, adapter))
 
 
 def merge_for_comparison(base: str | Path, adapter: Path, hardware: Hardware,
                          method: str = DEQUANTISED) -> VisionLanguageModel:
-    """A fresh base merged in memory by PEFT; method: DEQUANTISED, the right one, or FOUR_BIT.
+    """The base with the adapter merged in memory by PEFT; method: DEQUANTISED or FOUR_BIT.
 
-    The stage itself writes the right one with `write_merged_model`, tensor by tensor.
+    Only for the comparison: the stage writes its model with `write_merged_model`.
     """
     if method == FOUR_BIT:
         trained = load_trained_model(base, adapter, hardware)
@@ -61,10 +61,10 @@ def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
 def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples: list[Sample],
                           replies: list[str], hardware: Hardware,
                           box_format: BoxFormat) -> list[dict]:
-    """How far every method's model is from what SFT trained; one model in memory at a time.
+    """How far each merge method's model is from the trained one; one model in memory at a time.
 
-    Returns a row {"way", "mean_gap", "max_gap"} per method, the written folder `merged` first:
-    |difference| in log-probability per token of the replies.
+    Returns: rows {"way", "mean_gap", "max_gap"}, the written folder `merged` first: mean and
+        largest |difference| of the replies' token log-probabilities to the trained model.
     """
     processor = load_processor(base, box_format)
 
@@ -86,7 +86,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
             logps = read_logps(merge_for_comparison(base, adapter, hardware, method))
         gaps = (logps - trained_logps).abs()
         rows.append({"way": method, "mean_gap": gaps.mean().item(), "max_gap": gaps.max().item()})
-    for folder in (compared, compared.with_name("compared.tmp")):  # the latter of a killed start
+    for folder in (compared, compared.with_name("compared.tmp")):  # .tmp: of a killed start
         shutil.rmtree(folder, ignore_errors=True)
     gc.collect()
     release_memory()

@@ -12,13 +12,13 @@ from mig_kit.models.loading import TINY_BASE, Hardware, load_model
 from mig_kit.pipeline.run_folders import runs_root
 
 # Minutes of each stage of `make run` on two cores of an AMD EPYC (Zen 4, no AMX), and GiB of memory
-# that it stayed within.
+# that were enough.
 TINY_COST = {
     "01_synthesize": (0.6, 4.0), "02_sft": (7.9, 6.0), "03_merge": (0.3, 4.0),
     "04_rejection_sampling": (2.1, 4.0), "05_grpo": (5.7, 6.0), "06_evaluate": (2.7, 6.0),
     "07_report": (0.4, 4.0)}
 REFERENCE_SECONDS = 0.452  # what `time_reference_step` gave in that run
-BUSY_PERCENT = 20  # of the cores; where others take more, a timed step says little
+BUSY_PERCENT = 20  # of the cores; a step that is timed beside busier programs says little
 
 
 def describe_machine() -> dict:
@@ -64,10 +64,7 @@ def predict_minutes(seconds: float) -> list[dict]:
 
 def require_resources(machine: dict, memory_gib: float, disk_gib: float,
                       needs_gpu: bool = False) -> None:
-    """Raise RuntimeError, MemoryError or OSError if `machine` lacks what the profile needs.
-
-    machine: of `describe_machine`.
-    """
+    """RuntimeError, MemoryError or OSError if the machine (`describe_machine`) lacks a resource."""
     if needs_gpu and machine["gpu"] == "none":
         raise RuntimeError(
             f"this profile needs a GPU, and PyTorch {torch.__version__} sees none; check the "
@@ -83,7 +80,7 @@ def require_resources(machine: dict, memory_gib: float, disk_gib: float,
 
 
 def summary(profile: str, minutes: float, memory: list[dict], others: float = 0.0) -> str:
-    """What the run will take, in a few words.
+    """A line on the minutes or the GPU memory that the run will take.
 
     Args:
         minutes: of the tiny profile's stages on this machine.

@@ -27,9 +27,8 @@ def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]],
 
 def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
                        box_format: BoxFormat) -> list[dict]:
-    """How often replies are correct, by how much their reasoning says.
-
-    Returns: rows {asked (of `question_kind`), detail, n, correct (share, 0..1)}.
+    """Rows {asked, detail, n, correct (0..1)}: share of correct replies by kind of question and by
+    the detail of the reasoning.
     """
     outcomes = defaultdict(list)
     for sample in samples:
@@ -42,9 +41,7 @@ def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
 
 
 def unsolved_warning(samples: Sequence[Sample], rates: np.ndarray) -> str:
-    """A sentence on the kinds of question, such as those for a box, that no reply answers, or "";
-    rates: of the candidates, 0..1.
-    """
+    """A sentence that names the kinds of question without a correct reply, or ""; rates: 0..1."""
     kinds = " and ".join(unsolved_kinds(samples, rates))
     return kinds and f"no reply to the questions whose answer is {kinds} is correct: {RL_NEEDS}"
 

@@ -1,273 +1,215 @@
-"""Stage 07: one HTML page, self-contained and without a script; all texts of models are escaped."""
+"""Stage 07: one HTML page with tables, figures and a gallery of replies.
 
+The page needs no other file and holds no script; all texts of models and data are escaped.
+"""
+
+import base64
+import io
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-import numpy as np
+import jinja2
 import pandas as pd
 from markupsafe import Markup
 from matplotlib import pyplot as plt
 from PIL.Image import Image
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.drawing.palette import SYSTEM_LABELS
-from mig_kit.pipeline.joint_rules import NEEDS_SFT
-from mig_kit.pipeline.params import EXECUTION_PARAMS, NAMES_OF_RUNS, profile_params
-from mig_kit.pipeline.store import load_record
-from mig_kit.rewards import is_correct
+from mig_kit.boxes import BoxFormat, iou
+from mig_kit.drawing.palette import PREDICTED, SYSTEM_COLOURS, SYSTEM_LABELS, text_colour
+from mig_kit.drawing.pictures import SYSTEM_MARKS, draw_sample, draw_systems
+from mig_kit.prompts import format_question, parse_boxes, parse_reply, reply_boxes_in_original
+from mig_kit.rewards import image_set_iou, is_correct, reply_iou, weakest_iou
 from mig_kit.sample import Sample
-from mig_kit.stages.report_gallery import image_tag, macros
-from mig_kit.stats import group_by_task, paired_gap_by_list, share_interval_by_list
-from mig_kit.world.specs import count_listed_objects
-from mig_kit.world.suites import OWN, suite_title, task_title
+from mig_kit.serving.stored_replies import load_replies
+from mig_kit.stages import tables
+from mig_kit.training.reward_loading import Score
+from mig_kit.world.suites import OWN, is_on_target, list_object_boxes, suite_title, task_title
 
-# Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
-# with a 7B model (arXiv 2507.00748 v2; v3 has +4.41 over seven benchmarks out of domain).
-CLAIMS = (
-    ("mig_bench", "RL over SFT", "grpo-sft", 9.04),
-    ("ood_grounding", "RL over SFT", "grpo-sft", 4.98),
-    ("blink", "RL over base", "grpo-base", 3.1),
-    ("mmiu", "RL over base", "grpo-base", 2.4),
-)
-DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
+SYSTEMS = ("base", "sft", "start", "grpo")
+RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
+OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option", "no answer",
+            "wrong number of boxes", "wrongly none", "box where none is")
+LOOSE_IOU = 0.1  # from here on a box of own data, whose objects are not known, counts as loose
+KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
+         (True, False): "correct, then wrong", (False, False): "wrong both times"}
+FILTERS = {"suite": "suite", "task": "task", "kind": "before, then after RL", "outcome": "GRPO"}
 
-
-def suite_rows(samples: dict[str, Sequence[Sample]]) -> list[dict]:
-    """Rows {suite, questions, tasks, an example}; samples: by suite."""
-    return [{"suite": suite_title(suite), "questions": len(part),
-             "tasks": len({sample.task for sample in part}), "an example": part[-1].question}
-            for suite, part in samples.items()]
+_templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
+                                autoescape=True, trim_blocks=True, lstrip_blocks=True)
+macros = _templates.get_template("report.html.jinja").module
 
 
-def claim_rows(metrics: dict) -> list[dict]:
-    """This run's differences beside the paper's, in points, of what both have; metrics: of 06."""
-    if any(OWN in by_suite for by_suite in metrics["deltas"].values()):
-        return []
-    from_sft = metrics.get("start_from", "merged") in NEEDS_SFT
-    rows = []
-    for suite, comparison, delta, paper in CLAIMS:
-        if suite not in metrics["deltas"].get(delta, ()) or (delta == "grpo-sft" and not from_sft):
-            continue
-        difference = metrics["deltas"][delta][suite]
-        rows.append({"suite": suite_title(suite), "compared": comparison,
-                     "this run (95 %)": gap_text(difference),
-                     "at temperature 1": _signed(difference["sampled"]),
-                     "paper v2 (real benchmark, 7B)": f"{paper:+.2f}"})
-    return rows
+def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
+                        systems: Iterable[str]) -> dict[str, dict[str, str]]:
+    """System -> sample id -> greedy reply; {} without samples. folder: "replies" of 06."""
+    replies = {}
+    for system in [name for name in SYSTEMS if samples and name in systems]:
+        stored = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
+        replies[system] = {sample.id: stored[sample.id][0] for sample in samples}
+    return replies
 
 
-def score_rows(systems: dict, figure: str = "score") -> list[dict]:
-    """Rows {system, suite -> percent}; systems: of stage 06's metrics. figure: or "sampled"."""
-    return _rows_by_suite("system", systems, lambda result: result[figure])
+def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat) -> str:
+    """One of OUTCOMES; the last three are of questions for all boxes.
 
-
-def kl_rows(kl: dict) -> list[dict]:
-    """Rows {system, suite -> nats per token}; kl: of `serving.systems.kl_from_base`."""
-    return _rows_by_suite("system", kl, lambda figures: round(figures["per_token"], 3))
-
-
-def difference_rows(deltas: dict) -> list[dict]:
-    """A row per pair of systems, a column per suite, of `gap_text`; deltas: of 06's metrics."""
-    return _rows_by_suite("compared", deltas, gap_text)
-
-
-def _rows_by_suite(head: str, results: dict, cell: Callable[[dict], object]) -> list[dict]:
-    """Rows {head: the system, or "after over before"; suite -> cell of its result}."""
-    return [{head: " over ".join(SYSTEM_LABELS.get(part, part) for part in name.split("-")),
-             **{suite_title(suite): cell(result) for suite, result in by_suite.items()}}
-            for name, by_suite in results.items()]
-
-
-def own_data_rows(deltas: dict) -> list[dict]:
-    """`difference_rows` of the held-out part of own data alone; [] for a run without such."""
-    return difference_rows({pair: {OWN: by_suite[OWN]} for pair, by_suite in deltas.items()
-                            if OWN in by_suite})
-
-
-def held_out_rows(systems: dict) -> list[dict]:
-    """A row per system on the held-out part of own data, in percent; systems: of 06's metrics."""
-    return [{"system": SYSTEM_LABELS[system], "questions": result["n"],
-             "correct": result["score"], "95 %": result["ci95"], "right image": result["image"],
-             "well formed": result["format"], "at temperature 1": result["sampled"]}
-            for system, by_suite in systems.items() for suite, result in by_suite.items()
-            if suite == OWN]
-
-
-def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
-                       box_format: BoxFormat) -> list[dict]:
-    """Per suite out of domain: percent correct of every system, and differences as `gap_text`.
-
-    replies: of base, sft (if the run has it) and grpo, by sample id.
+    A box in the correct image with IoU under 0.5 is a "loose box" if it overlaps the target more
+    than any other object, else a "wrong object". Of own data it is loose from LOOSE_IOU on.
     """
-    correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
-                                 for sample in samples], dtype=float)
-               for system, by_id in replies.items()}
-    rows = []
-    for task, indices in group_by_task([sample.task for sample in samples],
-                                       np.arange(len(samples))).items():
-        row = {"suite": task_title(task)}
-        row |= {SYSTEM_LABELS[system]: f"{100 * values[indices].mean():.1f}"
-                for system, values in correct.items()}
-        for after, before in DIFFERENCES:
-            if {after, before} <= correct.keys():
-                gaps = correct[after][indices] - correct[before][indices]
-                gap = paired_gap_by_list([(gaps, indices)])  # no two share their images
-                row[f"{SYSTEM_LABELS[after]} over {SYSTEM_LABELS[before]}"] = gap_text(gap)
-        rows.append(row)
-    return rows
+    answer = parse_reply(reply)
+    if is_correct(reply, sample, box_format):
+        return "correct"
+    if sample.find_all:
+        return _classify_list(reply, sample, box_format)
+    if sample.options:
+        return "wrong option" if answer.letter else "no answer"
+    if answer.box is None:
+        return "no answer"
+    targets = [target.box for target in sample.targets if target.image == answer.image]
+    if not targets:
+        return "wrong image" if sample.targets else "box where none is"
+    if not sample.spec:
+        is_loose = reply_iou(reply, sample, box_format) >= LOOSE_IOU
+    else:
+        (_, box), = reply_boxes_in_original(sample, reply, box_format)
+        nearest = max(targets, key=lambda target: iou(box, target))
+        is_loose = is_on_target(box, nearest, list_object_boxes(sample.spec)[answer.image - 1])
+    return "loose box" if is_loose else "wrong object"
 
 
-def gap_text(gap: dict) -> str:
-    """"+1.0 (-2.1 to +4.1)" of {"value", "ci95"}, after ▲ or ▼ if the interval leaves out 0."""
-    low, high = gap["ci95"]
-    mark = "▲ " if low > 0 else "▼ " if high < 0 else ""
-    return f"{mark}{_signed(gap['value'])} ({_signed(low)} to {_signed(high)})"
+def _classify_list(reply: str, sample: Sample, box_format: BoxFormat) -> str:
+    """One of OUTCOMES for a reply to a question for all boxes that is not correct."""
+    boxes = parse_boxes(reply)
+    if boxes is None:
+        return "no answer"
+    if not boxes:
+        return "wrongly none"
+    if not sample.targets:
+        return "box where none is"
+    if image_set_iou(reply, sample) < 1:
+        return "wrong image"
+    if len(boxes) != len(sample.targets):
+        return "wrong number of boxes"
+    return "loose box" if weakest_iou(reply, sample, box_format) > 0 else "wrong object"
 
 
-def _signed(points: float | None) -> str | None:
-    return None if points is None else f"{round(points, 1) + 0.0:+.1f}"  # never -0.0
+def count_outcomes(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
+                   box_format: BoxFormat) -> dict[str, dict[str, int]]:
+    """system -> outcome -> how many of `samples`; replies: per system by sample id."""
+    counts = {system: Counter(classify_outcome(by_id[sample.id], sample, box_format)
+                              for sample in samples)
+              for system, by_id in replies.items()}
+    occurring = [outcome for outcome in OUTCOMES
+                 if any(count[outcome] for count in counts.values())]
+    return {system: {outcome: count[outcome] for outcome in occurring}
+            for system, count in counts.items()}
 
 
-def describe_outcome(metrics: dict) -> str:
-    """One sentence on the first suite: all scores, and what RL added; metrics: of 06."""
-    systems, deltas = metrics["systems"], metrics["deltas"]
-    suite = next(iter(systems["grpo"]))
-    scores = " → ".join(f"{SYSTEM_LABELS[name]} {systems[name][suite]['score']:.1f}"
-                        for name in ("base", "sft", "start", "grpo") if name in systems)
-    pair = ("grpo-sft" if metrics.get("start_from", "merged") in NEEDS_SFT else
-            "grpo-start" if "start" in systems else "grpo-base")
-    gap = deltas.get(pair, {}).get(suite)
-    added = gap and f"; {pair.replace('grpo-', 'RL over ').replace('sft', 'SFT')}: {gap_text(gap)}"
-    return (f"{suite_title(suite)}, percent correct: {scores}{added or ''} points, 95 % interval "
-            "over questions.")
+def pick_gallery(samples: Sequence[Sample], before: dict[str, str], after: dict[str, str],
+                 box_format: BoxFormat, per_kind: int = 4) -> list[tuple[str, Sample]]:
+    """(kind, sample) pairs, by what changed from `before` to `after` (replies by sample id).
 
-
-def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
-    """Rows of parameters that differ from the run's source, else from the tiny profile."""
-    source = next((record["run_id"] for record in records.values()
-                   if record["run_id"] != run_id), "")
-    rows = []
-    for stage, record in records.items():
-        others = (load_record(stage, source) or {}).get("params") if source else None
-        if source and not others:
-            continue
-        others = others or profile_params(stage)
-        rows += [{"stage": stage, "parameter": name, "this run": str(value),
-                  f"run {source}" if source else "default": str(others[name])}
-                 for name, value in record["params"].items()
-                 if name in others and value != others[name]
-                 and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)]
-    return rows
-
-
-def pass_at_k_rows(systems: dict) -> list[dict]:
-    """Rows {suite, system, samples, pass@1, ...} of GRPO and its start, percent; may be []."""
-    return [{"suite": suite_title(suite), "system": SYSTEM_LABELS[system],
-             "samples": result["n_sampled"],
-             **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
-            for suite in systems["grpo"] for system in ("sft", "start", "grpo") if system in systems
-            if (result := systems[system][suite]).get("pass_at_k")]
-
-
-def box_rows(systems: dict) -> list[dict]:
-    """Rows {suite, system, questions, precision, ...} of suites that ask for all boxes, rounded."""
-    def rounded(figure):
-        return np.round(figure, 1).tolist() if figure is not None else None
-
-    names = {"precision": "precision", "recall": "recall", "f1": "F1", "f1_ci95": "F1, 95 %",
-             "rejection": "rejection rate", "rejection_ci95": "rejection rate, 95 %",
-             "wrong_rejection": "wrongly none"}
-    return [{"suite": suite_title(suite), "system": system,
-             "questions": result["boxes"]["n"], "without a box": result["boxes"]["n_none"],
-             **{title: rounded(result["boxes"][name]) for name, title in names.items()}}
-            for system, suites in systems.items() for suite, result in suites.items()
-            if "boxes" in result]
-
-
-def stage_rows(records: dict[str, dict]) -> list[dict]:
-    """Rows {stage, run, minutes, seed, commit, machine} of finished stages, and their sum.
-
-    records: stage -> run.json. The + of a commit says that its tree had changes.
+    At most `per_kind` samples of each of KINDS, of as many tasks as possible.
     """
-    rows = []
-    for stage, record in records.items():
-        seeds = [f"{name} {record['params'][name]}" for name in ("seed", "eval_seed")
-                 if name in record["params"]]
-        commit = record["git"]
-        rows.append({"stage": stage, "run": record["run_id"],
-                     "minutes": f"{record['seconds'] / 60:.1f}", "seed": ", ".join(seeds),
-                     "commit": commit[:8] + "+" * commit.endswith("+"),
-                     "machine": record["machine"]})
-    total = sum(record["seconds"] for record in records.values()) / 60
-    return [*rows, {"stage": "together", "minutes": f"{total:.1f}"}]
+    outcomes = [tuple(is_correct(replies[sample.id], sample, box_format)
+                      for replies in (before, after)) for sample in samples]
+    table = pd.DataFrame({"kind": [KINDS[outcome] for outcome in outcomes],
+                          "task": [sample.task for sample in samples]})
+    of_one_task = -(-per_kind // max(1, table["task"].nunique()))
+    gallery, shown = [], Counter()
+    for kind in KINDS.values():
+        part = table[table["kind"] == kind]
+        part = part.assign(place=part.groupby("task").cumcount(), shown=part["task"].map(shown))
+        ranked = part[part["place"] < of_one_task].sort_values(["place", "shown"], kind="stable")
+        picked = ranked[:per_kind]
+        shown.update(picked["task"])
+        gallery += [(kind, samples[row]) for row in picked.index]
+    return gallery
 
 
-def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]]) -> str:
-    """One line on a run: questions by suite, minutes and hardware; records: stage -> run.json."""
-    own = len(samples.get(OWN, ()))
-    drawn = sum(map(len, samples.values())) - own
-    facts = [f"{own} held-out questions of own data"] * bool(own)
-    facts += [f"{drawn} drawn questions, to be compared with each other alone"] * bool(drawn)
-    minutes = sum(record["seconds"] for record in records.values()) / 60
-    hardware = dict.fromkeys(record.get("hardware") for record in records.values())
-    return "; ".join([" and ".join(facts), f"{minutes:.1f} minutes", *filter(None, hardware)])
+def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems: Iterable[str],
+                    box_format: BoxFormat, per_kind: int) -> tuple[list[tuple[str, Sample]],
+                                                                   dict[str, dict[str, str]]]:
+    """(gallery of all suites, replies per system by sample id); folder: "replies" of 06."""
+    gallery: list[tuple[str, Sample]] = []
+    replies: dict[str, dict[str, str]] = {}
+    for suite, part in samples.items():
+        by_system = load_greedy_replies(folder, suite, part, systems)
+        before = next(by_system[name] for name in RL_STARTS if name in by_system)
+        picked = pick_gallery(part, before, by_system["grpo"], box_format, per_kind)
+        gallery += picked
+        for system, by_id in by_system.items():
+            replies.setdefault(system, {}).update(
+                {sample.id: by_id[sample.id] for _, sample in picked})
+    return gallery, replies
 
 
-def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
-    """A row per reward of 05: its weight, its mean over the first and the last `span` updates."""
-    rows = []
-    for reference in params["rewards"]:
-        name = reference.rpartition(":")[2]
-        values = [row[name] for row in curves if row.get(name) is not None]
-        first, last = (float(np.mean(part)) if part else None
-                       for part in (values[:span], values[-span:]))
-        rows.append({"reward": reference, "weight": params["reward_weights"].get(name, 1.0),
-                     f"first {span} updates": first, f"last {span} updates": last})
-    return rows
+def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
+                 box_format: BoxFormat, scores: dict[str, Score]) -> Markup:
+    """Cards of (kind, sample) pairs below filters, which are style sheets; replies: by sample id.
 
-
-def sample_counts(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """Where traces and candidates went, in stages 01 and 04; metrics: by stage."""
-    traces = metrics["01_synthesize"]["traces"]
-    dropped = {f"dropped: {reason}": count for reason, count in traces["dropped"].items()}
-    candidates: Counter = Counter()
-    for counts in metrics["04_rejection_sampling"]["why"].values():
-        candidates.update(counts)
-    return {"traces": {"kept": traces["kept"], **dropped}, "candidates": dict(candidates)}
-
-
-def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
-                            bins: int = 5) -> list[dict]:
-    """Mean pass rate by number of objects in a question's images, in `bins` parts of like size.
-
-    rates: by sample id, 0..1. Only samples whose notes list their images are counted.
+    scores: the rewards to show, of `reward_loading.score_functions`; {} for none.
     """
-    table = pd.DataFrame([(count_listed_objects(sample.notes), rates[sample.id])
-                          for sample in samples if sample.notes and sample.id in rates],
-                         columns=["objects", "rate"])
-    if table.empty:
-        return []
-    parts = table.groupby(pd.qcut(table["objects"], bins, duplicates="drop"), observed=True)
-    return [{"objects": f"{part['objects'].min()} to {part['objects'].max()}, n = {len(part)}",
-             "pass rate": part["rate"].mean(),
-             "ci95": share_interval_by_list([(part["rate"].to_numpy(), np.arange(len(part)))])}
-            for _, part in parts]
+    last = list(replies.values())[-1]
+    labels = [{"suite": suite_title(sample.suite), "task": task_title(sample.task),
+               "kind": kind, "outcome": classify_outcome(last[sample.id], sample, box_format)}
+              for kind, sample in gallery]
+    groups = {name: list(dict.fromkeys(row[name] for row in labels)) for name in FILTERS}
+    used = {name: values for name, values in groups.items() if len(values) > 1}
+    cards = []
+    for (kind, sample), row in zip(gallery, labels):
+        classes = " ".join(f"{name}-{values.index(row[name])}" for name, values in used.items())
+        by_system = {system: by_id[sample.id] for system, by_id in replies.items()
+                     if sample.id in by_id}
+        cards.append(sample_card(sample, by_system, box_format, scores, kind, classes))
+    return macros.filters(used, FILTERS) + Markup("").join(cards)
 
 
-def score_bars(systems: dict) -> list[dict]:
-    """Rows {suite, system, score, ci95, n} for `plots.plot_scores`; systems: of 06's metrics."""
-    return [{"suite": suite_title(suite), "system": system, "score": result["score"],
-             "ci95": result["ci95"], "n": result["n"]}
-            for system, suites in systems.items() for suite, result in suites.items()]
+def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
+                scores: dict[str, Score], kind: str = "", classes: str = "") -> Markup:
+    """One sample as a picture with all boxes, and a line for each system's reply.
+
+    kind: the card's heading. classes: CSS classes that the page's filters select.
+    """
+    rows = [_reply_row(system, reply, sample, box_format, scores)
+            for system, reply in replies.items()]
+    question = format_question(sample, box_format, with_instruction=False)
+    picture = (draw_systems(sample, replies, box_format) if len(replies) > 1 else
+               draw_sample(sample, next(iter(replies.values())), box_format, 150))
+    outcomes = "; ".join(f"{row['system']}: {row['outcome']}" for row in rows)
+    alt = f"{len(sample.sizes)} images with the target and the boxes of the replies. {outcomes}"
+    return macros.card(sample, suite_title(sample.suite), classes, kind, question,
+                       image_tag(picture, alt), rows)
 
 
-def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
-    """Rows {task, system, acc@0.5, ci95, n} of a suite's tasks, for `plots.plot_scores`."""
-    return [{"task": task_title(task), "system": system, "acc@0.5": result["acc@0.5"],
-             "ci95": result["ci95"], "n": result["n"]}
-            for system, suites in systems.items()
-            for task, result in suites[suite]["tasks"].items()]
+def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
+               scores: dict[str, Score]) -> dict:
+    values = {name: score(reply, sample) for name, score in scores.items()}
+    colour = SYSTEM_COLOURS.get(system, PREDICTED)
+    facts = [f"IoU {reply_iou(reply, sample, box_format):.2f}"] if sample.targets else []
+    facts += [f"{name} {round(value, 2):g}" for name, value in values.items() if value is not None]
+    return {
+        "system": SYSTEM_LABELS.get(system, system),
+        "letter": SYSTEM_MARKS[system][1] if system in SYSTEM_MARKS else "",
+        "colour": colour, "ink": text_colour(colour),
+        "is_correct": is_correct(reply, sample, box_format),
+        "outcome": classify_outcome(reply, sample, box_format),
+        "rewards": ", ".join(facts),
+        "thinking": parse_reply(reply).thinking or "-",
+        "answer": reply.split("</think>")[-1][:300]}
+
+
+def image_tag(picture, alt: str) -> Markup:
+    """An <img> with the picture inside: a PIL image or a matplotlib figure."""
+    data = io.BytesIO()
+    if isinstance(picture, plt.Figure):
+        picture.savefig(data, format="png", dpi=150, bbox_inches="tight")
+        kind = "png"
+    else:
+        picture.save(data, "WEBP", quality=85)
+        kind = "webp"
+    return macros.image(kind, base64.b64encode(data.getvalue()).decode(), alt)
 
 
 def html_table(rows: list[dict]) -> Markup:
@@ -301,55 +243,56 @@ def _caption(name: str, has_sft: bool) -> str:
 
 
 def _alternative_text(picture: plt.Figure | Image) -> str:
-    """What a picture shows, for those who do not see it: a figure's title."""
+    """What a picture shows, for readers who do not see it; of a figure its title."""
     if isinstance(picture, Image):
         return "The boxes of the replies to one prompt, before RL and after more and more updates"
     return picture.get_suptitle() or picture.axes[0].get_title(loc="left")
 
 
-def report_sections(metrics: dict, figures: dict[str, plt.Figure | Image | None], gallery: Markup,
-                    tables: dict[str, list[dict]]) -> list[tuple[str, Markup]]:
-    """The sections of the run's page, for `render_page`.
+def report_sections(metrics: dict, figures: Mapping[str, plt.Figure | Image | None],
+                    gallery: Markup, rows: dict[str, list[dict]]) -> list[tuple[str, Markup]]:
+    """The (heading, HTML) sections of the run's page, for `render_page`.
 
     Args:
-        figures: "suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow", "dropped",
-            "difficulty", "shares", "rollouts"; None for one that cannot be drawn.
-        tables: rows of "changed", "ood", "rewards" and "stages".
+        metrics: of stage 06.
+        figures: by the names of their captions; a figure that is missing or None is left out.
+        gallery: HTML of `gallery_html`.
+        rows: of the tables "changed", "ood", "rewards" and "stages".
     """
     systems = metrics["systems"]
     has_sft = "sft" in systems
 
-    def captioned(content: Markup, name: str) -> Markup:
-        return (macros.captioned(content, _caption(name, has_sft)) if content else Markup(""))
+    def table(rows: list[dict], caption: str) -> Markup:
+        html = html_table(rows)
+        return html and macros.captioned(html, _caption(caption, has_sft))
 
     def images(*names: str) -> Markup:
         return Markup("").join(
-            captioned(image_tag(figures[name], _alternative_text(figures[name])), name)
-            for name in names if figures[name])
+            macros.captioned(image_tag(figures[name], _alternative_text(figures[name])),
+                             _caption(name, has_sft))
+            for name in names if figures.get(name))
 
     main_suite = next(iter(systems["grpo"]))
     drawn = "suites" if main_suite == OWN else "drawn suites"
-    held_out = (captioned(html_table(held_out_rows(systems)), "held_out")
-                + captioned(html_table(own_data_rows(metrics["deltas"])), "gains"))
-    claims = captioned(html_table(claim_rows(metrics)), "claims")
     return [
         ("What differs from the default profile, or from the run that this one stands on",
-         html_table(tables["changed"])),
-        ("Your data: the held-out part", held_out),
-        ("The paper's claims and this run (points)", claims),
+         html_table(rows["changed"])),
+        ("Your data: the held-out part",
+         table(tables.held_out_rows(systems), "held_out")
+         + table(tables.own_data_rows(metrics["deltas"]), "gains")),
+        ("The paper's claims and this run (points)", table(tables.claim_rows(metrics), "claims")),
         (f"Scores on {drawn}, greedy (percent)",
-         html_table(score_rows(systems)) + images("suites")),
-        ("Out of domain, by suite (drawn)",
-         images("ood") + captioned(html_table(tables["ood"]), "ood_rows")),
+         html_table(tables.score_rows(systems)) + images("suites")),
+        ("Out of domain, by suite (drawn)", images("ood") + table(rows["ood"], "ood_rows")),
         (f"Scores on {drawn}, mean of replies at temperature 1 (percent)",
-         captioned(html_table(score_rows(systems, "sampled")), "sampled")
-         + captioned(html_table(pass_at_k_rows(systems)), "pass_at_k")),
+         table(tables.score_rows(systems, "sampled"), "sampled")
+         + table(tables.pass_at_k_rows(systems), "pass_at_k")),
         ("None, one or several boxes (greedy, percent)",
-         captioned(html_table(box_rows(systems)), "boxes")),
+         table(tables.box_rows(systems), "boxes")),
         (f"{suite_title(main_suite)}, per task", images("tasks", "outcomes")),
-        ("Training", images("loss", "grpo") + html_table(tables["rewards"])),
-        ("What the replies become while RL trains",
-         images("shares", "rollouts")),
+        ("Is the reasoning true? (greedy, percent)", images("reasoning")),
+        ("Training", images("loss", "grpo") + html_table(rows["rewards"])),
+        ("What the replies become while RL trains", images("shares", "rollouts")),
         ("Data", images("flow", "dropped", "difficulty")),
-        ("How this run was made", html_table(tables["stages"])),
-        ("Gallery", macros.folded(_caption("gallery", has_sft), gallery) if gallery else gallery)]
+        ("How this run was made", html_table(rows["stages"])),
+        ("Gallery", gallery and macros.folded(_caption("gallery", has_sft), gallery))]

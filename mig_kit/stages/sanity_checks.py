@@ -20,9 +20,9 @@ from mig_kit.models.sample_prompts import reply_logps
 from mig_kit.rewards import Reward, is_correct
 from mig_kit.sample import Sample, question_kind, unsolved_kinds
 from mig_kit.serving.reply_files import draw_replies
-from mig_kit.training.reward_loading import RL_NEEDS, compute_reward
+from mig_kit.training.reward_loading import RL_NEEDS, Score
 
-FIRST_PROMPTS = 16  # that are answered before the first update where no pass rate is known
+FIRST_PROMPTS = 16  # prompts of a kind that are answered before the first update
 
 
 def check_box_coordinates(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,
@@ -102,7 +102,7 @@ def _nothing_earned(policy: Policy, prompts: list[Sample], rewards: dict[str, Re
                     params: SimpleNamespace) -> str:
     groups = draw_replies(policy, prompts, params.num_generations, params.temperature,
                           params.max_completion_length)
-    earned = {name: {compute_reward(name, reward, reply, sample, policy.box_format)
+    earned = {name: {Score(name, reward, policy.box_format)(reply, sample)
                      for sample, group in zip(prompts, groups) for reply in group} - {None}
               for name, reward in rewards.items() if name != "format"}
     names = [name for name in earned if earned[name]]  # which the prompts are about
@@ -140,24 +140,21 @@ class StopIfNothingLearns(TrainerCallback):
             self._stop_without_spread()
             self._stop_without_box_reward()
 
-    def _reward_names(self) -> dict[str, str]:
-        """Name of a logged mean -> its reward."""
-        return {name: name.split("/")[1] for name in sorted(self.rows[0])
-                if name.startswith("rewards/") and name.endswith("/mean")}
+    def _rewards(self) -> list[str]:
+        return [name.split("/")[1] for name in sorted(self.rows[0])
+                if name.startswith("rewards/") and name.endswith("/mean")]
 
     def _say_constant_rewards(self) -> None:
-        for name, short in self._reward_names().items():
-            means = self._logged(name)
-            spreads = self._logged(f"rewards/{short}/std")
+        for name in self._rewards():
+            means, spreads = self._logged(name), self._logged(name, "std")
             if spreads and max(spreads) < 1e-6 and max(means) - min(means) < 1e-6:
-                print(f"warning: the reward '{short}' was {means[0]:.3f} for every reply of the "
+                print(f"warning: the reward '{name}' was {means[0]:.3f} for every reply of the "
                       f"first {len(self.rows)} updates: so far nothing is learnt from it",
                       flush=True)
 
     def _stop_without_task_reward(self) -> None:
-        names = self._reward_names()
-        earned = {short: self._logged(name) for name, short in names.items()
-                  if short != "format" and self._logged(name)}
+        earned = {name: means for name in self._rewards()
+                  if name != "format" and (means := self._logged(name))}
         for is_choice in (False, True):  # one kind of question does not speak for another
             names = [name for name in earned if (name == "choice") == is_choice]
             if names and not any(any(earned[name]) for name in names):
@@ -174,14 +171,14 @@ class StopIfNothingLearns(TrainerCallback):
                          "learnt; look at replies and rewards, or curate prompts with 04")
 
     def _stop_without_box_reward(self) -> None:
-        boxes, images = self._logged("rewards/box/mean"), self._logged("rewards/image/mean")
+        boxes, images = self._logged("box"), self._logged("image")
         if boxes and images and not any(boxes) and np.mean(images) > 0.3:
             raise ValueError(
                 f"no box met its target in all of the first {self.patience} steps, though "
                 f"{np.mean(images):.0%} of the images were correct; boxes are probably in other "
                 "coordinates: check the parameters coordinates, min_pixels and max_pixels of 01")
 
-    def _logged(self, name: str) -> list[float]:
-        """The figures of a reward; TRL logs None where no sample of a step has it."""
-        values = [row.get(name) for row in self.rows]
+    def _logged(self, reward: str, figure: str = "mean") -> list[float]:
+        """A reward's figures; TRL logs None or NaN for a step in which it applies to no sample."""
+        values = [row.get(f"rewards/{reward}/{figure}") for row in self.rows]
         return [value for value in values if value is not None and not math.isnan(value)]

@@ -18,14 +18,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.data_utils import apply_chat_template
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.models.loading import (
-    Hardware,
-    Policy,
-    check_adapters,
-    choose_hardware,
-    load_four_bit_policy,
-)
-from mig_kit.models.processors import describe_other_format
+from mig_kit.models import loading
+from mig_kit.models.processors import StillImageProcessor, describe_other_format
 from mig_kit.models.sample_prompts import SampleCache, make_cache
 from mig_kit.prompts import chat_messages, cut_reasoning
 from mig_kit.sample import Sample, TableRows, read_replies, read_samples
@@ -34,21 +28,21 @@ from mig_kit.shared_prefix.prefixes import pad_rows
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 from mig_kit.shared_prefix.trainer import average_gradients
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
-from mig_kit.training.resuming import (
-    KeepAdapterDtype,
-    LiveCurves,
-    ProgressLines,
-    lora_config,
-    save_adapter,
-    train_or_resume,
-    trainer_arguments,
-    use_one_device,
-)
+from mig_kit.training import resuming
 
 
 def sft_row(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
     """Prompt and completion as messages, and images, as TRL reads them."""
     return _messages(sample, reply, box_format) | {"images": list(sample.images)}
+
+
+def completion_ids(sample: Sample, reply: str, processor: StillImageProcessor,
+                   box_format: BoxFormat) -> torch.Tensor:
+    """Token ids, (tokens,), of a reply as the chat template writes it after the prompt; all of them
+    carry loss.
+    """
+    text = apply_chat_template(_messages(sample, reply, box_format), processor)["completion"]
+    return torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _messages(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
@@ -66,13 +60,13 @@ def sft_table(samples: Sequence[Sample], replies: Sequence[str], box_format: Box
     return Dataset.from_dict({"row": range(len(lengths)), "length": lengths})
 
 
-def load_qlora_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat,
-                      lora: LoraConfig, seed: int) -> Policy:
+def load_qlora_policy(base: str | Path, hardware: loading.Hardware, box_format: BoxFormat,
+                      lora: LoraConfig, seed: int) -> loading.Policy:
     """The 4-bit base with a fresh adapter; ValueError if it landed outside the language model."""
     torch.manual_seed(seed)
-    policy = load_four_bit_policy(base, hardware, box_format)
+    policy = loading.load_four_bit_policy(base, hardware, box_format)
     policy.model = get_peft_model(policy.model, lora)
-    check_adapters(policy.model)
+    loading.check_adapters(policy.model)
     return policy
 
 
@@ -134,7 +128,7 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         yield from range(rows, len(self.lengths))
 
 
-class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
+class CompletionLossTrainer(resuming.KeepAdapterDtype, SFTTrainer):
     """TRL's trainer, with its loss and figures, in which every token of an update weighs the same.
 
     A prompt is encoded once, and only states that a reply's token follows reach the head. Column
@@ -158,12 +152,9 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
         return {"row": torch.tensor([example["row"] for example in examples]), "labels": labels}
 
     def _completion(self, row: int) -> torch.Tensor:
-        """Token ids of a reply as the chat template writes it after the prompt."""
         if row not in self.completions:
-            messages = _messages(self.samples[row], self.replies[row], self.cache.box_format)
-            text = apply_chat_template(messages, self.processing_class)["completion"]
-            ids = self.cache.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-            self.completions[row] = torch.tensor(ids)
+            self.completions[row] = completion_ids(self.samples[row], self.replies[row],
+                                                   self.cache.processor, self.cache.box_format)
         return self.completions[row]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -218,20 +209,20 @@ class CompletionLossTrainer(KeepAdapterDtype, SFTTrainer):
                                     len(rows) - len(rows.table), batch, args.world_size)
 
 
-def sft_trainer(policy: Policy, samples: Sequence[Sample], replies: Sequence[str], folder: Path,
-                params: SimpleNamespace) -> CompletionLossTrainer:
+def sft_trainer(policy: loading.Policy, samples: Sequence[Sample], replies: Sequence[str],
+                folder: Path, params: SimpleNamespace) -> CompletionLossTrainer:
     """TRL's trainer on samples and their replies; SFTConfig takes its fields from `params`.
 
     Raises: ValueError if an image's tokens do not match its features, or its size its boxes.
     """
     defaults = {"gradient_checkpointing": policy.hardware.device == "cuda"}
-    arguments = trainer_arguments(SFTConfig, params, policy.hardware, folder, max_length=None,
-                                  completion_only_loss=True, remove_unused_columns=False,
-                                  dataset_kwargs={"skip_prepare_dataset": True})
+    arguments = resuming.trainer_arguments(
+        SFTConfig, params, policy.hardware, folder, max_length=None, completion_only_loss=True,
+        remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
     config = SFTConfig(**defaults | arguments)
-    use_one_device(config)
-    callbacks = [ProgressLines(("loss", "mean_token_accuracy")), StopIfNothingLearns(),
-                 LiveCurves(loss_curve, ("loss", "token_accuracy"))]
+    resuming.use_one_device(config)
+    callbacks = [resuming.ProgressLines(("loss", "mean_token_accuracy")), StopIfNothingLearns(),
+                 resuming.LiveCurves(loss_curve, ("loss", "token_accuracy"))]
     table, cache = sft_table(samples, replies, policy.box_format), make_cache(policy)
     cache.get(samples[:4])  # raises before anything is trained
     trainer = CompletionLossTrainer(
@@ -260,16 +251,16 @@ def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     samples, replies = read_traces(traces, params)
-    lora = lora_config(params.lora_r, params.lora_dropout, params.lora_targets)
-    hardware = choose_hardware(params.dtype, params.device)
+    lora = resuming.lora_config(params.lora_r, params.lora_dropout, params.lora_targets)
+    hardware = loading.choose_hardware(params.dtype, params.device)
     policy = load_qlora_policy(base, hardware, box_format, lora, params.seed)
     trainer = sft_trainer(policy, samples, replies, folder, params)
     if trainer.is_world_process_zero():
         policy.model.print_trainable_parameters()
         if difference := describe_other_format(base, box_format):
             print(f"warning: {difference}", flush=True)
-    train_or_resume(trainer, folder)
-    save_adapter(trainer, folder)
+    resuming.train_or_resume(trainer, folder)
+    resuming.save_adapter(trainer, folder)
 
 
 def loss_curve(history: list[dict]) -> list[dict]:

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from mig_kit.common import PROJECT_ROOT, progress_bar, write_atomically
 from mig_kit.data import own_data
 from mig_kit.data.records import SkipReport
-from mig_kit.data.remarks import Remarks
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, BadImage, ImageStore, LazyImages
 from mig_kit.sample import SampleWriter, TableRows, Trace, read_samples
 from mig_kit.world import suites
@@ -67,7 +66,7 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     images_of_set: dict[str, set[int]] = {name: set() for name in SET_NAMES}
     path = PROJECT_ROOT / p.data
     root = PROJECT_ROOT / p.image_root if p.image_root else path.parent
-    remarks = Remarks()
+    remarks = own_data.Remarks()
     n_lines = own_data.require_correct_lines(path, root, remarks)
     with ExitStack() as stack:
         store = ImageStore(folder / IMAGE_FOLDER)

@@ -1,7 +1,7 @@
 """`python -m mig_kit.training.guard COMMAND ...` runs COMMAND and returns its exit status.
 
-It ends all that COMMAND has started, in whatever session, once COMMAND ends or the guard's standard
-input closes because its caller has closed it or was killed.
+The caller holds the guard's standard input open. When COMMAND ends, or the caller closes that input
+or is killed, the guard ends every process that COMMAND has started, in whatever session.
 """
 
 import ctypes
@@ -18,27 +18,30 @@ GRACE = 3  # seconds between SIGTERM, which srun and torchrun pass on, and SIGKI
 
 
 def run_guarded(command: list[str]) -> int:
-    """Run `command` and end what it leaves behind; its exit status, 128 + n after signal n."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command become children of this process
+    """Run `command`, then end what it has started; its exit status, 128 + n after signal n."""
+    # 1. if a process of the command dies, its children become children of this process
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    # 2. if this process is killed itself, the command gets SIGTERM
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL,
         preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
-    is_left = threading.Event()
-    threading.Thread(target=_end_with_caller, args=(is_left,), daemon=True).start()
+    # 3. a thread waits for the end of the caller, this one for the end of the command
+    caller_ended = threading.Event()
+    threading.Thread(target=_end_with_caller, args=(caller_ended,), daemon=True).start()
     status = process.wait()
     end_descendants()
-    if is_left.is_set():  # the other thread has ended the command and may have taken its status
+    if caller_ended.is_set():  # that thread has ended the command, and may have read its status
         return 1
     return status if status >= 0 else 128 - status
 
 
 def end_with_parent() -> None:
-    """End this process when its parent ends: a launcher may be killed on a node without a guard."""
+    """End this process when its parent ends: other nodes' launchers have no guard."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_descendants() -> None:
-    """End all processes below this one: SIGTERM first, after GRACE seconds SIGKILL."""
+    """End all processes below this one: SIGTERM, then SIGKILL after GRACE seconds."""
     while processes := psutil.Process().children(recursive=True):
         for process in processes:
             _send(process, signal.SIGTERM)
@@ -55,10 +58,10 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         pass
 
 
-def _end_with_caller(is_left: threading.Event) -> None:
-    while os.read(0, 1024):
+def _end_with_caller(caller_ended: threading.Event) -> None:
+    while os.read(0, 1024):  # b"" when nobody holds the input open
         pass
-    is_left.set()
+    caller_ended.set()
     end_descendants()
     os._exit(1)
 

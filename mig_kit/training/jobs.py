@@ -1,7 +1,8 @@
-"""Training jobs of stages 02 and 05: in this process, or in those that a launcher starts.
+"""Training jobs of stages 02 and 05: `run_job` calls the stage's `train`, here or launched.
 
-A launcher is a command prefix, such as `torchrun --standalone --nproc-per-node 8`. Its processes,
-on any node that runs the command, read the job from the stage folder.
+Without a launcher it is called in this process. With one, such as `torchrun --standalone
+--nproc-per-node 8`, `guard` runs the launcher, and each process that it starts, on any node,
+reads job.json from the stage folder and calls the same `train` (`stages.launched_worker`).
 """
 
 import gc
@@ -21,23 +22,25 @@ import torch
 from transformers import TrainerState
 
 from mig_kit.common import PACKAGE, release_memory, write_json
-from mig_kit.pipeline.launchers import Launch, parse_launcher, search_path
+from mig_kit.pipeline.processes import Launch, parse_launcher, search_path
 from mig_kit.training.resuming import count_processes, last_checkpoint
 
 JOB_FILE = "job.json"
-ERROR_MARK = "mig-kit, process"  # how a process begins the line that says why it ended
-KILLED = re.compile(r"failed \(exitcode: -(\d+)\)")  # torchrun, of the process that failed first
-TAIL = 5  # last lines of the output that an error quotes where no process has said why it ended
+ERROR_MARK = "mig-kit, process"  # begins the line in which a process says why it ended
+KILLED = re.compile(r"failed \(exitcode: -(\d+)\)")  # torchrun's words for the first that failed
+TAIL = 5  # last lines of output that an error quotes if no process has said why it ended
 
 
 def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
             **inputs: str | Path) -> TrainerState:
-    """Train as `params.launcher` says; returns the state of the finished trainer.
-
-    A job that job.json calls "done" is not trained again: its saved state is returned.
+    """Train as `params.launcher` says, or take a training that has ended from disk.
 
     Args:
         train: the stage's train(folder, params, **inputs), which starts or resumes.
+        stage: its name, under which launched processes find `train`.
+        folder: the stage's.
+        inputs: names -> files, folders or hub names.
+    Returns: the state of the finished trainer.
     Raises: as `plan_launch` and `train`; RuntimeError with its reason if a launched process fails.
     """
     path = folder / JOB_FILE
@@ -52,7 +55,7 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
     if launch is None and count_processes() > 1:
         raise ValueError(f"WORLD_SIZE is {count_processes()} in the environment, and this process "
                          "trains alone; unset it, or name what starts the others in launcher")
-    # other processes have other folders; a hub name stays as it is
+    # absolute, because launched processes work in other folders; a hub name stays as it is
     inputs = {name: str(Path(path).resolve() if Path(path).exists() else path)
               for name, path in inputs.items()}
     job = {"stage": stage, "params": vars(params), "inputs": inputs}
@@ -84,10 +87,10 @@ def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
 
 
 def plan_launch(launcher: str) -> Launch | None:
-    """How to launch a job; None to train in this process, as on a machine with one GPU or core.
+    """How to launch a job; None to train in this process, as with one GPU or core.
 
-    Raises: ValueError if the launcher's program is missing, or starts more processes here than
-    there are GPUs.
+    Raises: ValueError if the launcher's program is missing, or starts more processes on this
+    machine than it has GPUs.
     """
     if not launcher.strip():
         return None
@@ -111,10 +114,10 @@ def count_cores() -> int:
 
 
 def run_command(command: list[str], local: int = 0) -> None:
-    """Run a launcher's command, print its output as it comes, and end it with this process.
+    """Run a launcher's command, and print its output as it comes; it ends with this process.
 
-    local: processes that it starts here; they share the cores unless OMP_NUM_THREADS is set. Raises
-    RuntimeError with what the first failing process said.
+    local: processes that it starts here, which share the cores unless OMP_NUM_THREADS is set.
+    Raises: RuntimeError with what the first failing process said.
     """
     threads = {}
     if local and "OMP_NUM_THREADS" not in os.environ:
@@ -135,7 +138,7 @@ def run_command(command: list[str], local: int = 0) -> None:
             print(line, end="", flush=True)
             if line.startswith(ERROR_MARK):
                 reasons.append(line.strip())
-            if killed := KILLED.search(line):  # what the others say follows from this
+            if killed := KILLED.search(line):  # the others fail because of it
                 reasons.insert(0, f"a process was ended by signal {killed[1]}; 9 often means that "
                                   "memory ran out")
             if line.strip(" -=\n"):

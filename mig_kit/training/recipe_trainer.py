@@ -1,11 +1,18 @@
-"""The trainers of stage 05: TRL's, made resumable, and the shared-prefix one over samples; and what
-keeps a few of its replies.
+"""The trainers of stage 05, what keeps a few of their replies, and one group to look at.
+
+Each update TRL calls `_generate_single_turn`, whose completions the base class draws
+(`SharedPrefixGRPOTrainer._draw_completions`, then `generation.generate_rollouts`) or servers do;
+`_generate_and_score_completions`, which adds rewards and advantages; and its own `_compute_loss`.
 """
 
-from collections.abc import Callable, Sequence
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
@@ -19,22 +26,28 @@ from mig_kit.sample import Sample
 from mig_kit.serving.served_rollouts import ServedRollouts
 from mig_kit.serving.stored_replies import load_rollouts, write_rollouts
 from mig_kit.shared_prefix.decoding import evaluation_mode
-from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
+from mig_kit.shared_prefix.generation import (
+    draw_uniforms,
+    generate_rollouts,
+    read_sampling_options,
+)
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
 from mig_kit.training.resuming import EpochRepeatSampler, KeepAdapterDtype
 
-PROMPTS, REPLIES = 4, 4  # of KeepRollouts
-SEED = 748  # of its random numbers, the same at every step
+# of KeepRollouts, whose random numbers are the same at every step
+PROMPTS, REPLIES, SEED = 4, 4, 748
 
 
 def group_advantages(reward: torch.Tensor, group: int,
                      scale: str = "group") -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, group_std): A = (r - mean of the group) / (std + 1e-4), both (rows,).
+    """Advantages A = (r - mean of the group) / (std + 1e-4), with TRL's names and epsilon.
 
-    reward: (rows,), groups in sequence. scale: whose std divides, "group" (DeepSeekMath, arXiv
-    2402.03300), "batch" (a group whose replies differ little then teaches little, however clear its
-    order is) or "none". Names and epsilon are TRL's. group_std: the std within the row's group.
+    Args:
+        reward: (rows,) float, groups in sequence.
+        scale: whose std divides: "group" (DeepSeekMath, arXiv 2402.03300), "batch" (a group whose
+            replies differ little then teaches little) or "none".
+    Returns: (A, std within the row's group), both (rows,).
     """
     grouped = reward.view(-1, group)
     group_std = grouped.std(1).repeat_interleave(group)
@@ -46,9 +59,7 @@ def group_advantages(reward: torch.Tensor, group: int,
 
 
 class _ResumableOrder(KeepAdapterDtype):
-    """Mixin: prompts come in the same order after a kill, in any pass over them. All else that a
-    resumed training needs is in `training.train_or_resume`.
-    """
+    """Mixin: prompts come in the same order after a kill; see also `resuming.train_or_resume`."""
 
     def _get_train_sampler(self, dataset=None):
         stock = super()._get_train_sampler(dataset)
@@ -61,12 +72,13 @@ class ResumableGRPOTrainer(_ResumableOrder, GRPOTrainer):
 
 
 class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
-    """The shared-prefix trainer of the recipe. The loss itself is TRL's `_compute_loss`.
+    """The shared-prefix trainer of the recipe, with the advantages that the lesson shows.
 
-    samples: what the key "sample" of a prompt's first message points into. box_format: how the
-    model sees images. autocast: bfloat16 products over float32 weights. served: draws the
-    completions from servers; None: the kit's decoder does. Advantages are computed by
-    `group_advantages`, which the lesson shows; TRL's are equal but for rounding.
+    Args:
+        samples: the questions; the key "sample" of a prompt's first message is an index into them.
+        box_format: how the model sees images.
+        autocast: bfloat16 products over float32 weights.
+        served: draws the completions from servers; None for the kit's decoder.
     """
 
     def __init__(self, *args, samples: Sequence[Sample], box_format: BoxFormat, autocast: bool,
@@ -76,12 +88,15 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         if self.unshared:
             raise ValueError(f"prompts cannot be shared: {self.unshared}, or set share_prefix to "
                              "false")
+        if served and self.unsupported_sampling:
+            raise ValueError(f"servers are not asked for {self.unsupported_sampling}; take it out "
+                             "of trl, or set server to \"\"")
         self.autocasts = self.cache.autocast = autocast  # a 4-bit model does not tell
         # TRL then weights the loss by the ratio of the learner's to the servers' probabilities
         self.use_vllm = served is not None
 
     def train(self, *args, **kwargs):
-        """As TRL's. A server that it has started ends with it, also when it is interrupted."""
+        """As TRL's; a server that was started for it ends with it, also after an interrupt."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -112,7 +127,7 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         group = self.num_generations if mode == "train" else self.num_generations_eval
         total = (self.rewards * self.reward_weights.to(self.rewards.device)).nansum(1)
         advantages, group_std = group_advantages(total, group, self.scale_rewards)
-        # whatever `scale_rewards` divides by, a group without spread teaches nothing
+        # a group without spread teaches nothing, whatever `scale_rewards` divides by
         no_spread = (group_std < 1e-6).float().mean().item()
         self._metrics[mode]["frac_reward_zero_std"][-1] = no_spread
         if not self.rewards.isnan().all(1).any():  # else TRL leaves rows out
@@ -126,10 +141,9 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields,
                                                  num_generations, has_tool_images)
         numbers = [number for number, in prompt_ids][::num_generations]
-        sampling = SamplingOptions(self.temperature, self.top_p, self.max_completion_length,
-                                   **self.args.generation_kwargs or {})
         return self.served.draw(self, [self.samples[number] for number in numbers],
-                                self._prompts_of(numbers), num_generations, sampling)
+                                self._prompts_of(numbers), num_generations,
+                                read_sampling_options(self.args))
 
 
 def pick_prompts(n_samples: int) -> list[int]:
@@ -139,43 +153,100 @@ def pick_prompts(n_samples: int) -> list[int]:
 
 
 class KeepRollouts(TrainerCallback):
-    """Draws REPLIES replies to each of the prompts before the first update, every `every` updates
-    and after the last one, and writes them to the stage's folder.
+    """Writes REPLIES replies to a few prompts to the stage's folder while a model is trained.
 
-    They are an extra draw: always with the same random numbers, so that what changes is the model,
-    and with a cache of its own, so that the training's replies stay as they were.
-    describe: from a reply and its sample to the rest of its row. A step that is drawn again after a
-    kill takes the place of its rows and of all later ones.
+    They are drawn before the first update, every `every` updates and after the last, always with
+    the same random numbers, and change nothing in the training. describe: makes the rest of a row
+    from a reply and its sample.
     """
 
     def __init__(self, policy: Policy, samples: Sequence[Sample], folder: Path, every: int,
-                 sampling: SamplingOptions, describe: Callable[[str, Sample], dict]):
-        self.policy, self.folder, self.every = policy, folder, every
+                 describe: Callable[[str, Sample], dict]):
+        self.policy, self.folder, self.every, self.describe = policy, folder, every, describe
         self.samples = {index: samples[index] for index in pick_prompts(len(samples))}
-        self.sampling, self.describe = sampling, describe
-        self.cache = make_cache(policy)
-        self.uniforms = draw_uniforms(SEED, len(self.samples), REPLIES, sampling.max_new_tokens)
+        self.cache = make_cache(policy)  # not the trainer's
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Draw from the model as RL finds it."""
         if state.global_step == 0 and state.is_world_process_zero:
-            self._keep(0, model)
+            self._keep(0, model, args)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Draw where it is due."""
+        """Draw if it is time."""
         is_due = state.global_step % self.every == 0 or state.global_step == state.max_steps
         if is_due and state.is_world_process_zero:
-            self._keep(state.global_step, model)
+            self._keep(state.global_step, model, args)
 
-    def _keep(self, step: int, model) -> None:
+    def _keep(self, step: int, model, args) -> None:
         model = extract_model_from_parallel(model)
+        uniforms = draw_uniforms(SEED, len(self.samples), REPLIES, args.max_completion_length)
         with evaluation_mode(model):
             rollouts = generate_rollouts(
                 model, self.policy.processor, self.cache.get(list(self.samples.values())), REPLIES,
-                self.sampling, self.uniforms, self.policy.hardware.autocast)
+                read_sampling_options(args), uniforms, self.policy.hardware.autocast)
         decode = self.policy.processor.batch_decode
+        # after a kill, a step that is drawn again replaces its rows and all later ones
         rows = [row for row in load_rollouts(self.folder) if row["step"] < step]
         for (index, sample), completions in zip(self.samples.items(), rollouts):
             rows += [{"step": step, "prompt": index, **self.describe(reply, sample)}
                      for reply in decode(completions, skip_special_tokens=True)]
         write_rollouts(self.folder, rows)
+
+
+@contextmanager
+def keep_global_state() -> Iterator[None]:
+    """Restores random states, environment and deterministic mode, which a new trainer changes."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    environment = dict(os.environ)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def draw_group(trainer: RecipeTrainer) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Draws `num_generations` replies to the trainer's first prompt.
+
+    Returns: (replies, batch). batch is the input of the loss: prompt_ids (replies, 1), the prompt's
+    number; completion_ids and completion_mask (replies, tokens), padded on the right; and more.
+    """
+    rows = [trainer.train_dataset[0] for _ in range(trainer.num_generations)]
+    batch = trainer._generate_and_score_completions(rows)
+    decode = trainer.processing_class.batch_decode
+    return decode(batch["completion_ids"], skip_special_tokens=True), batch
+
+
+def token_logps(trainer: RecipeTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(replies, tokens) log-probabilities of a batch's tokens, with gradients; 0 for padding."""
+    # detach them rather than use no_grad, under which a bfloat16 product rounds otherwise
+    return trainer._logps(trainer.model, batch["prompt_ids"][:, -1], batch["completion_ids"],
+                          batch["completion_mask"])[0]
+
+
+def trainer_loss(trainer: RecipeTrainer, batch: dict[str, torch.Tensor],
+                 advantages: torch.Tensor, old_logps: torch.Tensor | None = None,
+                 ref_logps: torch.Tensor | None = None, loss_type: str = "dapo",
+                 beta: float = 0.0) -> torch.Tensor:
+    """The loss of this batch as the trainer computes it, with TRL's code.
+
+    Args:
+        advantages: (replies,).
+        old_logps: (replies, tokens) of the model that drew the replies; None for this model.
+        ref_logps: (replies, tokens) of the reference; a beta needs it.
+    """
+    inputs = batch | {"advantages": advantages, "old_per_token_logps": old_logps,
+                      "ref_per_token_logps": ref_logps}
+    trainer.loss_type, trainer.beta = loss_type, beta
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation
+    trainer.model.train()
+    return trainer._compute_loss(trainer.model, inputs)

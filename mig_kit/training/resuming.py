@@ -23,11 +23,11 @@ from mig_kit.drawing import plots
 from mig_kit.models.adapters import record_base
 from mig_kit.models.loading import LORA_TARGETS, Hardware
 
-LORA_SCALE = 2  # lora_alpha / lora_r: by how much an adapter's product is multiplied
+LORA_SCALE = 2  # lora_alpha / lora_r, the factor of an adapter's product
 
 
 def lora_config(lora_r: int, lora_dropout: float = 0.0, lora_targets: str = "all") -> LoraConfig:
-    """LoRA on projections of the language model; lora_targets: which, a name of LORA_TARGETS."""
+    """LoRA on the projections of the language model that LORA_TARGETS[lora_targets] matches."""
     return LoraConfig(r=lora_r, lora_alpha=LORA_SCALE * lora_r, lora_dropout=lora_dropout,
                       target_modules=LORA_TARGETS[lora_targets], bias="none",
                       task_type="CAUSAL_LM")
@@ -35,11 +35,14 @@ def lora_config(lora_r: int, lora_dropout: float = 0.0, lora_targets: str = "all
 
 def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Hardware,
                       folder: Path, **own) -> dict:
-    """A TRL config's arguments: every parameter of the stage that it has, and the kit's own.
+    """Arguments of a TRL config: the stage's parameters that it knows, and the kit's own.
 
-    Processes that train together share the steps of an update, whose number of rows stays equal.
-    folder: the stage's. own: what the stage sets itself. ValueError if a parameter would be
-    overwritten, or if the steps cannot be shared evenly.
+    Processes that train together divide gradient_accumulation_steps, so an update's rows stay.
+
+    Args:
+        folder: the stage's.
+        own: arguments that the stage sets itself.
+    Raises: ValueError if a parameter would be overwritten, or if the steps do not divide evenly.
     """
     is_bfloat16 = hardware.autocast or hardware.dtype == torch.bfloat16
     own |= tracker_arguments(params.report_to, folder) | {
@@ -59,15 +62,12 @@ def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Har
 
 
 def count_processes() -> int:
-    """Processes that train together with this one, itself included, as their launcher says."""
+    """Processes that train together, this one included, as their launcher says."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def tracker_arguments(report_to: str, folder: Path) -> dict:
-    """The settings that also send a trainer's curves to a tracker; "none" sends nothing.
-
-    Keys come from the tracker's own environment variables.
-    """
+    """Arguments that send a trainer's curves to a tracker; keys come from the environment."""
     if report_to == "none":
         return {"report_to": "none"}
     stage, run = folder.stem, folder.parent.resolve()
@@ -79,7 +79,7 @@ def tracker_arguments(report_to: str, folder: Path) -> dict:
 
 
 def use_one_device(config) -> None:
-    """Let a process train on its own GPU alone: TRL refuses transformers' use of all in threads."""
+    """Let a process train on one GPU: transformers would use all of them, which TRL refuses."""
     if config.n_gpu > 1:
         config._n_gpu = 1
 
@@ -100,13 +100,13 @@ def train_or_resume(trainer, folder: Path) -> None:
 
 
 def save_adapter(trainer, folder: Path) -> None:
-    """Let the first process write the adapter, and what tells its base, to folder/adapter."""
+    """Let the first process write the adapter and the record of its base to folder/adapter."""
     if not trainer.is_world_process_zero():
         return
     adapter = folder / "adapter"
     config, model = trainer.model.peft_config["default"], trainer.model
     base = config.base_model_name_or_path
-    if os.path.isabs(base):  # relative to the adapter: what holds both may be moved
+    if os.path.isabs(base):  # made relative to the adapter, so that both may be moved together
         config.base_model_name_or_path = os.path.relpath(Path(base).resolve(), adapter.resolve())
     model.save_pretrained(adapter)
     record_base(adapter, base, getattr(model.config, "quantization_config", None) is not None)
@@ -123,7 +123,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _is_complete(state: Path) -> bool:
-    """Whether a checkpoint's last file is there and was not cut, by a full disk for instance."""
+    """Whether a checkpoint's last file exists and is whole; a full disk may have cut it."""
     try:
         return bool(json.loads(state.read_text()))
     except (OSError, ValueError):
@@ -131,10 +131,10 @@ def _is_complete(state: Path) -> bool:
 
 
 class KeepAdapterDtype:
-    """Mixin of a trainer that resumes its adapter in the dtype in which it is trained."""
+    """Mixin: a resumed adapter keeps the dtype in which it is trained."""
 
-    # TRL trains the adapter of a 4-bit model in bfloat16, but PEFT loads it as float32: a run that
-    # was killed would go on in other numbers.
+    # TRL trains the adapter of a 4-bit model in bfloat16, but PEFT loads it as float32, with which
+    # a resumed training would give other digits.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -143,17 +143,19 @@ class KeepAdapterDtype:
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler of prompts, whose order of a pass is a function of seed and pass."""
+    """TRL's sampler of prompts, whose order in a pass depends on the seed and the pass alone."""
 
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the pass over the prompts, from 0; the trainer does, also when it resumes."""
+        """Set the pass over the prompts, from 0; transformers calls this, also on resuming."""
         self.epoch = epoch
 
     def __iter__(self):
         if self.shuffle:
-            # TRL's own sampler would begin with the first pass's order in a resumed training
+            # TRL's generator goes on from pass to pass, so after a resume it would give the first
+            # pass's order. Seeded again, and moved on by one permutation for every earlier pass,
+            # it gives the order of the pass that was interrupted.
             self.generator.manual_seed(self.seed)
             for _ in range(self.epoch):
                 torch.randperm(self.num_samples, generator=self.generator)
@@ -163,7 +165,7 @@ class EpochRepeatSampler(RepeatSampler):
 class SetSamplerEpoch(TrainerCallback):
     """Tells the sampler which pass begins."""
 
-    # transformers does, but not in one process of several that resume in the middle of a pass
+    # transformers does so too, but not if several processes resume in the middle of a pass
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Find the sampler below all batches and set its epoch."""
         batches = train_dataloader.batch_sampler
@@ -172,13 +174,13 @@ class SetSamplerEpoch(TrainerCallback):
         batches.sampler.set_epoch(int(state.epoch))
 
 
-RECENT = 12  # a machine that was busy an hour ago says nothing of the hour to come
+RECENT = 12  # steps; how busy the machine was before them says nothing about the time left
 
 
 class ProgressLines(TrainerCallback):
     """Prints a line at every twentieth of a training, with the time left by its RECENT steps.
 
-    names: the logged figures on the line; a step that does not log the first one is passed over.
+    names: the logged figures to print; steps that do not log the first one are passed over.
     """
 
     def __init__(self, names: tuple[str, ...]):
@@ -186,7 +188,7 @@ class ProgressLines(TrainerCallback):
         self.ends: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)  # of steps: number, time
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Start the clock: the first step, too, tells how long the others take."""
+        """Start the clock, so that the first step counts as well."""
         self.printed_step = state.global_step
         self.ends.append((state.global_step, time.monotonic()))
 
@@ -211,9 +213,9 @@ def _short_name(name: str) -> str:
 
 
 class LiveCurves(TrainerCallback):
-    """In a notebook, curves of the running training, drawn again every `seconds` at most.
+    """Shows curves of the running training in a notebook, at most every `seconds`.
 
-    to_rows: from the log history to rows of the figures named. draw: a picture of rollouts or None.
+    to_rows: makes rows of the figures `names` of the log history. draw: a picture of rollouts.
     """
 
     def __init__(self, to_rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...],
@@ -222,7 +224,7 @@ class LiveCurves(TrainerCallback):
         self.draw, self.handles, self.drawn_at = draw, [], time.monotonic()
 
     def on_log(self, args, state, control, **kwargs):
-        """Draw, where there is a notebook and it is time."""
+        """Draw if this is a notebook and it is time."""
         is_due = time.monotonic() - self.drawn_at >= self.seconds
         if get_ipython() is None or not is_due:
             return
@@ -241,6 +243,6 @@ class LiveCurves(TrainerCallback):
         self.drawn_at = time.monotonic()
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Make room for the finished curves."""
+        """Clear the curves; the notebook draws the finished ones."""
         for handle in self.handles:
             handle.update(HTML(""))

@@ -1,4 +1,8 @@
-"""Rewards by name: the kit's own, and functions in users' files, tried before any training."""
+"""Rewards by name, the kit's and those in users' files, as 05 counts them.
+
+A completion's way to its reward: TRL calls a function of `grpo.reward_functions`, this calls
+`Score.score_batch` with the replies of a batch, and that calls a function of `rewards` per reply.
+"""
 
 import asyncio
 import inspect
@@ -22,14 +26,14 @@ from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
 
 MOST_TRIED = 1000  # questions that a reward without a value is tried on
-FOLDER = "rewards"  # of a stage's folder, with copies of the files that its rewards are from
+FOLDER = "rewards"  # in a stage's folder: copies of the files that its rewards are from
 RL_NEEDS = ("RL makes likelier what a model sometimes gets right; let it learn from traces first "
             "(teacher own or endpoint in 01), or start from the folder of a model that answers "
             "some of these questions (start_from of 05, with min_pass_rate 0 in 04)")
 
 
 def copy_reward_files(references: Sequence[str], folder: Path) -> None:
-    """Copy the files of `references` into the stage's folder, from where they are loaded."""
+    """Copy the files of `references` ("file.py:function") into the stage's folder."""
     for path in {split_function_name(text)[0] for text in references if ":" in text}:
         (folder / FOLDER).mkdir(exist_ok=True)
         write_atomically(folder / FOLDER / path.name,
@@ -38,19 +42,21 @@ def copy_reward_files(references: Sequence[str], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class BatchReward:
-    """A reward in TRL's form, of all replies of a batch; for a single reply it gives None."""
+    """A reward in TRL's form: a function of a whole batch."""
 
     function: Callable
 
     def __call__(self, reply: str, sample: Sample, box_format: BoxFormat) -> None:
-        """None, for one reply is no batch."""
+        """None, because one reply is no batch."""
 
 
 def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
-    """Name -> reward, for names of the kit's and "file.py:function", whose copy is in `folder`.
+    """Name -> reward; functions in TRL's form become BatchRewards.
 
-    A function has the kit's form, or TRL's and becomes a BatchReward. ValueError, with file and
-    line, for a file that cannot be imported or has no such function.
+    Args:
+        references: names of the kit's rewards, or "file.py:function".
+        folder: the stage's, which holds copies of the files.
+    Raises: ValueError, with file and line, for a file without the function or that fails.
     """
     rewards = {}
     for text in references:
@@ -67,7 +73,7 @@ def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
 
 
 def _has_trls_form(reward: Callable) -> bool:
-    """Whether it takes TRL's arguments by name and not the kit's three by place."""
+    """Whether it takes TRL's arguments by name, and not the kit's three by position."""
     parameters = inspect.signature(reward).parameters
     kinds = [parameter.kind for parameter in parameters.values()]
     kind = inspect.Parameter
@@ -77,7 +83,7 @@ def _has_trls_form(reward: Callable) -> bool:
 
 
 def _import_file(copy: Path, path: Path) -> ModuleType:
-    """The module in file `copy`, whose errors name the file `path` that it is a copy of."""
+    """The module in file `copy`; its errors name `path`, of which it is the copy."""
     module = ModuleType(f"own_rewards_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up
@@ -89,7 +95,7 @@ def _import_file(copy: Path, path: Path) -> ModuleType:
 
 
 def describe_error(error: Exception, file: str) -> str:
-    """"file, line n: class: message" of an error; n: the last line of the file it went through."""
+    """"file, line n: class: message" of an error; n: the last line in `file` of its traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == file]
     if isinstance(error, SyntaxError) and error.filename == file:
@@ -110,14 +116,6 @@ def _name_errors(name: str, reward: Reward) -> Iterator[None]:
         raise ValueError(f"the reward '{name}' failed in {place}") from error
 
 
-def compute_reward(name: str, reward: Reward, reply: str, sample: Sample,
-                   box_format: BoxFormat) -> float | None:
-    """The reward, a finite number or None; ValueError with file and line for anything else."""
-    with _name_errors(name, reward):
-        value = reward(reply, sample, box_format)
-    return _check_value(name, reward, value, sample)
-
-
 def _check_value(name: str, reward: Reward, value: object, sample: Sample) -> float | None:
     if value is None:
         return None
@@ -128,7 +126,7 @@ def _check_value(name: str, reward: Reward, value: object, sample: Sample) -> fl
 
 
 def _source(reward: Reward) -> tuple[str, str]:
-    """(file, " (file, line n)") of a function; both "" of what is none."""
+    """(file, " (file, line n)") of a reward's function; ("", "") if Python does not tell."""
     function = reward.function if isinstance(reward, BatchReward) else reward
     function = inspect.unwrap(function.func if isinstance(function, partial) else function)
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
@@ -138,7 +136,7 @@ def _source(reward: Reward) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Score:
-    """A reward with its checks and penalty: reply and sample -> number or None, as 05 counts it."""
+    """A reward as 05 counts it: its value is checked, and lost if the penalty applies."""
 
     name: str
     reward: Reward
@@ -146,17 +144,21 @@ class Score:
     is_penalised: bool = False
 
     def __call__(self, reply: str, sample: Sample) -> float | None:
-        """What the reply earns."""
-        value = compute_reward(self.name, self.reward, reply, sample, self.box_format)
+        """What one reply earns; None if the reward does not apply, ValueError if it fails."""
+        with _name_errors(self.name, self.reward):
+            value = self.reward(reply, sample, self.box_format)
+        value = _check_value(self.name, self.reward, value, sample)
         return self._penalise(value, reply, sample)
 
-    def judge_batch(self, replies: Sequence[str], samples: Sequence[Sample], **given):
-        """What a BatchReward gives the replies of a batch; a coroutine of that if it is async.
+    def score_batch(self, replies: Sequence[str], samples: Sequence[Sample], **given):
+        """What each reply of a batch earns; of an async BatchReward a coroutine.
 
-        given: TRL's arguments beside prompts and images. Columns are added: question, sizes
+        given: TRL's arguments, for a BatchReward, which also gets the columns question, sizes
         ((width, height), pixels), targets ((image number, box), pixels of the original), options,
         letter and solution (a correct answer as the model writes it).
         """
+        if not isinstance(self.reward, BatchReward):
+            return list(map(self, replies, samples))
         arguments = given | _batch_columns(samples, self.box_format)
         with _name_errors(self.name, self.reward):
             values = self.reward.function(**arguments)
@@ -188,7 +190,7 @@ class Score:
 
 
 def _batch_columns(samples: Sequence[Sample], box_format: BoxFormat) -> dict[str, list]:
-    """prompts and images as TRL gives them, and the columns of `Score.judge_batch`."""
+    """prompts and images as TRL gives them, and the columns of `Score.score_batch`."""
     from trl.data_utils import prepare_multimodal_messages  # takes seconds to import
 
     images = {id(sample): list(sample.images) for sample in samples}  # decoded once
@@ -211,9 +213,9 @@ def as_completions(replies: Sequence[str]) -> list[list[dict]]:
 
 def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
                     hallucinated_image_penalty: str = "format") -> dict[str, Score]:
-    """The rewards by name as functions of reply and sample, checked and with the penalty.
+    """Name -> Score of every reward.
 
-    hallucinated_image_penalty: what a reply loses that cites a missing image: "none", the "format"
+    hallucinated_image_penalty: what a reply that cites a missing image loses: "none", the "format"
     reward, or "all" rewards.
     """
     penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
@@ -230,7 +232,7 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample], box_forma
                 group: int = 2) -> None:
     """Try the rewards on a correct and an empty reply to the first question of each kind.
 
-    Raises as `compute_reward`, and ValueError for a user's reward that never has a value.
+    Raises: ValueError for a reward that fails, or that is the user's and never has a value.
     """
     if of_batches := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
         print(f"warning: {', '.join(of_batches)} judge whole batches, as TRL gives them: the "
@@ -238,13 +240,12 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample], box_forma
     kinds = {(bool(sample.options), bool(sample.targets), sample.find_all): sample
              for sample in reversed(samples[:64])}
     for name, reward in rewards.items():
-        def has_value(sample: Sample, name=name, reward=reward) -> bool:
+        def has_value(sample: Sample, score: Score = Score(name, reward, box_format)) -> bool:
             replies = [correct_reply(sample, box_format), ""]
-            if isinstance(reward, BatchReward):
-                score, batch = Score(name, reward, box_format), (replies * group)[:group]
-                return set(_try_batch(score, batch, sample)) != {None}
-            return [compute_reward(name, reward, reply, sample, box_format)
-                    for reply in replies] != [None, None]
+            values = (_try_batch(score, (replies * group)[:group], sample)
+                      if isinstance(score.reward, BatchReward) else
+                      [score(reply, sample) for reply in replies])
+            return set(values) != {None}
 
         counts = any([has_value(sample) for sample in kinds.values()])  # tries every kind
         is_own = reward is not REWARDS.get(name)
@@ -256,10 +257,10 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample], box_forma
 
 
 def _try_batch(score: Score, replies: list[str], sample: Sample) -> list[float | None]:
-    """The values of a group of replies to one prompt; their letters stand for tokens."""
+    """What a BatchReward gives a group of replies to one prompt, whose tokens are letters."""
     from transformers import TrainerState
 
-    values = score.judge_batch(
+    values = score.score_batch(
         replies, [sample] * len(replies), completions=as_completions(replies),
         completion_ids=[[*map(ord, reply), 0] for reply in replies], trainer_state=TrainerState(),
         log_extra=lambda *_: None, log_metric=lambda *_: None)

@@ -9,15 +9,16 @@ from dataclasses import replace
 from functools import partial
 
 from mig_kit.world.scenes import World, object_name
-from mig_kit.world.specs import (
+from mig_kit.world.tasks import (
+    TASKS,
     SampleSpec,
     TaskFunction,
     letter_options,
     list_image_note,
     list_image_notes,
+    make_scenes_with_holder,
     shuffle_options,
 )
-from mig_kit.world.tasks import TASKS, make_scenes_with_holder
 
 ALL_BOXES = ("Find every {}.", "Where is each {}?", "Find the {} in all images.")
 

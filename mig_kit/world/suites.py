@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from mig_kit.boxes import Box, iou
 from mig_kit.sample import Sample
 from mig_kit.world.free_form import BOX_FORMS, FIND_ALL, FREE_FORM
 from mig_kit.world.scenes import (
@@ -20,14 +21,17 @@ from mig_kit.world.scenes import (
     object_name,
     random_size,
 )
-from mig_kit.world.specs import SampleSpec, TaskFunction, letter_options, shuffle_options
 from mig_kit.world.tasks import (
     TASKS,
+    SampleSpec,
+    TaskFunction,
     find_extreme,
+    letter_options,
     make_spec,
     moving_frames,
     pick_match_and_others,
     render_sample,
+    shuffle_options,
     swap_appearance,
 )
 
@@ -246,7 +250,11 @@ SUITES = {
 OUT_OF_DOMAIN = "ood_grounding"
 OWN = "own"  # the suite of the held-out questions of own data
 TASK_TITLES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
-               "mc_bench": "MC-Bench-like (drawn)", "unseen": "unseen things (drawn)"}
+               "mc_bench": "MC-Bench-like (drawn)", "unseen": "unseen things (drawn)",
+               "naming": "free form: name an object", "showing": "free form: find an image",
+               "sharing": "free form: common to all", "choosing": "free form: multiple choice",
+               "pointing": "free form: box of a name", "telling": "free form: box of a description",
+               "excepting": "free form: the exception", "tallying": "free form: count"}
 
 
 def suite_title(suite: str) -> str:
@@ -298,3 +306,18 @@ def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: 
     yield from iter_free_form(split, free_form_per_task, seed, boxes, worlds)
     yield from _iter_tasks("find_all", _draws(FIND_ALL, "find_all/"), split, find_all_per_task,
                            seed)
+
+
+def list_object_boxes(spec: SampleSpec) -> list[list[Box]]:
+    """The boxes of all objects, per image; a part of an image that is asked for counts as one."""
+    boxes = [[obj.box for obj in scene.objects] for scene in spec.scenes]
+    if spec.box:
+        for number, _ in spec.answers:
+            boxes[number - 1].append(spec.box)
+    return boxes
+
+
+def is_on_target(box: Box, target: Box, objects: list[Box]) -> bool:
+    """Whether the box overlaps the target, and no other object more (by IoU)."""
+    overlap = iou(box, target)
+    return overlap > 0 and overlap >= max((iou(box, other) for other in objects), default=0.0)

@@ -5,9 +5,11 @@ A split owns the samples whose content hashes to it, so no two splits share one.
 
 import random
 import zlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+from mig_kit.boxes import Box
+from mig_kit.prompts import LETTERS
 from mig_kit.sample import Sample, Target
 from mig_kit.world.scenes import (
     COLOURS,
@@ -26,15 +28,62 @@ from mig_kit.world.scenes import (
     render_scene,
     round_box,
 )
-from mig_kit.world.specs import (
-    SampleSpec,
-    TaskFunction,
-    list_image_note,
-    list_image_notes,
-    reference_note,
-)
 
 SPLITS = ("base", "cot", "rl", "val", "test")
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """A sample before it is drawn; see `sample.Sample` for the fields without a comment."""
+
+    scenes: list[Scene]
+    question: str
+    answers: Sequence[tuple[int, str]] = ()  # (image number, name of the object)
+    finding: str = ""
+    notes: Sequence[str] = ()
+    reference: str = ""  # name of an object in image 1
+    options: tuple[str, ...] = ()
+    letter: str = ""
+    box: Box | None = None  # the target's, if it is not the object's own
+    find_all: bool = False
+
+
+TaskFunction = Callable[[random.Random, World], SampleSpec]
+
+
+def list_image_note(number: int, scene: Scene) -> str:
+    """A note that lists an image: "image 2: red star, blue ring."."""
+    return f"image {number}: {', '.join(scene.names())}."
+
+
+def list_image_notes(scenes: list[Scene]) -> list[str]:
+    """A note for every image, in order."""
+    return [list_image_note(number, scene) for number, scene in enumerate(scenes, 1)]
+
+
+def reference_note(name: str) -> str:
+    """A note that says what the reference box holds."""
+    return f"image 1: the box holds {name}."
+
+
+def names_in_note(note: str) -> list[str]:
+    """The names in a note of `list_image_note`; any other note counts as one name."""
+    return note.partition(": ")[2].removesuffix(".").split(", ")
+
+
+def count_listed_objects(notes: Sequence[str]) -> int:
+    """How many objects the notes of a sample list, over all images."""
+    return sum(len(names_in_note(note)) for note in notes)
+
+
+def shuffle_options(rng: random.Random, correct: str, wrong: list[str]) -> dict:
+    """{"options", "letter"} of a `SampleSpec`: options in random order, and the correct letter."""
+    return letter_options(rng.sample([correct, *wrong], 1 + len(wrong)), correct)
+
+
+def letter_options(options: Sequence[str], correct: str) -> dict:
+    """{"options", "letter"} of a `SampleSpec`, in this order."""
+    return {"options": tuple(options), "letter": LETTERS[options.index(correct)]}
 
 
 def swap_appearance(rng: random.Random, scene: Scene, world: World) -> tuple[Scene, str]:
@@ -323,7 +372,7 @@ def render_sample(spec: SampleSpec, suite: str, task: str, split: str, index: in
         id=f"{suite}/{task}/{split}/{index}", suite=suite, task=task, split=split,
         images=tuple(render_scene(scene) for scene in spec.scenes), question=spec.question,
         targets=tuple(targets), reference=reference, options=spec.options, letter=spec.letter,
-        notes=tuple(spec.notes), finding=spec.finding, find_all=spec.find_all)
+        notes=tuple(spec.notes), finding=spec.finding, find_all=spec.find_all, spec=spec)
 
 
 def make_sample(task: str, split: str, index: int, seed: int = 0) -> Sample:

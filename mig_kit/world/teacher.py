@@ -79,10 +79,7 @@ def _write_reply(rng: random.Random, thought: str, answer: str, detail: str, err
 
 def _write_list_trace(sample: Sample, rng: random.Random, box_format: BoxFormat, jitter: float,
                       detail: str, error: str, thought: str) -> Trace:
-    """A trace that answers with all boxes, or that there is none.
-
-    A "wrong image" leaves out the first box. Where there is no box, an error invents one.
-    """
+    """A trace with all boxes; "wrong image" leaves one out; where none is, errors invent one."""
     boxes = [(image, _misplace_box(box, sample.sizes[image - 1], rng, box_format, error, jitter))
              for image, box in sample.targets]
     if not boxes and error == "leaked answer":

@@ -20,7 +20,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.common import progress_bar, write_json
-from mig_kit.models.loading import TINY_HIDDEN, PatchProduct, tiny_config
+from mig_kit.models.loading import PatchProduct
 from mig_kit.world.scenes import (
     CELL,
     COLOURS,
@@ -34,6 +34,7 @@ from mig_kit.world.scenes import (
     object_cell,
     render_scene,
 )
+from tiny_base.config import TINY_HIDDEN, tiny_config
 
 FEATURE_NORM = 2.0
 RESTART = 200  # steps after which the random state starts again, as when the shipped base was made

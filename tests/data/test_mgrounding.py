@@ -124,13 +124,6 @@ def test_records_of_another_shape(record):
     assert reason == "record shape" or "turns" in reason
 
 
-def test_an_image_tag_inside_the_text_stands_for_its_image():
-    record = make_record(("", f"second image {BOX_TEXT}"), image_count=2)
-    record["conversations"][0]["value"] = "<image>\nWhat of <image> is new?"
-    questions, _ = read(record)
-    assert questions[0]["question"] == "What of image 2 is new?"
-
-
 def test_reference_box_and_the_questions_image():
     reference = format_box(100, 200, 300, 400)
     asked = f"For the thing in the first image ({reference}), locate it in the second image."
@@ -209,13 +202,6 @@ def test_a_file_that_is_cut_gives_the_questions_before_the_cut(dataset):
     path.write_bytes(path.read_bytes()[:-30])
     samples, _, sentences = import_all(dataset)
     assert len(samples) == 2 and "download it again" in sentences[-1]
-
-
-def test_a_broken_image_is_named_not_raised(dataset):
-    folder = dataset / "MGrounding-630k/Object_Tracking/GOT-10k/train/GOT_1"
-    (folder / "00000002.jpg").write_bytes(b"no image")
-    samples, report, sentences = import_all(dataset)
-    assert len(samples) == 1 == report.kept and "no readable image" in sentences[0]
 
 
 def test_a_deeply_nested_file_is_one_sentence(tmp_path):

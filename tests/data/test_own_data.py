@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mig_kit.data import line_checks, own_data
-from mig_kit.data.preview import write_preview
+from mig_kit.data.inspection import write_preview
 
 
 def test_a_correct_file_and_its_samples_in_all_coordinates(root):
@@ -39,6 +39,9 @@ def asking_all(*targets, **keys):
 
 
 NOTHING = changed(image=None, box=...)
+TAGS_OF_BOXES = ["Find <bbox>.", "Find <ref-object>.", "<ref>cup</ref>", "Find <obj_2>.",
+                 "Find {bbox}.", "<video>Find it.", "Find <BBOX>."]
+CONTROL_TOKENS = ["<|im_start|>", "<|image_pad|>", "<|endoftext|>", "<|box_start|>"]
 
 
 def test_none_one_or_several_boxes(root):
@@ -125,7 +128,8 @@ def test_none_one_or_several_boxes(root):
     (changed(question="{ref}", reference=[1, 2, 103, 40]), "leaves image 1"),
     (changed(images=["a.png", "none.png"]), "is not there"),
     (changed(images=["a.png", "broken.png"]), "no readable image"),
-    (changed(images=["a.png", "../b.png"]), "below the image root"),
+    (changed(images=["a.png", "../b.png"]), "below the image root; write it relative to the root, "
+                                            "with / and without '..'"),
     (changed(images=["a.png", "long.png"]), "up to 200 to 1"),
     *((changed(CHOICE, **changes), sentence) for changes, sentence in (
         ({"letter": "C"}, "'letter' must be that of the correct option, A to B"),
@@ -137,6 +141,31 @@ def test_none_one_or_several_boxes(root):
         ({"options": ["a  b", "a b"]}, "are the same; no letter is the correct one"),
         ({"box": [1, 2, 3, 4]}, "'box' does not go with 'options'"),
         ({"coordinates": "pixels"}, "'coordinates' and 'reference' go together"))),
+    *((changed(row, images=[]), "'images' is empty; questions are divided into sets, and read "
+       "together, by their images: leave those without one out") for row in (
+           GOOD, CHOICE, {"question": "Is it?", "image": None})),
+    *((changed(images=["a.png", image]), sentence) for image, sentence in (
+        ({"bytes": "aGk="}, "an image is in the file itself; mig-kit data import own"),
+        ("data:image/png;base64,aGk=", "an image is in the file itself; mig-kit data import own"),
+        ("https://x.org/a.png", "an image is an address; download it, and give the path"),
+        ("file:///etc/passwd", "'/etc/passwd' is not below the image root"),
+        ("sub\\c.jpg", "with / and without '..'"), ("A.PNG", "'A.PNG' is not there"),
+        ({"path": None}, "'images' must be a list of 1 to 64 paths"),
+        (None, "'images' must be a list of 1 to 64 paths"))),
+    *((changed(image=image), "from 1") for image in ("2nd", True, "NaN", "2\u001f")),
+    *((changed(box=box), "must be four numbers") for box in (
+        "10,20,60,90", ["10px", 20, 60, 90], ["1_0", 20, 60, 90])),
+    *((changed(question=question), "write {ref} for the box 'reference', else take it out")
+      for question in TAGS_OF_BOXES),
+    *((changed(**{key: f"Find {token} it."}), f"'{key}' holds {token}")
+      for token in CONTROL_TOKENS for key in ("question", "reply")),
+    *((row, "mig-kit data import") for row in (
+        {"images": ["a.png"], "annotations": [], "categories": []}, {"sentences": [], "ann_id": 1},
+        {"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [0]}},
+        {"question": "x", "answer": ["a cup"], "bbox": [1, 2, 3, 4]},
+        {"image": "a.png", "normal_caption": "x", "solution": [1, 2, 3, 4]})),
+    (changed(images=[{"bytes": "A" * (1 << 20)}, "b.png"]),
+     "put one question on a line, and images into files of their own"),
 ])
 def test_each_mistake_has_its_sentence_and_line(root, row, sentence):
     path = write_lines(root, GOOD, row, GOOD)
@@ -160,13 +189,8 @@ def test_multiple_choice(root):
     assert "What is it? A. a cup B. a dog (correct: B)" in page
 
 
-def test_control_tokens_are_found_before_a_run(root, processor):
-    for token in ("<|im_start|>", "<|image_pad|>", "<|endoftext|>", "<|box_start|>"):
-        assert token in processor.tokenizer.get_vocab(), "the model obeys it"
-        for key in ("question", "reply"):
-            path = write_lines(root, changed(**{key: f"Find {token} it."}))
-            ((number, (problem,)),) = own_data.check_file(path, root)
-            assert number == 1 and f"'{key}' holds {token}" in problem
+def test_a_model_obeys_the_control_tokens_that_are_refused(processor):
+    assert set(CONTROL_TOKENS) <= processor.tokenizer.get_vocab().keys()
 
 
 def test_images_that_are_cut_short_are_found(root):
@@ -180,17 +204,6 @@ def test_images_that_are_cut_short_are_found(root):
     problems = [problems for _, problems in own_data.check_file(path, root)]
     assert problems == [["image 1: 'cut.png' is cut or broken; copy it again"],
                         ["image 2: 'cut.jpg' is cut or broken; copy it again"], []]
-
-
-def test_boxes_are_of_the_upright_photo(root):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    stored = Image.effect_noise((200, 100), 80).transpose(Image.Transpose.ROTATE_90)
-    stored.save(root / "turned.jpg", exif=exif)
-    path = write_lines(root, changed(images=["a.png", "turned.jpg"], box=[150, 10, 199, 90]))
-    assert list(own_data.check_file(path, root)) == [(1, [])], "it is 200 wide, as people see it"
-    (sample,) = own_data.iter_samples(path, root)
-    assert sample.sizes == [(100, 50), (200, 100)] and sample.images[1].size == (200, 100)
 
 
 def test_all_mistakes_of_a_line_and_ids_there_twice(root):

@@ -33,6 +33,17 @@ def test_rollouts_show_every_box_in_the_colour_of_its_reply():
     assert has_colour(none, palette.TARGET)
 
 
+def test_a_false_claim_of_a_first_reply_is_struck_where_it_stands():
+    sample, row = make_sample("diff", "val", 0), make_row(make_sample("diff", "val", 0), 0, True)
+    plain, struck, beyond = (
+        np.asarray(pictures.draw_rollouts(sample, [row | {"false": false}], BOX_FORMAT))
+        for false in ([], [(7, 15), (300, 340)], [(5000, 5100)]))
+    changed = np.argwhere((plain != struck).any(-1))
+    assert has_colour(struck, palette.PREDICTED) and not has_colour(plain, palette.PREDICTED)
+    assert changed.min(0)[0] > plain.shape[0] / 2 and len(set(changed[:, 0])) > 20, "two lines"
+    assert (plain == beyond).all()
+
+
 def test_every_system_has_its_box_letter_and_colour():
     sample = make_sample("diff", "val", 0)
     replies = dict.fromkeys(("base", "sft", "grpo"), correct_reply(sample, BOX_FORMAT))

@@ -5,7 +5,7 @@ import time
 import torch
 
 from mig_kit.drawing import plots
-from mig_kit.lab import benchmark, utilisation, workload
+from mig_kit.lab import benchmark, workload
 from mig_kit.lab.workload import Workload
 
 
@@ -52,7 +52,7 @@ def test_minimal_work_by_hand(random_model):
     unread = 2 * 64 * 64 + 3 * 64 * config.intermediate_size
     expected = 4 * tokens * weights - 4 * 9 * unread + 4 * 6 * 64 * config.vocab_size
     expected += 12 * 64 * (2 * pairs - 10**2 / 2 + 10)
-    assert utilisation.minimal_flops(random_model, 10, 2, 3) == expected
+    assert benchmark.minimal_flops(random_model, 10, 2, 3) == expected
 
 
 def test_the_sweep_changes_one_thing_at_a_time():

@@ -11,13 +11,14 @@ from mig_kit.lab.gpu_needs import GIB, SHAPES, Load, Shape
 from mig_kit.models import loading
 from mig_kit.shared_prefix import prompt_cache
 from mig_kit.training.resuming import lora_config
+from tiny_base.config import tiny_config
 
 SEVEN = SHAPES["Qwen/Qwen2.5-VL-7B-Instruct"]
 
 
 def attention_config(hidden: int, inner: int, layers: int):
     """A small Qwen2.5-VL."""
-    config = loading.tiny_config(640, hidden=hidden, layers=layers, vision_layers=1)
+    config = tiny_config(640, hidden=hidden, layers=layers, vision_layers=1)
     config.text_config.intermediate_size = inner
     return config
 
@@ -59,7 +60,7 @@ def saved_bytes(config, tokens: int, lora_r: int) -> int:
 def test_a_layer_keeps_what_is_predicted(hidden, inner, tokens, lora_r):
     two, one = (saved_bytes(attention_config(hidden, inner, layers), tokens, lora_r)
                 for layers in (2, 1))
-    shape = Shape(hidden, inner, 2, hidden // 32, hidden // 64, 640, 0, 0)
+    shape = Shape(hidden, inner, 2, hidden // 32, hidden // 64, 640, 0)
     assert (two - one) / tokens == pytest.approx(gpu_needs.layer_bytes(shape, lora_r), rel=0.005)
 
 
@@ -67,7 +68,7 @@ def test_a_layer_keeps_what_is_predicted(hidden, inner, tokens, lora_r):
 def test_a_layer_with_linear_attention_keeps_what_is_predicted(hidden, inner, heads, width):
     two, one = (saved_bytes(delta_net_config(hidden, inner, layers, heads, width), 256, 16)
                 for layers in (2, 1))
-    shape = Shape(hidden, inner, 2, 2, 1, 640, 0, 0, 32, 32, 2, heads * width, 2 * heads * width,
+    shape = Shape(hidden, inner, 2, 2, 1, 640, 0, 32, 32, 2, heads * width, 2 * heads * width,
                   2 * heads, width)
     assert (two - one) / 256 == pytest.approx(gpu_needs.layer_bytes(shape, 16), rel=0.005)
 

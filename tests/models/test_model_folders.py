@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from published import RELATIVES, format_of
+from published import RELATIVES, format_of, merge_new_adapter
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -79,12 +79,12 @@ def open_with_auto_processor(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(published, tmp_path_factory, float32):
-    """A folder by model_type, trained for nothing: loaded from the published layout and saved."""
+    """A folder by model_type: a published one, and an adapter that was not trained, merged."""
     root, folders = tmp_path_factory.mktemp("saved"), {}
     for family, base in published.items():
         policy = loading.load_policy(base, float32, format_of(family))
         folders[family] = root / family
-        loading.save_model(policy.model, policy.processor, folders[family], base)
+        merge_new_adapter(base, folders[family], policy)
     return folders
 
 
@@ -150,14 +150,14 @@ def test_a_folder_that_names_another_class_is_mended_by_saving(saved, float32, t
     """A base that was saved by a class of someone's own still gives a folder that opens."""
     policy = loading.load_policy(saved["qwen2_5_vl"], float32, BoxFormat())
     base, again = tmp_path / "base", tmp_path / "again"
-    loading.save_model(policy.model, policy.processor, base, saved["qwen2_5_vl"])
+    merge_new_adapter(saved["qwen2_5_vl"], base, policy)
     settings = read(base, "preprocessor_config.json")
     own = {"processor_class": "OwnProcessor"}
     (base / "processor_config.json").write_text(json.dumps({"image_processor": settings, **own}))
     tokenizer_settings = read(base, "tokenizer_config.json") | own
     (base / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings))
     policy = loading.load_policy(base, float32, BoxFormat())
-    loading.save_model(policy.model, policy.processor, again, base)
+    merge_new_adapter(base, again, policy)
     assert_names_the_stock_classes(again, "qwen2_5_vl")
     assert [row[0] for row in open_with_auto_processor([base, again])] == [
         "Qwen2Tokenizer", "Qwen2_5_VLProcessor"]
@@ -212,8 +212,7 @@ def test_the_shipped_base_and_the_builders_name_the_stock_classes(random_folder,
     assert (tmp_path / name).read_bytes() == (loading.TINY_BASE / name).read_bytes()
 
 
-def test_a_hub_name_as_base_gives_its_cached_files(saved, published, float32, tmp_path,
-                                                   monkeypatch):
+def test_a_hub_name_as_base_gives_its_cached_files(published, tmp_path, monkeypatch):
     """The small files come by name from where the hub's client keeps them."""
     asked = []
 
@@ -222,9 +221,8 @@ def test_a_hub_name_as_base_gives_its_cached_files(saved, published, float32, tm
         path = published["qwen2_5_vl"] / name
         return str(path) if path.is_file() else None
 
-    policy = loading.load_policy(saved["qwen2_5_vl"], float32, BoxFormat())
     monkeypatch.setattr(model_folders, "cached_file", cached_file)
-    loading.save_model(policy.model, policy.processor, tmp_path, "Qwen/Qwen2.5-VL-3B-Instruct")
+    model_folders.copy_unchanged_files("Qwen/Qwen2.5-VL-3B-Instruct", tmp_path)
     assert {model for model, _ in asked} == {"Qwen/Qwen2.5-VL-3B-Instruct"}
     for name in UNTOUCHED:
         assert (tmp_path / name).read_bytes() == (published["qwen2_5_vl"] / name).read_bytes()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from published import format_of
+from published import format_of, save_model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit import rewards
@@ -203,7 +203,7 @@ def test_a_saved_folder_brings_its_box_format_along(published, float32, tmp_path
     box_format = BoxFormat(3136, 200704, Coordinates.NORMALIZED_1000)
     base = published["qwen2_5_vl"]
     policy = loading.load_policy(base, float32, box_format)
-    loading.save_model(policy.model, policy.processor, tmp_path, base)
+    save_model(policy.model, policy.processor, tmp_path, base)
     assert processors.read_box_format(tmp_path) == box_format
     assert processors.describe_other_format(tmp_path, box_format) == ""
     assert "was trained on images of 3136 to 200704 pixels and normalized_1000 boxes" in (
@@ -216,7 +216,7 @@ def test_a_saved_folder_brings_its_box_format_along(published, float32, tmp_path
 
 def test_a_saved_folder_shows_images_at_the_same_size_to_a_stranger(policy, published, family,
                                                                    photos, tmp_path):
-    loading.save_model(policy.model, policy.processor, tmp_path, published[family])
+    save_model(policy.model, policy.processor, tmp_path, published[family])
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     limits = settings["min_pixels"], settings["max_pixels"]
     assert limits == (settings["size"]["shortest_edge"], settings["size"]["longest_edge"])

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from mig_kit.common import NOTEBOOKS, PACKAGE
-from mig_kit.pipeline import dependencies, store
+from mig_kit.pipeline import dependencies, params, store
 from mig_kit.pipeline.joint_rules import KIT_REWARDS
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -27,7 +27,8 @@ def copied_project(tmp_path_factory):
 def project(copied_project, monkeypatch):
     """The copy, whose code is looked at; what a test changes in it is put back."""
     monkeypatch.setattr(dependencies, "PACKAGE", copied_project / "mig_kit")
-    monkeypatch.setattr(dependencies, "NOTEBOOKS", copied_project / "notebooks")
+    for module in (dependencies, params):
+        monkeypatch.setattr(module, "NOTEBOOKS", copied_project / "notebooks")
     yield copied_project
     for folder, original in (("mig_kit", PACKAGE), ("notebooks", NOTEBOOKS)):
         for path in (copied_project / folder).rglob("*.*"):
@@ -84,8 +85,8 @@ def change_text(project, path, pattern, replacement):
 # what a researcher changes, and the number of every stage that uses it
 @pytest.mark.parametrize(("path", "text", "stages"), [
     ("drawing/palette.py", "#0072B2", "07"), ("stages/report.html.jinja", "</div", "07"),
-    ("prompts.py", "Think in", "01 02 03 04 05 06 07"), ("data/teacher_prompt.py", "You are", "01"),
-    ("stages/report.py", "RL over SFT", "07")])
+    ("prompts.py", "Think in", "01 02 03 04 05 06 07"), ("data/endpoint.py", "You are an", "01"),
+    ("stages/tables.py", "RL over SFT", "07")])
 def test_a_changed_text_makes_exactly_its_users_stale(stale_after, path, text, stages):
     stale = stale_after(change_text, f"mig_kit/{path}", re.escape(text), f"{text[:-1]}_")
     assert stale == set(stages.split())
@@ -207,7 +208,8 @@ def describe_small(tmp_path, monkeypatch):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         (folder / "mig_kit").mkdir(parents=True)
         monkeypatch.setattr(dependencies, "PACKAGE", folder / "mig_kit")
-        monkeypatch.setattr(dependencies, "NOTEBOOKS", folder)
+        for module in (dependencies, params):
+            monkeypatch.setattr(module, "NOTEBOOKS", folder)
         for name, text in modules.items():
             (folder / "mig_kit" / f"{name}.py").write_text(text)
         cells = [{"cell_type": "markdown", "source": ["from mig_kit.a import unused"],

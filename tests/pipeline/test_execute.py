@@ -1,28 +1,23 @@
-"""Overrides are refused, with the fix, before any kernel starts; a run keeps its profile."""
+"""`mig-kit run`: what it refuses before any kernel starts, what it prints, why a stage failed."""
 
+import errno
+import logging
 import shutil
 
 import nbformat
-import papermill
 import pytest
 import torch
 from click.testing import CliRunner
 from command_line import error_of
+from IPython.core.ultratb import AutoFormattedTB
+from papermill.exceptions import PapermillExecutionError
 
 from mig_kit.commands import main as cli_module
 from mig_kit.commands.main import cli
-from mig_kit.common import PROJECT_ROOT, write_json
+from mig_kit.common import PROJECT_ROOT, progress_bar
 from mig_kit.pipeline import execute, joint_rules, params, plan
+from mig_kit.pipeline.processes import describe_exit, describe_os_error
 from mig_kit.stages.evaluated_runs import read_recorded
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """An empty folder of runs, in which no notebook is executed."""
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(papermill, "execute_notebook",
-                        lambda *arguments, **options: pytest.fail("a kernel would start"))
-    return tmp_path / "runs"
 
 
 def test_a_single_digit_names_a_stage(root):
@@ -42,18 +37,17 @@ def test_a_copied_profile_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
     assert values["num_generations"] == 8 and values["beta"] == 0.04
 
 
-def start_run(root, profile, **changes):
-    """What stage 01 of a run leaves for the stages after it."""
-    values = {**params.profile_params(params.RUN_PARAMS_STAGE, profile), **changes}
-    folder = root / "default" / params.RUN_PARAMS_STAGE
-    folder.mkdir(parents=True)
-    write_json(folder / "run.json", {"params": values, "outputs": {}, "key": "k"})
+def start_run(leave, profile, **changes):
+    """What stage 01 of the run "default" leaves with a profile's model and box format."""
+    values = params.profile_params(params.RUN_PARAMS_STAGE, profile)
+    leave(params.RUN_PARAMS_STAGE, "default",
+          **{name: values[name] for name in params.RUN_PARAMS} | changes)
 
 
 @pytest.mark.parametrize(("first", "then"), [
     ("qwen2_5_vl_3b", "qwen2_5_vl_7b"), ("qwen2_5_vl_3b", "tiny"), ("tiny", "qwen2_5_vl_7b")])
-def test_going_on_with_another_profile_is_refused(root, first, then):
-    start_run(root, first)
+def test_going_on_with_another_profile_is_refused(root, leave, first, then):
+    start_run(leave, first)
     words = ("--run-id", "default", "-p", "device", "cpu")
     sentence = error_of("run", "05", "--profile", then, *words)
     model = params.profile_params(params.RUN_PARAMS_STAGE, first)["base_model"]
@@ -65,21 +59,11 @@ def test_going_on_with_another_profile_is_refused(root, first, then):
 @pytest.mark.parametrize(("profile", "changes"), [
     ("smoke", {}), ("qwen2_5_vl_3b", {}), ("smoke", {"coordinates": "normalized_1000"}),
     ("tiny", {"max_pixels": 99999})])
-def test_going_on_with_the_same_profile_is_not_refused(root, profile, changes):
-    start_run(root, profile, **changes)
+def test_going_on_with_the_same_profile_is_not_refused(root, leave, profile, changes):
+    start_run(leave, profile, **changes)
     sentence = error_of("run", "05", "--profile", profile, "--run-id", "default", "-p", "device",
                         "cpu")
     assert sentence.startswith("05_grpo needs 03_merge")
-
-
-def test_a_stage_that_needs_no_other_runs_under_any_profile(root, monkeypatch):
-    start_run(root, "tiny")
-    executed = []
-    monkeypatch.setattr(execute, "_execute_notebook", lambda *arguments: executed.append(arguments))
-    monkeypatch.setattr(execute.store, "require_record", lambda *_: {"summary": ""})
-    plans = plan.plan_runs(["00_preflight"], "qwen2_5_vl_7b", "default", "", [], ())
-    execute.run_plans(plans, force=True)
-    assert len(executed) == 1
 
 
 def test_recorded_runs_of_a_comparison_are_looked_for_where_the_command_is_given(monkeypatch):
@@ -101,7 +85,7 @@ def test_a_command_is_a_word_whatever_it_holds():
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    ((), "would train a full model on drawn scenes; name the file of your data (-p"),
+    ((), "would train a full model on synthetic scenes; name the file of your data (-p"),
     (("-p", "data", "scenes"), "'qwen2_5_vl_7b' needs a GPU, and PyTorch"),
     (("02",), "'qwen2_5_vl_7b' needs a GPU, and PyTorch"),
     (("01",), "say -p data scenes to train on them"),
@@ -111,16 +95,18 @@ def test_the_command_refuses_a_full_profile_before_anything_is_written(root, mon
                                                                        sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert sentence in error_of("run", *words, "--profile", "qwen2_5_vl_7b")
-    assert not root.exists()
+    assert not any(root.iterdir())
 
 
 @pytest.mark.parametrize(("words", "has_gpu"), [
     (("01", "02", "-p", "data", "scenes"), True),
     (("01", "02", "-p", "data", "scenes", "-p", "device", "cpu"), False),
-    (("00",), False), (("01", "-p", "data", "scenes"), False)])
-def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, monkeypatch, words,
-                                                                        has_gpu):
+    (("00", "--run-id", "default"), False), (("01", "-p", "data", "scenes"), False)])
+def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, leave, monkeypatch,
+                                                                        words, has_gpu):
+    """00 needs neither, and no run of the same profile."""
     started = []
+    start_run(leave, "tiny")
     monkeypatch.setattr(execute, "run_stages", lambda params, *more: started.extend(params))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     assert CliRunner().invoke(cli, ["run", *words, "--profile", "qwen2_5_vl_7b"]).exit_code == 0
@@ -143,3 +129,93 @@ def test_a_killed_kernel_is_named_and_leaves_its_figures(tmp_path, monkeypatch):
                                            r"\(Killed\); the system ends so what takes too much"):
         execute._execute_notebook("00_preflight", "a", {"seed": 1}, execute.StageLines())
     assert '"image/png"' in (folder / "runs" / "a" / "00_preflight.failed.ipynb").read_text()
+
+
+def fail_in_cell(error: Exception, folder) -> str:
+    """The sentence about a cell that raised `error`, which the executed notebook holds."""
+    try:
+        raise error
+    except type(error) as raised:
+        traceback = AutoFormattedTB(mode="Context").structured_traceback(
+            type(raised), raised, raised.__traceback__)
+    failure = PapermillExecutionError(0, 1, "", type(error).__name__, str(error), traceback)
+    return execute.failure_sentence(failure, folder / "x.ipynb")
+
+
+def test_an_error_has_a_sentence_whatever_it_says(tmp_path):
+    assert fail_in_cell(ValueError("too few"), tmp_path) == "ValueError: too few"
+    assert fail_in_cell(AssertionError(), tmp_path) == "AssertionError at: raise error"
+    # a cell whose error is not among its outputs
+    silent = PapermillExecutionError(0, 7, "", "CellExecutionError", "", [])
+    assert execute.failure_sentence(silent, tmp_path / "x.ipynb") == (
+        "cell 7 ended without a word; look at it")
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"),
+    RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")])
+def test_a_full_disk_says_how_much_is_free_and_that_work_goes_on(tmp_path, error):
+    sentence = fail_in_cell(error, tmp_path)
+    assert sentence.startswith(f"the disk of {tmp_path} is full, ")
+    assert " MB are free; make room and give the same command, which goes on" in sentence
+    assert str(error) in sentence
+
+
+def test_other_errors_stay_as_they_are(tmp_path):
+    quoted = RuntimeError("the server ended with status 126; its log:\nPermission denied")
+    assert fail_in_cell(quoted, tmp_path) == f"RuntimeError: {quoted}"
+    full = OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/a")
+    assert describe_os_error(full).startswith(f"the disk of {tmp_path} is full, ")
+    assert describe_os_error(FileNotFoundError("no run 'a'; see status")) == (
+        "no run 'a'; see status")
+
+
+@pytest.mark.parametrize(("status", "sentence"), [
+    (-9, "was ended by signal 9 (Killed); the system ends so what takes too much memory"),
+    (137, "was ended by signal 9 (Killed); the system ends"), (-11, "was ended by signal 11 (Seg"),
+    (3, "ended with status 3"), (None, "ended with status unknown"),
+    (255, "ended with status 255")])
+def test_a_process_that_ended_names_its_signal(status, sentence):
+    assert describe_exit(status).startswith(sentence)
+
+
+@pytest.fixture
+def printed_by(capsys):
+    """Call it with messages of a running stage for the lines that they leave."""
+    def show(*messages: str) -> list[str]:
+        lines = execute.StageLines()
+        for message in messages:
+            lines.emit(logging.LogRecord("x", logging.INFO, "", 0, message, None, None))
+        return capsys.readouterr().out.splitlines()
+
+    return show
+
+
+def test_a_stage_has_its_lines(capsys):
+    lines = execute.StageLines()
+    for state in (("01", "up to date"), ("02", "running"), ("02", "done", "loss 2.00 -> 0.50")):
+        lines.set(*state)
+    assert capsys.readouterr().out.splitlines() == [
+        "01: up to date", "02: running", "02: done in 0.0 min; loss 2.00 -> 0.50"]
+
+
+def test_a_training_leaves_a_line_per_fifth(printed_by):
+    steps = [f"step {step}/100: loss 1.0; 1.0 min left" for step in range(0, 101, 5)]
+    assert printed_by(*steps) == [f"  {steps[number]}" for number in (4, 8, 12, 16, 20)]
+
+
+def test_a_stage_tells_of_news_and_of_a_bars_end_alone(printed_by, capsys):
+    """Not of what libraries print for their own sake."""
+    news = "the server http://a:1/v1 is left out (ConnectError); 1 go on"
+    warning = "warning: none of the first 128 replies earned anything for box"
+    bar = "\rrollouts:  40%|==    | 4/10 [00:02<00:03]"
+    assert printed_by(
+        "Executing Cell 7---", "a/b.py:1: FutureWarning: old is deprecated", "UserWarning: old",
+        "Loading weights: 100%|====| 4/4 [00:01<00:00]", warning, news, f"{bar}{news}", bar) == [
+            f"  {warning}", f"  {news}", f"  {news}"]
+    for _ in progress_bar(range(4), "replies"):
+        pass
+    (line,) = printed_by(capsys.readouterr().out)
+    assert line.startswith("  replies: 100%|") and "4/4 [00:0" in line

@@ -1,7 +1,9 @@
 """Parameters: types, words, unknown names, and hostile files."""
 
 import pytest
+from click.testing import CliRunner
 
+from mig_kit.commands.main import cli
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import params, store
 from mig_kit.pipeline.joint_rules import params_text, validate_params
@@ -40,23 +42,13 @@ def test_what_holds_for_the_whole_run_is_set_in_one_stage():
         assert shared == (list(params.RUN_PARAMS) if stage == params.RUN_PARAMS_STAGE else [])
 
 
-def test_unknown_and_mistyped_parameters():
-    with pytest.raises(KeyError, match="05_grpo has no parameter .*did you mean 'num_generations'"):
-        validate_params({"num_generation": 4}, "05_grpo")
-    with pytest.raises(TypeError, match="is 'many', a str; it must be an int, 2 or more"):
-        validate_params({"num_generations": "many"}, "05_grpo")
-    with pytest.raises(TypeError, match="'share_prefix' is 1, an int; it must be true or false"):
-        validate_params({"share_prefix": 1}, "05_grpo")
-    assert type(validate_params({"beta": 1}, "05_grpo")["beta"]) is float
+def test_numbers_have_the_type_of_the_default():
+    values = validate_params({"beta": 1, "learning_rate": "1e-5"}, "05_grpo")
+    assert type(values["beta"]) is float and values["learning_rate"] == 1e-5
+    values = validate_params({"data_shares": [0, "5e-1", 0.5]}, "01_synthesize")
+    assert values["data_shares"] == [0.0, 0.5, 0.5]
     with pytest.raises(FileNotFoundError, match="the profiles are tiny, .*smoke"):
         params.profile_params("05_grpo", "huge")
-
-
-def test_a_number_without_a_point_is_a_number():
-    values = validate_params({"learning_rate": "1e-5"}, "05_grpo")
-    assert values["learning_rate"] == 1e-5
-    with pytest.raises(TypeError, match="must be a float, above 0"):
-        validate_params({"learning_rate": "small"}, "05_grpo")
 
 
 def test_a_mapping_changes_only_what_it_names(tmp_path):
@@ -67,34 +59,12 @@ def test_a_mapping_changes_only_what_it_names(tmp_path):
     overrides = parse_overrides((("reward_weights", "{box: 2}"),), ["05_grpo"])
     chosen = choose_params("05_grpo", "smoke", "run", overrides)
     assert chosen["reward_weights"] == {**weights, "box": 2.0}
-    assert params.merge_mappings({"a": 1, "b": 1}, {"b": 2}) == {"a": 1, "b": 2}
-    assert params.merge_mappings([1], [2]) == [2]
     (tmp_path / "x.yaml").write_text("reward_weights: {box: 0.5}\n")
     assert params.read_params_file(tmp_path / "x.yaml") == {"reward_weights": {"box": 0.5}}
 
 
-@pytest.mark.parametrize("weights", [
-    [0.2, 0.3, 1.0, 1.3], {"box": "much"}, {"box": True}, {"box": float("nan")}, {1: 1.0}, 0.5])
-def test_weights_that_are_no_mapping_are_one_sentence(weights):
-    sentence = "it must map names to numbers, as {format: 0.2, image: 0.3, box: 1.0, choice: 1.3}"
-    with pytest.raises(TypeError, match=sentence):
-        validate_params({"reward_weights": weights}, "05_grpo")
-
-
-def test_items_of_a_list_have_its_type():
-    values = validate_params({"data_shares": [0, "5e-1", 0.5]}, "01_synthesize")
-    assert values["data_shares"] == [0.0, 0.5, 0.5]
-    for stage, name, value, sentence in (
-            ("01_synthesize", "data_shares", [1, "a", 0], "a list of 3 numbers, each 0 to 1"),
-            ("90_tiny_base", "rows", [1.5, 2], "a list of 2 numbers, each 1 or more"),
-            ("09_compare", "groups", [1], "a list of name=run,run"),
-            ("09_compare", "groups", "a", "is 'a', a str; it must be a list of name=run,run")):
-        with pytest.raises(TypeError, match=sentence):
-            validate_params({name: value}, stage)
-
-
 def test_text_of_a_stage_shows_help_and_what_a_profile_changes():
-    lines = params_text("05_grpo", "smoke").splitlines()
+    lines = CliRunner().invoke(cli, ["params", "5", "--profile", "smoke"]).output.splitlines()
     named = {line.partition(": ")[0]: number for number, line in enumerate(lines) if line[0] > "#"}
     assert list(named) == list(params.stage_parameters("05_grpo"))
     by_name = {name: lines[number] for name, number in named.items()}
@@ -122,12 +92,6 @@ def test_settings_of_trl_count_as_parameters():
                    {"trl": {"num_iterations": 3, "top_p": 0.9}, "num_iterations": 2}):
         assert validate_params(values, "05_grpo") == defaults | {
             "num_iterations": 2, "top_p": 0.9}
-    for values, sentence in (
-            ({"epsilon": 0.1}, "so neither has anything to clip"), ({"num_iterations": 0}, "1 or"),
-            ({"top_p": "all"}, "'top_p' is 'all', a str; it must be a float"),
-            ({"top_q": 1}, "05_grpo has no parameter 'top_q'")):
-        with pytest.raises((KeyError, TypeError, ValueError), match=sentence):
-            validate_params({"trl": values}, "05_grpo")
 
 
 def test_a_cell_may_hold_any_setting_of_trl(monkeypatch):

@@ -9,43 +9,17 @@ from command_line import describe_files, error_of
 
 from mig_kit.commands.main import cli
 from mig_kit.common import write_json
-from mig_kit.pipeline import (
-    execute,
-    plan,
-    run_folders,
-    status,
-    store,
-)
+from mig_kit.pipeline import dependencies, execute, plan, run_facts, run_folders, status, store
 from mig_kit.pipeline.joint_rules import validate_params
 from mig_kit.pipeline.run_folders import RECIPE
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
+def root(root, leave):
     """A folder of runs with 01 to 04 of run "a" finished."""
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     for stage in RECIPE[1:5]:
-        leave_stage(tmp_path, "a", stage)
-    return tmp_path
-
-
-def digest(product):
-    return hashlib.sha256(product.encode()).hexdigest()
-
-
-def leave_stage(root, run_id, stage, product="1"):
-    """What a finished stage leaves, with one product."""
-    folder = root / run_id / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"params": validate_params({}, stage), "key": f"{stage} {product}",
-              "outputs": {"x": digest(product)}, "inputs": {}, "seconds": 60.0,
-              "versions": {}}
-    write_json(folder / "metrics.json", {"product": product})
-    (folder / "x").write_text(product)
-    write_json(folder / "run.json", record)
-    if (root / run_id / "01_synthesize").is_dir():
-        record["key"] = store.stage_facts(stage, run_id, record["params"])["key"]
-        write_json(folder / "run.json", record)
+        leave(stage)
+    return root
 
 
 def finish_stage(run_id, stage, product):
@@ -66,10 +40,13 @@ def test_a_branch_takes_earlier_stages_by_reference_and_changes_none(root):
     assert stage.input_path("03_merge", "x") == root / "a" / "03_merge" / "x"
     record = store.load_record("05_grpo", "b")
     assert record["branch"] == branch
-    products = {"x": digest("1")}
-    assert record["inputs"] == {"03_merge": products, "04_rejection_sampling": products}
-    assert store.run_params("b", "05_grpo")["base_model"] == "tiny"
+    digest = hashlib.sha256(b"1").hexdigest()
+    assert {name: files["x"] for name, files in record["inputs"].items()} == {
+        "03_merge": digest, "04_rejection_sampling": digest}
+    assert run_facts.run_params("b", "05_grpo")["base_model"] == "tiny"
     assert describe_files(root / "a") == before, "neither changed nor locked"
+    with pytest.raises(ValueError, match="03_merge of run 'b' is that of run 'a'; run it there"):
+        store.begin_stage("03_merge", {"run_id": "b"})
     assert not (root / "b" / "03_merge").exists()
     finish_stage("b", "06_evaluate", "b")
     assert store.is_up_to_date("05_grpo", "b", stage.params)
@@ -124,42 +101,30 @@ def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
     (("run", "05", "--from", "a", "--run-id", "new", "--profile", "qwen2_5_vl_7b", "-p", "device",
       "cpu"), "run 'a' has the base_model tiny, and profile 'qwen2_5_vl_7b'"),
 ])
-def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(root, words, sentence):
+def test_what_cannot_be_a_branch_is_refused_and_nothing_written(root, leave, words, sentence):
     run_folders.start_branch("a", "b", "05_grpo")
-    leave_stage(root, "c", "02_sft")
+    leave("02_sft", "c")
     before = describe_files(root)
     assert sentence in error_of(*words)
     assert describe_files(root) == before and not (root / "new").exists()
 
 
-def test_a_notebook_of_a_branch_opened_by_hand(root):
-    run_folders.start_branch("a", "b", "05_grpo")
-    with pytest.raises(ValueError, match="03_merge of run 'b' is that of run 'a'; run it there"):
-        store.begin_stage("03_merge", {"run_id": "b"})
-    stage, p = store.begin_stage("05_grpo", {"run_id": "b", "beta": 0.01})
-    assert (p.beta, stage.input_path("03_merge")) == (0.01, root / "a" / "03_merge")
-
-
-def test_a_source_stage_that_was_run_again_makes_the_branch_stale(root):
+def test_a_source_stage_that_was_run_again_makes_the_branch_stale(root, leave):
     run_folders.start_branch("a", "b", "05_grpo")
     stage = finish_stage("b", "05_grpo", "b")
-    leave_stage(root, "a", "03_merge")
+    leave("03_merge", "a")
     assert store.find_replaced_input("05_grpo", "b") == "", "the same products again"
-    leave_stage(root, "a", "03_merge", "2")
+    leave("03_merge", "a", "2")
     assert store.find_replaced_input("05_grpo", "b") == "03_merge"
     assert "it is stale: the input 03_merge has changed" in (
         "\n".join(status.run_lines("b", with_reasons=True)))
     assert not store.is_up_to_date("05_grpo", "b", stage.params), "it is run again"
-    finish_stage("b", "05_grpo", "c")
-    assert store.find_replaced_input("05_grpo", "b") == ""
-
-
-def test_a_source_that_changes_meanwhile_is_stale_afterwards(root):
-    run_folders.start_branch("a", "b", "05_grpo")
     begun, _ = store.begin_stage("05_grpo", {"run_id": "b"})
-    (root / "a" / "03_merge" / "run.json").unlink()
     begun.finish({})
-    leave_stage(root, "a", "03_merge", "2")
+    assert store.find_replaced_input("05_grpo", "b") == ""
+    begun, _ = store.begin_stage("05_grpo", {"run_id": "b", "beta": 0.1})
+    leave("03_merge", "a", "3")  # while 05 runs
+    begun.finish({})
     assert store.find_replaced_input("05_grpo", "b") == "03_merge"
 
 
@@ -187,28 +152,24 @@ def test_a_broken_branch_file_is_one_sentence(root, text):
         store.load_record("05_grpo", "b")
 
 
-def test_a_branch_file_with_keys_is_read(root):
+def test_branch_files_of_earlier_versions_and_circles(root):
     stages = dict.fromkeys(RECIPE[1:5], "key")
     (root / "b").mkdir()
     write_json(root / "b" / "branch.json", {"from": "a", "stages": stages})
     assert store.stage_folder("03_merge", "b") == root / "a" / "03_merge"
     assert status.run_lines("b")[1].startswith("  01 to 04 of a")
-
-
-def test_a_circle_written_by_hand_is_one_sentence(root):
-    run_folders.start_branch("a", "b", "05_grpo")
-    write_json(root / "a" / "branch.json", {"from": "b", "stages": {"01_synthesize": ""}})
+    write_json(root / "a" / "branch.json", {"from": "b", "stages": stages})
     with pytest.raises(ValueError, match="run '[ab]' starts from itself, through '[ab]'"):
         store.load_record("01_synthesize", "a")
 
 
-def test_the_tree_of_runs(root):
-    leave_stage(root, "a", "05_grpo")
+def test_the_tree_of_runs(root, leave):
+    leave("05_grpo", "a")
     run_folders.start_branch("a", "z", "05_grpo")
     finish_stage("z", "05_grpo", "z")
     run_folders.start_branch("a", "b", "06_evaluate")
     run_folders.start_branch("z", "c", "06_evaluate")
-    leave_stage(root, "aa", "01_synthesize")
+    leave("01_synthesize", "aa")
     assert status.run_tree() == [("a", 0), ("b", 1), ("z", 1), ("c", 2), ("aa", 0)]
     output = CliRunner().invoke(cli, ["status"]).output
     assert "\n  z\n    01 to 04 of a\n    05_grpo " in output
@@ -216,7 +177,7 @@ def test_the_tree_of_runs(root):
     assert output.count("03_merge") == 2, "of a and aa alone"
 
 
-def test_a_runs_name_makes_nothing_stale(root):
+def test_a_runs_name_makes_nothing_stale(root, leave):
     """A run whose folder is copied or renamed stays up to date."""
     stage = finish_stage("a", "05_grpo", "x")
     (root / "a").rename(root / "renamed")
@@ -229,7 +190,7 @@ def test_a_runs_name_makes_nothing_stale(root):
         values = validate_params({"control_run": control}, "06_evaluate")
         keys.append(store.stage_facts("06_evaluate", "copied", values)["key"])
     assert keys[0] == keys[1], "the same merged model under another name"
-    leave_stage(root, "renamed", "03_merge", "2")
+    leave("03_merge", "renamed", "2")
     values = validate_params({"control_run": "renamed"}, "06_evaluate")
     assert store.stage_facts("06_evaluate", "copied", values)["key"] not in keys
     without = store.stage_facts("06_evaluate", "copied", validate_params({}, "06_evaluate"))["key"]
@@ -263,10 +224,10 @@ def test_seeds_one_after_the_other_with_the_time_left(root, monkeypatch, capsys)
         "a", "a", "a"]
 
 
-def test_a_seed_stands_in_source_and_values_too(root):
+def test_a_seed_stands_in_source_and_values_too(root, leave):
     for seed in (0, 1):
         for stage in RECIPE[1:5]:
-            leave_stage(root, f"s{seed}", stage)
+            leave(stage, f"s{seed}")
     plans = plan.plan_runs(["05_grpo", "06_evaluate"], "smoke", "g-{seed}", "s{seed}", [0, 1],
                               (("control_run", "s{seed}"), ("loss_type", "grpo")))
     assert [(each.run_id, each.source) for each in plans] == [("g-0", "s0"), ("g-1", "s1")]
@@ -328,8 +289,8 @@ def test_restore_takes_back_the_last_command_alone(root, no_kernels):
     assert store.load_record("05_grpo", "a")["params"]["seed"] == 1
 
 
-def test_another_profile_has_a_run_of_its_own(root, no_kernels):
-    leave_stage(root, "smoke", "01_synthesize")
+def test_another_profile_has_a_run_of_its_own(root, leave, no_kernels):
+    leave("01_synthesize", "smoke")
     invoke("run", "02", "--profile", "smoke")
     assert (root / "smoke" / "02_sft").is_dir() and not (root / "default").exists()
     invoke("run", "05", "--run-id", "a", "-p", "max_steps", "9")
@@ -343,13 +304,13 @@ def test_another_profile_has_a_run_of_its_own(root, no_kernels):
 
 def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels, monkeypatch):
     invoke("run", "05", "06", "--run-id", "a")
-    facts = store.describe_code
+    facts = dependencies.describe_code
 
     def changed_04(stage, rewards):
         code = facts(stage, rewards)
         return {**code, "code": "2"} if stage == "04_rejection_sampling" else code
 
-    monkeypatch.setattr(store, "describe_code", changed_04)
+    monkeypatch.setattr(dependencies, "describe_code", changed_04)
     lines = {line.split()[0]: line for line in invoke("status", "a").splitlines()}
     assert "stale, made in" in lines["04_rejection_sampling"]
     assert "stale through 04, made in" in lines["05_grpo"] and "through 04" in lines["06_evaluate"]
@@ -364,7 +325,7 @@ def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels
     mark = "05_grpo of run 'b' was made from stale stages: 04_rejection_sampling (the "
     assert mark in invoke("status", "b")
     assert mark in " ".join(store.stale_notes("05_grpo", "b"))
-    monkeypatch.setattr(store, "describe_code", facts)
+    monkeypatch.setattr(dependencies, "describe_code", facts)
     assert mark in " ".join(store.stale_notes("06_evaluate", "b")), "the mark stays"
 
 

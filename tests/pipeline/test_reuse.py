@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mig_kit.common import write_json
-from mig_kit.pipeline import reuse, run_folders
+from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.joint_rules import validate_params
 
 FILES = [f"{system}_{rest}.jsonl" for system in ("base", "sft", "sft_long")
@@ -37,7 +37,7 @@ def take(root, run_id, hardware="a CPU", **params):
         inputs={"01_synthesize": {"val.parquet": "1"}},
         params=validate_params({"run_id": run_id, **params}, "06_evaluate"))
     models = {system: root / system for system in ("base", "sft", "sft_long")}
-    taken = reuse.take_replies(stage, models, hardware, ("mmiu",))
+    taken = store.take_replies(stage, models, hardware, ("mmiu",))
     if run_id == "a":
         for name in FILES:
             if params.get("replies", 8) or name in GREEDY:
@@ -90,8 +90,8 @@ def test_replies_of_two_servers_or_devices_go_to_no_branch(root):
     (root / "runs/a/06_evaluate/run.json").unlink()
     for _ in range(2):  # once more, after another interruption
         take(root, "a")
-        keys = json.loads((root / "runs/a/06_evaluate/replies" / reuse.REPLY_KEYS).read_text())
-        assert set(keys.values()) == {reuse.MIXED}
+        keys = json.loads((root / "runs/a/06_evaluate/replies" / store.REPLY_KEYS).read_text())
+        assert set(keys.values()) == {store.MIXED}
     assert take(root, "b") == {}
 
 

@@ -10,12 +10,11 @@ from mig_kit.world.tasks import make_sample
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch):
+def root(root, monkeypatch):
     """A folder of runs with an empty run "default"; no model is looked for on the hub."""
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     monkeypatch.setattr(loading, "resolve_model", lambda name: pytest.fail(f"asks for {name}"))
-    (tmp_path / "default").mkdir()
-    return tmp_path
+    (root / "default").mkdir()
+    return root
 
 
 @pytest.mark.parametrize("words", [

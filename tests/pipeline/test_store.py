@@ -16,17 +16,10 @@ from command_line import describe_files
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.commands.main import cli
-from mig_kit.common import file_sha256, write_json
+from mig_kit.common import write_json
 from mig_kit.pipeline import attempts, dependencies, execute, params, store
 from mig_kit.pipeline.joint_rules import validate_params
 from mig_kit.pipeline.run_folders import RECIPE
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """An empty folder of runs."""
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    return tmp_path
 
 
 def begin(**values) -> store.Stage:
@@ -35,27 +28,8 @@ def begin(**values) -> store.Stage:
     return stage
 
 
-def leave_record(root, stage, run_id="a", product="1", **values):
-    """What a finished stage leaves for those after it."""
-    folder = make_folder(root, stage, run_id)
-    (folder / "x").write_text(product)
-    record = {"params": validate_params(values, stage), "key": "k", "summary": product,
-              "seconds": 1.0, "started": "2026-01-02T03:04:05Z",
-              "outputs": {"x": file_sha256(folder / "x")}}
-    write_json(folder / "run.json", record)
-    if stage < "02":
-        record["key"] = store.stage_facts(stage, run_id, record["params"])["key"]
-        write_json(folder / "run.json", record)
-
-
-def make_folder(root, stage, run_id="a"):
-    folder = root / run_id / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def test_a_stage_gives_its_parameters_and_those_of_the_run(root, capsys):
-    leave_record(root, "01_synthesize", coordinates="normalized_1000", max_pixels=50000)
+def test_a_stage_gives_its_parameters_and_those_of_the_run(root, leave, capsys):
+    leave("01_synthesize", coordinates="normalized_1000", max_pixels=50000)
     stage, p = store.begin_stage("02_sft", {"run_id": "a", "lora_r": 4})
     assert isinstance(p, SimpleNamespace) and vars(p) == stage.params
     assert (p.lora_r, p.base_model, p.coordinates) == (4, "tiny", "normalized_1000")
@@ -136,7 +110,7 @@ def test_status_and_run_mean_the_same_by_stale_and_say_why(root, monkeypatch):
     words = ["status", "a", "--why"]
     assert "stale" not in CliRunner().invoke(cli, words).output
     changed = {**code, "code": "2", "definition": {**code["definition"], name: "2"}}
-    monkeypatch.setattr(store, "describe_code", lambda *_: changed)
+    monkeypatch.setattr(dependencies, "describe_code", lambda *_: changed)
     assert CliRunner().invoke(cli, words).output.splitlines()[1:3] == [
         "  00_preflight            stale, made in 0.0 min", "    it is stale: the definition "
         "describe_machine of mig_kit.stages.preflight has changed"]
@@ -243,9 +217,9 @@ def test_minutes_are_those_of_all_attempts(root):
     assert store.load_record("00_preflight", "a")["seconds"] < 10
 
 
-def test_a_new_run_of_a_notebook_becomes_a_branch(root, capsys):
+def test_a_new_run_of_a_notebook_becomes_a_branch(root, leave, capsys):
     for stage in RECIPE[1:5]:
-        leave_record(root, stage, "default")
+        leave(stage, "default")
     stage, _ = store.begin_stage("05_grpo", {"run_id": "lab2", "beta": 0.01})
     words = "run 'lab2' is new: 01_synthesize to 04_rejection_sampling are those of run 'default'"
     assert words in capsys.readouterr().out
@@ -256,11 +230,11 @@ def test_a_new_run_of_a_notebook_becomes_a_branch(root, capsys):
     assert not (root / "lab3").exists()
 
 
-def test_a_flipped_byte_in_what_a_stage_reads_is_one_sentence(root):
+def test_a_flipped_byte_in_what_a_stage_reads_is_one_sentence(root, leave):
     """Of a file whose time has changed at once, of one whose time is as it was when a stage starts,
     and from status --verify.
     """
-    leave_record(root, "01_synthesize")
+    leave("01_synthesize")
     stage, _ = store.begin_stage("02_sft", {"run_id": "a"})
     (stage.folder / "adapter.safetensors").write_bytes(b"weights")
     stage.finish({})
@@ -335,110 +309,91 @@ def test_a_disk_without_locks_is_one_line(root, monkeypatch, capsys):
     assert store.load_record("00_preflight", "a")
 
 
-def test_a_comparison_is_stale_where_one_of_its_runs_is_another(root):
-    values = params.profile_params("09_compare") | {"groups": ["x=a, b", f"y={root / 'c.json'}"]}
-    keys = {store.stage_facts("09_compare", "default", values)["key"]}
-    for change in (lambda: leave_record(root, "06_evaluate", "a"),
-                   lambda: leave_record(root, "06_evaluate", "b", "2"),
-                   lambda: (root / "c.json").write_text("{}")):
+def key_of(stage, **values):
+    """The key of a stage of run "a" with these parameters."""
+    return store.stage_facts(stage, "a", validate_params(values, stage))["key"]
+
+
+def count_keys(changes, stage, **values):
+    """How many keys a stage has, one after the other, after each of the changes."""
+    keys = set()
+    for change in changes:
         change()
-        keys.add(store.stage_facts("09_compare", "default", values)["key"])
-    assert len(keys) == 4
+        keys.add(key_of(stage, **values))
+    return len(keys)
 
 
-def test_parameters_of_the_run_and_what_05_starts_from_make_another_key(root):
+def test_a_comparison_is_stale_where_one_of_its_runs_is_another(root, leave):
+    groups = ["x=a, b", f"y={root / 'c.json'}"]
+    changes = (lambda: None, lambda: leave("06_evaluate"), lambda: leave("06_evaluate", "b"),
+               lambda: (root / "c.json").write_text("{}"))
+    assert count_keys(changes, "09_compare", groups=groups) == 4
+
+
+def test_parameters_of_the_run_and_what_05_starts_from_make_another_key(root, leave):
     for stage in RECIPE[1:5]:
-        leave_record(root, stage)
-    start = {name: params.profile_params("05_grpo") | {"start_from": name}
-             for name in ("merged", "adapter")}
-    before = {name: store.stage_facts("05_grpo", "a", values)["key"]
-              for name, values in start.items()}
-    leave_record(root, "02_sft", product="2")
-    changed = [name for name, values in start.items()
-               if store.stage_facts("05_grpo", "a", values)["key"] != before[name]]
+        leave(stage)
+    before = {name: key_of("05_grpo", start_from=name) for name in ("merged", "adapter")}
+    leave("02_sft", product="2")
+    leave("03_merge")  # the same product, other metrics
+    changed = [name for name, key in before.items() if key_of("05_grpo", start_from=name) != key]
     assert changed == ["adapter"], "it alone builds on 02"
-    keys, values = set(), params.profile_params("02_sft")
-    for changes in ({}, {"max_pixels": 50000}, {"coordinates": "normalized_1000"}):
-        leave_record(root, "01_synthesize", **changes)
-        keys.add(store.stage_facts("02_sft", "a", values)["key"])
-    assert len(keys) == 3
+    changes = [lambda of_run=of_run: leave("01_synthesize", **of_run) for of_run in (
+        {}, {"max_pixels": 50000}, {"coordinates": "normalized_1000"})]
+    assert count_keys(changes, "02_sft") == 3
 
 
-def test_how_a_stage_runs_is_recorded_and_makes_nothing_stale(root):
-    leave_record(root, "01_synthesize")
-    values = params.profile_params("02_sft")
-    launched = {**values, "launcher": "torchrun --nproc-per-node 2", "report_to": "trackio"}
-    key = store.stage_facts("02_sft", "a", values)["key"]
-    assert store.stage_facts("02_sft", "a", launched)["key"] == key
-    assert store.stage_facts("02_sft", "a", {**values, "lora_r": 1})["key"] != key
-    stage, _ = store.begin_stage("02_sft", {"run_id": "a", "launcher": launched["launcher"]})
+def test_how_a_stage_runs_is_recorded_and_makes_nothing_stale(root, leave):
+    leave("01_synthesize")
+    launcher, key = "torchrun --nproc-per-node 2", key_of("02_sft")
+    assert key_of("02_sft", launcher=launcher, device="cpu") == key
+    assert key_of("02_sft", lora_r=1) != key
+    stage, _ = store.begin_stage("02_sft", {"run_id": "a", "launcher": launcher})
     (stage.folder / "job.json").write_text("{}")
     stage.finish({})
     record = store.load_record("02_sft", "a")
-    assert record["params"]["launcher"] == launched["launcher"]
+    assert record["params"]["launcher"] == launcher
     assert "job.json" not in record["outputs"] and "metrics.json" in record["outputs"]
     names = {name for stage in store.STAGES for name in params.stage_parameters(stage)}
     assert set(params.EXECUTION_PARAMS) <= names
 
 
-def test_another_model_or_control_run_is_another_stage(root):
+def test_another_model_or_control_run_is_another_stage(root, leave):
     model = root / "model"
     model.mkdir()
-    (model / "model.safetensors").write_bytes(b"one")
     for run_id in ("a", "b"):
-        leave_record(root, "01_synthesize", run_id, base_model=str(model))
-        leave_record(root, "03_merge", run_id)
-    leave_record(root, "05_grpo")
-    values = validate_params({"control_run": "b"}, "06_evaluate")
-    keys = [store.stage_facts("06_evaluate", "a", values)["key"]]
-    (model / "model.safetensors").write_bytes(b"two")
-    keys.append(store.stage_facts("06_evaluate", "a", values)["key"])
-    leave_record(root, "03_merge", "b", "2")
-    keys.append(store.stage_facts("06_evaluate", "a", values)["key"])
-    assert len(set(keys)) == 3
+        leave("01_synthesize", run_id, base_model=str(model))
+        leave("03_merge", run_id)
+    leave("05_grpo")
+    changes = (lambda: None, lambda: (model / "model.safetensors").write_text("1"),
+               lambda: (model / "model.safetensors").write_text("2"),
+               lambda: leave("03_merge", "b", "2"))
+    assert count_keys(changes, "06_evaluate", control_run="b") == 4
     (root / "b" / "03_merge" / "run.json").unlink()
     with pytest.raises(FileNotFoundError, match="06_evaluate needs 03_merge of run 'b'"):
-        store.stage_facts("06_evaluate", "a", values)["key"]
+        key_of("06_evaluate", control_run="b")
 
 
 @pytest.mark.parametrize(("name", "value"), [
     ("base_model", "Qwen/Qwen2.5-VL-3B-Instruct"), ("coordinates", "normalized_1000"),
     ("max_pixels", 50000)])
-def test_a_control_run_of_another_model_or_box_format_is_refused(root, name, value):
+def test_a_control_run_of_another_model_or_box_format_is_refused(root, leave, name, value):
     for run_id, changes in (("a", {}), ("b", {name: value})):
-        leave_record(root, "01_synthesize", run_id, **changes)
-        leave_record(root, "03_merge", run_id)
-    leave_record(root, "05_grpo")
-    values = validate_params({"control_run": "b"}, "06_evaluate")
+        leave("01_synthesize", run_id, **changes)
+        leave("03_merge", run_id)
+    leave("05_grpo")
     with pytest.raises(ValueError, match=f"control_run 'b' has another {name} .* than run 'a'"):
-        store.stage_facts("06_evaluate", "a", values)["key"]
+        key_of("06_evaluate", control_run="b")
 
 
-def test_an_input_that_was_made_again_has_a_name(root):
-    for stage, record in (
-            ("03_merge", {"outputs": {"m": "1", "metrics.json": "a"}}),
-            ("04_rejection_sampling", {"outputs": {"k": "1"}}),
-            ("05_grpo", {"inputs": {"03_merge": {"m": "1", "metrics.json": "b"},
-                                    "04_rejection_sampling": {"k": "0"}}})):
-        write_json(make_folder(root, stage) / "run.json", record)
-    assert store.find_replaced_input("05_grpo", "a") == "04_rejection_sampling"
-    assert store.find_replaced_input("04_rejection_sampling", "a") == ""
-
-
-def test_a_missing_stage_names_the_command(root):
+def test_a_missing_stage_names_the_command(root, leave):
     with pytest.raises(FileNotFoundError, match="mig-kit run 01 --run-id a, with the .* every -p"):
         store.begin_stage("02_sft", {"run_id": "a"})
-    leave_record(root, "01_synthesize")
+    leave("01_synthesize")
     with pytest.raises(FileNotFoundError, match="mig-kit run 02 --run-id a"):
         store.begin_stage("03_merge", {"run_id": "a"})
     with pytest.raises(ValueError, match="run_id"):
         store.begin_stage("00_preflight", {"run_id": "../a"})
-
-
-def test_a_broken_record_names_the_remedy(root):
-    (make_folder(root, "05_grpo") / "run.json").write_text('{"seconds": 9')
-    with pytest.raises(ValueError, match="run.json is broken; delete it"):
-        store.load_record("05_grpo", "a")
 
 
 BEGIN_IN_ANOTHER_PROCESS = """
@@ -514,8 +469,8 @@ def test_a_full_disk_leaves_the_old_file_and_no_finished_stage(small_disk):
     assert store.load_record("00_preflight", "a")
 
 
-def test_a_further_setting_of_trl_is_no_reason_to_run_again(root):
-    leave_record(root, "01_synthesize")
+def test_a_further_setting_of_trl_is_no_reason_to_run_again(root, leave):
+    leave("01_synthesize")
     stage, _ = store.begin_stage("02_sft", {
         "run_id": "a", "In": ["# Parameters\nweight_decay = 0.1"], "weight_decay": 0.1})
     stage.finish({})

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT
+from mig_kit.score import protocols
 
 DATA = Path(os.environ.get("MIG_KIT_DATA", PROJECT_ROOT.parent / "shared" / "data"))
 MIG_FILE = DATA / "mig_bench" / "MIG_data.json"
@@ -40,6 +42,12 @@ def mig_records():
 
 def prediction_lines(responses):
     return [{"index": index, "response": response} for index, response in enumerate(responses)]
+
+
+def score_predictions(benchmark, predictions, *rules, source="P", **settings):
+    """Scores with the default limits of a processor, which only absolute coordinates need."""
+    return protocols.score_predictions(benchmark, predictions, source, BoxFormat(), *rules,
+                                       **settings)
 
 
 def save_image(path, size):

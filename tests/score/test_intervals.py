@@ -5,9 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from scipy.stats import beta
 from scipy.stats import t as student_t
 
+from mig_kit.commands.score import score_command
 from mig_kit.score.result import Scored, paired_difference, summarize
 from mig_kit.stats import gap_interval_by_list, share_interval, share_interval_by_list
 
@@ -143,24 +145,15 @@ def test_few_and_uneven_lists(sizes):
 
 def test_equal_replies_differ_by_exactly_0(tmp_path):
     """Other replies with the same questions correct do not."""
-    from click.testing import CliRunner
-
-    from mig_kit.commands.score import score_command
-
-    own = [{"id": str(row), "images": [f"{row}.png"], "question": "Where?",
-            "coordinates": "normalized_1000", "image": 1, "box": [0, 0, 500, 500]}
-           for row in range(20)]
-    replies = [{"index": row, "response":
-                f'<think>a</think><answer>{{"image": 1, "box": [0, 0, 500, {500 - row}]}}</answer>'}
-               for row in range(20)]
-    other = [row | {"response": row["response"].replace("[0, 0", "[1, 1")} for row in replies]
-    for name, lines in (("own", own), ("a", replies), ("b", replies), ("c", other)):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-
-    def compare_with(name):
-        words = ["own", "--annotations", tmp_path / "own.jsonl", "--predictions",
-                 tmp_path / "a.jsonl", "--compare", tmp_path / name]
-        return CliRunner().invoke(score_command, [str(word) for word in words]).output
-
-    assert "+0.00 points (+0.00 to +0.00), paired" in compare_with("b.jsonl")
-    assert "+0.00 points (-16.84 to +16.84), paired" in compare_with("c.jsonl")
+    (tmp_path / "own.json").write_text(json.dumps([
+        {"images": [f"{row}.png"], "question": "Where?", "image": 1, "box": [0, 0, 500, 500],
+         "coordinates": "normalized_1000"} for row in range(20)]))
+    for name, start in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([
+            {"index": row, "response": f"In image 1: [{start}, {start}, 500, {500 - row}]"}
+            for row in range(20)]))
+    words = ["own", "--annotations", tmp_path / "own.json", "--predictions", tmp_path / "a.json"]
+    for name, interval in (("b", "+0.00 to +0.00"), ("c", "-16.84 to +16.84")):
+        output = CliRunner().invoke(score_command, [
+            *map(str, words), "--compare", str(tmp_path / f"{name}.json")]).output
+        assert f"+0.00 points ({interval}), paired" in output

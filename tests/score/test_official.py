@@ -2,18 +2,11 @@
 
 import numpy as np
 import pytest
-from mig_bench_records import MIG_FILE, needs_data, prediction_lines, save_image
+from mig_bench_records import MIG_FILE, needs_data, prediction_lines, save_image, score_predictions
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.score import annotations, official, protocols
+from mig_kit.score import annotations, official
 from mig_kit.score.records import read_records
 from mig_kit.score.result import summarize
-
-BOX_FORMAT = BoxFormat()
-
-
-def score_predictions(benchmark, predictions, *rules, **settings):
-    return protocols.score_predictions(benchmark, predictions, "P", BOX_FORMAT, *rules, **settings)
 
 
 @pytest.mark.parametrize("text,box", [

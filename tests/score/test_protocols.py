@@ -8,12 +8,13 @@ from mig_bench_records import (
     mig_records,
     needs_data,
     prediction_lines,
+    score_predictions,
 )
 
-from mig_kit.boxes import BoxFormat, Coordinates, smart_resize
-from mig_kit.score import annotations, leaderboard, protocols
+from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.score import annotations, protocols, result
 from mig_kit.score.records import read_records
-from mig_kit.score.result import paired_difference, summarize
+from mig_kit.score.result import summarize
 
 BLINK_ACCURACY = {"GPT4V": 51.14, "MiniGPT-4-v2": 34.23, "llava_v1.5_7b": 37.13,
                   "cogvlm-chat": 41.54, "flamingov2": 39.18}
@@ -23,12 +24,6 @@ LINES = prediction_lines(REPLIES)
 RESULT = {"benchmark": "mig_bench", "version": "", "protocol": "official", "complete": True,
           "n": 10, "lists": 10, "tasks": {}, "avg": {"acc": 50.123456, "ci95": [40, 60]},
           "problems": {}, "remarks": []}
-
-
-def score_predictions(benchmark, predictions, *rules, source="P", **settings):
-    """Scores with the default limits of a processor, which only absolute coordinates need."""
-    return protocols.score_predictions(benchmark, predictions, source, BOX_FORMAT, *rules,
-                                       **settings)
 
 
 def make_item(**changes):
@@ -53,15 +48,6 @@ SILENT = "<answer>[100, 200, 300, 400]</answer>"
 def test_strict_wants_the_correct_image_and_coordinates(changes, reply, coordinates, expected):
     value, problem = protocols.strict_iou(make_item(**changes), reply, coordinates, BOX_FORMAT)
     assert (pytest.approx(value), problem) == expected
-
-
-def test_strict_converts_absolute_coordinates():
-    width, height = smart_resize(1000, 500)
-    box = [0.1 * width, 0.2 * height, 0.3 * width, 0.4 * height]
-    absolute = f"<answer>[{', '.join(f'{v:.4f}' for v in box)}]</answer>"
-    value, _ = protocols.strict_iou(make_item(size=(1000, 500)), absolute, Coordinates.ABSOLUTE,
-                                    BOX_FORMAT)
-    assert value == pytest.approx(1, abs=1e-3)
 
 
 # Multiple choice.
@@ -154,17 +140,6 @@ def test_the_revised_version_is_told_by_its_answers():
         [1, 0.5, 0, 0.8, 0.25, 0])
 
 
-def test_paired_difference(benchmark):
-    first, second = (score_predictions(benchmark, prediction_lines(replies))
-                     for replies in (REPLIES, ["nothing"] * 6))
-    gap = paired_difference(first, second)
-    assert gap["acc@0.5"]["value"] == 75
-    assert gap["mean_iou"]["value"] == pytest.approx(54.375, abs=1e-12)
-    nothing = paired_difference(first, first)["mean_iou"]
-    # Two equal results on a few lists of images do not show that all others are equal.
-    assert nothing["value"] == 0 and nothing["ci95"][0] == -nothing["ci95"][1] < 0
-
-
 # Predictions and the items they name.
 
 @pytest.mark.parametrize("lines,sentence", [
@@ -226,7 +201,7 @@ def test_boxes_in_0_to_1_get_a_hint_under_strict(benchmark):
     for counts, n, is_said in (({protocols.WITHIN_ONE: 6}, 6, True),
                                ({protocols.WITHIN_ONE: 6, "missing": 90}, 96, True),
                                ({protocols.WITHIN_ONE: 1}, 60, False)):
-        notes = leaderboard.table_notes(RESULT | {"problems": counts, "n": n}, ())
+        notes = result.table_notes(RESULT | {"problems": counts, "n": n}, ())
         assert ("--coordinates normalized_1" in " ".join(notes)) == is_said
 
 
@@ -234,21 +209,21 @@ def test_boxes_in_0_to_1_get_a_hint_under_strict(benchmark):
     ("mmiu", None, "its paper counts 11,698"), ("revos", None, "no number is published"),
     ("mmiu", False, "do not hold every item"), ("mmiu", True, "")])
 def test_completeness_is_said(benchmark, complete, sentence):
-    notes = leaderboard.table_notes(RESULT | {"benchmark": benchmark, "complete": complete}, ())
+    notes = result.table_notes(RESULT | {"benchmark": benchmark, "complete": complete}, ())
     assert sentence in " ".join(notes)
     assert bool(sentence) == any("items of" in note or "every item" in note for note in notes)
 
 
 def test_published_rows_average_to_their_headline():
-    for row in (row for rows in leaderboard.PUBLISHED.values() for row in rows):
-        if row.tasks:
-            assert set(row.tasks) == set(annotations.MIG_BENCH_TASKS)
-            assert np.mean(list(row.tasks.values())) == pytest.approx(row.avg, abs=0.06)
+    for row in (row for rows in result.read_published().values() for row in rows):
+        if row["tasks"]:
+            assert set(row["tasks"]) == set(annotations.MIG_BENCH_TASKS)
+            assert np.mean(list(row["tasks"].values())) == pytest.approx(row["avg"], abs=0.06)
 
 
 def test_rows_of_unknown_version_stand_below_and_none_beside_strict():
     def table(benchmark, version, protocol="official"):
-        return leaderboard.score_markdown(RESULT | {
+        return result.score_markdown(RESULT | {
             "benchmark": benchmark, "version": version, "protocol": protocol})
 
     head, notes = table("mig_bench", "revised").split("\n\n")

@@ -7,10 +7,9 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mig_bench_records import write_lines
+from mig_bench_records import score_predictions, write_lines
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.score import annotations, protocols
+from mig_kit.score import annotations
 from mig_kit.score.records import align_predictions, read_records
 
 ANSWERS = ["(A)", "(B)", "(B)"]
@@ -23,9 +22,8 @@ def benchmark():
     return annotations.read_blink(BLINK)
 
 
-def accuracy(benchmark, records):
-    scored = protocols.score_predictions(benchmark, records, "P", BoxFormat())
-    return scored.values.tolist()
+def accuracy(benchmark, records, **settings):
+    return score_predictions(benchmark, records, **settings).values.tolist()
 
 
 def lmms_record(number, reply, **more):
@@ -85,11 +83,9 @@ def test_a_table_with_gaps_may_count_from_0_or_1(benchmark):
 
     for records in (rows(1, 2), rows(2, 3), rows(2)):
         with pytest.raises(ValueError, match="may count from 0 or from 1; give the whole table"):
-            protocols.score_predictions(benchmark, records, "P", BoxFormat(), allow_missing=True)
+            accuracy(benchmark, records, allow_missing=True)
     for records in (rows(0, 2), rows(1, 2, answer="B")):
-        scored = protocols.score_predictions(benchmark, records, "P", BoxFormat(),
-                                             allow_missing=True)
-        assert scored.values[2] == 1
+        assert accuracy(benchmark, records, allow_missing=True)[2] == 1
 
 
 def test_a_column_of_thoughts_belongs_to_the_reply(benchmark):

@@ -162,6 +162,15 @@ def test_the_correction_reaches_the_loss(make_served, first_gradients):
         assert torch.allclose(corrected, expected, rtol=1e-2, atol=1e-6), name
 
 
+@pytest.mark.parametrize("option", [{"min_p": 0.1}, {"top_k": 5}, {"repetition_penalty": 1.1}])
+def test_an_option_that_no_request_holds_is_refused(make_served, monkeypatch, option):
+    arguments = resuming.trainer_arguments
+    monkeypatch.setattr(resuming, "trainer_arguments", lambda *own, **others: arguments(
+        *own, **others, **option))
+    with pytest.raises(ValueError, match=f"servers are not asked for {next(iter(option))}; take"):
+        make_served()
+
+
 def test_a_stale_adapter_is_refused(make_served):
     trainer, _ = make_served(lambda body, answer: {**answer, "model": "step-0"})
     with pytest.raises(RuntimeError, match="answered as 'step-0'.*its adapter is stale"):

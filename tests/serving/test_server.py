@@ -92,11 +92,8 @@ def test_served_replies_equal_the_local_loops(start_server, questions, tmp_path,
     local = draw("", tmp_path / "local", questions, random_folder, float32)
     assert served == local
     assert stored_replies.load_replies(tmp_path / "replies.jsonl") == served
-    body = server.bodies[0]
-    expected = {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0,
-                "max_tokens": 8, "n": 1, "return_token_ids": True}
-    assert expected.items() <= body.items() and "seed" not in body
-    assert set(body["logit_bias"].values()) == {-100} and len(body["logit_bias"]) == 4
+    expected = {"temperature": 0.0, "max_tokens": 8, "n": 1, "return_token_ids": True}
+    assert expected.items() <= server.bodies[0].items()
     draw(server.url, tmp_path, questions, random_folder, float32)
     assert len(server.bodies) == len(questions), "what is stored was drawn again"
 

@@ -44,6 +44,19 @@ def read_scores(folder):
     return json.loads((folder / "eval.json").read_text())["scores"]
 
 
+@pytest.fixture
+def evaluate(random_folder, float32, tmp_path):
+    """Call it with a task, a name of an output folder and changed parameters, for the result of the
+    random model or of another folder.
+    """
+    def run(task, out="out", model=random_folder, **changes):
+        params = SimpleNamespace(**vars(PARAMS) | changes)
+        return eval_model.evaluate_model(RunModel(model, BOX_FORMAT, {}), task, float32,
+                                         tmp_path / out, params)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def evaluated(smoke_runs, tmp_path_factory):
     """A folder with the evaluations of a run's base and GRPO model."""
@@ -63,6 +76,18 @@ def test_a_runs_models_get_the_runs_own_scores(evaluated, smoke_runs):
             assert (summary["score"], summary["ci95"]) == (recorded["score"], recorded["ci95"])
             for task, figures in summary["tasks"].items():  # 06 also draws some at temperature 1
                 assert figures.items() <= recorded["tasks"][task].items()
+
+
+def test_every_suite_has_its_own_truth():
+    def summary(truth):
+        figures = {"claims": 5, "truth": truth, "grounded": None, "coverage": 50.0}
+        return {"score": 50.0, "ci95": [40.0, 60.0], "reasoning": figures | {
+            f"{name}_ci95": None for name in ("truth", "grounded", "coverage")}}
+    rows = eval_model.score_rows({"m": {"scores": {"strict": {
+        "blink": summary(80.0), "mmiu": summary(20.0)}}}})
+    texts = {row["percent, greedy"].strip(): row["m"] for row in rows}
+    assert texts["blink: true claims"] == "80.0" and texts["mmiu: true claims"] == "20.0"
+    assert texts["mmiu: grounded, of correct replies"] == "-" and len(rows) == 8
 
 
 def test_two_models_stand_in_one_table(evaluated, smoke_runs):
@@ -108,16 +133,14 @@ def test_a_difference_is_over_lists_of_images():
 
 
 @pytest.mark.parametrize("suite", ["own", *RUNNABLE])
-def test_files_of_questions(suite, random_folder, float32, tmp_path):
+def test_files_of_questions(suite, evaluate, tmp_path):
     """A random model knows nothing: what is tested is that every file is asked and written."""
     write_benchmarks(tmp_path)
     own = {"id": "x", "images": ["a.png"], "question": "Where?", "coordinates": "pixels",
            "targets": [{"image": 1, "box": [10, 10, 60, 50]}]}
     (tmp_path / "own.jsonl").write_text(json.dumps(own) + "\n")
     file = tmp_path / ("own.jsonl" if suite == "own" else f"{suite}.json")
-    task = eval_model.Task(suite, file, tmp_path)
-    result = eval_model.evaluate_model(RunModel(random_folder, BOX_FORMAT, {}), task,
-                                       float32, tmp_path / "out", PARAMS)
+    result = evaluate(eval_model.Task(suite, file, tmp_path))
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == len(RECORDS.get(suite, [own]))
     assert all("response" in json.loads(line) for line in lines)
@@ -146,28 +169,23 @@ def rewrite(folder, colour):
     Image.new("RGB", (90, 60), colour).save(folder / "a.png")
 
 
-def test_replies_about_other_pictures_are_not_taken(own_task, random_folder, float32, tmp_path):
+def test_replies_about_other_pictures_are_not_taken(own_task, evaluate, tmp_path):
     """Not those of another folder with the same names, nor of the same folder's new pictures; a
     copy is the same picture.
     """
-    def ask(task, out="out"):
-        return eval_model.evaluate_model(RunModel(random_folder, BOX_FORMAT, {}), task, float32,
-                                         tmp_path / out, PARAMS)
-
-    result, grey = ask(own_task), dataclasses.replace(own_task, root=tmp_path / "grey")
+    result, grey = evaluate(own_task), dataclasses.replace(own_task, root=tmp_path / "grey")
     rewrite(tmp_path / "copy", "white")
-    assert ask(dataclasses.replace(own_task, root=tmp_path / "copy")) == result
+    assert evaluate(dataclasses.replace(own_task, root=tmp_path / "copy")) == result
     rewrite(tmp_path / "grey", "grey")
-    refusal = "holds replies of another evaluation: another questions; name another --out"
-    with pytest.raises(ValueError, match=refusal):
-        ask(grey)
     rewrite(tmp_path, "grey")
-    with pytest.raises(ValueError, match=refusal):
-        ask(own_task)
+    for task in (grey, own_task):
+        with pytest.raises(ValueError, match="holds replies of another evaluation: another "
+                                             "questions; name another --out"):
+            evaluate(task)
     rewrite(tmp_path, "white")
-    assert ask(own_task) == result
+    assert evaluate(own_task) == result
     with pytest.raises(ValueError, match="did not answer the same questions"):
-        eval_model.difference_rows({"white": result, "grey": ask(grey, "out 2")})
+        eval_model.difference_rows({"white": result, "grey": evaluate(grey, "out 2")})
 
 
 def test_the_refusal_names_what_differs(tmp_path):
@@ -185,19 +203,19 @@ def read_responses(out):
             for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_call_goes_on(own_task, random_folder, float32, tmp_path):
+def test_a_killed_call_goes_on(own_task, evaluate, tmp_path):
     """What it has asked is not asked again; a line that the kill cut is."""
-    model, out = RunModel(random_folder, BOX_FORMAT, {}), tmp_path / "out"
-    eval_model.evaluate_model(model, own_task, float32, out, PARAMS)
+    out = tmp_path / "out"
+    evaluate(own_task)
     before = read_responses(out)
     (replies,) = (out / "replies").glob("*.jsonl")
     first, second, _ = replies.read_text().splitlines(keepends=True)
     replies.write_text(json.dumps(json.loads(first) | {"replies": ["kept"]}) + "\n" + second[:9])
-    eval_model.evaluate_model(model, own_task, float32, out, PARAMS)
+    evaluate(own_task)
     assert read_responses(out) == ["kept", *before[1:]]
 
 
-def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, random_folder, float32,
+def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, random_folder, evaluate,
                                                                   tmp_path):
     """Its image settings lie in processor_config.json, which transformers 5 writes."""
     stock = shutil.copytree(random_folder, tmp_path / "stock")
@@ -207,22 +225,18 @@ def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, rand
         {"processor_class": "Qwen2_5_VLProcessor",
          "image_processor": settings | {"image_processor_type": "Qwen2VLImageProcessor"}}))
     for folder in (random_folder, stock):
-        eval_model.evaluate_model(RunModel(folder, BOX_FORMAT, {}), own_task, float32,
-                                  tmp_path / f"of {folder.name}", PARAMS)
+        evaluate(own_task, f"of {folder.name}", folder)
     assert read_responses(tmp_path / "of stock") == read_responses(
         tmp_path / f"of {random_folder.name}")
 
 
-def test_a_server_gives_the_same_replies(own_task, random_policy, random_folder, float32, tmp_path):
-    model = RunModel(random_folder, BOX_FORMAT, {})
+def test_a_server_gives_the_same_replies(own_task, random_policy, evaluate, tmp_path):
     server = RolloutServer(random_policy, name=eval_model.MODEL)
-    texts = []
-    for name, address in (("local", ""), ("served", server.url)):
-        params = SimpleNamespace(**vars(PARAMS) | {"server": address})
-        eval_model.evaluate_model(model, own_task, float32, tmp_path / name, params)
-        texts.append((tmp_path / name / "predictions.jsonl").read_text())
+    evaluate(own_task, "local")
+    evaluate(own_task, "served", server=server.url)
     server.stop()
-    assert texts[0] == texts[1] and len(server.bodies) == 3
+    assert read_responses(tmp_path / "local") == read_responses(tmp_path / "served")
+    assert len(server.bodies) == 3
 
 
 ANSWER = f"<answer>{format_answer(1, (11, 33, 333, 667))}</answer>"
@@ -324,15 +338,13 @@ def test_what_a_servers_model_cannot_be_asked_with(words, sentence, serve, own_t
     ({"question": "Where? " * 5000, "id": "long"},  # which more tokens for replies would not mend
      "question long: the prompt takes [0-9]+ tokens, 6 of them for images, and the model reads "
      "4096; shorten")])
-def test_a_wrong_question_leaves_no_folder_behind(change, sentence, own_task, random_folder,
-                                                  float32, tmp_path):
+def test_a_wrong_question_leaves_no_folder_behind(change, sentence, own_task, evaluate, tmp_path):
     right = own_task.file.read_text()
     line = json.loads(right.splitlines()[0]) | {"id": "w"} | change
     line = {name: value for name, value in line.items() if value is not None}
     own_task.file.write_text(right + json.dumps(line) + "\n")
     with pytest.raises(ValueError, match=sentence):
-        eval_model.evaluate_model(RunModel(random_folder, BOX_FORMAT, {}), own_task,
-                                  float32, tmp_path / "out", PARAMS)
+        evaluate(own_task)
     assert not (tmp_path / "out").exists()
 
 

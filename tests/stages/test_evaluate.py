@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import cache
 
-import numpy as np
 import pytest
 
 from mig_kit.boxes import BoxFormat, to_model_box
@@ -11,7 +10,7 @@ from mig_kit.common import write_json
 from mig_kit.sample import TableRows, read_samples, write_samples
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluate import paired_difference, summarize_suite
-from mig_kit.stats import macro_mean, to_percent
+from mig_kit.stats import to_percent
 from mig_kit.world.suites import make_suite
 from mig_kit.world.tasks import make_sample
 
@@ -45,12 +44,28 @@ def test_scores_by_hand():
     assert result["sampled"] is None
 
 
-def test_the_wrong_image_scores_nothing():
-    sample = make_sample("group_grounding", "val", 0)
-    number = sample.targets[0].image
-    wrong = number % len(sample.images) + 1
-    reply = reply_to(sample).replace(f'"image": {number}', f'"image": {wrong}')
-    assert evaluate.score_reply(reply, sample, BOX_FORMAT)["correct"] == 0
+def test_the_truth_of_reasoning_by_hand():
+    """Correct with true reasoning, correct with a false claim, correct without any, and wrong."""
+    samples = [make_sample("diff", "val", index) for index in range(4)]
+    thoughts = [" ".join([*samples[0].notes, samples[0].finding]),
+                f"{samples[1].notes[0]} image 3: red star.", "Compare. hm.", samples[3].finding]
+    replies = [reply_to(sample).replace("<think>", f"<think>{thought}")
+               for sample, thought in zip(samples, thoughts)]
+    replies[3] = replies[3].partition("<answer>")[0]
+    result = summarize_suite(samples, replies, [], BOX_FORMAT)["reasoning"]
+    assert (result["claims"], result["unjudged"]) == (6, 1)
+    assert result["truth"] == pytest.approx(100 * 5 / 6)
+    assert result["grounded"] == pytest.approx(100 / 3)
+    low, high = result["grounded_ci95"]
+    assert 0 <= low < 100 / 3 < high <= 100
+    first, second = ([note.count(",") + 1 for note in sample.notes] for sample in samples[:2])
+    expected = 100 * (sum(first) + second[0]) / (sum(first) + sum(second))
+    assert result["coverage"] == pytest.approx(expected)
+    silent = summarize_suite(samples, [""] * 4, [], BOX_FORMAT)["reasoning"]
+    assert [silent[name] for name in ("claims", "truth", "grounded", "coverage")] == [
+        0, None, None, None]
+    own = [replace(sample, spec=None) for sample in samples]
+    assert "reasoning" not in summarize_suite(own, replies, [], BOX_FORMAT)
 
 
 def test_either_image_of_a_pair_that_holds_both():
@@ -61,19 +76,14 @@ def test_either_image_of_a_pair_that_holds_both():
         assert evaluate.score_reply(reply, sample, BOX_FORMAT)["correct"] == 1
 
 
-@pytest.mark.parametrize("answer,correct", [
-    ("none", 1), ("", 1), ('{"image": null, "box": null}', 1), ("A", 0), ('{"image": 0}', 1),
-    ('{"image": 1, "box": [1, 2, 3, 4]}', 0), ('{"image": 1, "box": [1, 2', 0)])
-def test_where_there_is_nothing_to_find_the_correct_answer_names_no_box(answer, correct):
-    sample = sample_without_target()
-    reply = f"<think>List.</think><answer>{answer}</answer>"
-    scores = evaluate.score_reply(reply, sample, BOX_FORMAT)
+@pytest.mark.parametrize("reply,correct", [
+    *((f"<think>List.</think><answer>{answer}</answer>", correct) for answer, correct in (
+        ("none", 1), ("", 1), ('{"image": null, "box": null}', 1), ("A", 0), ('{"image": 0}', 1),
+        ('{"image": 1, "box": [1, 2, 3, 4]}', 0), ('{"image": 1, "box": [1, 2', 0))),
+    ("There is nothing.", 0)])
+def test_where_there_is_nothing_to_find_the_correct_answer_names_no_box(reply, correct):
+    scores = evaluate.score_reply(reply, sample_without_target(), BOX_FORMAT)
     assert scores["correct"] == correct and scores["format"] >= correct
-
-
-def test_without_the_form_that_was_asked_for_nothing_is_correct():
-    sample = sample_without_target()
-    assert evaluate.score_reply("There is nothing.", sample, BOX_FORMAT)["correct"] == 0
 
 
 @cache
@@ -140,10 +150,6 @@ def test_all_correct_is_not_certain():
     low, high = summary["tasks"]["region"]["ci95"]
     assert low == pytest.approx(100 * 0.025 ** (1 / 20), abs=1e-9), "Clopper and Pearson, 20 of 20"
     assert high == 100
-
-
-def test_macro():
-    assert macro_mean([np.array([1.0, 0.0]), np.array([1.0])]) == 0.75
 
 
 def test_own_data_is_scored_by_question_and_drawn_suites_by_task(tmp_path, monkeypatch):

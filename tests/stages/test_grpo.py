@@ -102,8 +102,26 @@ def test_shares_of_what_replies_write_down():
     assert shares == {"evidence": 0.5, "finding": 0.25, "method": 0.25}
     assert grpo.detail_shares(replies, [own] * 4) == {}
     assert grpo.detail_shares(replies, [own] * 3 + [drawn])["evidence"] == 1
-    history = [{"step": 1, "reward": 0.5, "detail/evidence": 0.25, "rewards/box/mean": 0.1}]
+    history = [{"step": 1, "reward": 0.5, "detail/evidence": 0.25, "rewards/box/mean": 0.1,
+                "detail/truth": 0.75}]
     assert grpo.training_curves(history)[0]["evidence"] == 0.25
+    assert grpo.training_curves(history)[0]["truth"] == 0.75
+
+
+def test_shares_of_what_is_true_and_of_what_is_listed():
+    drawn, own = make_sample("diff", "rl", 0), replace(make_sample("diff", "rl", 1), notes=(),
+                                                       spec=None)
+    listed = drawn.notes[0].count(",") + 1
+    replies = [f"<think>{' '.join(drawn.notes)}</think>",
+               f"<think>{drawn.notes[0]} new: x.</think>",
+               "<think>image 9: red star.</think>"]
+    total = sum(note.count(",") + 1 for note in drawn.notes)
+    assert grpo.reasoning_shares(replies, [drawn] * 3) == {
+        "truth": 3 / 4, "coverage": (total + listed) / (3 * total)}
+    assert grpo.reasoning_shares(["", "<think>Compare.</think>"], [drawn] * 2) == {}
+    assert grpo.reasoning_shares(replies, [own] * 3) == {}
+    false, = grpo.describe_reply(replies[2], drawn, BOX_FORMAT, {}, {})["false"]
+    assert replies[2][slice(*false)] == "image 9: red star."
 
 
 def test_what_is_kept_of_a_rollout():
@@ -355,8 +373,8 @@ def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypa
 @pytest.mark.slow
 def test_transformers_draws_with_options_that_the_decoder_lacks(tmp_path, make_trainer,
                                                                 monkeypatch):
-    arguments = grpo.trainer_arguments
-    monkeypatch.setattr(grpo, "trainer_arguments", lambda *own, **others: arguments(
+    arguments = resuming.trainer_arguments
+    monkeypatch.setattr(resuming, "trainer_arguments", lambda *own, **others: arguments(
         *own, **others, min_p=0.1))
     with pytest.warns(UserWarning, match="drawn by transformers, prompt by prompt: min_p"):
         trainer = make_trainer(tmp_path, max_steps=1)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from mig_kit.pipeline import launchers
+from mig_kit.pipeline import processes
 from mig_kit.stages import launched_worker
 from mig_kit.training import jobs, resuming
 
@@ -44,7 +44,7 @@ def launch(monkeypatch, tmp_path, random_folder):
     """Call it with a stage, a launcher and changed parameters for the folder of a job that it has
     trained.
     """
-    monkeypatch.setattr(launchers, "MODULE", "launched")
+    monkeypatch.setattr(processes, "MODULE", "launched")
     monkeypatch.setattr(jobs, "count_cores", lambda: 2)
     monkeypatch.setenv("PYTHONPATH", TESTS)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -124,8 +124,8 @@ def test_killed_in_the_second_pass_and_started_again_it_trains_as_if_undisturbed
         stage, changes, update, launch, alone, tmp_path, random_folder):
     """A pass has 3 updates in 02 and 5 in 05."""
     folder = tmp_path / stage
-    code = ("import launched; from pathlib import Path; from mig_kit.pipeline import launchers; "
-            "launchers.MODULE = 'launched'; "
+    code = ("import launched; from pathlib import Path; from mig_kit.pipeline import processes; "
+            "processes.MODULE = 'launched'; "
             f"launched.run({stage!r}, Path({str(folder)!r}), Path({str(random_folder)!r}), "
             f"{launched.TORCHRUN!r}, **{changes!r})")
     notebook = subprocess.Popen([sys.executable, "-c", code])

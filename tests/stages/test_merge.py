@@ -4,6 +4,7 @@ methods do not.
 
 import pytest
 import torch
+from published import save_model
 from safetensors.torch import save_file
 
 from mig_kit.boxes import BoxFormat
@@ -28,7 +29,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
     merging.write_merged_model(random_folder, adapter, folder, float32, policy.processor,
                                four_bit=True)
     merged = merge.merge_for_comparison(random_folder, adapter, float32)
-    loading.save_model(merged, policy.processor, tmp_path / "in memory", random_folder)
+    save_model(merged, policy.processor, tmp_path / "in memory", random_folder)
     for file in sorted((tmp_path / "in memory").iterdir()):
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
     for saved in (folder, tmp_path / "in memory"):
@@ -101,8 +102,8 @@ def test_what_is_saved_does_not_depend_on_the_last_call(tmp_path, random_model):
     """
     fresh, used = (loading.load_processor(loading.TINY_BASE, BOX_FORMAT) for _ in range(2))
     used.tokenizer(["a", "a longer line"], padding=True, truncation=True, max_length=8)
-    loading.save_model(random_model, fresh, tmp_path / "fresh", loading.TINY_BASE)
-    loading.save_model(random_model, used, tmp_path / "used", loading.TINY_BASE)
+    save_model(random_model, fresh, tmp_path / "fresh", loading.TINY_BASE)
+    save_model(random_model, used, tmp_path / "used", loading.TINY_BASE)
     for name in sorted(path.name for path in (tmp_path / "fresh").iterdir()):
         fresh_file, used_file = (tmp_path / folder / name for folder in ("fresh", "used"))
         assert fresh_file.read_bytes() == used_file.read_bytes(), name

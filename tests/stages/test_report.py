@@ -1,186 +1,179 @@
-"""Stage 07: the tables show what was measured, and the page says what to look at."""
+"""Stage 07: the page says what to look at, and nothing that a model wrote runs in it; what became
+of a reply.
+"""
 
-from mig_kit.boxes import BoxFormat
+import json
+from dataclasses import replace
+
+import pytest
+from bs4 import BeautifulSoup
+
+from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.drawing import plots
+from mig_kit.prompts import correct_answer, format_answer
+from mig_kit.rewards import REWARDS
 from mig_kit.stages import report
-from mig_kit.training.reward_loading import correct_reply
-from mig_kit.world.suites import SUITES, make_suite
+from mig_kit.training.reward_loading import score_functions
+from mig_kit.world.scenes import Object, Scene
+from mig_kit.world.suites import SUITES, iter_free_form, make_suite
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
-
-
-def test_out_of_domain_by_hand():
-    """LISA-like: the base is correct on all of four, SFT on none, GRPO on the first alone."""
-    samples = [sample for sample in make_suite("ood_grounding", "test", 4)
-               if sample.task in ("lisa", "unseen")]
-    lisa = [sample.id for sample in samples if sample.task == "lisa"]
-    correct = {"base": lisa, "sft": [], "grpo": lisa[:1]}
-    replies = {system: {sample.id: correct_reply(sample, BOX_FORMAT) if sample.id in ids else "?"
-                        for sample in samples} for system, ids in correct.items()}
-    first, second = report.out_of_domain_rows(samples, replies, BOX_FORMAT)
-    assert first["suite"] == "LISA-like (drawn)"
-    assert (first["base"], first["SFT"], first["GRPO"]) == ("100.0", "0.0", "25.0")
-    assert first["SFT over base"] == "-100.0 (-100.0 to +20.5)", "four are few"
-    assert first["GRPO over SFT"] == "+25.0 (-54.6 to +100.0)"
-    assert first["GRPO over base"] == "-75.0 (-100.0 to +4.6)"
-    assert second["suite"] == "unseen things (drawn)"
-    assert second["GRPO over base"] == "+0.0 (-60.2 to +60.2)", "none of four differs, so few may"
-
-
-def evaluated_systems(**more):
-    suite = {"score": 50.0, "ci95": [40.0, 60.0], "sampled": 45.0, "n_sampled": 8,
-             "n": 20, "tasks": {"lisa": {"acc@0.5": 50.0, "ci95": [40.0, 60.0], "n": 20}}, **more}
-    return {system: dict.fromkeys(SUITES, suite) for system in ("base", "sft", "grpo")}
-
-
-def test_pass_at_k_where_06_has_it():
-    rows = report.pass_at_k_rows(evaluated_systems(pass_at_k={"1": 45.0, "8": 80.0}))
-    assert len(rows) == 2 * len(SUITES) and rows[0] == {
-        "suite": "MIG-Bench-like (drawn)", "system": "SFT", "samples": 8, "pass@1": 45.0,
-        "pass@8": 80.0}
-    assert rows[1]["system"] == "GRPO"
-    assert report.pass_at_k_rows(evaluated_systems()) == []
-
-
-RECORDS = {
-    "02_sft": {"params": {"seed": 3}, "run_id": "default", "seconds": 90, "git": "0123456789+",
-               "machine": "two cores", "hardware": "CPU <b>"},
-    "05_grpo": {"params": {"learning_rate": 1.0}, "run_id": "sharp", "seconds": 0, "git": "",
-                "machine": "two cores"},
-    "06_evaluate": {"params": {"seed": 3, "eval_seed": 14}, "run_id": "sharp", "seconds": 30,
-                    "git": "", "machine": "two cores"}}
-
-
-def test_how_a_run_was_made():
-    first, _, second, total = report.stage_rows(RECORDS)
-    assert first == {"stage": "02_sft", "run": "default", "minutes": "1.5", "seed": "seed 3",
-                     "commit": "01234567+", "machine": "two cores"}
-    assert second["seed"] == "seed 3, eval_seed 14" and second["commit"] == ""
-    assert total == {"stage": "together", "minutes": "2.0"}
-
-
-def test_the_head_of_the_page_says_what_run_it_is():
-    samples = {"own": make_suite("mmiu", "test", 1), "mmiu": make_suite("mmiu", "test", 2)}
-    assert report.describe_run(RECORDS, samples) == (
-        "3 held-out questions of own data and 6 drawn questions, to be compared with each other "
-        "alone; 2.0 minutes; CPU <b>")
-
-
-def test_rows_of_suites_and_differences():
-    samples = {"mmiu": make_suite("mmiu", "test", 2)}
-    assert report.suite_rows(samples) == [
-        {"suite": "MMIU-like (drawn)", "questions": 6, "tasks": 3,
-         "an example": samples["mmiu"][-1].question}]
-    gap = {"value": 2.0, "ci95": [0.5, 4.0]}
-    assert report.difference_rows({"grpo-sft": {"mmiu": gap}}) == [
-        {"compared": "GRPO over SFT", "MMIU-like (drawn)": "▲ +2.0 (+0.5 to +4.0)"}]
+SCORES = score_functions(REWARDS, BOX_FORMAT)
 
 
 def test_the_page_says_what_to_look_at():
     gap = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
-    deltas = {delta: dict.fromkeys(SUITES, gap) for delta in ("grpo-sft", "grpo-base")}
-    figures = dict.fromkeys(("suites", "ood", "tasks", "outcomes", "loss", "grpo", "flow",
-                             "dropped", "difficulty", "shares", "rollouts"))
-    tables = {"ood": [{"suite": "LISA-like (drawn)", "base": "<i>"}],
-              "rewards": [], "stages": report.stage_rows(RECORDS), "changed": []}
-    metrics = {"systems": evaluated_systems(), "deltas": deltas}
-    sections = report.report_sections(metrics, figures, report.Markup("cards"), tables)
-    text = report.render_page("t", sections)
+    suite = {"score": 50.0, "ci95": [40.0, 60.0], "sampled": 45.0, "n": 20}
+    metrics = {"systems": {system: dict.fromkeys(SUITES, suite)
+                           for system in ("base", "sft", "grpo")},
+               "deltas": {delta: dict.fromkeys(SUITES, gap) for delta in ("grpo-sft", "grpo-base")}}
+    rows = {"ood": [{"suite": "LISA-like (drawn)", "base": "<i>"}], "rewards": [], "stages": [],
+            "changed": []}
+
+    def render(facts="", **figures):
+        sections = report.report_sections(metrics, figures, report.Markup("cards"), rows)
+        return report.render_page("t", sections, facts)
+
+    text = render(loss=None)
     assert text.count("<figcaption>") == 3, "claims, ood_rows and sampled"
     assert "&lt;i&gt;" in text and "<i>" not in text and "pass@k" not in text
-    figures["loss"] = plots.plot_curves([{"step": 1, "loss": 2.0}], ["loss"], "Fine-tuning", 1)
-    sections = report.report_sections(metrics, figures, report.Markup("cards"), tables)
-    text = report.render_page("t", sections, "seed 3, <b>")
-    assert "<p class=facts>seed 3, &lt;b&gt;</p>" in text
-    assert 'alt="Fine-tuning"' in text
+    text = render("seed 3, <b>", loss=plots.plot_curves([{"step": 1, "loss": 2.0}], ["loss"],
+                                                        "Fine-tuning", 1))
+    assert "<p class=facts>seed 3, &lt;b&gt;</p>" in text and 'alt="Fine-tuning"' in text
     assert "<figcaption>A loss that still falls steeply" in text
 
 
-def test_the_held_out_part_of_own_data():
-    suite = {"score": 40.0, "ci95": [30.0, 50.0], "sampled": None, "n": 60, "image": 90.0,
-             "format": 100.0}
-    systems = {"base": {"own": suite, "mmiu": suite}, "grpo": {"own": suite | {"score": 62.5}}}
-    rows = report.held_out_rows(systems)
-    assert [(row["system"], row["questions"], row["correct"]) for row in rows] == [
-        ("base", 60, 40.0), ("GRPO", 60, 62.5)]
-    gap = {"value": 22.5, "ci95": [9.0, 35.0]}
-    assert report.own_data_rows({"grpo-base": {"own": gap, "mmiu": gap}}) == [
-        {"compared": "GRPO over base", "own data (held out)": "▲ +22.5 (+9.0 to +35.0)"}]
-    assert report.held_out_rows(evaluated_systems()) == []
-    assert report.claim_rows({"deltas": {"grpo-base": {"own": gap}}}) == [], "no drawn suite"
-
-
-def test_headline_rows():
-    difference = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
-    metrics = {
-        "deltas": {
-            "grpo-sft": {"mig_bench": difference, "ood_grounding": difference},
-            "grpo-base": {"blink": difference, "mmiu": difference},
-        }
-    }
-    rows = report.claim_rows(metrics)
-    papers = [row["paper v2 (real benchmark, 7B)"] for row in rows]
-    assert papers == ["+9.04", "+4.98", "+3.10", "+2.40"]
-    from_base = report.claim_rows(metrics | {"start_from": "base"})
-    assert [row["compared"] for row in from_base] == ["RL over base"] * 2, "no SFT model before it"
-    assert rows[0]["suite"] == "MIG-Bench-like (drawn)"
-    assert rows[0]["this run (95 %)"] == "▲ +9.5 (+7.0 to +12.0)"
-    bare = report.html_table([{**row, "at temperature 1": None} for row in rows])
-    assert "temperature" not in bare and "+9.5" in bare
-    empty = report.html_table([{"system": "base", "mig_bench": None}])
-    assert "drawn" not in report.render_page("t", [("drawn", empty)]), "nothing drawn, no heading"
-
-
-def test_flow_adds_up():
-    metrics = {
-        "01_synthesize": {"traces": {"kept": 8, "dropped": {"format": 2}}},
-        "04_rejection_sampling": {
-            "why": {"diff": {"kept": 3, "below min_pass_rate": 1}, "region": {"kept": 2}}
-        },
-    }
-    assert report.sample_counts(metrics) == {
-        "traces": {"kept": 8, "dropped: format": 2},
-        "candidates": {"kept": 5, "below min_pass_rate": 1},
-    }
-
-
-def test_calibration_counts_every_sample_once():
-    samples = [make_sample("diff", "val", i) for i in range(40)]
-    rows = report.pass_rate_by_difficulty({s.id: i / 40 for i, s in enumerate(samples)}, samples)
-    assert sum(int(row["objects"].split(" = ")[1]) for row in rows) == 40
-    assert all(0 <= row["pass rate"] <= 1 for row in rows)
-    assert all(row["ci95"][0] <= row["pass rate"] <= row["ci95"][1] for row in rows)
-    assert report.pass_rate_by_difficulty({"x": 0.5}, []) == [], "own data lists nothing"
-
-
-def test_rewards_are_a_table():
-    curves = [{"step": i, "box": float(i), "center": None, "choice": 1.0} for i in range(20)]
-    params = {"rewards": ["box", "<b>.py:center", "choice"], "reward_weights": {"box": 2.0}}
-    rows = report.reward_rows(curves, params)
-    assert rows[0] == {"reward": "box", "weight": 2.0, "first 10 updates": 4.5,
-                       "last 10 updates": 14.5}
-    assert rows[1]["first 10 updates"] is None and rows[2]["weight"] == 1.0
-    text = report.html_table(rows)
-    assert "&lt;b&gt;.py:center" in text and "<td>14.50</td>" in text
-
-
-def test_what_came_out_and_what_differs_from_the_source(monkeypatch):
-    gap = {"value": -5.0, "ci95": [-12.04, 2.0]}
-    metrics = {"systems": evaluated_systems(), "deltas": {"grpo-sft": {"mig_bench": gap}}}
-    assert report.describe_outcome(metrics) == (
-        "MIG-Bench-like (drawn), percent correct: base 50.0 → SFT 50.0 → GRPO 50.0; RL over SFT: "
-        "-5.0 (-12.0 to +2.0) points, 95 % interval over questions.")
-    monkeypatch.setattr(report, "load_record", lambda stage, run: {"params": {"learning_rate": 2}})
-    assert report.changed_rows("sharp", RECORDS) == [
-        {"stage": "05_grpo", "parameter": "learning_rate", "this run": "1.0", "run default": "2"}]
-
-
-def test_own_data_shows_no_claim_of_the_paper_and_no_sft_where_there_is_none():
-    gap = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": None}
-    deltas = {"grpo-base": {"own": gap, "blink": gap}}
-    assert report.claim_rows({"deltas": deltas}) == []
+def test_captions_say_nothing_of_sft_where_there_is_none():
     for name in report.macros.captions:
         assert "SFT" not in report._caption(name, False) and report._caption(name, True)
-    assert "nan" not in report.html_table(report.stage_rows(RECORDS))
-    assert "nan" not in report.html_table([{"stage": "a", "run": "x"}, {"stage": "together"}])
+
+
+@pytest.mark.parametrize(("rows", "has", "lacks"), [
+    ([{"a": "<b>.py", "b": 14.5}], "&lt;b&gt;.py", "<b>"),
+    ([{"a": "x", "b": 14.5, "c": None}], "<td>14.50</td>", "<th>c</th>"),
+    ([{"a": "x", "b": [1.0, 2.04]}], "<td>1.0 to 2.0</td>", "["),
+    ([{"a": "x", "b": "y"}, {"a": "together"}], "<td>together</td>", "nan")])
+def test_cells_of_a_table(rows, has, lacks):
+    html = report.html_table(rows)
+    assert has in html and lacks not in html
+
+
+def test_a_table_without_values_has_no_heading():
+    empty = report.html_table([{"system": "base", "mig_bench": None}])
+    assert "drawn" not in report.render_page("t", [("drawn", empty)])
+
+
+def test_nothing_that_a_model_or_a_data_set_wrote_can_run():
+    hostile = ("<script>alert(1)</script><img src=x onerror=alert(2)></style></title>"
+               "<a href='javascript:alert(3)'>")
+    sample = replace(make_sample("diff", "val", 0), question=hostile, id=f"{hostile}/../x.png",
+                     task=hostile, options=(hostile, "b"))
+    reply = f"<think>{hostile}</think><answer>{hostile}</answer>"
+    cards = report.gallery_html([(hostile, sample)], {hostile: {sample.id: reply}}, BOX_FORMAT,
+                                SCORES)
+    page = report.render_page(f"mine {hostile}", [(hostile, cards)], hostile)
+    soup = BeautifulSoup(page, "html.parser")
+    assert not soup.find_all(["script", "a"]) and soup.title.text == f"mine {hostile}"
+    names = {name for tag in soup.find_all() for name in tag.attrs}
+    assert not [name for name in names if name.startswith("on") or name == "href"]
+
+
+def test_a_card_shows_the_rewards_that_training_counts():
+    sample = make_sample("diff", "val", 0)
+    reply = f"<answer>{correct_answer(sample, BOX_FORMAT)}</answer>"
+    for thought, counted in (("In image 2.", "format 1"), ("In image 9.", "format 0")):
+        card = report.sample_card(sample, {"GRPO": f"<think>{thought}</think>{reply}"},
+                                  BOX_FORMAT, SCORES)
+        assert f"{counted}, image 1" in card
+
+
+def reply_for(sample, number=None, shift=0):
+    image, box = sample.targets[0]
+    x1, y1, x2, y2 = to_model_box(box, sample.sizes[image - 1], box_format=BoxFormat())
+    answer = format_answer(number or image, (x1 + shift, y1, x2 + shift, y2))
+    return f"<think></think><answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize(("outcome", "more"), [
+    ("correct", {}), ("wrong image", {"number": 1}), ("loose box", {"shift": 12}),
+    ("wrong object", {"shift": 40}), ("no answer", None)])
+def test_outcomes_by_hand(outcome, more):
+    sample = replace(make_sample("diff", "val", 0), spec=None)
+    reply = "?" if more is None else reply_for(sample, **more)
+    assert report.classify_outcome(reply, sample, BOX_FORMAT) == outcome
+    replies = {"a": {sample.id: reply_for(sample)}, "b": {sample.id: reply}}
+    assert report.count_outcomes([sample], replies, BOX_FORMAT) == {
+        "a": {"correct": 1} | {outcome: int(outcome == "correct")},
+        "b": {"correct": 0} | {outcome: 1}}
+
+
+def test_a_wrong_letter_is_a_wrong_option():
+    choice = next(iter_free_form("val", 1))
+    wrong = "B" if choice.letter == "A" else "A"
+    reply = f"<think></think><answer>{wrong}</answer>"
+    assert report.classify_outcome(reply, choice, BOX_FORMAT) == "wrong option"
+
+
+def test_a_box_on_another_object_is_no_loose_box():
+    """A box around a neighbour that touches the target by a third, and one that misses all."""
+    sample = make_sample("diff", "val", 0)
+    image, (x1, y1, x2, y2) = sample.targets[0]
+    width = x2 - x1
+    neighbour = (x1 + 0.5 * width, y1, x2 + 0.5 * width, y2)
+
+    def classify(shift, *objects):
+        scenes = [Scene(84, 84, objects if number == image else ()) for number in (1, 2)]
+        spec = replace(sample.spec, scenes=scenes) if objects else None
+        return report.classify_outcome(reply_for(sample, shift=shift * width),
+                                       replace(sample, spec=spec), BOX_FORMAT)
+
+    target = Object("red", "star", "plain", (x1, y1, x2, y2))
+    neighbour = replace(target, box=neighbour)
+    assert classify(0.4) == "loose box", "IoU 0.43"
+    assert classify(0.4, target, neighbour) == "wrong object"
+    assert classify(0.4, target) == "loose box"
+    assert classify(3, target) == "wrong object"
+
+
+def test_the_gallery_covers_the_outcomes():
+    samples = [make_sample("diff", "val", i) for i in range(4)]
+    before, after = ({sample.id: reply_for(sample) if i in correct else ""
+                      for i, sample in enumerate(samples)} for correct in ((1, 2), (0, 1)))
+    gallery = report.pick_gallery(samples, before, after, BOX_FORMAT)
+    assert [(kind, sample.id) for kind, sample in gallery] == list(zip(
+        ("wrong, then correct", "correct both times", "correct, then wrong", "wrong both times"),
+        (sample.id for sample in samples)))
+
+
+def test_the_gallery_shows_every_task_of_a_suite():
+    samples = [make_sample(task, "val", i) for task in ("diff", "region", "common_object")
+               for i in range(4)]
+    wrong = {sample.id: "" for sample in samples}
+    half = {sample.id: reply_for(sample) if sample.task == "diff" else "" for sample in samples}
+    gallery = report.pick_gallery(samples, wrong, half, BOX_FORMAT, 2)
+    assert {sample.task for _, sample in gallery} == {"diff", "region", "common_object"}
+    assert [kind for kind, _ in gallery].count("wrong both times") == 2
+
+
+def test_the_gallery_is_filtered_without_a_script():
+    samples = [make_sample("diff", "val", 0), make_sample("region", "val", 0)]
+    text = report.gallery_html([("kept", samples[0]), ("<b>lost</b>", samples[1])],
+                               {"sft": {s.id: "?" for s in samples}}, BOX_FORMAT, SCORES)
+    assert text.count('class="card task-') == 2
+    assert "body:has(#pick-task-1:checked) .card:not(.task-1)" in text
+    assert "pick-suite" not in text and "pick-outcome" not in text, "one of a kind is no filter"
+    assert text.count('alt="2 images with the target') == 2
+    assert "<script" not in text and "<b>lost" not in text
+
+
+def test_replies_are_read_by_system_and_sample(tmp_path):
+    samples = make_suite("mmiu", "test", 1)
+    for system in ("base", "grpo", "other"):
+        lines = [json.dumps({"id": sample.id, "replies": [f"{system} {sample.task}"]})
+                 for sample in samples]
+        (tmp_path / f"{system}_mmiu_greedy.jsonl").write_text("\n".join(lines))
+    replies = report.load_greedy_replies(tmp_path, "mmiu", samples, ("grpo", "base"))
+    assert list(replies) == ["base", "grpo"]
+    assert replies["base"][samples[0].id] == f"base {samples[0].task}"
+    assert report.load_greedy_replies(tmp_path, "mmiu", [], ("base",)) == {}

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerState
 
 from mig_kit.common import write_json
-from mig_kit.pipeline import launchers
+from mig_kit.pipeline import processes
 from mig_kit.training import jobs
 
 
@@ -32,7 +32,7 @@ def test_words_of_a_launcher(launcher, local, nodes, tmp_path):
     launch = jobs.plan_launch(launcher)
     assert (launch.local, launch.nodes) == (local, nodes)
     command = launch.command(tmp_path)
-    assert command[1:] == [*launcher.split()[1:], "-m", launchers.MODULE, str(tmp_path)]
+    assert command[1:] == [*launcher.split()[1:], "-m", processes.MODULE, str(tmp_path)]
     assert os.access(command[0], os.X_OK)
 
 
@@ -82,7 +82,7 @@ def test_a_job_runs_alike_here_and_launched(launcher, tmp_path, monkeypatch, cap
                       "print(stage, params.seed); save_state(folder, params, **inputs)\n")
     tests = os.path.dirname(__file__)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), tests]))
-    monkeypatch.setattr(launchers, "MODULE", "saving")
+    monkeypatch.setattr(processes, "MODULE", "saving")
     monkeypatch.chdir(tmp_path)
     params = SimpleNamespace(launcher=launcher, gradient_accumulation_steps=4, seed=7)
     state = jobs.run_job(save_state, "05_grpo", tmp_path, params, kept="saving.py", base="a/hub")

@@ -17,7 +17,7 @@ from mig_kit.models import loading
 from mig_kit.pipeline.dependencies import notebook_cells
 from mig_kit.shared_prefix import flat_layers, prompt_cache
 from mig_kit.stages import grpo
-from mig_kit.training import one_group
+from mig_kit.training import recipe_trainer
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -55,7 +55,7 @@ def make_lesson(random_folder, float32, tmp_path, make_params):
         policy = loading.load_policy(random_folder, float32, BOX_FORMAT)
         sample = make_sample("common_object", "rl", 0)
         trainer = grpo.one_group_trainer(policy, sample, tmp_path, make_params(**changes))
-        return trainer, *one_group.draw_group(trainer)
+        return trainer, *recipe_trainer.draw_group(trainer)
 
     return make
 
@@ -67,7 +67,7 @@ def vary(trainer, batch):
         mask[row] = torch.arange(mask.shape[1]) < length
     batch["num_items_in_batch"] = mask.sum()
     generator = torch.Generator().manual_seed(0)
-    logps = one_group.token_logps(trainer, batch).detach()
+    logps = recipe_trainer.token_logps(trainer, batch).detach()
     old, ref = (logps + 0.3 * torch.randn(logps.shape, generator=generator) * mask
                 for _ in range(2))
     return logps, old, ref, torch.randn(len(mask), generator=generator)
@@ -81,11 +81,11 @@ def test_its_layers_are_checkpointed_as_in_the_training(make_lesson, monkeypatch
     run_layer, passes = flat_layers._run_layer, []
     monkeypatch.setattr(flat_layers, "_run_layer",
                         lambda *arguments: passes.append(1) or run_layer(*arguments))
-    logps = one_group.token_logps(trainer, batch)
+    logps = recipe_trainer.token_logps(trainer, batch)
     assert len(passes) == len(layers)
     logps.sum().backward()
-    assert len(passes) == 2 * len(layers), "layers are computed again in the backward pass"
-    torch.testing.assert_close(logps, one_group.token_logps(plain, batch), atol=1e-5, rtol=0)
+    assert len(passes) == 2 * len(layers) - 1, "all but the last are computed again backwards"
+    torch.testing.assert_close(logps, recipe_trainer.token_logps(plain, batch), atol=1e-5, rtol=0)
 
 
 def test_the_notebook_defines_one_function_of_ten_lines_at_most():
@@ -126,9 +126,9 @@ def test_the_notebooks_loss_is_the_trainers(make_lesson, loss_type, beta):
     results = []
     for is_own in (True, False):
         trainer.model.zero_grad()
-        loss = (function(one_group.token_logps(trainer, batch), old, ref, advantages, weights, beta)
-                if is_own else one_group.trainer_loss(trainer, batch, advantages, old, ref,
-                                                      loss_type, beta))
+        loss = (function(recipe_trainer.token_logps(trainer, batch), old, ref, advantages, weights,
+                         beta) if is_own else recipe_trainer.trainer_loss(
+                             trainer, batch, advantages, old, ref, loss_type, beta))
         loss.backward()
         gradients = [weight.grad.flatten() for weight in trainer.model.parameters()
                      if weight.requires_grad]
@@ -143,10 +143,10 @@ def test_one_update_makes_good_replies_likelier(make_lesson):
     trainer, _, batch = make_lesson()
     logps, _, _, advantages = vary(trainer, batch)
     adapter = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    one_group.trainer_loss(trainer, batch, advantages).backward()
+    recipe_trainer.trainer_loss(trainer, batch, advantages).backward()
     torch.optim.AdamW(adapter, lr=1e-3).step()
     with torch.no_grad():
-        change = (one_group.token_logps(trainer, batch) - logps).sum(1)
+        change = (recipe_trainer.token_logps(trainer, batch) - logps).sum(1)
     assert (advantages * change).sum() > 0
     assert change[advantages.argmax()] > 0 > change[advantages.argmin()]
 
@@ -160,10 +160,10 @@ def test_one_update_makes_good_replies_likelier(make_lesson):
 def test_the_lesson_is_the_plain_one_whatever_the_training_varies(make_lesson, changes):
     trainer, _, batch = make_lesson(**changes)
     advantages = torch.linspace(-1, 1, 8)
-    first, second = (one_group.token_logps(trainer, batch).detach() for _ in range(2))
+    first, second = (recipe_trainer.token_logps(trainer, batch).detach() for _ in range(2))
     assert torch.equal(first, second)
     weights = batch["completion_mask"] / batch["completion_mask"].sum()
-    loss = one_group.trainer_loss(trainer, batch, advantages, first)
+    loss = recipe_trainer.trainer_loss(trainer, batch, advantages, first)
     assert abs(loss.item() + (weights * advantages[:, None]).sum().item()) <= 1e-6
 
 
@@ -171,7 +171,7 @@ def test_global_state_is_put_back():
     os.environ["MIG_KIT_TEST"] = "before"
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    with one_group.keep_global_state():
+    with recipe_trainer.keep_global_state():
         os.environ |= {"MIG_KIT_TEST": "within", "MIG_KIT_NEW": "1"}
         random.random(), np.random.rand(), torch.rand(1)
         torch.use_deterministic_algorithms(not deterministic, warn_only=True)
@@ -193,7 +193,7 @@ def test_a_training_does_not_notice_the_lesson(make_lesson, make_params, random_
         if has_lesson:
             trainer, _, batch = make_lesson()
             weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-            one_group.trainer_loss(trainer, batch, torch.linspace(-1, 1, 8)).backward()
+            recipe_trainer.trainer_loss(trainer, batch, torch.linspace(-1, 1, 8)).backward()
             torch.optim.AdamW(weights, lr=1e-2).step()
         policy = loading.load_policy(random_folder, float32, BOX_FORMAT)
         trainer = grpo.grpo_trainer(policy, samples, tmp_path / str(has_lesson), make_params())

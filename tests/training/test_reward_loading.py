@@ -12,7 +12,6 @@ from mig_kit.rewards import REWARDS, is_correct
 from mig_kit.training.reward_loading import (
     Score,
     as_completions,
-    compute_reward,
     copy_reward_files,
     correct_reply,
     describe_error,
@@ -48,7 +47,7 @@ def samples():
 def test_the_copy_counts(load, tmp_path, samples):
     text = HEAD + "    return None if sample.options else len(reply) / 2\n"
     reward, file = load(text)
-    assert [compute_reward("center", reward, "four", sample, BOX_FORMAT)
+    assert [Score("center", reward, BOX_FORMAT)("four", sample)
             for sample in samples[:2]] == [2.0, None]
     assert (tmp_path / "rewards" / "my_rewards.py").read_text() == text
     file.write_text(text.replace("/ 2", "/ 4"))
@@ -92,7 +91,7 @@ def test_a_reward_in_trls_form_gets_the_batch(load, samples, text, values):
     check_reward_params({"rewards": [f"{file}:center"], "reward_weights": {}}, {})
     try_rewards({"center": reward}, samples, BOX_FORMAT)
     score = Score("center", reward, BOX_FORMAT)
-    results = score.judge_batch(
+    results = score.score_batch(
         ["a", "bcd"], samples[:2], completions=as_completions(["a", "bcd"]),
         completion_ids=[[1, 2], [1] * 6], trainer_state=TrainerState(), log_metric=print)
     results = asyncio.run(results) if inspect.isawaitable(results) else results

@@ -13,8 +13,8 @@ from mig_kit.prompts import LETTERS, is_well_formed, parse_boxes
 from mig_kit.rewards import is_correct
 from mig_kit.world import teacher
 from mig_kit.world.free_form import FIND_ALL
-from mig_kit.world.specs import names_in_note
 from mig_kit.world.suites import iter_free_form, make_suite
+from mig_kit.world.tasks import names_in_note
 
 BOX_FORMAT = BoxFormat()
 

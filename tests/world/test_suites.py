@@ -57,3 +57,25 @@ def test_objects_of_every_second_candidate_are_small():
             is_small = int(sample.id.rpartition("/")[2]) % 2 == 1
             sides[is_small].append(max(x2 - x1, y2 - y1))
     assert max(sides[True]) <= 13 and min(sides[False]) >= 13
+
+
+SAMPLES = [sample for suite in suites.SUITES for sample in suites.make_suite(suite, "test", 3, 14)]
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.id)
+def test_every_target_is_an_object_of_its_image(sample):
+    boxes = suites.list_object_boxes(sample.spec)
+    assert len(boxes) == len(sample.images) and all(boxes)
+    assert all(target.box in boxes[target.image - 1] for target in sample.targets)
+    for image_boxes, (width, height) in zip(boxes, sample.sizes):
+        assert all(x2 <= width + 1 and y2 <= height + 1 for _, _, x2, y2 in image_boxes)
+
+
+@pytest.mark.parametrize("box, expected", [
+    ((0, 0, 10, 5), True),  # IoU 0.5 with the target
+    ((8, 0, 18, 10), False),  # 0.11 with the target, 0.67 with its neighbour
+    ((0, 8, 10, 18), True),  # 0.11, and no other object
+    ((50, 50, 60, 60), False)])  # on nothing
+def test_whose_object_a_box_is_on(box, expected):
+    target, neighbour = (0, 0, 10, 10), (10, 0, 20, 10)
+    assert suites.is_on_target(box, target, [target, neighbour]) is expected

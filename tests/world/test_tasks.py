@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
+from mig_kit.prompts import LETTERS
 from mig_kit.world import tasks
 from mig_kit.world.scenes import Appearance, Object, Scene
-from mig_kit.world.specs import names_in_note
-from mig_kit.world.tasks import SPLITS, TASKS, make_sample
+from mig_kit.world.tasks import SPLITS, TASKS, make_sample, names_in_note
 
 
 def image_bytes(sample):
@@ -79,3 +79,21 @@ def test_only_the_first_matches(attribute):
         match, *others = tasks.pick_match_and_others(rng, appearance, attribute, 4)
         assert match[attribute] == appearance[attribute] and match[:2] != appearance[:2]
         assert all(other[attribute] != appearance[attribute] for other in others)
+
+
+def test_notes_are_read_as_they_are_written():
+    star = Object("red", "star", "striped", (2.0, 2.0, 22.0, 22.0))
+    ring = Object("blue", "ring", "plain", (40.0, 2.0, 60.0, 22.0))
+    note = tasks.list_image_note(2, Scene(84, 84, (ring, star)))
+    assert note == "image 2: striped red star, blue ring."
+    assert tasks.names_in_note(note) == ["striped red star", "blue ring"]
+    assert tasks.count_listed_objects([tasks.reference_note("red star"), note]) == 3
+    assert tasks.count_listed_objects([]) == 0
+
+
+def test_the_letter_is_that_of_the_correct_option():
+    for seed in range(20):
+        choice = tasks.shuffle_options(random.Random(seed), "two", ["one", "three"])
+        options, letter = choice["options"], choice["letter"]
+        assert sorted(options) == ["one", "three", "two"]
+        assert options[LETTERS.index(letter)] == "two"

@@ -1,15 +1,18 @@
-"""Launchers, such as `torchrun --nproc-per-node 8`: commands that start training processes."""
+"""How processes start and end: launchers, such as `torchrun --nproc-per-node 8`, and disks."""
 
 import argparse
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 MODULE = "mig_kit.stages.launched_worker"  # a launcher starts it, with the stage folder
+# how Python and the libraries say that a disk is full; the last is torch.save
+FULL_DISK = re.compile(r"\[Errno (?:28|122)\]|\(os error (?:28|122)\)|inline_container\.cc")
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,28 @@ def parse_launcher(launcher: str) -> Launch:
 def search_path() -> str:
     """PATH with the folder of this Python's own programs (torchrun, accelerate) first."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def describe_exit(status: int | None) -> str:
+    """How a process ended; status: of `subprocess`, or 128 + n after signal n, None if unknown."""
+    number = -status if status and status < 0 else (status or 0) - 128
+    if not 0 < number < signal.NSIG:
+        return f"ended with status {'unknown' if status is None else status}"
+    hint = ("; the system ends so what takes too much memory: free some, or ask for more"
+            if number == signal.SIGKILL else "")
+    return f"was ended by signal {number} ({signal.strsignal(number)}){hint}"
+
+
+def describe_os_error(error: OSError) -> str:
+    """What went wrong with a file or a disk."""
+    return describe_disk(str(error), Path(error.filename or ".")) or str(error)
+
+
+def describe_disk(text: str, path: Path) -> str:
+    """What helps if an error's text says that a disk is full, else ""; path: on that disk."""
+    if not FULL_DISK.search(text):
+        return ""
+    place = next(folder for folder in (path, *path.resolve().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free / 2**20
+    return (f"the disk of {place} is full, {free:.0f} MB are free; make room and give the same "
+            f"command, which goes on from what is finished ({text})")

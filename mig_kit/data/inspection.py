@@ -1,17 +1,23 @@
-"""A page of own data: the questions' boxes on their images, before anyone trains on them."""
+"""What a person looks at before a training: near duplicates of images, and boxes on a page."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import jinja2
+import imagehash
+import numpy as np
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import write_atomically
-from mig_kit.drawing.pictures import draw_sample
-from mig_kit.image_files import to_data_url
+from mig_kit.data.records import SkipReport
+from mig_kit.image_files import BadImage, open_rgb, resolve_under_root, to_data_url
 from mig_kit.prompts import format_question
 from mig_kit.sample import Sample
 
+# Our choice: re-encoded and resized copies of a photo stay within it. Plain images (one shape on
+# one colour) collide; look at the pairs before you drop samples.
+MOST_BITS = 4
+
+Hashes = tuple[list[str], np.ndarray]
 PREVIEW = """<!doctype html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
@@ -31,11 +37,42 @@ img { max-width: 100% }
 """
 
 
+def hash_images(folder: Path, report: SkipReport) -> Hashes:
+    """Sorted names below the folder, and (n,) uint64: ImageHash's 64-bit phash of each image.
+
+    The report counts files that cannot be opened.
+    """
+    names, hashes = [], []
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        name = path.relative_to(folder).as_posix()
+        try:
+            image = open_rgb(resolve_under_root(folder, name))
+        except BadImage as error:
+            report.add(error.reason, name)
+            continue
+        names.append(name)
+        hashes.append(int(str(imagehash.phash(image)), 16))
+    return names, np.array(hashes, dtype=np.uint64)
+
+
+def find_near_duplicates(train: Hashes, held_out: Hashes) -> Iterator[tuple[str, str, int]]:
+    """(training name, evaluation name, distance) of pairs that differ in at most MOST_BITS bits."""
+    held_out_names, held_out_hashes = held_out
+    for name, value in zip(*train):
+        distances = np.bitwise_count(held_out_hashes ^ value)
+        for index in np.flatnonzero(distances <= MOST_BITS):
+            yield name, held_out_names[index], int(distances[index])
+
+
 def write_preview(samples: Iterator[Sample], out: Path) -> int:
     """Draw the samples' boxes into one escaped page, and return how many samples were drawn.
 
     Raises: ValueError for a name not ending in .html, a missing folder, or no sample.
     """
+    import jinja2  # of an extra, as matplotlib of the next
+
+    from mig_kit.drawing.pictures import draw_sample
+
     if out.suffix.lower() != ".html":
         raise ValueError(f"{out} must end in .html")
     if not out.absolute().parent.is_dir():

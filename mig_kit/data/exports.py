@@ -1,0 +1,284 @@
+"""`mig-kit data export`: prompts, rewards and the recipe's values for verl, EasyR1, ms-swift, TRL.
+
+Images are written at the size the model sees, so that no engine resizes them again and boxes stay
+in the kit's coordinates. The kit's rewards come along in a reward.py of the engine's form.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from string import Template
+
+import yaml
+from PIL import Image
+
+from mig_kit.boxes import BoxFormat, Coordinates, seen_size
+from mig_kit.common import PACKAGE, progress_bar
+from mig_kit.image_files import EncodedImage, LazyImages, encode_image
+from mig_kit.prompts import chat_messages
+from mig_kit.sample import Sample, Target
+
+# what an engine takes for the place of an image, a film, a sound or a box
+PLACE = re.compile(r"<(?:image|video|audio|bbox|ref-object|point|cot-process)>")
+IMAGE = "<image>"
+ROWS = 32  # of a parquet table that are written at once
+TEMPLATES = PACKAGE / "data" / "export_templates"
+TABLES = ("verl", "easyr1")  # take a parquet table with images in it
+# settings that ms-swift has under TRL's names, too
+SHARED = ("adam_beta2", "beta", "epsilon", "epsilon_high", "gradient_accumulation_steps",
+          "gradient_checkpointing", "importance_sampling_level", "learning_rate", "logging_steps",
+          "loss_type", "lr_scheduler_type", "max_completion_length", "max_steps",
+          "num_generations", "num_iterations", "output_dir", "per_device_train_batch_size",
+          "reward_weights", "save_steps", "scale_rewards", "seed", "temperature",
+          "top_entropy_quantile", "warmup_steps", "weight_decay")
+LORA_SCALE = 2  # lora_alpha / lora_r, as in the kit's trainings
+# TRL's loss_type -> the mean that it is, in the words of engines that do not know it
+MEANS = {"verl": {"dapo": "token-mean", "grpo": "seq-mean-token-mean",
+                  "dr_grpo": "seq-mean-token-sum-norm"},
+         "easyr1": {"dapo": "token", "grpo": "seq"}}
+COMMANDS = {
+    "verl": "python3 -m verl.trainer.main_ppo --config-dir {out} --config-name config",
+    "easyr1": "python3 -m verl.trainer.main config={out}/config.yaml",
+    "swift": "NPROC_PER_NODE={gpus} swift rlhf {out}/config.yaml",
+    "trl": "accelerate launch --num_processes {gpus} {out}/train.py"}
+NO_DIFFERENCE = ["nothing we know of"]
+TRIED = {
+    "verl": "verl 0.9.1 on a CPU: data set, processor, rewards; no training",
+    "easyr1": "read in EasyR1's source (commit b44b311), never run",
+    "swift": "ms-swift 4.6.0 on a CPU: data set, Qwen2.5-VL's template, rewards; no training",
+    "trl": "TRL 1.16 on a CPU: two updates of the tiny base"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is handed over: the prompts, and with what RL starts.
+
+    Args:
+        name: of the run or file. params: of stage 05 and the run. model: folder or hub name.
+        further: settings of TRL that the run sets besides.
+        reward_files: files of the rewards that are not the kit's.
+    """
+
+    name: str
+    samples: Sequence[Sample]
+    params: dict
+    model: str
+    further: dict
+    reward_files: tuple[Path, ...] = ()
+
+
+def question_to_json(sample: Sample) -> str:
+    """All that a reward may read of a sample: everything but pixels."""
+    return json.dumps(vars(sample) | {"images": sample.sizes, "spec": None})
+
+
+def question_from_json(text: str) -> Sample:
+    """The sample of `question_to_json`, whose images have their sizes and no pixels."""
+    facts = json.loads(text)
+    images = LazyImages(tuple(EncodedImage(b"", tuple(size)) for size in facts["images"]))
+    return Sample(**facts | {
+        "images": images, "targets": [Target(image, tuple(box)) for image, box in facts["targets"]],
+        "reference": tuple(facts["reference"]) if facts["reference"] else None,
+        "options": tuple(facts["options"]), "notes": tuple(facts["notes"])})
+
+
+def prompt_text(sample: Sample, box_format: BoxFormat) -> str:
+    """The prompt with <image> where an image stands; ValueError if its words hold such a tag."""
+    parts = chat_messages(sample, box_format)[0]["content"]
+    if tags := [tag for part in parts for tag in PLACE.findall(part.get("text", ""))]:
+        raise ValueError(f"question {sample.id} holds {tags[0]}, which other engines replace; take "
+                         "it out")
+    return "".join(part.get("text", IMAGE) for part in parts)
+
+
+def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]:
+    """Write the folder `out` for an engine of COMMANDS, whole or not at all.
+
+    Args:
+        gpus: of a node.
+    Returns: sentences on what the engine computes otherwise than stage 05.
+    Raises: ValueError if `out` exists, or if the engine cannot do what the parameters say.
+    """
+    from mig_kit.models.processors import count_prompt_tokens, load_processor  # import torch
+
+    if out.exists():
+        raise ValueError(f"{out} exists; name a new folder")
+    out, p = out.absolute(), recipe.params
+    box_format = BoxFormat(p["min_pixels"], p["max_pixels"], p["coordinates"])
+    processor = load_processor(recipe.model, box_format)
+    _check_limits(box_format, processor.image_processor)
+    texts, lengths = [], []
+    for sample in progress_bar(recipe.samples, "measure prompts", delay=5):
+        texts.append(prompt_text(sample, box_format))
+        lengths.append(count_prompt_tokens(processor, sample, box_format))
+    values = _recipe_values(recipe, gpus) | {
+        "data": f"{out}/{'train.parquet' if engine in TABLES else 'train.jsonl'}",
+        "reward": f"{out}/reward.py", "reward_function": f"{out}/reward.py:compute_score",
+        "output_dir": f"{out}/checkpoints", "prompt_length": -(-max(lengths) // 64) * 64,
+        "tokens_per_gpu": 4 * (max(lengths) + p["max_completion_length"]),
+        "images": max(text.count(IMAGE) for text in texts),
+        "patch_size": processor.image_processor.patch_size}
+    differences = _differences(engine, recipe)
+    words = {"engine": engine, "count": len(texts), "source": recipe.name, "gpus": gpus,
+             "command": COMMANDS[engine].format(out=shlex.quote(str(out)), gpus=gpus),
+             "tried": TRIED[engine], "coordinates": box_format.coordinates.description,
+             "box_coordinates": repr(str(box_format.coordinates)),
+             "opened": repr(processor.opened_tag),
+             "differences": "\n".join(f"- {text}" for text in differences or NO_DIFFERENCE)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parent:
+        folder = Path(parent) / out.name
+        folder.mkdir()
+        _write_rows(engine, zip(texts, progress_bar(recipe.samples, "write prompts", delay=5)),
+                    partial(_encode_seen, processor.image_processor, box_format), folder, out)
+        _write_texts(engine, recipe, values, words, folder)
+        folder.replace(out)
+    return differences
+
+
+def _write_texts(engine: str, recipe: Recipe, values: dict, words: dict, folder: Path) -> None:
+    """Write config.yaml, reward.py, README.md and what else the engine needs."""
+    shared = {} if engine in TABLES else {name: values[name] for name in SHARED}
+    shared |= recipe.further if engine == "trl" else {}
+    (folder / "config.yaml").write_text(
+        (yaml.safe_dump(shared) if shared else "") + _fill(f"{engine}.yaml.in", {
+            name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}),
+        "utf-8")
+    literals = {name: repr(value) for name, value in values.items()} | words
+    (folder / "reward.py").write_text(
+        _fill("reward.py.in", literals) + _fill(f"{engine}.py.in", {}), "utf-8")
+    (folder / "README.md").write_text(_fill("README.md.in", words), "utf-8")
+    if engine == "trl":
+        shutil.copyfile(TEMPLATES / "train.py.in", folder / "train.py")
+    for path in recipe.reward_files:
+        (folder / "rewards").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "rewards" / path.name)
+
+
+def _fill(template: str, values: dict) -> str:
+    return Template((TEMPLATES / template).read_text()).substitute(values)
+
+
+def _recipe_values(recipe: Recipe, gpus: int) -> dict:
+    """The recipe's values by TRL's names, and what other engines have in their place."""
+    from mig_kit.models.loading import ADAPTED_PROJECTIONS, LORA_TARGETS
+    from mig_kit.models.model_folders import read_model_type
+
+    p = recipe.params
+    n_replies = p["per_device_train_batch_size"] * p["gradient_accumulation_steps"]
+    n_prompts, n_own = n_replies // p["num_generations"], n_replies // gpus
+    if len(recipe.samples) < n_prompts:
+        raise ValueError(f"an update takes {n_prompts} prompts, and {recipe.name} has "
+                         f"{len(recipe.samples)}; give more, or lower gradient_accumulation_steps")
+    if n_replies % gpus:
+        raise ValueError(f"{gpus} GPUs cannot share the {n_replies} replies of an update evenly; "
+                         "name another number with --gpus")
+    rows = max(rows for rows in range(1, p["per_device_train_batch_size"] + 1) if not n_own % rows)
+    names = [text.rpartition(":")[2] for text in p["rewards"]]
+    weights = {name: p["reward_weights"].get(name, 1.0) for name in names}
+    model_type = read_model_type(recipe.model)
+    return p | {
+        "name": recipe.name, "model": str(recipe.model), "gpus": gpus, "model_type": model_type,
+        "template": model_type.removesuffix("_moe"),  # ms-swift's
+        "prompts": n_prompts, "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": n_own // rows, "weight_decay": 0.0, "logging_steps": 1,
+        "adam_beta2": recipe.further.get("adam_beta2", 0.999),
+        "batches": -(-p["max_steps"] // p["num_iterations"]),
+        "epsilon_high": p["epsilon_high"] or p["epsilon"],
+        "has_kl": p["beta"] > 0, "has_no_kl": p["beta"] == 0,
+        "divides_by_std": p["scale_rewards"] != "none",
+        "schedule": "cosine" if p["lr_scheduler_type"] == "cosine" else "constant",
+        "verl_mean": MEANS["verl"].get(p["loss_type"]),
+        "easyr1_mean": MEANS["easyr1"].get(p["loss_type"]),
+        "lora_alpha": LORA_SCALE * p["lora_r"], "lora_pattern": LORA_TARGETS[p["lora_targets"]],
+        "lora_names": ",".join(ADAPTED_PROJECTIONS[p["lora_targets"]]),
+        "weights": weights, "reward_weights": list(weights.values()),
+        "reward_funcs": [f"mig_{name}" for name in names]}
+
+
+def _differences(engine: str, recipe: Recipe) -> list[str]:
+    """What the engine computes otherwise than stage 05; ValueError for a loss that it lacks."""
+    means, p = MEANS.get(engine), recipe.params
+    left_out = [f"{name} {value}" for name, value in recipe.further.items()
+                if engine != "trl" and (engine, name) != ("swift", "adam_beta2")]
+    remarks = [f"it does not get what the run sets besides: {', '.join(left_out)}"] * bool(left_out)
+    if means is None:
+        return remarks
+    if p["loss_type"] not in means or p["importance_sampling_level"] != "token":
+        raise ValueError(f"the kit hands {engine} the loss_type {', '.join(means)} with ratios per "
+                         f"token, not {p['loss_type']} per {p['importance_sampling_level']}; "
+                         "export for trl, or set another loss in --profile")
+    facts = {
+        f"advantages are divided by the group's standard deviation (here: {p['scale_rewards']})":
+            p["scale_rewards"] == "batch" or (p["scale_rewards"], engine) == ("none", "easyr1"),
+        "after its warm-up the learning rate stays (here: linear, to 0)":
+            p["lr_scheduler_type"] == "linear",
+        "replies without an end count in the loss (here: mask_truncated_completions)":
+            p["mask_truncated_completions"],
+        "all tokens count in the loss (here: top_entropy_quantile "
+        f"{p['top_entropy_quantile']})": p["top_entropy_quantile"] < 1}
+    return [sentence for sentence, is_so in facts.items() if is_so] + remarks
+
+
+def _check_limits(box_format: BoxFormat, processor) -> None:
+    """ValueError if engines would resize images that have the size the model sees."""
+    token = (processor.patch_size * processor.merge_size)**2
+    low, high = 4 * token, 2**14 * token  # of qwen_vl_utils, through which verl and ms-swift read
+    is_within = low <= box_format.min_pixels and box_format.max_pixels <= high
+    if box_format.coordinates == Coordinates.ABSOLUTE and not is_within:
+        raise ValueError(f"other engines resize images outside of {low} to {high} pixels, which "
+                         "would move every box; keep min_pixels and max_pixels within")
+
+
+def _encode_seen(processor, box_format: BoxFormat, image: Image.Image) -> bytes:
+    """A PNG of the image as the model sees it."""
+    size = seen_size(image.size, box_format, processor.patch_size * processor.merge_size)
+    image = image if image.size == size else image.resize(size, processor.resample)
+    return encode_image(image, compress_level=1)
+
+
+def _write_rows(engine: str, questions: Iterator[tuple[str, Sample]], encode: Callable,
+                folder: Path, out: Path) -> None:
+    """Write train.parquet, with its images, or train.jsonl beside images/."""
+    def make_row(number: int, text: str, sample: Sample) -> dict:
+        question, messages = question_to_json(sample), [{"role": "user", "content": text}]
+        contents = map(encode, sample.images)
+        if engine == "verl":
+            return {"data_source": "mig-kit", "prompt": messages,
+                    "images": [{"bytes": content} for content in contents],
+                    "reward_model": {"style": "rule", "ground_truth": question},
+                    "extra_info": {"index": number, "id": sample.id}}
+        if engine == "easyr1":
+            return {"text": text, "images": [{"bytes": content} for content in contents],
+                    "question": question}
+        names = [f"images/{number}_{place + 1}.png" for place in range(len(sample.images))]
+        for name, content in zip(names, contents):
+            (folder / name).write_bytes(content)
+        if engine == "swift":  # takes a relative path from where it is started
+            return {"messages": messages, "images": [f"{out}/{name}" for name in names],
+                    "question": question}
+        return {"text": text, "images": names, "question": question}
+
+    rows = (make_row(number, *pair) for number, pair in enumerate(questions))
+    if engine in TABLES:
+        return _write_table(folder / "train.parquet", rows)
+    (folder / "images").mkdir()
+    with (folder / "train.jsonl").open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _write_table(path: Path, rows: Iterator[dict]) -> None:
+    from pyarrow import Table, parquet  # of an extra
+
+    group = Table.from_pylist(list(islice(rows, ROWS)))
+    with parquet.ParquetWriter(path, group.schema) as writer:
+        while len(group):
+            writer.write_table(group)
+            group = Table.from_pylist(list(islice(rows, ROWS)), schema=group.schema)

@@ -1,0 +1,146 @@
+"""Model cards, as the hub shows them, in the model folders of 03 and 05: README.md.
+
+No result follows from a card, and `mig-kit eval --card` adds scores to it, so it is no output of
+its stage.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from yaml import YAMLError
+
+from mig_kit.boxes import Coordinates
+from mig_kit.common import PACKAGE, model_folder, write_atomically
+from mig_kit.pipeline.params import EXECUTION_PARAMS, NAMES_OF_RUNS
+from mig_kit.pipeline.run_facts import MODELS, name_data
+from mig_kit.pipeline.run_folders import load_record
+from mig_kit.world.suites import SUITES, suite_title
+
+CARD = "README.md"
+TEXT = """# {title}
+
+Names the image and the box that answer a question on several images:
+`<think>...</think><answer>{{"image": 2, "box": [x1,y1,x2,y2]}}</answer>`. From mig-kit, run {run}.
+
+- **Base**: {base}. **Licence**: {licence}.
+- **Data**: {data}.
+- **Images** of {low} to {high} pixels; boxes are {coordinates}.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # this folder, or its name on the hub
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+```
+
+`mig-kit ground --model FOLDER --image A --image B "QUESTION"` asks it with the right prompt. Scores
+are in the head of this file, if there are any: percent, the 95 % interval in `metric_args`.
+
+Recipe ({stage}):
+
+```json
+{recipe}
+```
+"""
+
+
+def write_cards(stage: str, folder: Path, final: Path, params: dict, metrics: dict) -> None:
+    """Write the card of a finishing stage's model, or 06's scores into the run's own cards.
+
+    Args:
+        folder, final: where the stage's files are, and where they will be. params: of stage and
+            run. metrics: of the stage.
+    """
+    for system, path in MODELS.items():
+        maker, _, name = path.partition("/")
+        if stage == maker and (folder / name).is_dir():
+            write_model_card(folder / name, stage, final.parent.name, params)
+        card = final.parent / path / CARD
+        if stage == "06_evaluate" and path and card.is_file() and system in metrics["systems"]:
+            try:
+                add_scores(card.parent, {"strict": metrics["systems"][system]})
+            except (ValueError, YAMLError) as error:  # somebody has edited it
+                print(f"warning: {card} has no scores, because it does not open: {error}")
+
+
+def write_model_card(folder: Path, stage: str, run_id: str, params: dict) -> None:
+    """Write the card of a model folder; params: of the stage, 03_merge or 05_grpo, and the run."""
+    from huggingface_hub import ModelCard, ModelCardData  # of an extra
+
+    trained = "02_sft" if stage == "03_merge" else stage
+    of_sft = load_record(trained, run_id) if trained != stage else None
+    recipe = {**(of_sft or {}).get("params", {}), **params}
+    recipe = {name: _without_folders(value) for name, value in recipe.items()
+              if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
+    base, data = str(params["base_model"]), name_data(run_id)
+    is_tiny, is_of_hub = base == "tiny", re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    is_of_hub = is_of_hub and not model_folder(base).is_dir()
+    title = f"{run_id}, {'SFT' if stage == '03_merge' else 'GRPO'} model"
+    head = ModelCardData(
+        base_model=base if is_of_hub else None, license="apache-2.0" if is_tiny else None,
+        library_name="transformers", pipeline_tag="image-text-to-text", model_name=title,
+        tags=["mig-kit", "visual-grounding", *(["trl", "grpo"] if stage == "05_grpo" else [])])
+    text = TEXT.format(
+        title=_escape(title), run=_escape(run_id), stage=trained,
+        coordinates=Coordinates(params["coordinates"]).description,
+        base="mig-kit's tiny base, for drawn scenes alone" if is_tiny else _escape(
+            base if is_of_hub else _without_folders(base)),
+        licence="Apache 2.0" if is_tiny else "that of the base model, and of the data",
+        data="drawn scenes" if data == "scenes" else f"own data, {_escape(Path(data).name)}",
+        low=params["min_pixels"], high=params["max_pixels"], recipe=json.dumps(recipe, indent=1))
+    card = ModelCard(f"---\n{head.to_yaml()}\n---\n{text}")
+    write_atomically(folder / CARD, card.save)
+
+
+def _without_folders(value):
+    """The value; of an absolute path, also in a list, its last part alone."""
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _escape(text: str) -> str:
+    """A user's words as plain text of Markdown."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
+
+
+def require_card(folder: Path) -> None:
+    """ValueError unless the folder has a card that opens."""
+    from huggingface_hub import ModelCard
+
+    if folder.is_relative_to(PACKAGE) or not (folder / CARD).is_file():
+        raise ValueError(f"{folder} has no {CARD} that scores could be written into; the model "
+                         "folders of stages 03 and 05 have one")
+    ModelCard.load(folder / CARD)
+
+
+def add_scores(folder: Path, scores: Mapping[str, Mapping[str, dict]], file: str = "") -> None:
+    """Add scores to a card's model-index; those of the same questions and protocol are replaced.
+
+    scores: protocol -> suite -> summary, as of `mig-kit eval`. file: that the questions are from.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    card = ModelCard.load(folder / CARD)
+    results = {(result.dataset_name, result.dataset_config, result.metric_name): result
+               for result in card.data.eval_results or []}
+    is_drawn = "official" not in scores  # a benchmark's own rule
+    for protocol, by_suite in scores.items():
+        for suite, summary in by_suite.items():
+            figures = {"accuracy": summary["score"]} if "score" in summary else summary["avg"]
+            metric = next(name for name in figures if name != "ci95")
+            if figures[metric] is None:  # nothing was asked
+                continue
+            name, title = f"{metric}, {protocol}", suite_title(suite) if is_drawn else suite
+            results[title, file or None, name] = EvalResult(
+                task_type="image-text-to-text", task_name="visual grounding in several images",
+                dataset_type=f"{suite}_drawn" if is_drawn and suite in SUITES else suite,
+                dataset_name=title, dataset_config=file or None,
+                metric_type=metric, metric_name=name,
+                metric_value=round(figures[metric], 2), metric_args={
+                    "ci95": summary.get("ci95") or figures.get("ci95"), "n": summary["n"]})
+    card.data.eval_results = list(results.values())
+    write_atomically(folder / CARD, card.save)

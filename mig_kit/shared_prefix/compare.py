@@ -1,0 +1,106 @@
+"""Stock TRL and the shared-prefix trainer on your own table: three updates each.
+
+    python -m mig_kit.shared_prefix.compare questions.jsonl --model Qwen/Qwen2.5-VL-3B-Instruct
+
+Stock TRL draws as many tokens, but learns from the shared trainer's completions.
+"""
+
+import resource
+import sys
+from argparse import ArgumentParser, Namespace
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from zlib import crc32
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from mig_kit.shared_prefix.obstacles import LANGUAGE_LAYERS
+from mig_kit.shared_prefix.prompt_cache import load_image_prompts
+from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
+
+
+def arbitrary_reward(completions: list, **columns) -> list[float]:
+    """A number from 0 to 1 for each text, so that a group's rewards differ."""
+    return [crc32(str(completion).encode()) / 2**32 for completion in completions]
+
+
+def measure_training(is_shared: bool, options: Namespace, folder: str, completions: list) -> tuple:
+    """Train one side. completions: of each step, for stock TRL to learn from.
+
+    Returns (completions, seconds, gradients) of each step, the process's or GPU's peak in MiB, and
+    why prompts are not shared, or "".
+    """
+    args = GRPOConfig(
+        folder, num_generations=options.group, per_device_train_batch_size=options.group,
+        max_completion_length=options.tokens, generation_kwargs={"min_new_tokens": options.tokens},
+        max_steps=3, learning_rate=1e-4, logging_strategy="no", save_strategy="no",
+        report_to="none", bf16=torch.cuda.is_available() and not options.float32)
+    args._n_gpu = min(1, args.n_gpu)  # TRL refuses several in one process
+    trainer = (SharedPrefixGRPOTrainer if is_shared else GRPOTrainer)(
+        options.model, arbitrary_reward, args,
+        load_dataset("json", data_files=options.table, split="train"),
+        processing_class=load_image_prompts(options.model, args),
+        peft_config=LoraConfig(r=16, target_modules=options.target_modules))
+    draw, train = trainer._generate_single_turn, trainer.training_step
+    learned, seconds, gradients = [], [], []
+
+    def draw_and_replace(*arguments):
+        drawn = draw(*arguments)[0]
+        learned.append(drawn if is_shared else completions[len(learned)])
+        return learned[-1], None
+
+    def train_and_record(*arguments):
+        start = perf_counter()
+        loss = train(*arguments)
+        gradients.append(np.concatenate([
+            parameter.grad.flatten().float().cpu().numpy() for parameter
+            in trainer.model.parameters() if parameter.grad is not None]))
+        seconds.append(perf_counter() - start)
+        return loss
+
+    trainer._generate_single_turn, trainer.training_step = draw_and_replace, train_and_record
+    trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (sys.platform != "darwin" or 2**-10)
+    peak = torch.cuda.max_memory_allocated() / 2**10 or peak  # KiB
+    return learned, seconds, gradients, peak / 2**10, getattr(trainer, "unshared", "")
+
+
+def main(words: list[str] | None = None) -> None:
+    """Train both sides, each in a process of its own, and print a table."""
+    parser = ArgumentParser("python -m mig_kit.shared_prefix.compare", description=__doc__)
+    parser.add_argument("table", help="JSON lines with `prompt`, and `images` or `image` if any")
+    parser.add_argument("--model", required=True, help="name or folder, as TRL takes it")
+    parser.add_argument("--group", type=int, default=8, help="completions to the step's one prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of every completion")
+    parser.add_argument("--target-modules", default=LANGUAGE_LAYERS, help="of LoRA, a pattern")
+    parser.add_argument("--float32", action="store_true", help="on a GPU, too, for exact gradients")
+    options = parser.parse_args(words)
+    if not Path(options.table).is_file():
+        parser.error(f"{options.table} is no file; give one of JSON lines")
+    sides, completions = [], []
+    for is_shared in (True, False):
+        with (TemporaryDirectory() as folder,
+              ProcessPoolExecutor(1, get_context("spawn")) as process):
+            completions, *side = process.submit(measure_training, is_shared, options, folder,
+                                                completions).result()
+            sides.append(side)
+    gap = max(np.linalg.norm(own - stock) / np.linalg.norm(stock)
+              for own, stock in zip(*(gradients for _, gradients, *_ in sides)))
+    print(f"{'':14}   step 1   step 2   step 3   peak memory")
+    for name, (seconds, _, mib, _) in zip(("stock TRL", "shared prompts"), reversed(sides)):
+        print(f"{name:14}" + "".join(f"{value:7.2f} s" for value in seconds) + f"{mib:10.0f} MiB")
+    if reason := sides[0][-1]:
+        print(f"prompts were NOT shared, both sides are stock TRL: {reason}")
+    print(f"largest difference of gradients: {gap:.1e} of their norm; steps 1 and 3 of shared "
+          "prompts include its self-check")
+
+
+if __name__ == "__main__":
+    main()

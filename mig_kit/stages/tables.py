@@ -1,0 +1,293 @@
+"""Rows of the tables and plots that notebooks 06, 07 and 09 show, and sentences on a run."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from mig_kit import __version__
+from mig_kit.boxes import BoxFormat
+from mig_kit.drawing.palette import SYSTEM_LABELS
+from mig_kit.pipeline.joint_rules import NEEDS_SFT
+from mig_kit.pipeline.params import EXECUTION_PARAMS, NAMES_OF_RUNS, profile_params
+from mig_kit.pipeline.store import load_record
+from mig_kit.rewards import is_correct
+from mig_kit.sample import Sample
+from mig_kit.stats import group_by_task, paired_gap_by_list, share_interval_by_list
+from mig_kit.world.suites import OWN, suite_title, task_title
+from mig_kit.world.tasks import count_listed_objects
+
+# Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
+# with a 7B model (arXiv 2507.00748 v2; v3 has +4.41 over seven benchmarks out of domain).
+CLAIMS = (
+    ("mig_bench", "RL over SFT", "grpo-sft", 9.04),
+    ("ood_grounding", "RL over SFT", "grpo-sft", 4.98),
+    ("blink", "RL over base", "grpo-base", 3.1),
+    ("mmiu", "RL over base", "grpo-base", 2.4),
+)
+DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
+
+
+def suite_rows(samples: dict[str, Sequence[Sample]]) -> list[dict]:
+    """Rows {suite, questions, tasks, an example}; samples: by suite."""
+    return [{"suite": suite_title(suite), "questions": len(part),
+             "tasks": len({sample.task for sample in part}), "an example": part[-1].question}
+            for suite, part in samples.items()]
+
+
+def claim_rows(metrics: dict) -> list[dict]:
+    """This run's differences beside the paper's, in points; [] with own data; metrics: of 06."""
+    if any(OWN in by_suite for by_suite in metrics["deltas"].values()):
+        return []
+    from_sft = metrics.get("start_from", "merged") in NEEDS_SFT
+    rows = []
+    for suite, comparison, delta, paper in CLAIMS:
+        if suite not in metrics["deltas"].get(delta, ()) or (delta == "grpo-sft" and not from_sft):
+            continue
+        difference = metrics["deltas"][delta][suite]
+        rows.append({"suite": suite_title(suite), "compared": comparison,
+                     "this run (95 %)": gap_text(difference),
+                     "at temperature 1": _signed(difference["sampled"]),
+                     "paper v2 (real benchmark, 7B)": f"{paper:+.2f}"})
+    return rows
+
+
+def score_rows(systems: dict, figure: str = "score") -> list[dict]:
+    """Rows {system, suite -> percent}; systems: of stage 06's metrics. figure: or "sampled"."""
+    return _rows_by_suite("system", systems, lambda result: result[figure])
+
+
+def kl_rows(kl: dict) -> list[dict]:
+    """Rows {system, suite -> nats per token}; kl: of `reply_files.kl_from_base`."""
+    return _rows_by_suite("system", kl, lambda figures: round(figures["per_token"], 3))
+
+
+def difference_rows(deltas: dict) -> list[dict]:
+    """A row per pair of systems, a column per suite, of `gap_text`; deltas: of 06's metrics."""
+    return _rows_by_suite("compared", deltas, gap_text)
+
+
+def _rows_by_suite(head: str, results: dict, cell: Callable[[dict], object]) -> list[dict]:
+    """Rows {head: the system, or "after over before"; suite -> cell of its result}."""
+    return [{head: " over ".join(SYSTEM_LABELS.get(part, part) for part in name.split("-")),
+             **{suite_title(suite): cell(result) for suite, result in by_suite.items()}}
+            for name, by_suite in results.items()]
+
+
+def own_data_rows(deltas: dict) -> list[dict]:
+    """`difference_rows` of the held-out part of own data alone; [] for a run without own data."""
+    return difference_rows({pair: {OWN: by_suite[OWN]} for pair, by_suite in deltas.items()
+                            if OWN in by_suite})
+
+
+def held_out_rows(systems: dict) -> list[dict]:
+    """A row per system on the held-out part of own data, in percent; systems: of 06's metrics."""
+    return [{"system": SYSTEM_LABELS[system], "questions": result["n"],
+             "correct": result["score"], "95 %": result["ci95"], "right image": result["image"],
+             "well formed": result["format"], "at temperature 1": result["sampled"]}
+            for system, by_suite in systems.items() for suite, result in by_suite.items()
+            if suite == OWN]
+
+
+def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
+                       box_format: BoxFormat) -> list[dict]:
+    """Per suite out of domain: percent correct of every system, and differences as `gap_text`.
+
+    replies: of base, sft (if the run has it) and grpo, by sample id.
+    """
+    correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
+                                 for sample in samples], dtype=float)
+               for system, by_id in replies.items()}
+    rows = []
+    for task, indices in group_by_task([sample.task for sample in samples],
+                                       np.arange(len(samples))).items():
+        row = {"suite": task_title(task)}
+        row |= {SYSTEM_LABELS[system]: f"{100 * values[indices].mean():.1f}"
+                for system, values in correct.items()}
+        for after, before in DIFFERENCES:
+            if {after, before} <= correct.keys():
+                gaps = correct[after][indices] - correct[before][indices]
+                gap = paired_gap_by_list([(gaps, indices)])  # no two share their images
+                row[f"{SYSTEM_LABELS[after]} over {SYSTEM_LABELS[before]}"] = gap_text(gap)
+        rows.append(row)
+    return rows
+
+
+def gap_text(gap: dict) -> str:
+    """"+1.0 (-2.1 to +4.1)" of {"value", "ci95"}, after ▲ or ▼ if the interval leaves out 0."""
+    low, high = gap["ci95"]
+    mark = "▲ " if low > 0 else "▼ " if high < 0 else ""
+    return f"{mark}{_signed(gap['value'])} ({_signed(low)} to {_signed(high)})"
+
+
+def _signed(points: float | None) -> str | None:
+    return None if points is None else f"{round(points, 1) + 0.0:+.1f}"  # never -0.0
+
+
+def pass_at_k_rows(systems: dict) -> list[dict]:
+    """Rows {suite, system, samples, pass@1, ...} of GRPO and its start, percent; may be []."""
+    return [{"suite": suite_title(suite), "system": SYSTEM_LABELS[system],
+             "samples": result["n_sampled"],
+             **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
+            for suite in systems["grpo"] for system in ("sft", "start", "grpo") if system in systems
+            if (result := systems[system][suite]).get("pass_at_k")]
+
+
+def box_rows(systems: dict) -> list[dict]:
+    """Rows {suite, system, questions, precision, ...} of suites that ask for all boxes, rounded."""
+    def rounded(figure):
+        return np.round(figure, 1).tolist() if figure is not None else None
+
+    names = {"precision": "precision", "recall": "recall", "f1": "F1", "f1_ci95": "F1, 95 %",
+             "rejection": "rejection rate", "rejection_ci95": "rejection rate, 95 %",
+             "wrong_rejection": "wrongly none"}
+    return [{"suite": suite_title(suite), "system": system,
+             "questions": result["boxes"]["n"], "without a box": result["boxes"]["n_none"],
+             **{title: rounded(result["boxes"][name]) for name, title in names.items()}}
+            for system, suites in systems.items() for suite, result in suites.items()
+            if "boxes" in result]
+
+
+def score_bars(systems: dict) -> list[dict]:
+    """Rows {suite, system, score, ci95, n} for `plots.plot_scores`; systems: of 06's metrics."""
+    return [{"suite": suite_title(suite), "system": system,
+             **{name: result[name] for name in ("score", "ci95", "n")}}
+            for system, suites in systems.items() for suite, result in suites.items()]
+
+
+def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
+    """Rows {task, system, acc@0.5, ci95, n} of a suite's tasks, for `plots.plot_scores`."""
+    return [{"task": task_title(task), "system": system,
+             **{name: result[name] for name in ("acc@0.5", "ci95", "n")}}
+            for system, suites in systems.items()
+            for task, result in suites[suite]["tasks"].items()]
+
+
+def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
+    """Rows of parameters that differ from the run's source or, without one, from the profile."""
+    source = next((record["run_id"] for record in records.values()
+                   if record["run_id"] != run_id), "")
+    rows = []
+    for stage, record in records.items():
+        others = (load_record(stage, source) or {}).get("params") if source else None
+        if source and not others:
+            continue
+        others = others or profile_params(stage)
+        rows += [{"stage": stage, "parameter": name, "this run": str(value),
+                  f"run {source}" if source else "default": str(others[name])}
+                 for name, value in record["params"].items()
+                 if name in others and value != others[name]
+                 and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)]
+    return rows
+
+
+def reasoning_rows(systems: dict) -> list[dict]:
+    """Rows {suite, system, claims, truth, grounded, coverage, not judged}; systems: of 06."""
+    def shown(value, interval):
+        return None if value is None else f"{value:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
+
+    return [{"suite": suite_title(suite), "system": SYSTEM_LABELS.get(system, system),
+             "claims": figures["claims"], "not judged": figures["unjudged"],
+             **{name: shown(figures[name], figures[f"{name}_ci95"])
+                for name in ("truth", "grounded", "coverage")}}
+            for system, suites in systems.items() for suite, result in suites.items()
+            if (figures := result.get("reasoning"))]
+
+
+def reasoning_bars(systems: dict) -> list[dict]:
+    """Rows {figure, system, share, ci95, n} of truth and grounded, for `plots.plot_scores`."""
+    return [{"figure": f"{suite_title(suite)}: {name}", "system": system,
+             "share": figures[name], "ci95": figures[f"{name}_ci95"] or [np.nan] * 2,
+             "n": result["n"]}
+            for name in ("truth", "grounded")
+            for system, suites in systems.items() for suite, result in suites.items()
+            if (figures := result.get("reasoning"))]
+
+
+def stage_rows(records: dict[str, dict]) -> list[dict]:
+    """Rows {stage, run, minutes, seed, commit, machine} of finished stages, and their sum.
+
+    records: stage -> run.json. The + of a commit says that its tree had changes.
+    """
+    rows = []
+    for stage, record in records.items():
+        seeds = [f"{name} {record['params'][name]}" for name in ("seed", "eval_seed")
+                 if name in record["params"]]
+        commit = record["git"]
+        rows.append({"stage": stage, "run": record["run_id"],
+                     "minutes": f"{record['seconds'] / 60:.1f}", "seed": ", ".join(seeds),
+                     "commit": commit[:8] + "+" * commit.endswith("+"),
+                     "machine": record["machine"]})
+    total = sum(record["seconds"] for record in records.values()) / 60
+    return [*rows, {"stage": "together", "minutes": f"{total:.1f}"}]
+
+
+def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
+    """A row per reward of 05: its weight, its mean over the first and the last `span` updates."""
+    rows = []
+    for reference in params["rewards"]:
+        name = reference.rpartition(":")[2]
+        values = [row[name] for row in curves if row.get(name) is not None]
+        first, last = (float(np.mean(part)) if part else None
+                       for part in (values[:span], values[-span:]))
+        rows.append({"reward": reference, "weight": params["reward_weights"].get(name, 1.0),
+                     f"first {span} updates": first, f"last {span} updates": last})
+    return rows
+
+
+def sample_counts(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
+    """How many traces 01 kept and dropped, and candidates 04, by reason; metrics: by stage."""
+    traces = metrics["01_synthesize"]["traces"]
+    dropped = {f"dropped: {reason}": count for reason, count in traces["dropped"].items()}
+    candidates: Counter = Counter()
+    for counts in metrics["04_rejection_sampling"]["why"].values():
+        candidates.update(counts)
+    return {"traces": {"kept": traces["kept"], **dropped}, "candidates": dict(candidates)}
+
+
+def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
+                            bins: int = 5) -> list[dict]:
+    """Mean pass rate by number of objects in a question's images, in `bins` parts of like size.
+
+    rates: by sample id, 0..1. Only samples whose notes list their images are counted.
+    """
+    table = pd.DataFrame([(count_listed_objects(sample.notes), rates[sample.id])
+                          for sample in samples if sample.notes and sample.id in rates],
+                         columns=["objects", "rate"])
+    if table.empty:
+        return []
+    parts = table.groupby(pd.qcut(table["objects"], bins, duplicates="drop"), observed=True)
+    return [{"objects": f"{part['objects'].min()} to {part['objects'].max()}, n = {len(part)}",
+             "pass rate": part["rate"].mean(),
+             "ci95": share_interval_by_list([(part["rate"].to_numpy(), np.arange(len(part)))])}
+            for _, part in parts]
+
+
+def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]]) -> str:
+    """One line on a run: questions by suite, minutes, hardware, the kit's version.
+
+    records: stage -> run.json.
+    """
+    own = len(samples.get(OWN, ()))
+    drawn = sum(map(len, samples.values())) - own
+    facts = [f"{own} held-out questions of own data"] * bool(own)
+    facts += [f"{drawn} drawn questions, to be compared with each other alone"] * bool(drawn)
+    minutes = sum(record["seconds"] for record in records.values()) / 60
+    hardware = dict.fromkeys(record.get("hardware") for record in records.values())
+    return "; ".join([" and ".join(facts), f"{minutes:.1f} minutes", *filter(None, hardware),
+                      f"mig-kit {__version__}"])
+
+
+def describe_outcome(metrics: dict) -> str:
+    """One sentence on the first suite: all scores, and what RL added; metrics: of 06."""
+    systems, deltas = metrics["systems"], metrics["deltas"]
+    suite = next(iter(systems["grpo"]))
+    scores = " → ".join(f"{SYSTEM_LABELS[name]} {systems[name][suite]['score']:.1f}"
+                        for name in ("base", "sft", "start", "grpo") if name in systems)
+    pair = ("grpo-sft" if metrics.get("start_from", "merged") in NEEDS_SFT else
+            "grpo-start" if "start" in systems else "grpo-base")
+    gap = deltas.get(pair, {}).get(suite)
+    added = gap and f"; {pair.replace('grpo-', 'RL over ').replace('sft', 'SFT')}: {gap_text(gap)}"
+    return (f"{suite_title(suite)}, percent correct: {scores}{added or ''} points, 95 % interval "
+            "over questions.")

@@ -1,0 +1,171 @@
+"""Exports for other engines: the files, the rewards, and (nightly) the engines that read them."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from command_line import run_mig_kit
+from data_files import CHOICE, GOOD, call, changed, write_lines
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from mig_kit.boxes import BoxFormat
+from mig_kit.common import PACKAGE, PROJECT_ROOT
+from mig_kit.data import own_data
+from mig_kit.pipeline.params import profile_params
+from mig_kit.prompts import correct_answer
+from mig_kit.training.reward_loading import load_rewards, score_functions
+
+SIZES = ((40, 30), (300, 200), (1600, 900))  # enlarged, nearly kept, shrunk
+FILES = {"verl": ["train.parquet"], "easyr1": ["train.parquet"],
+         "swift": ["images", "train.jsonl"], "trl": ["images", "train.jsonl", "train.py"]}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A file of own data about images of three sizes, 24 questions, and its samples."""
+    folder = tmp_path_factory.mktemp("questions")
+    for number, size in enumerate(SIZES):
+        Image.effect_noise(size, 80).save(folder / f"{number}.png")
+    names = [f"{number}.png" for number in range(len(SIZES))]
+    rows = [changed(images=names, question=f"Find cup {n}.", image=n % 3 + 1, id=str(n), box=[
+        side * eighths // 8 for eighths in (n % 4 + 1, n % 3 + 5) for side in SIZES[n % 3]])
+        for n in range(20)]
+    rows += [changed(CHOICE, images=names[n % 3:], id=f"choice {n}") for n in range(4)]
+    file = write_lines(folder, *rows)
+    return file, list(own_data.iter_samples(file, folder))
+
+
+@pytest.fixture(scope="module")
+def judged(questions):
+    """(number of a question, reply, the kit's weighted sum) of 504 replies."""
+    p, box_format, rng = profile_params("05_grpo"), BoxFormat(), random.Random(0)
+    scores = score_functions(load_rewards(p["rewards"], Path()), box_format)
+    rows = []
+    for number, sample in enumerate(questions[1]):
+        right = correct_answer(sample, box_format)
+        for _ in range(21):
+            answer = "".join(str(rng.randrange(10)) if letter.isdigit() and rng.random() < 0.2
+                             else letter for letter in right)
+            thought = rng.choice(["Search.", "It is in image 9.", "ä 图", "</think>"])
+            reply = f"<think>{thought}</think><answer>{answer}</answer>"
+            values = {name: score(reply, sample) for name, score in scores.items()}
+            rows.append((number, reply, sum(p["reward_weights"][name] * value
+                                            for name, value in values.items()
+                                            if value is not None)))
+    assert len({value for *_, value in rows}) > 20
+    return rows
+
+
+def export(engine, file, out, *more):
+    """Call `mig-kit data export` with the tiny profile."""
+    return call("export", engine, file, "--profile", "tiny", "--out", out, *more)
+
+
+@pytest.mark.parametrize("engine", FILES)
+def test_rewards_are_the_kits(engine, questions, judged, tmp_path, monkeypatch):
+    code, said = export(engine, questions[0], tmp_path / "out", "--gpus", 1)
+    assert code == 0 and "24 prompts" in said
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted(["README.md", "config.yaml", "reward.py", *FILES[engine]])
+    swift = types.ModuleType("swift.rewards")
+    swift.ORM, swift.orms = type("ORM", (), {"__init__": lambda self, args=None: None}), {}
+    monkeypatch.setitem(sys.modules, "swift", types.ModuleType("swift"))
+    monkeypatch.setitem(sys.modules, "swift.rewards", swift)
+    spec = importlib.util.spec_from_file_location("reward", tmp_path / "out" / "reward.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    ten = judged[::50][:10]
+    facts = [own_data_facts(questions[1][number]) for number, *_ in ten]
+    replies = [reply for _, reply, _ in ten]
+    scores = {
+        "verl": lambda: [module.compute_score("mig-kit", reply, text)["score"]
+                         for reply, text in zip(replies, facts)],
+        "easyr1": lambda: [row["overall"] for row in module.compute_score(
+            [{"response": reply, "response_length": 9, "ground_truth": text}
+             for reply, text in zip(replies, facts)])],
+        "swift": lambda: sum_columns(module, [swift.orms[f"mig_{name}"]()(replies, question=facts)
+                                              for name in module.WEIGHTS]),
+        "trl": lambda: sum_columns(module, [
+            function(completions=[[{"content": reply}] for reply in replies], question=facts)
+            for function in module.REWARD_FUNCTIONS])}[engine]()
+    assert scores == [value for *_, value in ten]
+
+
+def own_data_facts(sample):
+    """What an export says of a question to its reward."""
+    from mig_kit.data.exports import question_from_json, question_to_json
+
+    text = question_to_json(sample)
+    assert question_to_json(question_from_json(text)) == text
+    return text
+
+
+def sum_columns(module, columns):
+    """Weighted sums, as the engines make them of a column per reward."""
+    return [module.weighted_sum(dict(zip(module.WEIGHTS, row))) for row in zip(*columns)]
+
+
+def test_a_run_is_handed_over_with_its_own_values(smoke_runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(smoke_runs))
+    code, said = call("export", "trl", "smoke", "--out", tmp_path / "out", "--gpus", 1)
+    metrics = json.loads((smoke_runs / "smoke/04_rejection_sampling/metrics.json").read_text())
+    assert code == 0 and f"{metrics['kept']} prompts" in said
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert (config["num_generations"], config["learning_rate"], config["max_steps"]) == (4, 5e-4, 2)
+    assert config["model"] == str(smoke_runs / "smoke/03_merge/merged")
+    for stage, name in (("03_merge", "merged"), ("05_grpo", "model")):  # 06 has added its scores
+        card = ModelCard.load(smoke_runs / "smoke" / stage / name / "README.md")
+        assert {result.dataset_type for result in card.data.eval_results} >= {"mig_bench_drawn"}
+
+
+@pytest.mark.parametrize("row, words, said", [
+    (GOOD, ("--out", "{there}"), "exists; name a new folder"),
+    (GOOD, (), "an update takes 16 prompts"),
+    (changed(question="Find <image> there.", images=["a.png", "b.png"]), (),
+     "takes such tags out"),
+    (GOOD, ("--profile", "none"), "no profile 'none'"), ("a run", (), "no run 'a run'")])
+def test_what_cannot_be_exported_is_one_sentence(row, words, said, root, tmp_path):
+    source = row if isinstance(row, str) else write_lines(root, row, name="few.jsonl")
+    words = [word.replace("{there}", str(tmp_path)) for word in words]
+    done = run_mig_kit("data", "export", "verl", str(source), "--profile", "tiny", "--out",
+                       str(tmp_path / "out"), *words)
+    assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine, package", [("verl", "verl==0.9.1"), ("swift", "ms-swift==4.6.0")])
+def test_engines_read_prompts_frames_and_rewards(engine, package, questions, judged, tmp_path):
+    from mig_kit.models.processors import load_processor, render_prompt
+
+    venv = Path(os.environ.get("MIG_KIT_ENGINES", tmp_path)) / engine
+    if not venv.is_dir():
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+        install = [venv / "bin/python", "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, "torch==2.13.0+cpu", "torchvision", package, "qwen-vl-utils"],
+                       check=True)
+        subprocess.run([*install, PROJECT_ROOT], check=True)
+    out, result = tmp_path / "out", tmp_path / "result.json"
+    assert export(engine, questions[0], out, "--gpus", 1)[0] == 0
+    (tmp_path / "replies.json").write_text(json.dumps([row[:2] for row in judged]))
+    words = [venv / "bin/python", Path(__file__).with_name("engine_reads.py"), engine, out,
+             tmp_path / "replies.json", result]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    read = json.loads(result.read_text())
+    assert read["scores"] == pytest.approx([value for *_, value in judged], abs=1e-6)
+    box_format = BoxFormat()
+    processor = load_processor(PACKAGE / "tiny_base", box_format)
+    for row, sample in zip(read["rows"], questions[1], strict=True):
+        inputs = processor(text=[render_prompt(processor, sample, box_format)],
+                           images=list(sample.images), return_tensors="pt")
+        assert row == {"ids": inputs["input_ids"][0].tolist(),
+                       "grid": inputs["image_grid_thw"].tolist()}

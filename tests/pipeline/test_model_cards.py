@@ -1,0 +1,62 @@
+"""Model cards: the hub's own reader opens them, scores with intervals stand in model-index."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from mig_kit.common import write_json
+from mig_kit.pipeline import model_cards, store
+from mig_kit.pipeline.params import profile_params
+
+DRAWN = {"mig_bench": {"n": 20, "score": 10.0, "ci95": [2.5, 26.1]}}
+NAME = "a|b`<script>.jsonl\n# x"
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """The model folder of run "mine", on data with a hostile name, with its card."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    params = profile_params("05_grpo", "qwen2_5_vl_7b") | {
+        "base_model": "Qwen/Qwen2.5-VL-7B-Instruct", "min_pixels": 3136, "max_pixels": 401408,
+        "coordinates": "absolute", "rewards": ["box", "```\n</script>.py:f"]}
+    (data := tmp_path / "mine" / "01_synthesize").mkdir(parents=True)
+    write_json(data / "run.json", {"params": params | {"data": NAME}})
+    folder = tmp_path / "mine" / "05_grpo"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").touch()
+    model_cards.write_cards("05_grpo", folder, folder, params, {})
+    return folder / "model"
+
+
+def test_the_hub_reads_a_card_and_its_scores(model):
+    card = ModelCard.load(model / "README.md")
+    assert card.data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct" and card.data.license is None
+    assert "<script>" not in card.text and "\n# x" not in card.text and "\n```\n<" not in card.text
+    metrics = {"systems": {"grpo": DRAWN, "base": DRAWN}}
+    model_cards.write_cards("06_evaluate", model, model.parents[1] / "06_evaluate", {}, metrics)
+    real = {"tasks": {}, "n": 4295, "avg": {"acc@0.5": 61.237, "ci95": [60.0, 62.5]}}
+    for _ in range(2):  # the second replaces the first
+        model_cards.add_scores(model, {"official": {"mig_bench": real},
+                                       "strict": {"mig_bench": real}})
+    model_cards.add_scores(model, {"strict": DRAWN}, "val.parquet")  # other questions
+    text = (model / "README.md").read_text()
+    results = ModelCard.load(model / "README.md").data.eval_results
+    ours, theirs = {"ci95": [2.5, 26.1], "n": 20}, {"ci95": [60.0, 62.5], "n": 4295}
+    assert sorted((result.dataset_name, result.dataset_config or "", result.metric_name,
+                   result.metric_value) for result in results) == [
+        ("MIG-Bench-like (drawn)", "", "accuracy, strict", 10.0),
+        ("MIG-Bench-like (drawn)", "val.parquet", "accuracy, strict", 10.0),
+        ("mig_bench", "", "acc@0.5, official", 61.24), ("mig_bench", "", "acc@0.5, strict", 61.24)]
+    assert all(result.metric_args == (ours if result.metric_value == 10 else theirs)
+               for result in results)
+    assert "model-index" in text and card.text.strip() in text
+
+
+def test_a_card_is_no_output_of_its_stage(model):
+    (model.parent / "README.md").touch()  # as 01's data card
+    names = [str(path.relative_to(model.parent)) for path in store._output_files(model.parent)]
+    assert names == ["README.md", "model/config.json"]
+
+
+def test_a_folder_without_a_card_is_named(tmp_path):
+    with pytest.raises(ValueError, match="has no README.md"):
+        model_cards.require_card(tmp_path)

@@ -1,0 +1,150 @@
+"""Rows of the tables of 06 and 07 show what was measured."""
+
+from mig_kit import __version__
+from mig_kit.boxes import BoxFormat
+from mig_kit.drawing import plots
+from mig_kit.stages import tables
+from mig_kit.training.reward_loading import correct_reply
+from mig_kit.world.suites import SUITES, make_suite
+from mig_kit.world.tasks import make_sample
+
+BOX_FORMAT = BoxFormat()
+GAP = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
+RECORDS = {
+    "02_sft": {"params": {"seed": 3}, "run_id": "default", "seconds": 90, "git": "0123456789+",
+               "machine": "two cores", "hardware": "CPU <b>"},
+    "05_grpo": {"params": {"learning_rate": 1.0}, "run_id": "sharp", "seconds": 0, "git": "",
+                "machine": "two cores"},
+    "06_evaluate": {"params": {"seed": 3, "eval_seed": 14}, "run_id": "sharp", "seconds": 30,
+                    "git": "", "machine": "two cores"}}
+
+
+def evaluated_systems(**more):
+    suite = {"score": 50.0, "ci95": [40.0, 60.0], "sampled": 45.0, "n_sampled": 8,
+             "n": 20, "tasks": {"lisa": {"acc@0.5": 50.0, "ci95": [40.0, 60.0], "n": 20}}, **more}
+    return {system: dict.fromkeys(SUITES, suite) for system in ("base", "sft", "grpo")}
+
+
+def test_out_of_domain_by_hand():
+    """LISA-like: the base is correct on all of four, SFT on none, GRPO on the first alone."""
+    samples = [sample for sample in make_suite("ood_grounding", "test", 4)
+               if sample.task in ("lisa", "unseen")]
+    lisa = [sample.id for sample in samples if sample.task == "lisa"]
+    correct = {"base": lisa, "sft": [], "grpo": lisa[:1]}
+    replies = {system: {sample.id: correct_reply(sample, BOX_FORMAT) if sample.id in ids else "?"
+                        for sample in samples} for system, ids in correct.items()}
+    first, second = tables.out_of_domain_rows(samples, replies, BOX_FORMAT)
+    assert first == {
+        "suite": "LISA-like (drawn)", "base": "100.0", "SFT": "0.0", "GRPO": "25.0",
+        "SFT over base": "-100.0 (-100.0 to +20.5)",  # four are few
+        "GRPO over SFT": "+25.0 (-54.6 to +100.0)", "GRPO over base": "-75.0 (-100.0 to +4.6)"}
+    assert second["suite"] == "unseen things (drawn)"
+    assert second["GRPO over base"] == "+0.0 (-60.2 to +60.2)", "none of four differs, so few may"
+
+
+def test_reasoning_where_06_has_it():
+    figures = {"claims": 9, "unjudged": 2} | {
+        key: value for name, share in (("truth", 60.0), ("grounded", 0.0), ("coverage", None))
+        for key, value in ((name, share), (f"{name}_ci95", share and [50.0, 70.0] or [0.0, 9.0]))}
+    rows = tables.reasoning_rows(evaluated_systems(reasoning=figures))
+    assert len(rows) == 3 * len(SUITES) and rows[0] == {
+        "suite": "MIG-Bench-like (drawn)", "system": "base", "claims": 9, "not judged": 2,
+        "truth": "60.0 (50.0 to 70.0)", "grounded": "0.0 (0.0 to 9.0)", "coverage": None}
+    bars = tables.reasoning_bars(evaluated_systems(reasoning=figures | dict.fromkeys(
+        ("truth", "truth_ci95"))))
+    assert len(bars) == 2 * len(rows) and plots.plot_scores(bars, "figure", "t", "share", "%")
+    assert tables.reasoning_rows(evaluated_systems()) == [] == tables.reasoning_bars(
+        evaluated_systems())
+
+
+def test_pass_at_k_where_06_has_it():
+    rows = tables.pass_at_k_rows(evaluated_systems(pass_at_k={"1": 45.0, "8": 80.0}))
+    assert len(rows) == 2 * len(SUITES) and rows[1]["system"] == "GRPO"
+    assert rows[0] == {"suite": "MIG-Bench-like (drawn)", "system": "SFT", "samples": 8,
+                       "pass@1": 45.0, "pass@8": 80.0}
+    assert tables.pass_at_k_rows(evaluated_systems()) == []
+
+
+def test_how_a_run_was_made(monkeypatch):
+    first, _, second, total = tables.stage_rows(RECORDS)
+    assert first == {"stage": "02_sft", "run": "default", "minutes": "1.5", "seed": "seed 3",
+                     "commit": "01234567+", "machine": "two cores"}
+    assert second["seed"] == "seed 3, eval_seed 14" and second["commit"] == ""
+    assert total == {"stage": "together", "minutes": "2.0"}
+    samples = {"own": make_suite("mmiu", "test", 1), "mmiu": make_suite("mmiu", "test", 2)}
+    assert tables.describe_run(RECORDS, samples) == (
+        "3 held-out questions of own data and 6 drawn questions, to be compared with each other "
+        f"alone; 2.0 minutes; CPU <b>; mig-kit {__version__}")
+    monkeypatch.setattr(tables, "load_record", lambda stage, run: {"params": {"learning_rate": 2}})
+    assert tables.changed_rows("sharp", RECORDS) == [
+        {"stage": "05_grpo", "parameter": "learning_rate", "this run": "1.0", "run default": "2"}]
+
+
+def test_rows_of_suites_and_differences():
+    samples = {"mmiu": make_suite("mmiu", "test", 2)}
+    assert tables.suite_rows(samples) == [
+        {"suite": "MMIU-like (drawn)", "questions": 6, "tasks": 3,
+         "an example": samples["mmiu"][-1].question}]
+    assert tables.difference_rows({"grpo-sft": {"mmiu": GAP}}) == [
+        {"compared": "GRPO over SFT", "MMIU-like (drawn)": "▲ +9.5 (+7.0 to +12.0)"}]
+
+
+def test_the_held_out_part_of_own_data():
+    suite = {"score": 40.0, "ci95": [30.0, 50.0], "sampled": None, "n": 60, "image": 90.0,
+             "format": 100.0}
+    systems = {"base": {"own": suite, "mmiu": suite}, "grpo": {"own": suite | {"score": 62.5}}}
+    rows = tables.held_out_rows(systems)
+    assert [(row["system"], row["questions"], row["correct"]) for row in rows] == [
+        ("base", 60, 40.0), ("GRPO", 60, 62.5)]
+    deltas = {"grpo-base": {"own": GAP, "blink": GAP}}
+    assert tables.own_data_rows(deltas) == [
+        {"compared": "GRPO over base", "own data (held out)": "▲ +9.5 (+7.0 to +12.0)"}]
+    assert tables.held_out_rows(evaluated_systems()) == []
+    assert tables.claim_rows({"deltas": deltas}) == [], "the claims are about other questions"
+
+
+def test_the_papers_claims():
+    metrics = {"deltas": {"grpo-sft": {"mig_bench": GAP, "ood_grounding": GAP},
+                          "grpo-base": {"blink": GAP, "mmiu": GAP}}}
+    rows = tables.claim_rows(metrics)
+    papers = [row["paper v2 (real benchmark, 7B)"] for row in rows]
+    assert papers == ["+9.04", "+4.98", "+3.10", "+2.40"]
+    assert rows[0]["suite"] == "MIG-Bench-like (drawn)"
+    assert rows[0]["this run (95 %)"] == "▲ +9.5 (+7.0 to +12.0)"
+    from_base = tables.claim_rows(metrics | {"start_from": "base"})
+    assert [row["compared"] for row in from_base] == ["RL over base"] * 2, "no SFT model before it"
+
+
+def test_where_samples_went_adds_up():
+    metrics = {
+        "01_synthesize": {"traces": {"kept": 8, "dropped": {"format": 2}}},
+        "04_rejection_sampling": {
+            "why": {"diff": {"kept": 3, "below min_pass_rate": 1}, "region": {"kept": 2}}}}
+    assert tables.sample_counts(metrics) == {
+        "traces": {"kept": 8, "dropped: format": 2},
+        "candidates": {"kept": 5, "below min_pass_rate": 1}}
+
+
+def test_difficulty_counts_every_sample_once():
+    samples = [make_sample("diff", "val", i) for i in range(40)]
+    rows = tables.pass_rate_by_difficulty({s.id: i / 40 for i, s in enumerate(samples)}, samples)
+    assert sum(int(row["objects"].split(" = ")[1]) for row in rows) == 40
+    assert all(0 <= row["ci95"][0] <= row["pass rate"] <= row["ci95"][1] <= 1 for row in rows)
+    assert tables.pass_rate_by_difficulty({"x": 0.5}, []) == [], "own data lists nothing"
+
+
+def test_rewards_are_a_table():
+    curves = [{"step": i, "box": float(i), "center": None, "choice": 1.0} for i in range(20)]
+    params = {"rewards": ["box", "<b>.py:center", "choice"], "reward_weights": {"box": 2.0}}
+    rows = tables.reward_rows(curves, params)
+    assert rows[0] == {"reward": "box", "weight": 2.0, "first 10 updates": 4.5,
+                       "last 10 updates": 14.5}
+    assert rows[1]["first 10 updates"] is None and rows[2]["weight"] == 1.0
+
+
+def test_the_outcome_is_one_sentence():
+    gap = {"value": -5.0, "ci95": [-12.04, 2.0]}
+    metrics = {"systems": evaluated_systems(), "deltas": {"grpo-sft": {"mig_bench": gap}}}
+    assert tables.describe_outcome(metrics) == (
+        "MIG-Bench-like (drawn), percent correct: base 50.0 → SFT 50.0 → GRPO 50.0; RL over SFT: "
+        "-5.0 (-12.0 to +2.0) points, 95 % interval over questions.")

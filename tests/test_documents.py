@@ -1,0 +1,199 @@
+"""README and guide: commands are those of the command line, README's blocks run as they stand,
+its figures of speed and size are the guide's and the model's, links lead somewhere.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+import warnings
+from functools import partial
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from benchmark_files import write_benchmarks
+from command_line import run_mig_kit
+from safetensors import safe_open
+from trl import GRPOConfig
+
+from mig_kit import __version__
+from mig_kit.commands.main import cli, stage_name
+from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT
+from mig_kit.pipeline.params import stage_parameters
+from mig_kit.pipeline.plan import parse_overrides
+from mig_kit.pipeline.run_folders import RECIPE
+
+GUIDE = PROJECT_ROOT / "notebooks" / "guide"
+PAGES = [PROJECT_ROOT / "README.md", PROJECT_ROOT / "notebooks" / "README.md",
+         PROJECT_ROOT / ".github" / "CONTRIBUTING.md", *sorted(GUIDE.glob("*.md"))]
+TEXTS = {page.relative_to(PROJECT_ROOT).as_posix(): page.read_text() for page in PAGES}
+README = TEXTS["README.md"]
+BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+# a synopsis, words left out, or what a shell function puts together
+NO_COMMAND = re.compile(r"BENCHMARK|\.\.\. |\$[(a-z]")
+LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
+SPEEDS = re.compile(r"\| (\d+) of (\d+) tokens \| (\S+) times as fast \| (\S+) \| (\S+, \S+) \|")
+PAPER = "Improving the Reasoning of Multi-Image Grounding in MLLMs via Reinforcement Learning"
+
+
+def read_blocks(text: str, language: str = "") -> list[str]:
+    return [block for _, found_language, block in BLOCK.findall(text) if found_language == language]
+
+
+def read_commands(text: str) -> list[str]:
+    """The lines of a page's shell blocks, continued ones joined."""
+    lines = "".join(read_blocks(text)).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if not NO_COMMAND.search(line)]
+
+
+COMMANDS = [(page, command) for page, text in TEXTS.items() for command in read_commands(text)
+            if command.startswith("mig-kit ")]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_a_command_is_of_the_command_line(page, command, monkeypatch):
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, *_: value)  # no file is there
+    group, words, context = cli, shlex.split(command, comments=True)[1:], click.Context(cli)
+    while isinstance(group, click.Group):
+        name, group, words = group.resolve_command(context, words)
+        context = click.Context(group, parent=context, info_name=name)
+    group.parse_args(context, words)
+    if group.name == "run":
+        stages = [stage_name(word) for word in context.params["stages"]] or list(RECIPE)
+        parse_overrides(context.params["overrides"], stages)
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) > 40 and len(read_commands(README)) > 9
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as hosts of Markdown make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+LINKING = [*PAGES, PROJECT_ROOT / "tests" / "README.md", *GUIDE.glob("lessons/*.md"),
+           *NOTEBOOKS.glob("*.ipynb")]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for path, anchor in LINK.findall(page.read_text()):
+        if path.startswith("http"):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{path}#{anchor}"
+
+
+def test_readme_and_guide_are_short():
+    assert len(README.split()) <= 900 and len(README.splitlines()) <= 110
+    assert sum(len(page.read_text().split()) for page in GUIDE.glob("*.md")) <= 11_500
+
+
+def test_the_readmes_figures_of_speed_and_size():
+    rows = SPEEDS.findall(README)
+    assert len(rows) == 2
+    for group_size, tokens, small, large, memory in rows:
+        row = rf"six images[^|]*\| 1,240 \| {tokens} \| {group_size} \| [^|]+"
+        cells = re.escape(f"| {small} | {large} | {memory} |")
+        assert re.search(row + cells, TEXTS["notebooks/guide/trainer.md"])
+    slowest, fastest = re.search(r"takes (\d+) minutes on the Xeon.* (\S+) on the Zen 4",
+                                 TEXTS["notebooks/guide/speed.md"]).groups()
+    assert f"{float(fastest):.0f} to {slowest} minutes" in README
+    with safe_open(PACKAGE / "tiny_base" / "model.safetensors", "pt") as weights:
+        count = sum(weights.get_tensor(name).numel() for name in weights.keys())
+    assert f"{count / 1e6:.0f} million" == "5 million" and "five million" in README
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """The files that the README's blocks name, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    write_benchmarks(tmp_path)
+    (line,) = read_blocks(README, "json")
+    Path("own").mkdir()
+    Path("own/mine.jsonl").write_text(line)
+    Path("images").mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(name, "images")
+    shutil.copy("mig_bench.json", "MIG_data.json")
+    prediction = json.loads(re.search(r'`({"index".*?})`', README)[1])
+    Path("mine.jsonl").write_text("".join(
+        json.dumps(prediction | {"index": index}) + "\n" for index in range(3)))
+    return tmp_path
+
+
+def run_readme(start: str, *words: str) -> subprocess.CompletedProcess:
+    """Run the README's command that starts like this."""
+    (command,) = (line for line in read_commands(README) if line.startswith(start))
+    return run_mig_kit(*shlex.split(command, comments=True)[1:], *words)
+
+
+def test_the_readmes_predictions_are_scored(files):
+    for protocol in ("official", "strict"):
+        result = run_readme("mig-kit score", "--protocol", protocol)
+        assert "| avg | 3 |" in result.stdout and protocol in result.stdout, result.stderr
+
+
+def test_the_readmes_own_data_is_correct(files):
+    shutil.copy("own/mine.jsonl", "mine.jsonl")
+    result = run_readme("mig-kit data check")
+    assert "1 line" in result.stdout and not result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_the_readme_asks_a_model(files):
+    result = run_readme("mig-kit eval", "--limit", "1")
+    assert "MIG-Bench-like (drawn)" in result.stdout, result.stderr
+
+
+def test_the_readmes_targets_are_made():
+    targets = [line.split()[1] for line in read_commands(README) if line.startswith("make ")]
+    rules = re.findall(r"^(\w+):", (PROJECT_ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets == ["run", "test", "lab"] and {*targets, "docs", "lint"} <= set(rules)
+
+
+def test_the_readmes_papermill_command_names_a_notebook_and_its_parameter():
+    (command,) = (line for line in read_commands(README) if line.startswith("papermill "))
+    _, notebook, _, _, name, _ = shlex.split(command, comments=True)
+    assert name in stage_parameters(Path(notebook).stem) and (PROJECT_ROOT / notebook).is_file()
+
+
+@pytest.mark.slow
+def test_the_readmes_script_runs_as_it_stands(files, monkeypatch):
+    (script,) = read_blocks(README, "python")
+    Path("Qwen").mkdir()
+    Path("Qwen/Qwen2.5-VL-7B-Instruct").symlink_to(PACKAGE / "tiny_base")
+    prompt = [{"role": "user", "content": "which image shows the red circle"}]
+    Path("questions.jsonl").write_text("".join(
+        json.dumps({"prompt": prompt, "images": ["a.png", name], "image": 1}) + "\n"
+        for name in ("b.png", "c.png")))
+    monkeypatch.setattr("trl.GRPOConfig", partial(
+        GRPOConfig, use_cpu=True, bf16=False, max_steps=1, max_completion_length=4, save_steps=1,
+        report_to="none"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "prompts are not shared")
+        exec(compile(script, "README.md", "exec"), {})
+    assert Path("out/checkpoint-1/adapter_model.safetensors").is_file()
+
+
+def test_one_version_and_one_paper():
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((PROJECT_ROOT / "CITATION.cff").read_text())
+    assert project["version"] == __version__ == citation["version"]
+    assert f"version = {{{__version__}}}" in README
+    (paper,) = citation["references"]
+    names = " and ".join(f"{author['family-names']}, {author['given-names']}"
+                         for author in paper["authors"])
+    assert paper["title"] == PAPER and f"title = {{{PAPER}}}" in README
+    assert f"author = {{{names}}}" in README
+    assert f"{{{paper['identifiers'][0]['value'].removeprefix('arXiv:')}}}" in README
+    authors = {author["name"] for author in project["authors"]}
+    assert authors == {author["name"] for author in citation["authors"]}
