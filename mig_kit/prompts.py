@@ -96,7 +96,7 @@ def image_label(number: int, size: tuple[int, int] | None = None) -> str:
 
 
 def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
-    """The conversational prompt: every image under its number, in order, then the question."""
+    """The prompt as TRL's messages: every image's number and its place, then the question."""
     content = []
     for number in range(1, len(sample.images) + 1):
         content += [{"type": "text", "text": image_label(number)}, {"type": "image"}]

@@ -19,9 +19,9 @@ Reward = Callable[[str, Sample, BoxFormat], float | None]
 PairScore = Callable[[Box, Box], float]  # of a box and a target, pixels of the same image
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # Ours: what a correct "none" earns in the image term and in every box term; a wrong one earns 0.
-# With the default weights and a third of the questions without a box, always saying "none" to two
-# images earns 0.28, and a random image with a box that misses 0.30. With more images than three
-# "none" earns more than guessing: lower RIGHT_NONE there.
+# At the default weights, with two images and a third of the questions without a box, always saying
+# "none" earns 0.28 on average, and guessing an image with a box that misses 0.30. With more than
+# three images "none" would earn more than guessing: lower RIGHT_NONE there.
 RIGHT_NONE = 0.5
 
 
@@ -30,7 +30,7 @@ def match_score(reply: str, sample: Sample, box_format: BoxFormat, score: PairSc
     """How well a reply's boxes meet the targets of a question for all boxes, 0..1.
 
     Args:
-        score: of a box and a target; 0 for a box that repeats another or lies in another image.
+        score: how well a box meets a target of the same image; other pairs count 0.
         right_none: what a reply that names no box gets if there is no target.
     Returns: the largest sum of scores over one-to-one pairs, divided by the larger number of boxes
     or targets, as in VisionReasoner (arXiv 2505.12081); 0 for an answer that cannot be read.

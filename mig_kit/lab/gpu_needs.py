@@ -172,7 +172,7 @@ def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool
 
 
 def decoding_memory(shape: Shape, load: Load) -> dict[str, float]:
-    """GiB of each part of drawing replies."""
+    """Part of what drawing replies of this load with a model of this shape holds -> GiB."""
     prompt_tokens, replies = load.prompts * load.prompt, load.prompts * load.replies
     # linear attention keeps states, so each reply has its own copy of the prompt's cache
     copies = replies if shape.linear_layers else load.prompts

@@ -135,8 +135,8 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
     except Exception as error:  # what reads tokenizer.json raises nothing narrower
         raise ValueError(f"the tokenizer of {model} cannot be read ({error}); copy tokenizer.json "
                          "and tokenizer_config.json again") from error
-    # Two limits in two places would resize twice and shift every box. By these names, because a
-    # `size` would lose against the limits in a published folder's file.
+    # The only place with limits: two would resize twice and shift every box. They are called
+    # min_pixels and max_pixels, because a `size` loses against a published folder's own limits.
     images = Qwen2VLImageProcessorPil.from_pretrained(
         model, min_pixels=box_format.min_pixels, max_pixels=box_format.max_pixels)
     processor = StillImageProcessor(

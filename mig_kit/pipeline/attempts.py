@@ -52,7 +52,7 @@ def open_attempt(stage: str, run_id: str, facts: dict) -> tuple[Path, dict]:
     before = read_marker(folder)
     if before and not before.get("repeats"):
         return folder, _write_marker(folder, facts, seconds_spent(folder))
-    # another kernel's look at what has finished, or half of a copy
+    # left by a kernel that only showed a finished stage, or by a copy that was cut off
     shutil.rmtree(folder, ignore_errors=True)
     final = runs_root() / run_id / stage
     if _copy_finished(final, folder, key):

@@ -55,7 +55,7 @@ PLUMBING = "mig_kit.pipeline"
 NOT_PART_OF_A_KEY = (
     PLUMBING, "mig_kit.drawing", "mig_kit.stages.tables", "mig_kit.stages.sanity_checks")
 STAGES_OF_PICTURES = {"07_report", "08_benchmark", "09_compare"}  # all of that counts but PLUMBING
-# of cells: those that only draw, and mathematics by hand that no later cell uses
+# cells that decide nothing: they only draw, or compute by hand what no later cell uses
 TAGS_OUTSIDE = {"parameters", "picture", "lesson"}
 CHOSEN = "REWARDS"  # a dictionary of which only the entries count that a stage has chosen
 MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function

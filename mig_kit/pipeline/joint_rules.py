@@ -143,6 +143,10 @@ JOINT_RULES = (
      per_device_train_batch_size * (share_prefix or gradient_accumulation_steps) % num_generations,
      "per_device_train_batch_size must be a multiple of num_generations (without share_prefix, "
      "times gradient_accumulation_steps), so that groups stay whole; change one of them"),
+    (lambda multi_objective_aggregation, share_prefix: (
+        share_prefix and multi_objective_aggregation != "sum_then_normalize"),
+     "the kit's trainer sums weighted rewards before it divides; leave multi_objective_aggregation "
+     "out, or set share_prefix to false"),
     (lambda share_prefix, server: server and not share_prefix,
      "a server needs share_prefix, because TRL's own trainer has none; set share_prefix to true"),
     (lambda hallucinated_image_penalty, rewards: (

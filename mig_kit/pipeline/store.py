@@ -99,7 +99,7 @@ def describe_staleness(stage: str, run_id: str, params: dict) -> str:
 def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str, tuple[str, str]]:
     """Stale stage -> (the first stage that makes it stale, why), in a run and its source.
 
-    planned: parameters by stage; other stages count with the parameters that they finished with.
+    planned: parameters by stage; a stage that is not planned keeps those of its record.
     """
     stale: dict[str, tuple[str, str]] = {}
     for stage in STAGES:

@@ -72,7 +72,7 @@ def load_rollouts(folder: Path) -> list[dict]:
     """The rows that a stage folder holds, in order; [] if none were kept.
 
     A row is a reply: step (updates before it), prompt (the index of its sample) and what
-    `KeepRollouts.describe` gives.
+    `grpo.describe_reply` gives.
     """
     path = folder / ROLLOUTS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

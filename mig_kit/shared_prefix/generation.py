@@ -40,7 +40,7 @@ class SamplingOptions:
 
 
 def read_sampling_options(args) -> SamplingOptions:
-    """The options of a TRL config, the only place that takes them from one."""
+    """The sampling options that a TRL config holds, those of generation_kwargs too."""
     return SamplingOptions(args.temperature, args.top_p, args.max_completion_length,
                            **args.generation_kwargs or {})
 

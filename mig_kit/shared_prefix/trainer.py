@@ -221,7 +221,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         accelerator, length, count = self.accelerator, self.max_completion_length, len(numbers)
         draw = self.state.global_step, self.model.training
         seed = self.args.seed * 1_000_003 + self.state.global_step
-        # nothing for a step's first draw; a generator on a CPU sees the lowest 32 bits alone
+        # a step's first draw adds 0; the factor fits in 32 bits, all that a CPU's generator reads
         seed += (2 * self.draws[draw] + (not self.model.training)) * 2_654_435_761
         self.draws = Counter({draw: self.draws[draw] + 1})
         # one draw for all processes, so that N of them draw what one would

@@ -147,7 +147,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
         gradient_checkpointing_kwargs={"use_reentrant": False},
         generation_kwargs={"min_new_tokens": min_new_tokens},
         **{"pad_to_multiple_of": PAD_MULTIPLE} if params.share_prefix else {})
-    # a training that goes on draws new replies: checkpoints come after all updates of a batch
+    # a resumed training draws new replies, so a checkpoint comes after a batch's last update
     iterations = params.num_iterations
     arguments |= {"epsilon_high": params.epsilon_high or None,
                   "save_steps": -(-params.save_steps // iterations) * iterations}

@@ -140,8 +140,8 @@ class CompletionLossTrainer(resuming.KeepAdapterDtype, SFTTrainer):
         self.cache, self.samples, self.replies = cache, samples, replies
         self.completions: dict[int, torch.Tensor] = {}  # token ids by row
         super().__init__(*args, data_collator=self.collate, **kwargs)
-        # the model's class says that it cannot be told the number of tokens of the whole update;
-        # without it the mean of each part would weigh the same, and tokens of short rows more
+        # Qwen's class wrongly reports that it takes no `num_items_in_batch`. Without it every
+        # part of an update would weigh the same, and tokens of short replies more than others
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
 
     def collate(self, examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -247,7 +247,8 @@ def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows,
 def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None:
     """Train an adapter on the 4-bit base, or resume, and save it; each process of a job calls it.
 
-    folder: the stage's; params: its and the run's parameters; traces: a parquet file.
+    folder: the stage's, which gets the adapter; params: its and the run's parameters; base: model
+    folder or hub name; traces: a parquet file.
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     samples, replies = read_traces(traces, params)

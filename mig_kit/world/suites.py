@@ -309,7 +309,7 @@ def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: 
 
 
 def list_object_boxes(spec: SampleSpec) -> list[list[Box]]:
-    """The boxes of all objects, per image; a part of an image that is asked for counts as one."""
+    """Boxes of all objects, in pixels, per image; a part that is asked for counts as an object."""
     boxes = [[obj.box for obj in scene.objects] for scene in spec.scenes]
     if spec.box:
         for number, _ in spec.answers:

@@ -59,6 +59,8 @@ REFUSED = [
     ("05", {"num_generation": 4}, "05_grpo has no parameter 'num_generation'; did you mean"),
     ("05", {"num_generations": "many"}, "is 'many', a str; it must be an int, 2 or more"),
     ("05", {"num_generations": 1}, "it must be an int, 2 or more"),
+    ("05", {"hub_token": "hf_x"}, "would be kept in the notebook and in run.json; set HF_TOKEN"),
+    ("05", {"multi_objective_aggregation": "normalize_then_sum"}, "leave multi_objective_aggreg"),
     ("05", {"share_prefix": 1}, "'share_prefix' is 1, an int; it must be true or false"),
     ("05", {"learning_rate": "small"}, "must be a float, above 0"),
     *(("05", {"reward_weights": weights}, WEIGHTS) for weights in (
