@@ -18,7 +18,7 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PACKAGE, PROJECT_ROOT
-from mig_kit.data import own_data
+from mig_kit.data import exports, own_data
 from mig_kit.pipeline.params import profile_params
 from mig_kit.prompts import correct_answer
 from mig_kit.training.reward_loading import load_rewards, score_functions
@@ -96,6 +96,24 @@ def test_rewards_are_the_kits(engine, questions, judged, tmp_path, monkeypatch):
             function(completions=[[{"content": reply}] for reply in replies], question=facts)
             for function in module.REWARD_FUNCTIONS])}[engine]()
     assert scores == [value for *_, value in ten]
+
+
+@pytest.mark.parametrize("engine", ["swift", "trl"])
+def test_settings_that_a_run_has_besides_are_handed_over_or_named(engine, questions, tmp_path):
+    folder = tmp_path / "out.tmp"
+    folder.mkdir()
+    (folder / "mine").touch()  # no export deletes what it has not made
+    recipe = exports.Recipe("mine", questions[1], profile_params("05_grpo") | profile_params(
+        "01_synthesize"), str(PACKAGE / "tiny_base"), {"adam_beta2": 0.9, "max_grad_norm": 0.2})
+    differences = exports.write_export(engine, recipe, tmp_path / "out", 1)
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["adam_beta2"] == 0.9 and (folder / "mine").is_file()
+    if engine == "trl":
+        assert config["max_grad_norm"] == 0.2 and not differences
+    else:
+        assert "max_grad_norm 0.2" in differences[-1] and differences[-1] in (
+            tmp_path / "out" / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
 
 
 def own_data_facts(sample):

@@ -60,3 +60,23 @@ def test_a_card_is_no_output_of_its_stage(model):
 def test_a_folder_without_a_card_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no README.md"):
         model_cards.require_card(tmp_path)
+
+
+def test_a_card_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    params = profile_params("05_grpo") | {
+        "base_model": "/home/me/models/Qwen-7B", "rewards": ["box", "/home/me/mine.py:near"],
+        "min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute"}
+    (data := tmp_path / "mine" / "01_synthesize").mkdir(parents=True)
+    write_json(data / "run.json", {"params": params | {"data": "/home/me/own.jsonl"}})
+    model_cards.write_model_card(tmp_path, "05_grpo", "mine", params)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "/home" not in card.content and "mine.py:near" in card.text
+    assert card.data.base_model is None and "Qwen" in card.text
+
+
+def test_a_card_that_does_not_open_stops_no_stage(model, capsys):
+    (model / "README.md").write_text("---\na: [\n---\n")
+    model_cards.write_cards("06_evaluate", model, model.parents[1] / "06_evaluate", {},
+                            {"systems": {"grpo": DRAWN}})
+    assert "has no scores, because it does not open" in capsys.readouterr().out

@@ -108,6 +108,7 @@ REFUSED = [
     ("05", {"rewards": ["format", "image"], "reward_weights": {"box": 0.5}}, "has 'box', which is"),
     ("05", {"rewards": [*KIT, "none.py:center"]}, "none.py, which does not exist"),
     ("05", {"rewards": [*KIT, "FILE:centre"]}, "has no function 'centre'; it has center, length"),
+    ("05", {"rewards": [*KIT, "FILE:truth"]}, "have a 'truth' of their own; rename the function"),
     ("05", {"rewards": [*KIT, "FILE:length"]}, "have a 'length' of their own; rename the function"),
     ("05", {"rewards": [*KIT, "BROKEN:center"]}, "broken.py, line 2: invalid syntax; correct it"),
     ("05", {"rewards": [*KIT, "FILE:center", "OTHER:edge"]}, "two files called my_rewards.py"),
