@@ -6,7 +6,9 @@ from random import Random
 import pytest
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import PROJECT_ROOT
 from mig_kit.sample import Sample
+from mig_kit.training import reward_loading
 from mig_kit.world.claims import count_claims, read_claims
 from mig_kit.world.scenes import Object, Scene
 from mig_kit.world.suites import SUITES, iter_training_mix, make_suite
@@ -122,3 +124,15 @@ def test_every_suite_can_be_judged():
         for sample in make_suite(suite, "test", 2):
             reply = f"<think>image 1: {sample.spec.scenes[0].names()[0]}.</think>"
             assert count_claims(reply, sample)[:3] == (1, 1, 0)
+
+
+def test_the_guides_reward_pays_true_claims_about_every_image(tmp_path):
+    file = PROJECT_ROOT / "notebooks" / "guide" / "true_claims.py"
+    reward_loading.copy_reward_files([f"{file}:true_claims"], tmp_path)
+    reward = reward_loading.load_rewards([f"{file}:true_claims"], tmp_path)["true_claims"]
+    sample = replace(SAMPLE, spec=None)
+    for thought, value in ((" ".join([*sample.notes, sample.finding]), 1.0),
+                           (f"{sample.notes[0]} image 2: blue ring.", 0.5),
+                           (sample.notes[0], 0.0), (sample.finding, 0.0)):
+        assert reward(f"<think>{thought}</think>", sample, BoxFormat()) == value
+    assert reward("", replace(sample, notes=()), BoxFormat()) is None
