@@ -8,7 +8,6 @@ stage that a finished attempt replaces is kept in NN_stage.before.
 import json
 import os
 import shutil
-from operator import itemgetter
 from pathlib import Path
 
 from mig_kit.common import file_sha256, write_json
@@ -117,12 +116,12 @@ def restore(run_id: str, stage: str = "") -> list[str]:
                 aside.rename(before)
             if before := read_record(run / f"{name}.before" / "run.json"):
                 last[name] = max(before, read_record(run / name / "run.json") or before,
-                                 key=itemgetter("started"))
+                                 key=_order)
         if not last:
             raise FileNotFoundError(
                 f"run '{run_id}' keeps nothing that {stage or 'a stage'} replaced; mig-kit status "
                 f"{run_id} shows what it has")
-        command = _command(max(last.values(), key=itemgetter("started")))
+        command = _command(max(last.values(), key=_order))
         chosen = [name for name, record in last.items() if _command(record) == command]
         for name in chosen:
             before, final, aside = (run / f"{name}{suffix}" for suffix in (".before", "", SWAP))
@@ -134,6 +133,10 @@ def restore(run_id: str, stage: str = "") -> list[str]:
     finally:
         unlock_run(run)
     return chosen
+
+
+def _order(record: dict) -> tuple[str, str]:
+    return record["started"], _command(record)  # the first has whole seconds
 
 
 def _command(record: dict) -> str:
