@@ -19,7 +19,7 @@ from string import Template
 import yaml
 from PIL import Image
 
-from mig_kit.boxes import BoxFormat, Coordinates, seen_size
+from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.common import PACKAGE, progress_bar
 from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 from mig_kit.prompts import chat_messages
@@ -38,7 +38,6 @@ SHARED = ("adam_beta2", "beta", "epsilon", "epsilon_high", "gradient_accumulatio
           "num_generations", "num_iterations", "output_dir", "per_device_train_batch_size",
           "reward_weights", "save_steps", "scale_rewards", "seed", "temperature",
           "top_entropy_quantile", "warmup_steps", "weight_decay")
-LORA_SCALE = 2  # lora_alpha / lora_r, as in the kit's trainings
 # TRL's loss_type -> the mean that it is, in the words of engines that do not know it
 MEANS = {"verl": {"dapo": "token-mean", "grpo": "seq-mean-token-mean",
                   "dr_grpo": "seq-mean-token-sum-norm"},
@@ -168,7 +167,7 @@ def _fill(template: str, values: dict) -> str:
 
 def _recipe_values(recipe: Recipe, gpus: int) -> dict:
     """The recipe's values by TRL's names, and what other engines have in their place."""
-    from mig_kit.models.loading import ADAPTED_PROJECTIONS, LORA_TARGETS
+    from mig_kit.models.loading import ADAPTED_PROJECTIONS, LORA_SCALE, LORA_TARGETS
     from mig_kit.models.model_folders import read_model_type
 
     p = recipe.params
@@ -239,9 +238,11 @@ def _check_limits(box_format: BoxFormat, processor) -> None:
 
 def _encode_seen(processor, box_format: BoxFormat, image: Image.Image) -> bytes:
     """A PNG of the image as the model sees it."""
-    size = seen_size(image.size, box_format, processor.patch_size * processor.merge_size)
-    image = image if image.size == size else image.resize(size, processor.resample)
-    return encode_image(image, compress_level=1)
+    from mig_kit.models.processors import resize_as_seen  # imports torch
+
+    factor = processor.patch_size * processor.merge_size
+    return encode_image(resize_as_seen(image, box_format, factor, processor.resample),
+                        compress_level=1)
 
 
 def _write_rows(engine: str, questions: Iterator[tuple[str, Sample]], encode: Callable,

@@ -38,6 +38,7 @@ ADAPTED_PROJECTIONS = {
 }
 LORA_TARGETS = {name: rf".*language_model\..*\.({'|'.join(projections)})"
                 for name, projections in ADAPTED_PROJECTIONS.items()}
+LORA_SCALE = 2  # lora_alpha / lora_r, the factor of an adapter's product
 
 # Never 4-bit. The tower needs its full path: plain "visual" is ignored and the tower quantised.
 FULL_PRECISION_MODULES = ["model.visual", "lm_head"]

@@ -259,6 +259,13 @@ def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample
     return measure
 
 
+def resize_as_seen(image: Image.Image, box_format: BoxFormat, factor: int,
+                   resample: int) -> Image.Image:
+    """The image at the size at which the model sees it; factor: pixels of a token's side."""
+    size = seen_size(image.size, box_format, factor)
+    return image if image.size == size else image.resize(size, resample)
+
+
 def count_image_tokens(processor: StillImageProcessor, sample: Sample,
                        box_format: BoxFormat) -> int:
     """Tokens of the sample's images; decodes none."""

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mig_kit.boxes import BoxFormat, seen_size
+from mig_kit.boxes import BoxFormat
 from mig_kit.image_files import to_data_url
-from mig_kit.models.processors import StillImageProcessor, render_prompt
+from mig_kit.models.processors import StillImageProcessor, render_prompt, resize_as_seen
 from mig_kit.openai_client import KEY_VARIABLE, Connection, RequestFailed, iter_results, read_choice
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
@@ -197,9 +197,7 @@ class ServedModel:
         if self.processor:
             images = self.processor.image_processor
             factor, resample = images.patch_size * images.merge_size, images.resample
-        image, size = image.convert("RGB"), seen_size(image.size, self.box_format, factor)
-        if image.size != size:
-            image = image.resize(size, resample)
+        image = resize_as_seen(image.convert("RGB"), self.box_format, factor, resample)
         return {"type": "image_url", "image_url": {"url": to_data_url(image, compress_level=1)}}
 
     def prompt_ids(self, sample: Sample) -> list[int] | None:

@@ -21,9 +21,7 @@ from trl.trainer.utils import RepeatSampler
 from mig_kit.common import apply_umask
 from mig_kit.drawing import plots
 from mig_kit.models.adapters import record_base
-from mig_kit.models.loading import LORA_TARGETS, Hardware
-
-LORA_SCALE = 2  # lora_alpha / lora_r, the factor of an adapter's product
+from mig_kit.models.loading import LORA_SCALE, LORA_TARGETS, Hardware
 
 
 def lora_config(lora_r: int, lora_dropout: float = 0.0, lora_targets: str = "all") -> LoraConfig:
