@@ -1,14 +1,17 @@
 """Run stages as notebooks, through papermill: what is up to date is skipped."""
 
+import json
 import logging
 import os
 import re
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.launcher import launch_kernel
 from jupyter_client.manager import AsyncKernelManager
 
 from mig_kit.common import NOTEBOOKS
@@ -33,12 +36,26 @@ BAR = re.compile(r"^(?!Loading weights: )(.+?): +100%\|")
 NEWS = re.compile(r"(?:the server https?://\S+ .*is left out|warning: ).*")
 
 
+# The kernel of the next stage is started while a stage runs: it imports what takes seconds, then
+# waits for its arguments. The kit's modules are not among it: a stage runs the code of its start.
+WAITING_KERNEL = """import json, sys
+import mig_kit, datasets, matplotlib.pyplot, pandas, peft, scipy.stats, seaborn, torch, trl
+from ipykernel.kernelapp import launch_new_instance
+if line := sys.stdin.readline():
+    launch_new_instance(argv=json.loads(line))"""
+BACKEND = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+
+
 class ThisPython(AsyncKernelManager):
     """Starts ipykernel with this Python, not with a kernel spec of another environment's.
 
+    is_last: whether no other stage comes after.
+    waiting: the kernel of the next stage, or None.
     exit_status: of the last kernel that ended by itself, or None.
     """
 
+    is_last = True
+    waiting: subprocess.Popen | None = None
     exit_status: int | None = None
 
     @property
@@ -46,7 +63,31 @@ class ThisPython(AsyncKernelManager):
         """The only one."""
         return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f",
                                 "{connection_file}"], display_name="Python 3", language="python",
-                          env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+                          env=BACKEND)
+
+    async def _async_launch_kernel(self, kernel_cmd: list[str], **kw) -> None:
+        process, ThisPython.waiting = ThisPython.waiting, None
+        if process and process.poll() is None:
+            arguments = kernel_cmd[kernel_cmd.index("-f"):]
+            process.stdin.write(json.dumps(arguments).encode() + b"\n")
+            process.stdin.close()
+            self.provisioner.process = process
+            self.provisioner.pid = self.provisioner.pgid = process.pid  # a session of its own
+            self._reconcile_connection_info(self.provisioner.connection_info)
+        else:
+            await super()._async_launch_kernel(kernel_cmd, **kw)
+        if not ThisPython.is_last:
+            ThisPython.waiting = launch_kernel(
+                [sys.executable, "-P", "-c", WAITING_KERNEL], stdin=subprocess.PIPE,
+                cwd=str(NOTEBOOKS), env=os.environ | BACKEND)
+
+    @classmethod
+    def stop_waiting(cls) -> None:
+        """End the kernel of a next stage that does not run."""
+        process, cls.waiting = cls.waiting, None
+        if process:
+            process.kill()
+            process.communicate()
 
     async def _async_is_alive(self) -> bool:
         if self.has_kernel and (status := await self.provisioner.poll()) is not None:
@@ -218,16 +259,20 @@ def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> Non
     """
     remaining, lines = dict(params), StageLines()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[lines], force=True)
-    for stage, values in params.items():
-        if not force and store.is_up_to_date(stage, run_id, values):
-            lines.set(stage, "up to date")
-        else:
-            _prepare(stage, run_id, values, force)
-            lines.set(stage, "running")
-            _execute_notebook(stage, run_id, values, lines)
-            lines.set(stage, "done", store.require_record(stage, run_id, stage)["summary"])
-        del remaining[stage]
-        check_run(remaining, run_id)
+    try:
+        for stage, values in params.items():
+            if not force and store.is_up_to_date(stage, run_id, values):
+                lines.set(stage, "up to date")
+            else:
+                _prepare(stage, run_id, values, force)
+                lines.set(stage, "running")
+                ThisPython.is_last = len(remaining) == 1
+                _execute_notebook(stage, run_id, values, lines)
+                lines.set(stage, "done", store.require_record(stage, run_id, stage)["summary"])
+            del remaining[stage]
+            check_run(remaining, run_id)
+    finally:
+        ThisPython.stop_waiting()
 
 
 def _prepare(stage: str, run_id: str, params: dict, force: bool) -> None:

@@ -113,17 +113,56 @@ def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, le
     assert [stage[:2] for stage in started] == [word for word in words if word.isdigit()]
 
 
-def test_a_killed_kernel_is_named_and_leaves_its_figures(tmp_path, monkeypatch):
-    """In a folder with braces, and under another backend than notebooks'."""
+@pytest.fixture
+def write_stage(tmp_path, monkeypatch):
+    """Call it with cells for the folder of a run whose 00 has them; braces are in its path."""
     folder = tmp_path / "{seed} {x}"
     (folder / "runs" / "a").mkdir(parents=True)
-    cells = ["import os, matplotlib.pyplot as plt", "plt.plot([1, 2]);", "os.kill(os.getpid(), 9)"]
-    nbformat.write(nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
-        metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "3"}}),
-        folder / "00_preflight.ipynb")
     monkeypatch.setattr(execute, "NOTEBOOKS", folder)
     monkeypatch.setenv("MIG_KIT_RUNS", str(folder / "runs"))
+
+    def write(*cells: str):
+        nbformat.write(nbformat.v4.new_notebook(
+            cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
+            metadata={"kernelspec": {"name": "python3", "language": "python",
+                                     "display_name": "3"}}), folder / "00_preflight.ipynb")
+        return folder
+
+    return write
+
+
+def test_the_next_kernel_is_started_ahead_and_none_is_left(write_stage):
+    """One that has died meanwhile is replaced."""
+    folder = write_stage("import os, sys; os.makedirs('runs/a/00_preflight', exist_ok=True)",
+                         "print(os.getpid(), 'trl' in sys.modules, os.environ['MPLBACKEND'])")
+
+    def run() -> list[str]:
+        execute._execute_notebook("00_preflight", "a", {"seed": 1}, execute.StageLines())
+        notebook = nbformat.read(folder / "runs" / "a" / "00_preflight" / "00_preflight.ipynb", 4)
+        return notebook.cells[-1].outputs[0].text.split()
+
+    kernels = execute.ThisPython
+    backend = "module://matplotlib_inline.backend_inline"
+    kernels.is_last = False
+    try:
+        assert run()[1:] == ["False", backend]
+        ahead = kernels.waiting
+        assert run() == [str(ahead.pid), "True", backend]
+        assert ahead.poll() is not None
+        kernels.waiting.kill()
+        kernels.waiting.wait()
+        assert run()[1:] == ["False", backend]
+        ahead = kernels.waiting
+    finally:
+        kernels.is_last = True
+        kernels.stop_waiting()
+    assert ahead.poll() is not None and kernels.waiting is None
+
+
+def test_a_killed_kernel_is_named_and_leaves_its_figures(write_stage, monkeypatch):
+    """Under another backend than notebooks'."""
+    folder = write_stage("import os, matplotlib.pyplot as plt", "plt.plot([1, 2]);",
+                         "os.kill(os.getpid(), 9)")
     monkeypatch.setenv("MPLBACKEND", "Agg")
     with pytest.raises(RuntimeError, match=r"00_preflight failed: its kernel was ended by signal 9 "
                                            r"\(Killed\); the system ends so what takes too much"):
