@@ -1,10 +1,9 @@
-"""LoRA adapters in folders: which base they were trained on, and how one layer is merged.
+"""LoRA adapters in folders: which base they were trained on.
 
-PEFT merges each layer, as `merge_and_unload` would. Some initialisations change the base in a way
-that PEFT cannot compute again; such adapters are refused.
+Some initialisations change the base in a way that PEFT cannot compute again; such adapters are
+refused.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -88,40 +87,6 @@ def check_adapter_fits(adapter: Adapter, model: torch.nn.Module, base: str | Pat
         raise ValueError(f"the adapter changes {tied[0]}, but embeddings and head of {base} are "
                          "one tensor: no merged folder computes what training saw; train without "
                          "it, or on a base that does not tie them")
-
-
-def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Merges an adapter into one layer, W + alpha / r * B A for a plain LoRA, B A in float32.
-
-    layer: the module `name` with the base's weights, which may change.
-    Returns: the layer's parameters by their names in it.
-    Raises: ValueError if PEFT cannot merge the adapter.
-    """
-    from peft import inject_adapter_in_model, set_peft_model_state_dict
-    from peft.tuners.tuners_utils import cast_adapter_dtype
-
-    root = layer
-    for part in reversed(name.split(".")):  # PEFT's patterns look at full names
-        root, inner = torch.nn.Module(), root
-        root.add_module(part, inner)
-    config = copy.copy(adapter.config)
-    config.target_modules, config.bias = [name], "none"
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.modules_to_save = config.trainable_token_indices = None
-    tensors = {f"{name}.{key}": tensor for key, tensor in adapter.modules[name].items()}
-    try:
-        inject_adapter_in_model(config, root)
-        cast_adapter_dtype(root, "default")
-        result = set_peft_model_state_dict(root, tensors)
-        lacking = [key for key in result.missing_keys if ".lora_" in key]
-        if lacking or result.unexpected_keys:
-            raise ValueError(f"{[*lacking, *result.unexpected_keys][0]} does not fit the settings")
-        root.get_submodule(name).merge(safe_merge=True)
-    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"PEFT cannot merge {adapter.folder} into {name} of this base "
-                         f"({' '.join(str(error).split())[:200]}); give the base that it was "
-                         "trained on, or an adapter of another kind") from error
-    return dict(root.get_submodule(name).get_base_layer().named_parameters())
 
 
 def weights_digest(model: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""Models and processors: loading and checking.
+"""Models: hardware, weights and LoRA's targets, loaded and checked.
 
 One place decides device, dtype and attention, and says why. Qwen2.5-VL, Qwen2-VL, Qwen3-VL and
 Qwen3.5 load here. Only safetensors are read, and no code of a model folder is ever run.
@@ -261,8 +261,8 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
                    for name, _ in model.named_modules())
     if outside:
         raise ValueError(f"LoRA landed outside the language model ({outside[0]}); "
-                         "use models.LORA_TARGETS")
+                         "use LORA_TARGETS of mig_kit.models.loading")
     if len(names) != expected:
         raise ValueError(f"LoRA is on {len(names)} projections, expected {expected}; "
-                         "use models.LORA_TARGETS")
+                         "use LORA_TARGETS of mig_kit.models.loading")
     return names

@@ -17,10 +17,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mig_kit.common import apply_umask, release_memory, write_json
 from mig_kit.models.adapters import (
+    Adapter,
     check_adapter_base,
     check_adapter_fits,
     load_adapter,
-    merge_layer,
 )
 from mig_kit.models.loading import ADAPTED_PROJECTIONS, FULL_PRECISION_MODULES, Hardware
 from mig_kit.models.model_folders import (
@@ -93,6 +93,42 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     apply_umask(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
+
+
+def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Merges an adapter into one layer, W + alpha / r * B A for a plain LoRA.
+
+    PEFT computes B A in float32, and adds it in the weight's dtype.
+
+    layer: the module `name` with the base's weights, which may change.
+    Returns: the layer's parameters by their names in it.
+    Raises: ValueError if PEFT cannot merge the adapter.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    root = layer
+    for part in reversed(name.split(".")):  # PEFT's patterns look at full names
+        root, inner = torch.nn.Module(), root
+        root.add_module(part, inner)
+    config = copy.copy(adapter.config)
+    config.target_modules, config.bias = [name], "none"
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.modules_to_save = config.trainable_token_indices = None
+    tensors = {f"{name}.{key}": tensor for key, tensor in adapter.modules[name].items()}
+    try:
+        inject_adapter_in_model(config, root)
+        cast_adapter_dtype(root, "default")
+        result = set_peft_model_state_dict(root, tensors)
+        lacking = [key for key in result.missing_keys if ".lora_" in key]
+        if lacking or result.unexpected_keys:
+            raise ValueError(f"{[*lacking, *result.unexpected_keys][0]} does not fit the settings")
+        root.get_submodule(name).merge(safe_merge=True)
+    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"PEFT cannot merge {adapter.folder} into {name} of this base "
+                         f"({' '.join(str(error).split())[:200]}); give the base that it was "
+                         "trained on, or an adapter of another kind") from error
+    return dict(root.get_submodule(name).get_base_layer().named_parameters())
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:

@@ -261,7 +261,10 @@ def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample
 
 def resize_as_seen(image: Image.Image, box_format: BoxFormat, factor: int,
                    resample: int) -> Image.Image:
-    """The image at the size at which the model sees it; factor: pixels of a token's side."""
+    """The image at the size at which the model sees it, for servers and exports.
+
+    factor: pixels of a token's side. In the kit's own loop transformers' processor resizes.
+    """
     size = seen_size(image.size, box_format, factor)
     return image if image.size == size else image.resize(size, resample)
 

@@ -17,11 +17,11 @@ import pandas as pd
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import digest_json, write_json, write_json_lines
 from mig_kit.data import own_data
-from mig_kit.models import loading, merging
+from mig_kit.models import merging
 from mig_kit.models.adapters import describe_adapter
 from mig_kit.models.loading import Hardware
 from mig_kit.models.model_folders import ServedName, find_file
-from mig_kit.models.processors import prompt_measure
+from mig_kit.models.processors import load_processor, prompt_measure
 from mig_kit.pipeline.dependencies import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.prompts import format_question, is_well_formed, parse_boxes
@@ -93,7 +93,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     if adapter:
         folder = out / "merged"
         if not folder.is_dir():  # it is there whole or not at all
-            processor = loading.load_processor(model.folder, box_format)
+            processor = load_processor(model.folder, box_format)
             merging.write_merged_model(model.folder, adapter, folder, hardware, processor, four_bit)
     replies = reply_files.suite_replies({MODEL: folder}, samples, {}, hardware, box_format,
                                         out / "replies", params)[MODEL]

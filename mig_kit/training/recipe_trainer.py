@@ -2,7 +2,8 @@
 
 Each update TRL calls `_generate_single_turn`, whose completions the base class draws
 (`SharedPrefixGRPOTrainer._draw_completions`, then `generation.generate_rollouts`) or servers do;
-`_generate_and_score_completions`, which adds rewards and advantages; and its own `_compute_loss`.
+`_generate_and_score_completions`, which adds rewards and advantages; and `_compute_loss`, which is
+TRL's as it stands. Before the first update `KeepRollouts` draws a few replies, too.
 """
 
 import os
@@ -44,7 +45,8 @@ def group_advantages(reward: torch.Tensor, group: int,
     """Advantages A = (r - mean of the group) / (std + 1e-4), with TRL's names and epsilon.
 
     Args:
-        reward: (rows,) float, groups in sequence.
+        reward: (rows,) float, weighted sums of all replies of a generation batch, of all
+            processes, groups in sequence.
         scale: whose std divides: "group" (DeepSeekMath, arXiv 2402.03300), "batch" (a group whose
             replies differ little then teaches little) or "none".
     Returns: (A, std within the row's group), both (rows,).
