@@ -50,6 +50,14 @@ def share_interval(count: int, total: int) -> list[float]:
     return [float(interval.low), float(interval.high)]
 
 
+def mean_interval(values: np.ndarray) -> list[float]:
+    """95 % interval [low, high] of the mean of independent values (n,), Student's t; else NaN."""
+    if len(values) < 2:
+        return [float("nan")] * 2
+    half = float(student_t.ppf(0.975, len(values) - 1)) * values.std(ddof=1) / len(values) ** 0.5
+    return [values.mean() - half, values.mean() + half]
+
+
 def macro_mean(groups: list[np.ndarray]) -> float:
     """Unweighted mean of the groups' means."""
     return float(np.mean([values.mean() for values in groups]))

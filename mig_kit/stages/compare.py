@@ -23,6 +23,7 @@ from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 METHOD = ("Intervals: Student's t over samples, over runs too where a group has several; of one "
           "run's score Jeffreys' over samples.")
 # system -> columns of its table: what is known of each run, and the heading
+REASONING = ("truth", "grounded", "coverage")
 FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},
          "sft_long": {"minutes": "minutes to GRPO", "control_minutes": "minutes of control SFT"}}
 
@@ -44,7 +45,8 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
         reference: the group that the others are compared with, "" for the first.
         system: one of SYSTEMS, whose scores are compared between groups.
     Returns: {"reference", "system", "rows", "runs", "notes"}. A row has group, suite, figure (a
-        score "grpo", a gap "grpo-sft" or a difference "vs NAME"), value, low and high (percent or
+        score "grpo", a gap "grpo-sft", a difference "vs NAME", or one of these with truth,
+        grounded or coverage), value, low and high (percent or
         points, unrounded), runs, over (what the interval is over), improvement (probability, of
         "vs NAME" with several runs a side), by_run, and is_same (of differences: both sides answer
         the same questions correctly).
@@ -63,6 +65,8 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
             if name != reference:
                 rows.append(_difference_row(system, (name, members), (reference, runs[reference]),
                                             suite, scope))
+        others = None if name == reference else (reference, runs[reference])
+        rows += [row for suite in samples for row in _reasoning_rows(name, members, suite, others)]
         facts += [{"group": name, "run": run.run_id, "data_seed": run.data_seed, "seed": run.seed,
                    "tokens": run.tokens, "minutes": run.minutes,
                    "control_minutes": run.control.get("minutes", np.nan), "git": run.git,
@@ -118,6 +122,36 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str, scope: _Scope)
              "improvement": None, "by_run": _by_run(values),
              "is_same": figure not in SYSTEMS and not np.any(np.hstack(values))}
             for figure, values in figures.items()]
+
+
+def _reasoning_rows(group: str, runs: list[EvaluatedRun], suite: str,
+                    reference: tuple[str, list[EvaluatedRun]] | None) -> list[dict]:
+    """How true the reasoning is, by model; differences within runs, and to a group with its seeds.
+
+    Intervals are Student's t over runs; of a single run's figure that of 06.
+    """
+    rows = []
+    for name in REASONING:
+        def read(members: Sequence[EvaluatedRun], system: str, name=name) -> np.ndarray:
+            figures = [run.reasoning.get(system, {}).get(suite, {}) for run in members]
+            return np.array([part.get(name) for part in figures], dtype=float)
+
+        sft, grpo = read(runs, "sft"), read(runs, "grpo")
+        figures = {"sft": sft, "grpo": grpo, "grpo-sft": grpo - sft}
+        if reference and (pairs := pair_runs(runs, reference[1])):
+            paired, partners = zip(*pairs)
+            figures[f"vs {reference[0]}"] = read(paired, "grpo") - read(partners, "grpo")
+        for figure, values in figures.items():
+            low, high = stats.mean_interval(values)
+            if len(values) == 1 and figure in SYSTEMS:
+                own = runs[0].reasoning.get(figure, {}).get(suite, {})
+                low, high = own.get(f"{name}_ci95") or (np.nan, np.nan)
+            if not np.isnan([low, high]).any():
+                rows.append({"group": group, "suite": suite, "figure": f"{figure} {name}",
+                             "value": values.mean(), "low": low, "high": high, "over": "runs",
+                             "runs": len(values), "improvement": None, "by_run": values.tolist(),
+                             "is_same": not values.any()})
+    return rows
 
 
 def _by_run(values: list[np.ndarray]) -> list[float]:
@@ -184,6 +218,9 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
         frames[title] = _wide_frame(differences, figure)
     if system == "sft_long":  # what the control run is for
         frames["GRPO over control SFT, points (95 %)"] = _wide_frame(rows, "grpo-sft_long")
+    reasoning = _reasoning_frame(rows)
+    if len(reasoning):
+        frames["How true the reasoning is, percent or points (95 %)"] = reasoning
     claims = _claims_frame(rows)
     if len(claims) and system == "grpo":  # none for runs that were scored on own data alone
         frames["The paper's claims, points (95 %)"] = claims
@@ -206,7 +243,7 @@ def _wide_frame(rows: list[dict], figure: str, runs: list[dict] | None = None) -
 
 
 def _cell(row: dict) -> str:
-    sign = "" if row["figure"] in SYSTEMS else "+"
+    sign = "" if row["figure"].split()[0] in SYSTEMS else "+"
     value, low, high = (f"{round(row[name], 1) + 0.0:{sign}.1f}"  # + 0.0: never -0.0
                         for name in ("value", "low", "high"))
     if np.isnan(row["low"]):
@@ -215,6 +252,19 @@ def _cell(row: dict) -> str:
         return "+0.0 (same questions correct)"
     chance = "" if row["improvement"] is None else f"; {row['improvement']:.2f}"
     return f"{value} ({low} to {high}{chance})"
+
+
+def _reasoning_frame(rows: list[dict]) -> pd.DataFrame:
+    """A line per group, figure and model or difference, a column per suite."""
+    lines: dict[tuple, dict] = {}
+    for row in rows:
+        model, _, name = row["figure"].rpartition(" ")
+        if name in REASONING:
+            words = {"sft": "SFT", "grpo": "GRPO", "grpo-sft": "GRPO - SFT"}.get(model, model)
+            line = lines.setdefault((row["group"], name, words), {
+                "group": row["group"], "figure": name, "model": words, "runs": row["runs"]})
+            line[suite_title(row["suite"])] = _cell(row)
+    return pd.DataFrame(list(lines.values())).fillna("-")
 
 
 def _claims_frame(rows: list[dict]) -> pd.DataFrame:

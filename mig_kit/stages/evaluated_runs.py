@@ -47,6 +47,8 @@ class EvaluatedRun:
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `run_facts.changed_params`
     stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
+    # by system and suite: truth, grounded and coverage of `evaluate.summarize_reasoning`
+    reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
 
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[
@@ -127,7 +129,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
     correct = {system: {suite: _correctness(run_id, system, suite, part, box_format)
                         for suite, part in samples.items()}
                for system in SYSTEMS if has_model.get(system, True)}
-    seed = trained.get("seed", 0)
+    seed, folder = trained.get("seed", 0), store.stage_folder("06_evaluate", run_id)
     return EvaluatedRun(
         run_id, synthesized.get("seed", seed), seed, correct,
         float(np.mean(lengths)) if lengths else float("nan"),
@@ -135,7 +137,10 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         record.get("git", ""), record.get("machine", ""),
         {name: params.get(name, 0) for name in SAMPLE_PARAMS},
         trained.get("start_from", "merged"), control, record.get("questions", {}),
-        changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id))
+        changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id),
+        {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
+                  if summary.get("reasoning")}
+         for system, by_suite in store.read_metrics(folder)["systems"].items()})
 
 
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
