@@ -43,18 +43,19 @@ import mig_kit, datasets, matplotlib.pyplot, pandas, peft, scipy.stats, seaborn,
 from ipykernel.kernelapp import launch_new_instance
 if line := sys.stdin.readline():
     launch_new_instance(argv=json.loads(line))"""
+TIMED = ("00_preflight", "08_benchmark")  # what they measure, nothing may disturb
 BACKEND = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
 
 class ThisPython(AsyncKernelManager):
     """Starts ipykernel with this Python, not with a kernel spec of another environment's.
 
-    is_last: whether no other stage comes after.
+    starts_next: whether the next kernel is started beside the stage's.
     waiting: the kernel of the next stage, or None.
     exit_status: of the last kernel that ended by itself, or None.
     """
 
-    is_last = True
+    starts_next = False
     waiting: subprocess.Popen | None = None
     exit_status: int | None = None
 
@@ -76,7 +77,7 @@ class ThisPython(AsyncKernelManager):
             self._reconcile_connection_info(self.provisioner.connection_info)
         else:
             await super()._async_launch_kernel(kernel_cmd, **kw)
-        if not ThisPython.is_last:
+        if ThisPython.starts_next:
             ThisPython.waiting = launch_kernel(
                 [sys.executable, "-P", "-c", WAITING_KERNEL], stdin=subprocess.PIPE,
                 cwd=str(NOTEBOOKS), env=os.environ | BACKEND)
@@ -266,7 +267,7 @@ def run_stages(params: dict[str, dict], run_id: str, force: bool = False) -> Non
             else:
                 _prepare(stage, run_id, values, force)
                 lines.set(stage, "running")
-                ThisPython.is_last = len(remaining) == 1
+                ThisPython.starts_next = len(remaining) > 1 and stage not in TIMED
                 _execute_notebook(stage, run_id, values, lines)
                 lines.set(stage, "done", store.require_record(stage, run_id, stage)["summary"])
             del remaining[stage]

@@ -143,7 +143,7 @@ def test_the_next_kernel_is_started_ahead_and_none_is_left(write_stage):
 
     kernels = execute.ThisPython
     backend = "module://matplotlib_inline.backend_inline"
-    kernels.is_last = False
+    kernels.starts_next = True
     try:
         assert run()[1:] == ["False", backend]
         ahead = kernels.waiting
@@ -154,7 +154,7 @@ def test_the_next_kernel_is_started_ahead_and_none_is_left(write_stage):
         assert run()[1:] == ["False", backend]
         ahead = kernels.waiting
     finally:
-        kernels.is_last = True
+        kernels.starts_next = False
         kernels.stop_waiting()
     assert ahead.poll() is not None and kernels.waiting is None
 
