@@ -147,6 +147,7 @@ def _reasoning_rows(group: str, runs: list[EvaluatedRun], suite: str,
                 own = runs[0].reasoning.get(figure, {}).get(suite, {})
                 low, high = own.get(f"{name}_ci95") or (np.nan, np.nan)
             if not np.isnan([low, high]).any():
+                low, high = np.clip([low, high], 0 if figure in SYSTEMS else -100, 100).tolist()
                 rows.append({"group": group, "suite": suite, "figure": f"{figure} {name}",
                              "value": values.mean(), "low": low, "high": high, "over": "runs",
                              "runs": len(values), "improvement": None, "by_run": values.tolist(),
