@@ -80,6 +80,7 @@ def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
                                   for sample, value in zip(samples, values)]
     write_json(evaluated / "run.json",
                {"params": PARAMS | changed, "git": "abc", "machine": "two cores"})
+    write_json(evaluated / "metrics.json", {"systems": {}})
     write_json(synthesized / "run.json",
                {"params": {"seed": seed if data_seed is None else data_seed}})
     write_json(trained / "run.json", {"params": {"seed": seed}, "seconds": 300})
@@ -540,3 +541,28 @@ def test_recorded_runs_that_do_not_fit_are_refused(tmp_path):
         compare.compare_groups({"a": [str(path)]})
     with pytest.raises(FileNotFoundError, match="mig-kit record"):
         compare.compare_groups({"a": [str(tmp_path / "no.json")]})
+
+
+def test_truth_is_compared_over_seeds(runs):
+    """Three seeds a group, by hand; one run has the interval of its 06; a share ends at 100."""
+    for group, seed in itertools.product(("recipe", "remedy"), range(3)):
+        write_run(runs, f"{group}-{seed}", seed)
+        truth = {"sft": 70, "grpo": 96 + 2 * seed + (group == "remedy")}
+        write_json(runs / f"{group}-{seed}" / "06_evaluate" / "metrics.json", {"systems": {
+            system: {"mig_bench": {"reasoning": {
+                "truth": value, "truth_ci95": [value - 9, value + 1], "coverage": None,
+                "coverage_ci95": None}}} for system, value in truth.items()}})
+    groups = {group: [f"{group}-{seed}" for seed in range(3)] for group in ("recipe", "remedy")}
+    table = compare.render_table(compare.compare_groups(groups))
+    assert [line.split(" | ")[:5] for line in table.splitlines() if "| truth |" in line] == [
+        ["| recipe", "truth", "SFT", "3", "70.0 (70.0 to 70.0) |"],
+        ["| recipe", "truth", "GRPO", "3", "98.0 (93.0 to 100.0) |"],
+        ["| recipe", "truth", "GRPO - SFT", "3", "+28.0 (+23.0 to +33.0) |"],
+        ["| remedy", "truth", "SFT", "3", "70.0 (70.0 to 70.0) |"],
+        ["| remedy", "truth", "GRPO", "3", "99.0 (94.0 to 100.0) |"],
+        ["| remedy", "truth", "GRPO - SFT", "3", "+29.0 (+24.0 to +34.0) |"],
+        ["| remedy", "truth", "vs recipe", "3", "+1.0 (+1.0 to +1.0) |"]]
+    assert "coverage" not in table
+    assert "| truth | GRPO | 1 | 96.0 (87.0 to 97.0) |" in compare.render_table(
+        compare.compare_groups({"one": ["recipe-0"]}))
+    assert evaluated_runs.read_recorded(str(evaluated_runs.record_run("recipe-0", runs))).reasoning
