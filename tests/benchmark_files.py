@@ -29,7 +29,6 @@ RECORDS = {
 
 
 def write_benchmarks(folder):
-    """Write the images, and every benchmark's records as NAME.json."""
     (folder / "video").mkdir()
     videos = {f"video/{place:03}.jpg": (100 + 10 * place, 80) for place in range(5)}
     for name, size in (SIZES | videos).items():

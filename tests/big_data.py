@@ -1,10 +1,6 @@
-"""Own data of any size, made up, and what reading it takes.
+"""Own data of any size, made up, and what reading it takes: memory, decoded images, seconds.
 
     python tests/big_data.py FOLDER 20000 6000
-
-Makes JPEGs of about one megapixel and questions with replies over them in FOLDER, stores them as
-01 does with the teacher "own", and reads them as 04 does; prints the peak of memory, images decoded
-and seconds. The tests do the same with less.
 """
 
 import json
@@ -28,10 +24,7 @@ BOX = (100, 200, 500, 700)
 
 def make_data(folder: Path, n_questions: int, n_images: int, size: tuple[int, int] = SIZE,
               max_pixels: int | None = None) -> Path:
-    """Write the images and the JSONL, two images a question; the path of the JSONL.
-
-    max_pixels: of the run that will read the replies, whose boxes are pixels of resized images.
-    """
+    """Write the images and the JSONL, two images a question; max_pixels: as the reading run has."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     for number in range(n_images):
@@ -53,7 +46,6 @@ def make_data(folder: Path, n_questions: int, n_images: int, size: tuple[int, in
 
 
 def count_decodes() -> list[int]:
-    """A list whose only number grows by one with every image that is decoded."""
     count, load_prepare = [0], ImageFile.ImageFile.load_prepare
 
     def load_and_count(image):
@@ -65,9 +57,7 @@ def count_decodes() -> list[int]:
 
 
 def read_all(own_file: Path, out: Path) -> None:
-    """01 with the teacher "own", what 04 reads and writes, and the first rows of 02; prints figures
-    as JSON.
-    """
+    """What 01 with the teacher "own", 04 and 02 do with images; prints figures as JSON."""
     from types import SimpleNamespace
 
     import numpy as np
@@ -77,8 +67,7 @@ def read_all(own_file: Path, out: Path) -> None:
     from mig_kit.stages import rejection_sampling, sanity_checks, sft, sources, synthesize
 
     count, start = count_decodes(), time.monotonic()
-    changes = {"data": str(own_file), "teacher": "own",
-               "data_shares": [0.4, 0.4, 0.2]}
+    changes = {"data": str(own_file), "teacher": "own", "data_shares": [0.4, 0.4, 0.2]}
     p = SimpleNamespace(**{**profile_params("01_synthesize"), **changes})
     box_format = BoxFormat(p.min_pixels, p.max_pixels, p.coordinates)
     sets, _ = sources.load_training_sets(p, out)
@@ -109,7 +98,6 @@ def read_all(own_file: Path, out: Path) -> None:
 
 
 def measure(own_file: Path, out: Path) -> dict:
-    """The figures of `read_all` in a process of its own."""
     command = [sys.executable, __file__, "--read", str(own_file), str(out)]
     result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert result.returncode == 0, result.stderr[-3000:]

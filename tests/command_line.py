@@ -1,5 +1,4 @@
-"""The command line, in this process or as a process of its own, its notebooks in kernels or in this
-process, and what it leaves.
+"""The command line, in this process or as its own, its notebooks in kernels or in this process.
 
 In a module, because tests in folders with a conftest of their own cannot import from this one's.
 """
@@ -46,9 +45,7 @@ def run_mig_kit(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 @contextmanager
 def notebooks_in_this_process():
-    """While it lasts, `mig-kit run` executes notebooks here, which has imported what they import;
-    a kernel takes ten seconds for that. That kernels work is what the smoke run shows.
-    """
+    """While it lasts, `mig-kit run` executes notebooks here: a kernel takes ten seconds more."""
     with patch.object(papermill, "execute_notebook", _execute_here):
         yield
 
@@ -74,6 +71,13 @@ def error_of(*words: str) -> str:
     error = CliRunner().invoke(cli, list(words)).exception
     assert error is not None and error.args, "the command was not refused"
     return str(error.args[0])
+
+
+def output_of(*words: str, **environment: str) -> str:
+    """What `mig-kit words` prints, which must end without an error."""
+    result = run_mig_kit(*words, **environment)
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+    return result.stdout
 
 
 def describe_files(folder: Path, pattern: str = "**/*") -> dict[Path, tuple[bytes, int]]:

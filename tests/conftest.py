@@ -1,6 +1,4 @@
-"""Shared by the tests: a random Qwen2.5-VL of some 200,000 parameters with the shipped tokenizer
-and processor, and a smoke run.
-"""
+"""A random Qwen2.5-VL of some 200,000 parameters with the shipped tokenizer, and a smoke run."""
 
 import json
 import os
@@ -10,11 +8,11 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import torch
-from command_line import run_mig_kit
+from command_line import output_of
 from filelock import FileLock
 from nbformat.v4 import new_code_cell
 from published import format_of
-from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from try_blocks import read_blocks
 
 from mig_kit.boxes import BoxFormat
@@ -30,10 +28,7 @@ pytest_plugins = ["published"]  # folders laid out as the families are published
 
 
 def pytest_collection_modifyitems(items):
-    """Put the tests of the smoke run last. Where several processes share the tests, the first of
-    them, which gets the first part, begins with these and the second with the slow ones: nobody
-    waits for another's smoke run, and what is left for the end is quick.
-    """
+    """Tests of the smoke run last; one of several processes begins with them, another with slow."""
     of_smoke = [item for item in items if "smoke_runs" in item.fixturenames]
     others = [item for item in items if item not in of_smoke]
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -66,17 +61,11 @@ def float32():
 @pytest.fixture
 def first_gradients():
     """Call it with a trainer for a dict that will hold the first update's gradients by name."""
+    from launched import RecordFirstGradients  # which imports TRL
+
     def record(trainer) -> dict[str, torch.Tensor]:
         gradients: dict[str, torch.Tensor] = {}
-
-        class Record(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-                if not gradients:
-                    gradients.update({name: parameter.grad.clone()
-                                      for name, parameter in model.named_parameters()
-                                      if parameter.grad is not None})
-
-        trainer.add_callback(Record())
+        trainer.add_callback(RecordFirstGradients(gradients))
         return gradients
 
     return record
@@ -84,15 +73,12 @@ def first_gradients():
 
 @pytest.fixture(scope="session")
 def processor():
-    """The shipped base's processor."""
     return loading.load_processor(loading.TINY_BASE, BoxFormat())
 
 
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory):
-    """Call it with a name and a function that fills a new folder, for that folder. It is filled
-    once, by the first of the processes that the tests run in; no test changes what it holds.
-    """
+    """Call it with a name and a function that fills a new folder, once in all test processes."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -150,8 +136,7 @@ def smoke_runs(make_once):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(execute, "NOTEBOOKS", notebooks)
             for stages in ((), ("08", "09", "90")):
-                result = run_mig_kit("run", *stages, *words, **environment)
-                assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
+                output_of("run", *stages, *words, **environment)
 
     return make_once("smoke-runs", run)
 
@@ -176,13 +161,11 @@ def relatives(make_once, published, float32):
 
 @pytest.fixture
 def random_model(random_folder, float32):
-    """The random model, fresh."""
     return loading.load_model(random_folder, float32)
 
 
 @pytest.fixture
 def random_policy(random_model, processor, float32):
-    """The random model, fresh, as a policy."""
     return loading.Policy(random_model, processor, float32, BoxFormat())
 
 

@@ -43,7 +43,6 @@ class StopAfter(TrainerCallback):
         self.steps = steps
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask the trainer to save and stop."""
         if state.global_step >= self.steps:
             control.should_save = control.should_training_stop = True
 
@@ -64,6 +63,16 @@ def run(stage: str, folder: Path, model: Path, launcher: str, **changes) -> Trai
         return jobs.run_job(launched_worker.TRAIN[stage], stage, folder, params, **inputs)
 
 
+def set_random_adapter(model: torch.nn.Module) -> None:
+    """Give a model's adapter float32 weights that change what it says."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # TRL makes it bfloat16 on 4-bit weights
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+
+
 def changed_training(folder: Path) -> ExitStack:
     """While it lasts, training in this process is as this module's docstring says."""
     rank, drawn = os.environ.get("RANK", "0"), {"samples": [], "completions": []}
@@ -79,12 +88,7 @@ def changed_training(folder: Path) -> ExitStack:
         return rewards
 
     def train_or_resume(trainer, stage_folder):
-        torch.manual_seed(1)
-        for name, parameter in trainer.model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()  # TRL makes it bfloat16 on 4-bit weights
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.05)
+        set_random_adapter(trainer.model)
         gradients = {}
         trainer.add_callback(RecordFirstGradients(gradients))
         stock(trainer, stage_folder)
@@ -100,13 +104,10 @@ def changed_training(folder: Path) -> ExitStack:
 
 
 class RecordFirstGradients(TrainerCallback):
-    """Copies the first update's gradients to a dict, by parameter."""
-
     def __init__(self, gradients: dict[str, torch.Tensor]):
         self.gradients = gradients
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Copy them, once."""
         if not self.gradients:
             self.gradients.update({name.removeprefix("module."): parameter.grad.clone()
                                    for name, parameter in model.named_parameters()

@@ -10,9 +10,7 @@ IS_JSON = [("Content-Type", "application/json")]
 
 
 class LocalServer:
-    """respond(path, headers, body) says what to do: the arguments of Handler.answer, or None to
-    drop the connection. body: of a POST; None: a GET.
-    """
+    """respond(path, headers, body or None for a GET): what `answer` takes; None: no answer."""
 
     def __init__(self, respond):
         class Handler(BaseHTTPRequestHandler):

@@ -1,6 +1,5 @@
-"""Questions of one's own, made by a script: drawn with a seed that nothing else uses, written as a
-user's JSONL with PNG, JPEG and turned photos, in all coordinates, some of them multiple choice; or
-questions for all boxes, a third each with none, with one and with several.
+"""Questions of one's own, made by a script: a user's JSONL with PNG, JPEG and turned photos, in all
+coordinates, some multiple choice; or for all boxes, a third each with none, one and several.
 """
 
 import json
@@ -26,9 +25,7 @@ STORED_AS = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270,
 
 
 def draw_questions(count: int, seed: int = SEED) -> list[Sample]:
-    """`count` questions: of every seven, six for a box, the ten tasks in turn, and one for a
-    letter.
-    """
+    """Of every seven questions, six for a box, the ten tasks in turn, and one for a letter."""
     names = list(TASKS)
     n_choices = count // 7
     choices = [sample for sample in iter_free_form(SPLIT, n_choices, seed) if sample.options]
@@ -40,7 +37,6 @@ def draw_questions(count: int, seed: int = SEED) -> list[Sample]:
 
 
 def draw_all_boxes(count: int, seed: int = SEED) -> list[Sample]:
-    """`count` questions for all boxes, the three kinds alike."""
     questions = list(make_suite("find_all", SPLIT, -(-count // len(FIND_ALL)), seed))
     random.Random(seed).shuffle(questions)
     return questions[:count]
@@ -57,7 +53,6 @@ def save_image(image: Image.Image, path: Path, orientation: int) -> None:
 
 
 def to_line(sample: Sample, number: int, folder: Path, with_reply: bool) -> dict:
-    """The sample as a line of own data; its images are saved in `folder`."""
     names = []
     for k, image in enumerate(sample.images, 1):
         turned = {0: 6, 1: 8, 2: 3}.get(number % 9, 1) if k == 1 else 1
@@ -89,10 +84,7 @@ def to_line(sample: Sample, number: int, folder: Path, with_reply: bool) -> dict
 
 def write_questions(folder: Path, count: int = 300, replies: float = 0.0,
                     find_all: bool = False) -> Path:
-    """Write own.jsonl and its images into `folder`.
-
-    replies: the share of lines with a reply. find_all: questions for all boxes instead.
-    """
+    """replies: the share of lines with a reply; find_all: questions for all boxes instead."""
     samples = draw_all_boxes(count) if find_all else draw_questions(count)
     folder.mkdir(parents=True, exist_ok=True)
     with_reply = random.Random("replies")

@@ -1,8 +1,6 @@
-"""Tiny random models in folders laid out as the families are published.
-
-Flat config.json and old tensor names for Qwen2-VL and Qwen2.5-VL, pixel limits as min_pixels and
-max_pixels or as `size`, the chat template in chat_template.json, no padding side. Written by hand,
-because save_pretrained writes today's layout.
+"""Tiny random models in folders laid out as the families are published: a flat config.json and old
+tensor names, pixel limits as min_pixels or as `size`, the template in chat_template.json. Written
+by hand, because save_pretrained writes today's layout.
 """
 
 import json
@@ -106,14 +104,13 @@ VIDEO = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "patch_size"
 
 
 def format_of(family: str) -> BoxFormat:
-    """The box format of a family, whose boxes are pixels or in 0 to 1000."""
     if family == "qwen2_5_vl":
         return BoxFormat()
     return BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
 
 
 def save_model(model, processor, folder, base) -> None:
-    """Write a model in memory as a folder like `base`, by transformers' own `save_pretrained`."""
+    """As a folder like `base`, by transformers' own `save_pretrained`."""
     model = unwrap_peft(model)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
@@ -137,7 +134,6 @@ def write(path, values: dict) -> None:
 
 
 def published_name(name: str, family: str) -> str:
-    """The name that a tensor has in the family's published files."""
     if family not in ("qwen2_vl", "qwen2_5_vl"):
         return name
     name = re.sub(r"^model\.language_model\.", "model.", name)
@@ -146,7 +142,6 @@ def published_name(name: str, family: str) -> str:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory):
-    """Folders by model_type."""
     root, folders = tmp_path_factory.mktemp("published"), {}
     for family, config in CONFIGS.items():
         folder = folders[family] = root / family

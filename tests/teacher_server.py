@@ -6,23 +6,17 @@ from local_server import LocalServer
 
 
 def completion(reply="<think>so</think><answer>x</answer>", **usage):
-    """The body of a chat completion."""
     message = {"role": "assistant", "content": reply}
     return {"choices": [{"message": message, "finish_reason": "stop"}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 10, **usage}}
 
 
 def question_text(body):
-    """The last text of a request, which names the question."""
     return body["messages"][0]["content"][-1]["text"]
 
 
 class TeacherServer(LocalServer):
-    """plan(nth request with these words, body) says what to do, as `LocalServer` is told it.
-
-    models: the names that it lists. headers (names in lower case), bodies: of all requests, in
-    order.
-    """
+    """plan(nth request with these words, body): what to do, as `LocalServer` is told it."""
 
     def __init__(self, plan, models=()):
         self.plan, self.models, self.lock = plan, models, threading.Lock()

@@ -1,6 +1,4 @@
-"""Questions for all boxes: the answer there and back, rewards by hand and against brute force, the
-filter, the figures of 06 and the outcomes.
-"""
+"""Questions for all boxes: answers, rewards, the filter, the figures of 06 and the outcomes."""
 
 import itertools
 import os
@@ -16,7 +14,7 @@ from mig_kit import prompts, rewards
 from mig_kit.boxes import BoxFormat, iou
 from mig_kit.data.endpoint import teacher_prompt
 from mig_kit.filters import drop_reason
-from mig_kit.sample import Sample, Target, read_samples, write_samples
+from mig_kit.sample import Sample
 from mig_kit.stages import evaluate, report, tables
 from mig_kit.stages.grpo import describe_reply
 from mig_kit.stages.rejection_sampling import accuracy_by_detail, pass_rates
@@ -267,14 +265,6 @@ def test_a_model_teacher_is_told_all_boxes_or_none():
     assert teacher_prompt(ask(), "trace", BOX_FORMAT).endswith('answer is {"image": 0}.')
     direct = teacher_prompt(ask(), "direct", BOX_FORMAT)
     assert direct == teacher_prompt(ask((1, A)), "direct", BOX_FORMAT) and "<think>" not in direct
-
-
-def test_a_table_keeps_the_form_of_the_question(tmp_path):
-    path = tmp_path / "questions.parquet"
-    write_samples(path, [ask(), ask((1, A), (2, B)), make_sample("diff", "val", 0)])
-    read = list(read_samples(path))
-    assert [sample.find_all for sample in read] == [True, True, False]
-    assert read[1].targets == (Target(1, A), Target(2, B)) and read[0].targets == ()
 
 
 def test_none_does_not_count_where_the_images_of_replies_are_swapped():

@@ -28,29 +28,32 @@ def own(tmp_path, stage_params):
     big_data.BOX = box
 
     def change(**changes):
-        changes = {"data": str(path), "teacher": "own",
-                   "data_shares": [0.2, 0.4, 0.4], **changes}
+        changes = {"data": str(path), "teacher": "own", "data_shares": [0.2, 0.4, 0.4], **changes}
         return stage_params("01_synthesize", **changes)
 
     return change, folder
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """A list whose only number grows by one with every image that is decoded."""
+    image_file = big_data.ImageFile.ImageFile
+    monkeypatch.setattr(image_file, "load_prepare", image_file.load_prepare)  # undone afterwards
+    return big_data.count_decodes()
 
 
 def all_samples(sets):
     return [sample for rows in sets.values() for sample in rows]
 
 
-def test_an_image_is_decoded_once_when_it_is_stored_and_then_when_it_is_looked_at(
-        own, tmp_path, monkeypatch):
+def test_an_image_is_decoded_when_it_is_stored_and_when_it_is_looked_at(own, tmp_path, decodes):
     change, folder = own
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load_prepare",
-                        big_data.ImageFile.ImageFile.load_prepare)  # undone after the test
-    count = big_data.count_decodes()
     sets, _ = sources.load_training_sets(change(), tmp_path / "out")
-    assert count == [10]
+    assert decodes == [10]
     samples = all_samples(sets)
     assert len(samples) == 30 and {size for s in samples for size in s.sizes} == {SMALL}
-    assert len({key for s in samples for key in image_digests(s.images)}) == 10 == count[0]
-    assert samples[0].images[1].size == SMALL and count == [11]
+    assert len({key for s in samples for key in image_digests(s.images)}) == 10 == decodes[0]
+    assert samples[0].images[1].size == SMALL and decodes == [11]
 
 
 def test_files_are_stored_once_as_they_are_and_a_kill_repeats_nothing(own, tmp_path, monkeypatch):
@@ -75,15 +78,13 @@ def test_files_are_stored_once_as_they_are_and_a_kill_repeats_nothing(own, tmp_p
 
 
 def test_killed_in_the_middle_it_decodes_the_rest_and_writes_the_same_tables(
-        own, tmp_path, monkeypatch, capsys):
+        own, tmp_path, monkeypatch, capsys, decodes):
     change, folder = own
     (folder / "3.jpg").write_bytes((folder / "3.jpg").read_bytes()[:-2000])
     sources.load_training_sets(change(), tmp_path / "whole")
     text = capsys.readouterr().out
     assert "store questions: 100%" in text and "30/30 [00:" in text
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load_prepare",
-                        big_data.ImageFile.ImageFile.load_prepare)  # undone after the test
-    count, write, numbers = big_data.count_decodes(), SampleWriter.write, iter(range(30))
+    decodes[0], write, numbers = 0, SampleWriter.write, iter(range(30))
 
     def write_four(*arguments):
         if next(numbers) == 4:
@@ -94,11 +95,11 @@ def test_killed_in_the_middle_it_decodes_the_rest_and_writes_the_same_tables(
         killed.setattr(SampleWriter, "write", write_four)
         with pytest.raises(KeyboardInterrupt):
             sources.load_training_sets(change(), tmp_path / "out")
-    assert 4 < count[0] < 10 and not (tmp_path / "out/left_out.txt").exists()
+    assert 4 < decodes[0] < 10 and not (tmp_path / "out/left_out.txt").exists()
     assert (tmp_path / "out/left_out_names.txt").exists(), "3.jpg was met before the kill"
     sets, _ = sources.load_training_sets(change(), tmp_path / "out")
     cut_tried = 2 + 6  # for each of its questions
-    assert count[0] == 9 + cut_tried, "the others are decoded once"
+    assert decodes[0] == 9 + cut_tried, "the others are decoded once"
     for file in (*sources.FILE_OF_SET.values(), "left_out.txt", "left_out_names.txt"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert len(all_samples(sets)) == 24
@@ -217,7 +218,7 @@ def test_a_store_copies_where_links_are_refused(tmp_path, monkeypatch):
     encoded = ImageStore(tmp_path / "images").add(tmp_path / "a.png")
     assert encoded.content.suffix == ".png" and encoded.size == (9, 8)
     assert LazyImages((encoded,))[0].size == (9, 8)
-    assert json.loads(json.dumps(encoded.digest().hex())) == encoded.content.stem
+    assert encoded.digest().hex() == encoded.content.stem
 
 
 @pytest.mark.slow

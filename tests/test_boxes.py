@@ -5,18 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference
 
-from mig_kit.boxes import (
-    MODEL_COORDINATES,
-    BoxFormat,
-    Coordinates,
-    iou,
-    rescale_box,
-    smart_resize,
-    to_model_box,
-    to_original_box,
-)
+from mig_kit import boxes as kit
+from mig_kit.boxes import BoxFormat, iou, rescale_box, to_model_box, to_original_box
 
-ABSOLUTE, NORMALIZED = (BoxFormat(coordinates=coordinates) for coordinates in MODEL_COORDINATES)
+ABSOLUTE, NORMALIZED = (BoxFormat(coordinates=name) for name in kit.MODEL_COORDINATES)
 sides = st.integers(1, 3000)
 boxes = st.tuples(*[st.floats(-50, 500, allow_nan=False) for _ in range(4)])
 
@@ -38,17 +30,17 @@ def test_iou_is_symmetric_and_bounded(a, b):
 def test_smart_resize_is_the_processors(width, height):
     if max(width, height) / min(width, height) > 200:
         with pytest.raises(ValueError, match="aspect ratio"):
-            smart_resize(width, height)
+            kit.smart_resize(width, height)
         return
     h, w = reference(height, width, factor=28, min_pixels=3136, max_pixels=401408)
-    assert smart_resize(width, height) == (w, h)
+    assert kit.smart_resize(width, height) == (w, h)
 
 
 def test_smart_resize_by_hand():
-    assert smart_resize(84, 84) == (84, 84)
-    assert smart_resize(90, 80) == (84, 84)
-    assert smart_resize(76, 104) == (84, 112)
-    assert smart_resize(1920, 1080) == (840, 448)
+    assert kit.smart_resize(84, 84) == (84, 84)
+    assert kit.smart_resize(90, 80) == (84, 84)
+    assert kit.smart_resize(76, 104) == (84, 112)
+    assert kit.smart_resize(1920, 1080) == (840, 448)
 
 
 def test_absolute_coordinates_depend_on_the_image_that_they_are_in():
@@ -57,7 +49,7 @@ def test_absolute_coordinates_depend_on_the_image_that_they_are_in():
     assert to_original_box((0, 0, 42, 42), (84, 84), ABSOLUTE) == pytest.approx((0, 0, 42, 42))
 
 
-@given(boxes, st.integers(28, 2000), st.integers(28, 2000), st.sampled_from(MODEL_COORDINATES))
+@given(boxes, st.integers(28, 2000), st.integers(28, 2000), st.sampled_from(kit.MODEL_COORDINATES))
 def test_to_the_model_and_back(box, width, height, coordinates):
     box_format, size = BoxFormat(coordinates=coordinates), (width, height)
     model_box = to_model_box(box, size, box_format)
@@ -72,7 +64,7 @@ def test_normalized_coordinates_by_hand():
 
 
 def test_a_model_writes_one_of_two_coordinates():
-    assert BoxFormat(coordinates="normalized_1000").coordinates is Coordinates.NORMALIZED_1000
+    assert BoxFormat(coordinates="normalized_1000").coordinates is kit.Coordinates.NORMALIZED_1000
     for coordinates in ("percent", "pixels", "normalized_1"):
         with pytest.raises(ValueError, match="use absolute .* or normalized_1000"):
             BoxFormat(coordinates=coordinates)

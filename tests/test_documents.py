@@ -1,6 +1,4 @@
-"""README and guide: commands are those of the command line, README's blocks run as they stand,
-its figures of speed and size are the guide's and the model's, links lead somewhere.
-"""
+"""README and guide: commands, blocks, figures and links."""
 
 import json
 import re
@@ -72,7 +70,6 @@ def test_commands_were_found():
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading, as hosts of Markdown make it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -114,7 +111,6 @@ def test_the_readmes_figures_of_speed_and_size():
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """The files that the README's blocks name, in the working folder."""
     monkeypatch.chdir(tmp_path)
     write_benchmarks(tmp_path)
     (line,) = read_blocks(README, "json")
@@ -131,7 +127,6 @@ def files(tmp_path, monkeypatch):
 
 
 def run_readme(start: str, *words: str) -> subprocess.CompletedProcess:
-    """Run the README's command that starts like this."""
     (command,) = (line for line in read_commands(README) if line.startswith(start))
     return run_mig_kit(*shlex.split(command, comments=True)[1:], *words)
 

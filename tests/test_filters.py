@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mig_kit import filters
-from mig_kit.boxes import BoxFormat, rescale_box, to_model_box
-from mig_kit.prompts import format_answer
+from mig_kit.boxes import BoxFormat, rescale_box
+from mig_kit.prompts import correct_answer
 from mig_kit.sample import Trace
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import make_sample
@@ -55,9 +55,7 @@ def test_when_reasoning_helps(direct, reasoned, expected):
 
 
 def test_each_drop_reason_of_a_model_teachers_trace():
-    target = SAMPLE.targets[0]
-    box = to_model_box(target.box, SAMPLE.sizes[target.image - 1], BOX_FORMAT)
-    answer = f"<answer>{format_answer(target.image, box)}</answer>"
+    answer = f"<answer>{correct_answer(SAMPLE, BOX_FORMAT)}</answer>"
 
     def drop_reason(thinking="Both show a ring.", direct="<answer>no</answer>", end=answer,
                     error=""):
@@ -71,7 +69,8 @@ def test_each_drop_reason_of_a_model_teachers_trace():
     assert drop_reason(direct=answer) == "no gain"
     assert drop_reason("The answer is in image 2.") == "up front"
     assert drop_reason("As the ground truth says.") == "reveals"
-    other_image = answer.replace(f": {target.image},", f": {3 - target.image},")
+    image = SAMPLE.targets[0].image
+    other_image = answer.replace(f": {image},", f": {3 - image},")
     assert drop_reason(end=other_image) == "image"
     choice = next(iter_free_form("cot", 1))
     reply = f"<think>It shows one.</think><answer>{choice.letter}</answer>"

@@ -42,16 +42,11 @@ OTHER_HOMES = {  # module and test of a stage that is none of the recipe
     "90_tiny_base": ("notebooks/tiny_base/training.py", "tests/test_tiny_base.py")}
 
 
-def module_name(path):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
-
-
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {".".join(part for part in path.relative_to(PACKAGE).with_suffix("").parts
+                    if part != "__init__"): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imported_modules(name):
-    """The modules of the kit that a module imports, anywhere in it."""
     imported = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Import):
@@ -66,7 +61,6 @@ def imported_modules(name):
 
 
 def is_allowed(name, other):
-    """Whether the module `name` may import the module `other`."""
     wing, _, module = name.rpartition(".")
     other_wing, _, other_module = other.rpartition(".")
     if not wing:
@@ -80,15 +74,10 @@ def is_allowed(name, other):
 
 
 def test_the_rules_themselves():
-    assert is_allowed("stages.grpo", "stages.sanity_checks")
     assert is_allowed("stages.compare", "stages.tables")
-    assert is_allowed("lab.gpu_needs", "world.tasks")
     for name, other in (("stages.grpo", "stages.sft"), ("models.loading", "world.tasks"),
-                        ("world.tasks", "models.loading"), ("stages.evaluate", "score.protocols"),
-                        ("pipeline.store", "stages.sft"), ("boxes", "sample"),
-                        ("rewards", "filters"), ("sample", "drawing.plots"),
-                        ("stages.sft", "commands.main"),
-                        ("score.protocols", "data.own_data"), ("stages.report", "lab.benchmark")):
+                        ("stages.evaluate", "score.protocols"), ("boxes", "sample"),
+                        ("sample", "drawing.plots"), ("stages.sft", "commands.main")):
         assert not is_allowed(name, other), f"{name} -> {other}"
 
 

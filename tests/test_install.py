@@ -33,7 +33,7 @@ OF_UNIX = ["pwd", "grp", "fcntl"]
 
 
 def read_lock(python="3.11.7"):
-    """Package name -> version in the lock on Linux with a version of Python."""
+    """Package name -> version in the lock, on Linux."""
     environment = {**default_environment(), "python_version": python.rpartition(".")[0],
                    "python_full_version": python}
     lines = (PROJECT_ROOT / "requirements.lock").read_text().splitlines()
@@ -73,16 +73,12 @@ def test_every_import_is_declared():
                  "nbformat", "httpx", "pydantic", "tokenizers", "traitlets"}
     distributions = packages_distributions()
     for name in imported - set(sys.stdlib_module_names) - {"mig_kit"}:
-        assert declared & {canonicalize_name(one)
-                           for one in distributions.get(name, [name])}, name
+        assert declared & {canonicalize_name(one) for one in distributions.get(name, [name])}, name
     assert not {"vllm", "ray"} & imported
 
 
 def import_without(modules, blocked):
-    """Import modules in a process that lacks others; what it wrote to standard error.
-
-    SciPy looks into sys.modules for torch, so a finder hides that.
-    """
+    """Standard error of importing modules without others; a finder hides torch from SciPy."""
     code = ("import sys\n"
             "class Hidden:\n"
             "    def find_spec(self, name, *_):\n"
@@ -130,17 +126,12 @@ def test_a_missing_extra_is_named(code, lacking, sentence, tmp_path):
     assert process.stderr.strip().splitlines()[-1] == sentence
 
 
-def make_venv(folder):
-    """A venv that sees the packages of this one, pip among them, after its own; its Python."""
-    venv.create(folder)
-    packages = folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
-    (packages / "shared.pth").write_text(os.path.dirname(os.path.dirname(nbformat.__file__)))
-    return folder / "bin" / "python"
-
-
 @pytest.mark.slow
 def test_a_wheel_works_outside_the_repository(tmp_path, monkeypatch):
-    python, clone = make_venv(tmp_path / "venv"), tmp_path / "clone"
+    venv.create(tmp_path / "venv")  # it sees the packages of this one, pip among them
+    packages = tmp_path / "venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    (packages / "shared.pth").write_text(os.path.dirname(os.path.dirname(nbformat.__file__)))
+    python, clone = tmp_path / "venv" / "bin" / "python", tmp_path / "clone"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT_ROOT, capture_output=True,
                            check=True, text=True).stdout.split("\0")
     for name in filter(None, files):  # a clone has what is tracked

@@ -1,9 +1,6 @@
-"""Stages of the smoke profile killed (SIGKILL, the kernel with it) at random moments and started
-again.
+"""Stages killed at random moments, the kernel with them, and started again: the same files.
 
-What one leaves must equal, file by file, what an undisturbed run leaves. Always 01, 04 and 05, once
-each; `MIG_KIT_KILLS=20 pytest -m "slow or nightly" tests/test_kills.py` kills every stage twenty
-times.
+`MIG_KIT_KILLS=20 pytest -m "slow or nightly" tests/test_kills.py` kills each twenty times.
 """
 
 import json
@@ -49,10 +46,7 @@ def kill(process):
 
 @pytest.fixture(scope="module")
 def undisturbed(smoke_runs):
-    """A folder of runs with an undisturbed one, "whole", and the seconds each of its stages took
-    with its kernel. It is as deep as the smoke run, for an adapter names its base by a relative
-    path.
-    """
+    """(folder with a run "whole", stage -> seconds); as deep as the smoke run."""
     root = Path(tempfile.mkdtemp(prefix="kills-", dir=smoke_runs.parent))
     shutil.copytree(smoke_runs / "smoke", root / "whole")
     ends = [(root / "whole" / stage / "run.json").stat().st_mtime for stage in RECIPE]
@@ -60,19 +54,14 @@ def undisturbed(smoke_runs):
                   for stage, previous, end in zip(RECIPE[1:], ends, ends[1:])}
 
 
-def output_hashes(root, run_id, stage):
-    """Hashes of what the stage wrote, the marker with its key included: a run's name is no part of
-    it.
-    """
-    return json.loads((root / run_id / stage / "run.json").read_text())["outputs"]
-
-
 def check_same_outputs(root, run_id, stage):
-    assert output_hashes(root, run_id, stage) == output_hashes(root, "whole", stage)
+    """Hashes of what the stage wrote, the marker with its key included."""
+    outputs, expected = (json.loads((root / run / stage / "run.json").read_text())["outputs"]
+                         for run in (run_id, "whole"))
+    assert outputs == expected
 
 
 def wait_for_kernel(process, patience=60):
-    """The kernel that the command has started."""
     until = time.monotonic() + patience
     while time.monotonic() < until:
         for child in psutil.Process(process.pid).children(recursive=True):

@@ -1,8 +1,6 @@
-"""The notebooks in JupyterLab itself: every numbered one opened in headless Chromium and run from
-first cell to last, and every control moved.
+"""The notebooks in JupyterLab, in headless Chromium: every cell run, every control moved.
 
-Skipped where there is no playwright (`pip install playwright`; no browser of its own is needed) or
-no Chromium. Screenshots are left in the folder that MIG_KIT_SCREENSHOTS names.
+Screenshots are left in the folder that MIG_KIT_SCREENSHOTS names.
 """
 
 import os
@@ -17,14 +15,11 @@ from pathlib import Path
 
 import papermill
 import pytest
-from click.testing import CliRunner
-from command_line import describe_files
 
-from mig_kit.commands.main import cli
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
 from mig_kit.pipeline.plan import choose_params
-from mig_kit.pipeline.run_folders import RECIPE, find_writer
+from mig_kit.pipeline.run_folders import RECIPE
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -38,6 +33,8 @@ KERNEL_NAME = ".jp-NotebookPanel-toolbar .jp-Toolbar-kernelName:not(:has-text('N
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
 EXPLORER = ".widget-interact"
 EXPLORERS = re.compile(r"widgets\.(?:explore_box|browse_gallery)\(")
+
+
 def prepare(stage, run_id, path):
     """Write a notebook with smoke parameters put in, nothing run yet."""
     compared = {"groups": [f"recipe={run_id}"]} if stage == "09_compare" else {}
@@ -47,9 +44,7 @@ def prepare(stage, run_id, path):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """(address, folder it serves, folder of runs): JupyterLab over the notebooks with smoke
-    parameters.
-    """
+    """(address, folder, folder of runs): JupyterLab over the notebooks with smoke parameters."""
     folder, root = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("runs")
     for stage in store.STAGES:
         prepare(stage, "lab", folder / f"{stage}.ipynb")
@@ -76,7 +71,6 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page():
-    """A page of the system's Chromium."""
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser.new_page(viewport={"width": 1200, "height": 1400})
@@ -100,7 +94,6 @@ def choose_command(page, menu, command):
 
 
 def wait_until(is_finished, page, max_errors=0):
-    """Wait; no more than `max_errors` errors may show meanwhile."""
     until = time.monotonic() + 300
     while not is_finished():
         assert page.locator(ERRORS).count() <= max_errors
@@ -109,9 +102,7 @@ def wait_until(is_finished, page, max_errors=0):
 
 
 def move_every_control(page, name):
-    """Move every control of every explorer once; each explorer draws another picture then. Returns
-    how many explorers there are.
-    """
+    """Each explorer draws another picture when it is moved; gives how many there are."""
     explorers = page.locator(EXPLORER)
     for number in range(explorers.count()):
         explorer = explorers.nth(number)
@@ -140,7 +131,6 @@ def take_screenshot(page, name):
 
 
 def save_and_read(page, path):
-    """The outputs of the notebook that the page shows, as it is saved at `path`."""
     before = path.stat().st_mtime_ns
     choose_command(page, "File", "docmanager:save")
     until = time.monotonic() + 60
@@ -171,9 +161,6 @@ def test_every_cell_runs_in_lab(stage, lab, page):
 
 
 def test_an_interrupt_in_lab_loses_nothing(lab, page):
-    """An evaluation interrupted by Kernel > Interrupt, its cells run again: the same replies as in
-    the run before.
-    """
     address, folder, root = lab
     expected, interrupted = (root / run_id / "06_evaluate" for run_id in ("lab", "again"))
     if not (expected / "run.json").is_file():
@@ -194,49 +181,3 @@ def test_an_interrupt_in_lab_loses_nothing(lab, page):
     wait_until((interrupted / "run.json").is_file, page, max_errors=1)
     for name in ("metrics.json", *(f"replies/{name}" for name in names)):
         assert (interrupted / name).read_bytes() == (expected / name).read_bytes(), name
-
-
-def run_cells(page, count):
-    """Run the first cells one by one, as with Shift+Enter."""
-    page.locator(".jp-Notebook .jp-Cell").first.click()
-    for _ in range(count):
-        page.keyboard.press("Shift+Enter")
-        page.wait_for_timeout(300)
-    page.wait_for_selector(IDLE, timeout=120_000)
-
-
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({}, "it has finished (reward "), ({"max_steps": 200}, "finishing it replaces 05_grpo of run")])
-def test_stepping_through_05_loses_nothing(changes, sentence, lab, page, monkeypatch):
-    """Its first cells with the parameters of what has finished; with others, interrupted while it
-    trains.
-    """
-    address, folder, root = lab
-    finished = root / "lab" / "05_grpo"
-    if not (finished / "run.json").is_file():
-        pytest.skip("needs the notebooks before it")
-    monkeypatch.setenv("MIG_KIT_RUNS", str(root))
-    before = describe_files(finished)
-    status = CliRunner().invoke(cli, ["status", "lab"]).output
-    papermill.execute_notebook(
-        PROJECT_ROOT / "notebooks" / "05_grpo.ipynb", folder / "steps.ipynb",
-        choose_params("05_grpo", "smoke", "lab", changes), prepare_only=True)
-    show(page, address, "steps")
-    if changes:
-        run_all(page)
-        wait_until(lambda: list((root / "lab").glob("05_grpo.new-*/checkpoints/*")), page)
-        choose_command(page, "Kernel", "kernelmenu:interrupt")
-        page.wait_for_selector(IDLE, timeout=60_000)
-    else:
-        run_cells(page, 8)
-    take_screenshot(page, f"stepping_{len(changes)}")
-    outputs = save_and_read(page, folder / "steps.ipynb")  # the page holds the cells in sight alone
-    assert sentence in "".join(output.get("text", "") for output in outputs)
-    choose_command(page, "Kernel", "kernelmenu:shutdown")
-    for _ in range(100):
-        if not find_writer(root / "lab"):
-            break
-        time.sleep(0.2)
-    assert describe_files(finished) == before
-    now = CliRunner().invoke(cli, ["status", "lab"]).output
-    assert now.replace(", another attempt was stopped", "") == status

@@ -7,53 +7,42 @@ from contextlib import closing
 import pytest
 from local_server import IS_JSON, LocalServer
 
-from mig_kit.openai_client import (
-    ADDRESS,
-    CERTIFICATES,
-    KEY_VARIABLE,
-    Connection,
-    RequestFailed,
-    first_line,
-    iter_results,
-    parse_server,
-    read_api_key,
-    read_choice,
-    redact,
-)
+from mig_kit import openai_client as client
+from mig_kit.openai_client import KEY_VARIABLE, Connection, RequestFailed, iter_results
 
 
 def test_an_address_holds_no_name_key_or_query():
     for text in ("http://a", "https://a.b:8000/v1", "http://[::1]:8000/v1", "HTTP://A/v1"):
-        assert ADDRESS.fullmatch(text), text
+        assert client.ADDRESS.fullmatch(text), text
     for text in ("a:8000", "http://me@a/v1", "http://a/v1?key=1", "http://a/v1#x", "ftp://a"):
-        assert not ADDRESS.fullmatch(text), text
+        assert not client.ADDRESS.fullmatch(text), text
 
 
 def test_a_server_is_addresses_or_a_command():
-    assert parse_server("http://a:8000/v1, http://b/v1/ http://a:8000/v1") == [
+    assert client.parse_server("http://a:8000/v1, http://b/v1/ http://a:8000/v1") == [
         "http://a:8000/v1", "http://b/v1"]
-    assert parse_server("vllm serve {model} --port {port}") == []
+    assert client.parse_server("vllm serve {model} --port {port}") == []
     for server in ("http://u:secret@a/v1", "vllm serve {model}", "serve", "a b"):
         with pytest.raises(ValueError, match="give addresses such as"):
-            parse_server(server)
+            client.parse_server(server)
 
 
 def test_the_key_is_the_environments(monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    assert read_api_key() == ""
+    assert client.read_api_key() == ""
     monkeypatch.setenv(KEY_VARIABLE, " sk-1\n")
-    assert read_api_key() == "sk-1"
+    assert client.read_api_key() == "sk-1"
     monkeypatch.setenv(KEY_VARIABLE, "sk-\u00e4")
     with pytest.raises(ValueError, match=f"{KEY_VARIABLE} holds characters that no key has"):
-        read_api_key()
+        client.read_api_key()
 
 
 def test_what_a_server_said_is_short_and_without_the_key():
-    assert first_line('{"error": {"message": "too\\n long"}}') == "too long"
-    assert first_line('{"message": "no"}') == "no" and first_line("[1]\n") == "[1]"
-    assert len(first_line("x" * 999)) == 300
-    assert redact("key sk-1 is wrong", "sk-1") == "key *** is wrong"
-    assert redact("no key", "") == "no key"
+    assert client.first_line('{"error": {"message": "too\\n long"}}') == "too long"
+    assert client.first_line('{"message": "no"}') == "no" and client.first_line("[1]\n") == "[1]"
+    assert len(client.first_line("x" * 999)) == 300
+    assert client.redact("key sk-1 is wrong", "sk-1") == "key *** is wrong"
+    assert client.redact("no key", "") == "no key"
 
 
 @pytest.mark.parametrize(("status", "is_ready"), [
@@ -110,7 +99,7 @@ def test_whoever_stops_early_ends_the_rest_and_errors_come_through():
     ("SSL_CERT_FILE", "none.pem", "SSL_CERT_FILE names no certificates that can be read"),
     ("SSL_CERT_FILE", __file__, "SSL_CERT_FILE names no certificates that can be read")])
 def test_what_stands_between_is_named_by_its_variable(monkeypatch, name, value, sentence):
-    for other in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", *CERTIFICATES):
+    for other in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", *client.CERTIFICATES):
         monkeypatch.delenv(other, raising=False)
         monkeypatch.delenv(other.lower(), raising=False)
     monkeypatch.setenv(name, value)
@@ -130,7 +119,8 @@ def test_a_filter_answers_and_a_failure_does_not():
     server = LocalServer(lambda path, headers, body: (*answers[body["seed"]], IS_JSON))
     with closing(Connection(server.url, "", 5.0)) as connection:
         ask = [{"model": "m", "messages": [], "seed": number} for number in range(3)]
-        assert read_choice(connection.chat(ask[0])[0]["choices"][0]) == ("", "content_filter")
+        choice = connection.chat(ask[0])[0]["choices"][0]
+        assert client.read_choice(choice) == ("", "content_filter")
         for body, word in zip(ask[1:], ("upstream", "ended with abort")):
             with pytest.raises(RequestFailed, match=word) as error:
                 connection.chat(body)

@@ -1,12 +1,10 @@
-"""Own data through all stages on smoke parameters: own traces, some of them for none, one or
-several boxes; at night RL from the base, too.
-"""
+"""Own data through all stages on smoke parameters; at night RL from the base, too."""
 
 import json
 
 import own_questions
 import pytest
-from command_line import notebooks_in_this_process, run_mig_kit
+from command_line import notebooks_in_this_process, output_of
 from PIL import Image
 
 from mig_kit.pipeline.run_folders import RECIPE
@@ -22,9 +20,7 @@ NO_DRAWN_SUITE = [*ONE_DRAWN_SUITE, "-p", "mig_per_task", "0"]
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A folder with own.jsonl: 40 questions, half of them with a reply; all.jsonl, these and 30 for
-    none, one or several boxes with a reply each; and a MIG-Bench file of three questions.
-    """
+    """own.jsonl: 40 questions, half with a reply; all.jsonl: also 30 for none to several boxes."""
     folder = tmp_path_factory.mktemp("questions")
     lines = own_questions.write_questions(folder, 40, replies=0.5).read_text()
     boxes = own_questions.write_questions(folder / "boxes", 30, replies=1.0, find_all=True)
@@ -46,15 +42,12 @@ def run_here(questions, tmp_path, monkeypatch):
 
     def run(*words) -> str:
         with notebooks_in_this_process():
-            result = run_mig_kit(*words, MIG_KIT_RUNS=str(tmp_path))
-        assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
-        return result.stdout + result.stderr
+            return output_of(*words, MIG_KIT_RUNS=str(tmp_path))
 
     return run
 
 
 def read_run(folder):
-    """(evaluation, report) of a run."""
     evaluation = json.loads((folder / "06_evaluate" / "metrics.json").read_text())
     return evaluation, (folder / "07_report" / "report.html").read_text()
 
@@ -97,10 +90,6 @@ def test_own_traces_need_no_teacher(run_here, questions, tmp_path):
     assert "SFT over base" in report and "MIG-Bench-like (drawn)" in report
     traces = json.loads((folder / "01_synthesize" / "metrics.json").read_text())["traces"]
     assert traces["kept"] > 5 and "no reply" not in traces["dropped"]
-    see_questions_for_all_boxes(folder, evaluation, report)
-
-
-def see_questions_for_all_boxes(folder, evaluation, report):
     kept = read_samples(folder / "04_rejection_sampling" / "kept.parquet")
     assert {len(sample.targets) for sample in kept if sample.find_all} >= {0, 1}
     for by_suite in evaluation["systems"].values():

@@ -6,14 +6,9 @@ import os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mig_kit import prompts
 from mig_kit.boxes import BoxFormat
-from mig_kit.prompts import (
-    chat_messages,
-    cut_reasoning,
-    format_question,
-    parse_reply,
-    reply_boxes_in_original,
-)
+from mig_kit.prompts import chat_messages, format_question, parse_reply, reply_boxes_in_original
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -24,15 +19,14 @@ pieces = st.sampled_from([
 
 
 def first_sample(task, has_size):
-    """The first validation sample of the task whose sizes fit."""
     samples = (make_sample(task, "val", i) for i in range(200))
     return next(sample for sample in samples if has_size(sample.sizes))
 
 
 def test_reasoning_is_cut_off():
     answer = '<answer>{"image": 2, "box": [10,20,30,40]}</answer>'
-    assert cut_reasoning(GOOD) == answer == cut_reasoning(answer)
-    assert cut_reasoning("no answer") == "no answer"
+    assert prompts.cut_reasoning(GOOD) == answer == prompts.cut_reasoning(answer)
+    assert prompts.cut_reasoning("no answer") == "no answer"
 
 
 def test_a_reply_is_its_two_blocks_and_nothing_else():
@@ -45,12 +39,10 @@ def test_a_reply_is_its_two_blocks_and_nothing_else():
 
 def test_no_answer_in_these():
     answer = '{"image": 1, "box": [1,2,3,4]}'
-    for text in (f"<think></think><answer>[{answer}, {answer}]</answer>",
-                 f"<answer>{answer}</answer><answer>{answer}</answer>",
-                 '<think></think><answer>{"image": 1, "box": [[1,2,3,4],[1,2,3,4]]}</answer>',
-                 answer, "",
-                 '<think></think><answer>{"image": true, "box": [1,2,3,4]}</answer>',
-                 '<think></think><answer>{"image": 1, "box": [1,2,3,NaN]}</answer>'):
+    for text in (answer, "", f"<answer>{answer}</answer><answer>{answer}</answer>",
+                 *(f"<think></think><answer>{inside}</answer>" for inside in (
+                     f"[{answer}, {answer}]", '{"image": 1, "box": [[1,2,3,4],[1,2,3,4]]}',
+                     '{"image": true, "box": [1,2,3,4]}', '{"image": 1, "box": [1,2,3,NaN]}'))):
         reply = parse_reply(text)
         assert reply.box is None or reply.image is None, text
         assert not reply.well_formed, text

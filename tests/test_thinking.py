@@ -1,6 +1,4 @@
-"""Templates that open, close or leave out <think>: replies are read, and learnt, with what the
-prompt has opened.
-"""
+"""Templates that open, close or leave out <think>: replies are read with what the prompt opened."""
 
 import json
 import shutil
@@ -135,8 +133,7 @@ def test_log_probabilities_are_of_what_was_generated(folders, float32, questions
     policy = loading.load_policy(folders("rewrites"), float32, BOX_FORMAT)
     reply, = reply_files.greedy_replies(policy, questions[:1], 12)
     prompt = render_prompt(policy.processor, questions[0], BOX_FORMAT)
-    ids = policy.processor(text=[prompt], images=list(questions[0].images),
-                           return_tensors="pt")
+    ids = policy.processor(text=[prompt], images=list(questions[0].images), return_tensors="pt")
     written = policy.model.generate(**ids, max_new_tokens=12, do_sample=False)
     written = written[0, ids["input_ids"].shape[1]:]
     tokenizer = policy.processor.tokenizer

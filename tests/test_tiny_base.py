@@ -8,20 +8,11 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mig_kit.models import loading
 from mig_kit.prompts import parse_reply
 from mig_kit.shared_prefix import attention
 from mig_kit.world.scenes import PLAIN, UNSEEN_PAIRS, Object, Scene, object_cell
 from mig_kit.world.tasks import list_image_note
-from tiny_base import (
-    curriculum,
-    lesson_batches,
-    lessons,
-    puzzles,
-    training,
-    vision,
-    vocabulary,
-)
+from tiny_base import curriculum, lesson_batches, lessons, puzzles, training, vision, vocabulary
 from tiny_base.config import TINY_HIDDEN, tiny_config
 
 
@@ -62,8 +53,7 @@ def test_puzzles_are_right():
     rng = random.Random(0)
     for _ in range(300):
         puzzle = puzzles.make_puzzle(rng, puzzles.LOOSE_KINDS)
-        lists = [part.split(": ")[-1].split(", ")
-                 for part in puzzle.notes.rstrip(".").split(". ")]
+        lists = [part.split(": ")[-1].split(", ") for part in puzzle.notes.rstrip(".").split(". ")]
         if puzzle.kind == "new":
             assert puzzle.finding == f"new: {puzzle.correct}."
             assert puzzle.correct in lists[1] and puzzle.correct not in lists[0]
@@ -78,10 +68,7 @@ def test_puzzles_are_right():
 
 
 def test_a_lesson_has_the_tokens_of_its_text(writer):
-    """Pieces are tokenised one by one, a trace as a whole.
-
-    A space on the wrong side of a cut would teach tokens that no trace has.
-    """
+    """A space on the wrong side of a cut would teach tokens that no trace has."""
     rng = random.Random(0)
     turns = [turn for _ in range(100)
              for turn in lessons.text_turns(rng, 2, puzzles.HARD_KINDS, ["Find it."], 0.5)]
@@ -165,7 +152,6 @@ def test_dialogues_weigh_only_what_is_said(writer):
     assert {row.ids.index(5) + 4} == {index for index in row.object_token if index >= 0}
     mention, = {index for index in row.question_token if index >= 0}
     assert decode(row.ids[mention - 2:mention + 2]) == " image 1?"
-    assert loading.TINY_BASE.is_dir()
 
 
 def test_an_answer_asks_for_the_number_it_wrote_itself(writer):
@@ -227,8 +213,3 @@ def test_a_survey_lists_every_picture_once():
     notes = [list_image_note(number, scene) for number, scene in enumerate(scenes, 1)]
     assert join(pieces) == " ".join(notes)
     assert pieces[-1][1] > 0 and question == "List every image."
-
-
-def test_the_first_course_begins_with_one_image():
-    counts = [curriculum.SEEING.plan(done).max_images for done in (0, 0.25, 0.5)]
-    assert counts == [1, 3, 6] and curriculum.COMBINING.plan(0).max_images == 6

@@ -1,13 +1,11 @@
-"""A variant of 05 from a finished run, with a reward of one's own: one command, a file of ten lines
-and one parameter. The run that it starts from stays as it is.
-"""
+"""A variant of 05 from a finished run, with a reward of one's own: one command, ten lines."""
 
 import json
 import re
 import shutil
 
 import pytest
-from command_line import describe_files, notebooks_in_this_process, run_mig_kit
+from command_line import describe_files, notebooks_in_this_process, output_of
 
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_folders import RECIPE
@@ -30,7 +28,6 @@ FROM_SMOKE = (*RUN, "05", "06", "07", "--from", "smoke")
 
 
 def variant_options(root):
-    """What the variant changes: two processes train it with another loss, and with CENTER."""
     return ("-p", "loss_type", "dr_grpo", "-p", "launcher",
             "torchrun --standalone --nproc-per-node 2", "-p", "reward_weights", "{center: 0.5}",
             "-p", "rewards", f"[format, image, box, choice, {root / 'my_rewards.py'}:center]")
@@ -38,16 +35,14 @@ def variant_options(root):
 
 @pytest.fixture(scope="session")
 def shared_runs(smoke_runs, make_once):
-    """A folder of runs with a copy of the smoke run and the variant of it, and the reward's file.
-    """
+    """A folder of runs with a copy of the smoke run and the variant of it."""
     def run(root):
         shutil.copytree(smoke_runs / "smoke", root / "smoke")
         before = describe_files(root / "smoke", "*/**/*")
         (root / "my_rewards.py").write_text(CENTER)
         with notebooks_in_this_process():
-            result = run_mig_kit(*FROM_SMOKE, *variant_options(root), MIG_KIT_RUNS=str(root))
-        assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-1000:]
-        assert "center " in result.stdout, "its mean is printed while it trains"
+            output = output_of(*FROM_SMOKE, *variant_options(root), MIG_KIT_RUNS=str(root))
+        assert "center " in output, "its mean is printed while it trains"
         assert describe_files(root / "smoke", "*/**/*") == before, "a variant changed its source"
 
     return make_once("variants", run)
@@ -101,12 +96,11 @@ def test_a_variant_goes_on_without_its_sources_name(shared_runs):
     """What is up to date is skipped; table and differences take earlier stages from there."""
     environment = {"MIG_KIT_RUNS": str(shared_runs)}
     options = variant_options(shared_runs)
-    again = run_mig_kit(*RUN, "05", "06", "07", *options, **environment)
-    assert again.stdout.count("up to date") == 3, again.stderr
-    table = run_mig_kit("table", "smoke", "variant", **environment)
-    assert "\n| variant | 1 | " in table.stdout, table.stderr
-    difference = run_mig_kit("diff", "smoke", "variant", **environment)
-    stages = {line.split()[0] for line in difference.stdout.splitlines()[:-1]}
+    again = output_of(*RUN, "05", "06", "07", *options, **environment)
+    assert again.count("up to date") == 3
+    assert "\n| variant | 1 | " in output_of("table", "smoke", "variant", **environment)
+    difference = output_of("diff", "smoke", "variant", **environment)
+    stages = {line.split()[0] for line in difference.splitlines()[:-1]}
     assert "05_grpo" in stages and not stages & set(RECIPE[1:5])
-    lines = run_mig_kit("status", **environment).stdout.splitlines()
+    lines = output_of("status", **environment).splitlines()
     assert lines[lines.index("  variant") + 1] == "    01 to 04 of smoke"

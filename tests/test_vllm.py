@@ -1,7 +1,4 @@
-"""Stages 04, 05 and 06 over a real vLLM: MIG_KIT_VLLM names a virtual environment that has one.
-
-`MIG_KIT_VLLM=folder .venv/bin/pytest -m nightly -k vllm`: a vLLM starts once for each model.
-"""
+"""Stages 04, 05 and 06 over a real vLLM: MIG_KIT_VLLM names a virtual environment that has one."""
 
 import json
 import os
@@ -9,7 +6,7 @@ import shlex
 import shutil
 
 import pytest
-from command_line import run_mig_kit
+from command_line import output_of
 
 VLLM = os.environ.get("MIG_KIT_VLLM", "")
 SERVER = (f"env VLLM_CPU_KVCACHE_SPACE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 {VLLM}/bin/vllm serve "
@@ -27,8 +24,7 @@ def test_vllm_serves_rejection_sampling_grpo_and_evaluation(smoke_runs, tmp_path
     for stage, changes in (("04", ()), ("05", ("-p", "max_steps", "10")), ("06", ())):
         words = ("run", stage, "--profile", "smoke", "--run-id", "smoke", "-p", "server", SERVER,
                  "-p", "seed", "1", *changes)
-        result = run_mig_kit(*words, MIG_KIT_RUNS=str(tmp_path))
-        assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-2000:]
+        output_of(*words, MIG_KIT_RUNS=str(tmp_path))
     replies = (tmp_path / "smoke/04_rejection_sampling/replies.jsonl").read_text().splitlines()
     assert {len(json.loads(line)["replies"]) for line in replies} == {4}
     curves = json.loads((tmp_path / "smoke/05_grpo/metrics.json").read_text())["curves"]

@@ -23,9 +23,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def leave(root):
-    """Call it with a stage for what it leaves when it has finished: one product, and metrics that
-    are never the same bytes. values: its parameters, if they are not the shipped ones.
-    """
+    """Call it with a stage: what it leaves when it has finished, one product and new metrics."""
     def leave_stage(stage: str, run_id: str = "a", product: str = "1", **values):
         folder = root / run_id / stage
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,7 @@ from mig_kit.stages import sources
 
 
 def export(folder, colour):
-    """Six questions over two images each: a square of this colour, always at the same place. As
-    exporters do, new files under the old names.
-    """
+    """Six questions over two images each, one with a square; new files under the old names."""
     lines = []
     for number in range(6):
         names = [f"images/{number}{letter}.png" for letter in "ab"]
@@ -43,7 +41,7 @@ def own(tmp_path, monkeypatch):
 
 
 def synthesize(params):
-    """What 01 does with images; the colours in the middle of the first images that it stored."""
+    """The colours in the middle of the first images that 01 stores."""
     stage, p = store.begin_stage("01_synthesize", params)
     sets, _ = sources.load_training_sets(p, stage.folder)
     colours = {sample.images[0].getpixel((35, 45)) for rows in sets.values() for sample in rows}

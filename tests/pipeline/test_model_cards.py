@@ -9,17 +9,22 @@ from mig_kit.pipeline.params import profile_params
 
 DRAWN = {"mig_bench": {"n": 20, "score": 10.0, "ci95": [2.5, 26.1]}}
 NAME = "a|b`<script>.jsonl\n# x"
+FORMAT = {"min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute"}
+
+
+def write_data_record(root, params):
+    (root / "mine" / "01_synthesize").mkdir(parents=True)
+    write_json(root / "mine" / "01_synthesize" / "run.json", {"params": params})
 
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    """The model folder of run "mine", on data with a hostile name, with its card."""
+    """The model folder of a run on data with a hostile name, with its card."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     params = profile_params("05_grpo", "qwen2_5_vl_7b") | {
-        "base_model": "Qwen/Qwen2.5-VL-7B-Instruct", "min_pixels": 3136, "max_pixels": 401408,
-        "coordinates": "absolute", "rewards": ["box", "```\n</script>.py:f"]}
-    (data := tmp_path / "mine" / "01_synthesize").mkdir(parents=True)
-    write_json(data / "run.json", {"params": params | {"data": NAME}})
+        **FORMAT, "base_model": "Qwen/Qwen2.5-VL-7B-Instruct",
+        "rewards": ["box", "```\n</script>.py:f"]}
+    write_data_record(tmp_path, params | {"data": NAME})
     folder = tmp_path / "mine" / "05_grpo"
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").touch()
@@ -64,11 +69,9 @@ def test_a_folder_without_a_card_is_named(tmp_path):
 
 def test_a_card_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    params = profile_params("05_grpo") | {
-        "base_model": "/home/me/models/Qwen-7B", "rewards": ["box", "/home/me/mine.py:near"],
-        "min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute"}
-    (data := tmp_path / "mine" / "01_synthesize").mkdir(parents=True)
-    write_json(data / "run.json", {"params": params | {"data": "/home/me/own.jsonl"}})
+    params = profile_params("05_grpo") | FORMAT | {
+        "base_model": "/home/me/models/Qwen-7B", "rewards": ["box", "/home/me/mine.py:near"]}
+    write_data_record(tmp_path, params | {"data": "/home/me/own.jsonl"})
     model_cards.write_model_card(tmp_path, "05_grpo", "mine", params)
     card = ModelCard.load(tmp_path / "README.md")
     assert "/home" not in card.content and "mine.py:near" in card.text

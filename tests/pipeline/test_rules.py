@@ -1,14 +1,10 @@
-"""Rules of parameters: every one has its rule, and a wrong value, or values that cannot act
-together, are one sentence with the remedy, in `run` and in a cell, before any kernel starts.
-"""
+"""Rules of parameters: a wrong value, or values that cannot act together, are one sentence."""
 
 import math
 
 import pytest
-from click.testing import CliRunner
-from command_line import describe_files
+from command_line import describe_files, error_of
 
-from mig_kit.commands.main import cli
 from mig_kit.pipeline import dependencies, joint_rules, params, store
 from mig_kit.pipeline.joint_rules import validate_params
 from mig_kit.rewards import REWARDS
@@ -138,7 +134,6 @@ OFFERED = [
 
 @pytest.fixture
 def reward_files(tmp_path):
-    """Word of REFUSED -> a file of rewards."""
     center = "def center(reply, sample, box_format):\n    return 1.0\n\n\n"
     texts = {"FILE": ("my_rewards.py", center + center.replace("center", "length")),
              "BROKEN": ("broken.py", "x = 1\ndef center(:\n"),
@@ -197,12 +192,12 @@ def test_a_cell_and_the_command_refuse_it_alike_and_touch_nothing(root, leave):
     before = describe_files(root)
     with pytest.raises(ValueError) as in_a_notebook:
         store.begin_stage("02_sft", {"learning_rate": -1})
-    on_command = CliRunner().invoke(cli, ["run", "02", "-p", "learning_rate", "-1"]).exception
-    for error in (in_a_notebook.value, on_command):
-        assert "'learning_rate' is -1.0; it must be a float, above 0" in str(error)
+    on_command = error_of("run", "02", "-p", "learning_rate", "-1")
+    for sentence in (str(in_a_notebook.value), on_command):
+        assert "'learning_rate' is -1.0; it must be a float, above 0" in sentence
     # a whole recipe is checked before its first stage
-    result = CliRunner().invoke(cli, ["run", "-p", "num_generations", "7", "--force"])
-    assert "num_generations is 7, per_device_train_batch_size is 32" in str(result.exception)
+    sentence = error_of("run", "-p", "num_generations", "7", "--force")
+    assert "num_generations is 7, per_device_train_batch_size is 32" in sentence
     assert describe_files(root) == before
 
 

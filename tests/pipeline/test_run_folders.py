@@ -1,9 +1,8 @@
 """Names of runs: a misspelt one gets the nearest name from every command, a bad one is refused."""
 
 import pytest
-from click.testing import CliRunner
+from command_line import error_of
 
-from mig_kit.commands.main import cli
 from mig_kit.models import loading
 from mig_kit.pipeline import run_facts, run_folders
 from mig_kit.world.tasks import make_sample
@@ -26,14 +25,12 @@ def root(root, monkeypatch):
     ("run", "06", "--run-id", "default", "-p", "control_run", "defualt"),
     ("run", "09", "-p", "groups", "[a=defualt]")])
 def test_a_misspelt_run_gets_the_nearest_name(root, words):
-    result = CliRunner().invoke(cli, words)
-    assert str(result.exception) == f"no run 'defualt' in {root}; did you mean 'default'?"
+    assert error_of(*words) == f"no run 'defualt' in {root}; did you mean 'default'?"
     assert [path.name for path in root.rglob("*")] == ["default"]
 
 
 def test_without_a_near_name_a_command_lists_the_runs(root):
-    result = CliRunner().invoke(cli, ["status", "x"])
-    assert str(result.exception) == f"no run 'x' in {root}; mig-kit status lists the runs"
+    assert error_of("status", "x") == f"no run 'x' in {root}; mig-kit status lists the runs"
     run_folders.require_runs("default")
 
 
@@ -45,8 +42,8 @@ def test_a_model_of_no_run_is_refused_without_asking_the_hub(root, text, hint):
     make_sample("refer_grounding", "val", 0).images[0].save(image)
     ground = ("ground", "--image", str(image), "Where?")
     for words in (ground, ("eval", "--out", str(root / "out"))):
-        result = CliRunner().invoke(cli, [*words, "--model", text])
-        assert str(result.exception) == f"there is no run and no folder '{text}'; {hint}"
+        sentence = error_of(*words, "--model", text)
+        assert sentence == f"there is no run and no folder '{text}'; {hint}"
     assert not (root / "out").exists()
 
 

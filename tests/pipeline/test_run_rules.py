@@ -81,7 +81,6 @@ def test_a_branch_of_a_run_without_a_cold_start(root, leave):
 
 
 def leave_candidates(leave, counts):
-    """What 01 leaves for RL: so many questions of each task."""
     tasks = [task for task, count in counts.items() for _ in range(count)]
     pyarrow.parquet.write_table(pyarrow.table({"task": tasks}),
                                 leave("01_synthesize") / "rl.parquet")

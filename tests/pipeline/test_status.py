@@ -1,9 +1,8 @@
 """mig-kit status and diff."""
 
 import pytest
-from click.testing import CliRunner
+from command_line import output_of
 
-from mig_kit.commands.main import cli
 from mig_kit.common import write_json
 from mig_kit.pipeline import status
 
@@ -30,12 +29,9 @@ def test_only_what_differs_is_named(two_runs):
     assert {row["name"]: (row["a"], row["b"]) for row in rows} == {
         "parameter seed": (0, 1), "metric loss.last": (41.5, 43.0),
         "input 01_synthesize/cot.parquet": ("00000000", "11111111")}
-    result = CliRunner().invoke(cli, ["diff", "a", "b"])
-    assert result.exit_code == 0 and (
-        result.output.endswith("3 differences, 1 of them other metrics (--all)\n"))
-    result = CliRunner().invoke(cli, ["diff", "a", "b", "--all"])
-    assert "metric loss.last                 41.5" in result.output
-    assert "no difference" in CliRunner().invoke(cli, ["diff", "a", "a"]).output
+    assert output_of("diff", "a", "b").endswith("3 differences, 1 of them other metrics (--all)\n")
+    assert "metric loss.last                 41.5" in output_of("diff", "a", "b", "--all")
+    assert "no difference" in output_of("diff", "a", "a")
 
 
 def test_columns_stand_apart_under_the_runs_names(tmp_path):
@@ -49,13 +45,9 @@ def test_columns_stand_apart_under_the_runs_names(tmp_path):
     assert lines[2].split()[-2:] == ["1.00001", "1.00002"], "as many digits as differ"
     assert lines[3].split() == ["06_evaluate", *rows[0]["name"].split(), "44.12", "46"], "last"
     assert lines[4] == "3 differences"
-    assert status.format_differences(rows, "a", "b")[-1] == (
-        "3 differences, 1 of them other metrics (--all)")
-    assert status.format_differences([], "a", "b") == ["no difference"]
 
 
 def test_a_stage_that_only_one_run_has(two_runs):
     (two_runs / "b" / "02_sft" / "run.json").unlink()
     assert status.list_differences("a", "b") == [
-        {"stage": "02_sft", "name": "finished", "a": True, "b": False}
-    ]
+        {"stage": "02_sft", "name": "finished", "a": True, "b": False}]

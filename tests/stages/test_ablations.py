@@ -1,6 +1,4 @@
-"""The guide's ablation table: its rows are those of the recorded runs beside the page, every arm's
-command sets what its runs record, and the version says whether it can still be run.
-"""
+"""The guide's ablation table: its rows and commands are those of the recorded runs."""
 
 import functools
 import re
@@ -43,23 +41,19 @@ RUNS = {(arm, version): [f"{'' if version == '0.3' else '0.2/'}{arm}-{seed}" for
 
 @pytest.fixture(scope="module", autouse=True)
 def suites_drawn_once():
-    """All tables are over the same test samples, which take seconds to draw."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suites, "make_suite", functools.cache(suites.make_suite))
         yield
 
 
 def render_tables(groups, system="grpo"):
-    """The tables of groups of records' names."""
     files = {name: [str(RECORDS[run]) for run in runs] for name, runs in groups.items()}
     blocks = compare.render_table(compare.compare_groups(files, system=system)).split("\n\n")
     return [block.strip() for block in blocks if block.startswith("| ")]
 
 
 def reference_runs(row):
-    """The recipe's runs that an arm is compared with: with one run its partner, else all; of 0.3
-    those with its seeds.
-    """
+    """What an arm is compared with: one run with its partner, more with all; of 0.3 by seed."""
     seeds = ROWS[row][1]
     if row[1] == "0.3":
         return tuple(XEON[seed] for seed in seeds)
@@ -68,14 +62,12 @@ def reference_runs(row):
 
 @functools.cache
 def render_differences(reference):
-    """The table of differences to these runs of the recipe, of the arms compared with them."""
     arms = {row[0]: runs for row, runs in RUNS.items()
             if row[0] != CONTROL and reference_runs(row) == reference}
     return render_tables({"recipe": list(reference), **arms})[1]
 
 
 def expected_cells(row):
-    """Differences in domain and out of domain, from the records."""
     arm = row[0]
     table = (render_tables({arm: RUNS[row]}, system=CONTROL)[1] if arm == CONTROL
              else render_differences(reference_runs(row)))
@@ -176,7 +168,6 @@ def test_a_command_sets_what_its_runs_record(row):
 
 
 def can_be_run(changed):
-    """Whether the present notebooks take these parameters of an arm."""
     try:
         for stage, parameters in changed.items():
             validate_params({name: value for name, value in parameters.items()

@@ -13,11 +13,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 from command_line import run_mig_kit
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.commands.main import cli
 from mig_kit.common import write_json
 from mig_kit.drawing import plots
 from mig_kit.pipeline.joint_rules import parse_groups
@@ -33,13 +31,12 @@ SUITES = [name for name, suite in suites.SUITES.items() if suite.default]
 PARAMS = {"eval_seed": 3, "min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute",
           **{suites.SUITES[suite].size_param: PER_TASK for suite in SUITES}}
 
-
 draw_suite = functools.cache(suites.make_suite)
 
 
 @pytest.fixture(autouse=True)
 def runs(monkeypatch, tmp_path):
-    """The folder of runs, whose records hold no keys; pipeline/test_plan.py looks at stale runs."""
+    """Records hold no keys here; pipeline/test_plan.py looks at stale runs."""
     monkeypatch.setattr(evaluated_runs.store, "stale_notes", lambda *_: [])
     monkeypatch.setattr(suites, "make_suite", draw_suite)
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
@@ -51,7 +48,7 @@ def make_run(name, data_seed, seed, correct):
 
 
 def by_key(result):
-    """(group, suite, figure) -> row of a comparison."""
+    """(group, suite, figure) -> row"""
     return {(row["group"], row["suite"], row["figure"]): row for row in result["rows"]}
 
 
@@ -60,9 +57,7 @@ def change_json(path, **changes):
 
 
 def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
-    """A run whose systems are right with probability `skill`; gives (system, suite) -> values.
-    seed: of 05; data_seed: of 01, the same by default.
-    """
+    """A run whose systems are right with probability `skill`; gives (system, suite) -> values."""
     rng, correct = random.Random(f"{run_id}"), {}
     skill = skill or {"base": 0.2, "sft": 0.5, "grpo": 0.7}
     synthesized, trained, evaluated = (root / run_id / stage for stage in
@@ -100,7 +95,6 @@ def written_runs(tmp_path_factory):
 
 @pytest.fixture
 def nine_runs(written_runs, runs, monkeypatch):
-    """Run -> its values of nine runs, which the folder of runs holds."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(written_runs[0]))
     return written_runs[1]
 
@@ -227,7 +221,6 @@ CONTROL_SKILL = {"base": 0.2, "sft": 0.5, "grpo": 0.8, "sft_long": 0.5}
 
 
 def leave_control(root, run_id, weights="1", **changed):
-    """A run with SFT stages alone, of 12 minutes."""
     for stage, seconds, outputs in (("02_sft", 600, {}),
                                     ("03_merge", 120, {"merged/model.safetensors": weights})):
         (root / run_id / stage).mkdir(parents=True, exist_ok=True)
@@ -236,7 +229,6 @@ def leave_control(root, run_id, weights="1", **changed):
 
 
 def evaluate_beside(root, run_id, control, *write_arguments, **write_names):
-    """A run as `write_run` leaves it, evaluated beside a control run."""
     correct = write_run(root, run_id, *write_arguments, **write_names, skill=CONTROL_SKILL)
     change_json(root / run_id / "06_evaluate" / "run.json", control=describe_control(control))
     return correct
@@ -261,9 +253,12 @@ def test_the_sft_models_of_control_runs_are_compared(tmp_path):
     assert f"| {statistics.fmean(expected):+.1f} (" in text
     assert "12.0" in compare.render_table(result, "csv")
     files = [evaluated_runs.record_run(run, tmp_path / "kept") for run in groups["recipe"]]
+    for run in groups["recipe"]:
+        shutil.rmtree(tmp_path / run)
     again = compare.compare_groups({"recipe": list(map(str, files))}, system="sft_long")
-    assert again == result
+    assert again == result and files[0].stat().st_size < 20_000
     fields = json.loads(files[0].read_text())
+    assert fields["changed"]["06_evaluate"]["eval_seed"] == PARAMS["eval_seed"]
     assert fields["control"]["changed"] == {"02_sft": {"num_train_epochs": 8.1}}
     assert "control_run" not in fields["changed"]["06_evaluate"]
 
@@ -311,37 +306,27 @@ def test_models_that_are_the_same_are_named(tmp_path):
     text = compare.render_table(compare.compare_groups(groups, system="sft"))
     assert re.search(r"\| branch \| 1 (\| \+0\.0 \(same questions correct\) ){8}\|", text), text
     assert "same questions" not in compare.render_table(compare.compare_groups(groups))
-    halves = [make_run(name, seed, seed, {"grpo": {"s": str(value) * 4}})
-              for seed, (name, value) in enumerate(zip("abcd", (0, 1, 0, 1)))]
-    row = compare._difference_row("grpo", ("a", halves[:2]), ("b", halves[2:]), "s",
-                                  compare._Scope("s", [np.arange(4)]))
-    assert row["value"] == 0 and not row["is_same"], "the means agree, the runs do not"
 
 
-def test_gaps_that_cancel_are_not_the_same_answers():
-    """A run that gains one task and loses another, each with all its questions."""
-    def run(name, values):
-        return make_run(name, 0, 0, {"grpo": {"s": values}})
+@pytest.mark.parametrize(("runs", "others", "tasks", "clusters", "cell"), [
+    pytest.param({0: "0000", 1: "1111"}, {2: "0000", 3: "1111"}, [range(4)], None,
+                 "+0.0 (-100.0 to +100.0; 0.50)", id="equal means of other runs"),
+    pytest.param({0: "1100"}, {0: "0011"}, [(0, 1), (2, 3)], None, "+0.0 (-60.2 to +60.2)",
+                 id="one task gained, one lost"),
+    pytest.param({0: "101"}, {1: "001"}, [range(3)], [np.zeros(3, int)],
+                 "+33.3 (one list of images)", id="one list of images")])
+def test_differences_that_say_little(runs, others, tasks, clusters, cell):
+    scope = compare._Scope("s", [np.array(task) for task in tasks], clusters)
+    sides = [(name, [make_run(name, seed, seed, {"grpo": {"s": bits}})
+                     for seed, bits in side.items()])
+             for name, side in (("a", runs), ("b", others))]
+    assert compare._cell(compare._difference_row("grpo", *sides, "s", scope)) == cell
 
-    scope = compare._Scope("s", [np.array([0, 1]), np.array([2, 3])])
-    sides = ("a", [run("a", "1100")]), ("b", [run("b", "0011")])
-    row = compare._difference_row("grpo", *sides, "s", scope)
-    assert row["value"] == 0 and not row["is_same"]
-    assert row["low"] < -20 and row["high"] > 20, "two questions a task say little about others"
-    lone = compare._Scope("s", [np.array([place]) for place in range(4)])
-    score, = [score for score in compare._group_rows("a", sides[0][1], "s", lone)]
+
+def test_a_question_a_task_says_little_about_others():
+    scope = compare._Scope("s", [np.array([place]) for place in range(4)])
+    score, = compare._group_rows("a", [make_run("a", 0, 0, {"grpo": {"s": "1100"}})], "s", scope)
     assert score["value"] == 50 and score["low"] < 30 and score["high"] > 70
-    same = compare._difference_row("grpo", sides[0], ("c", sides[0][1]), "s", scope)
-    assert same["is_same"] and compare._cell(same) == "+0.0 (same questions correct)"
-
-
-def test_one_list_of_images_has_no_interval():
-    runs = [make_run(name, seed, seed, {"grpo": {"own": values}})
-            for seed, (name, values) in enumerate((("a", "101"), ("b", "001")))]
-    scope = compare._Scope("own", [np.arange(3)], [np.zeros(3, int)])
-    row = compare._difference_row("grpo", ("a", runs[:1]), ("b", runs[1:]), "own", scope)
-    assert np.isnan(row["low"]) and np.isnan(row["high"])
-    assert compare._cell(row) == "+33.3 (one list of images)"
 
 
 def test_no_zero_has_a_minus():
@@ -370,8 +355,7 @@ def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path):
 def test_rl_from_the_base_is_not_compared_with_an_sft_model(tmp_path):
     write_run(tmp_path, "a")
     write_run(tmp_path, "b")
-    change_json(tmp_path / "b" / "05_grpo" / "run.json",
-                params={"seed": 0, "start_from": "base"})
+    change_json(tmp_path / "b" / "05_grpo" / "run.json", params={"seed": 0, "start_from": "base"})
     kept = str(evaluated_runs.record_run("b", tmp_path / "kept"))
     for run in ("b", kept):
         result = compare.compare_groups({"a": ["a"], "b": [run]})
@@ -382,29 +366,22 @@ def test_rl_from_the_base_is_not_compared_with_an_sft_model(tmp_path):
         assert claims["b"].tolist()[:2] == ["-", "-"] and "-" not in claims["b"].tolist()[2:]
 
 
-def test_which_runs_are_paired():
-    def runs(*seeds):
-        """Of 05's seeds, or of pairs (01's seed, 05's seed)."""
-        pairs = [seed if isinstance(seed, tuple) else (0, seed) for seed in seeds]
-        return [make_run(f"r{i}", *pair, {}) for i, pair in enumerate(pairs)]
-
-    def pairs(first, second):
-        return [((a.data_seed, a.seed), (b.data_seed, b.seed))
-                for a, b in evaluated_runs.pair_runs(runs(*first), runs(*second))]
-
-    def seeds(first, second):
-        return [(a[1], b[1]) for a, b in pairs(first, second)]
-
-    assert seeds((2, 0, 1), (0, 1, 2)) == [(2, 2), (0, 0), (1, 1)]
-    assert seeds((0, 1, 2, 3), (1, 3, 7)) == [(1, 1), (3, 3)]
-    assert seeds((0,), (0,)) == [(0, 0)]
-    assert seeds((0, 1, 2), (0,)) == [], "one pair says nothing about seeds"
-    assert seeds((0, 0, 1), (0, 1)) == [], "two runs of seed 0 have no one partner"
-    assert seeds((0,), (1,)) == [(0, 1)], "both from the same cold start"
-    assert pairs([(0, 0)], [(1, 1)]) == []
-    assert pairs([(0, 0), (1, 0), (2, 0)], [(2, 2), (0, 0), (1, 1)]) == [
-        ((0, 0), (0, 0)), ((1, 0), (1, 1)), ((2, 0), (2, 2))], "by 01's seed, not by 05's"
-    assert pairs([(0, 0), (0, 1)], [(0, 1), (0, 0)]) == [((0, 0), (0, 0)), ((0, 1), (0, 1))]
+# seeds of 01 and 05 of each run
+@pytest.mark.parametrize(("first", "second", "pairs"), [
+    ("0.2 0.0 0.1", "0.0 0.1 0.2", "0.2-0.2 0.0-0.0 0.1-0.1"),
+    ("0.0 0.1 0.2 0.3", "0.1 0.3 0.7", "0.1-0.1 0.3-0.3"),
+    ("0.0", "0.0", "0.0-0.0"),
+    ("0.0 0.1 0.2", "0.0", ""),  # one pair says nothing about seeds
+    ("0.0 0.0 0.1", "0.0 0.1", ""),  # two runs of seed 0 have no one partner
+    ("0.0", "0.1", "0.0-0.1"),  # both from the same cold start
+    ("0.0", "1.1", ""),
+    ("0.0 1.0 2.0", "2.2 0.0 1.1", "0.0-0.0 1.0-1.1 2.0-2.2"),  # by 01's seed, not by 05's
+    ("0.0 0.1", "0.1 0.0", "0.0-0.0 0.1-0.1")])
+def test_which_runs_are_paired(first, second, pairs):
+    first, second = ([make_run(seeds, *map(int, seeds.split(".")), {}) for seeds in names.split()]
+                     for names in (first, second))
+    assert " ".join(f"{a.run_id}-{b.run_id}"
+                    for a, b in evaluated_runs.pair_runs(first, second)) == pairs
 
 
 def test_csv_reads_back_and_markdown_rounds(nine_runs):
@@ -472,34 +449,18 @@ def test_the_command_prints_and_draws(nine_runs, tmp_path):
     result = run_mig_kit(*words, "--figure", str(tmp_path / "groups.pdf"))
     assert "Difference to recipe, points" in result.stdout and "| r_100%-0 | 1 |" in result.stdout
     assert (tmp_path / "groups.pdf").read_bytes().startswith(b"%PDF")
-    csv = CliRunner().invoke(cli, [*words, "--format", "csv"])
+    csv = run_mig_kit(*words, "--format", "csv")
     assert csv.stdout.startswith("group,suite,figure,system,value,low,high")
     assert csv.stderr.startswith("One run each: r_100%-0.")
     figure = tmp_path / "gaps.svg"
-    CliRunner().invoke(cli, [*words, "--figure", str(figure), "--differences"])
+    run_mig_kit(*words, "--figure", str(figure), "--differences")
     assert figure.is_file()
     for more, sentence in (((*words, "--figure", "groups.doc"), "end its name in .png, .pdf or"),
                            ((*words, "--differences"), "add --figure FILE"),
                            (("table", "recipe-0", "--figure", str(tmp_path / "a.png"),
                              "--differences"), "one group has no differences")):
-        refused = CliRunner().invoke(cli, more)
-        assert sentence in str(refused.exception) and not refused.stdout
-
-
-def test_recorded_runs_give_the_table_of_the_runs(tmp_path):
-    for seed in (0, 1):
-        write_run(tmp_path, f"a{seed}", seed)
-        write_run(tmp_path, f"b{seed}", seed, skill={"base": 0.2, "sft": 0.4, "grpo": 0.5})
-    groups = {"a": ["a0", "a1"], "b": ["b0", "b1"]}
-    result = compare.compare_groups(groups)
-    files = {name: [str(evaluated_runs.record_run(run, tmp_path / "kept")) for run in members]
-             for name, members in groups.items()}
-    for run in ("a0", "a1", "b0", "b1"):
-        shutil.rmtree(tmp_path / run)
-    assert compare.compare_groups(files) == result
-    kept = (tmp_path / "kept" / "a0.json").read_text()
-    assert len(kept) < 20_000
-    assert json.loads(kept)["changed"]["06_evaluate"]["eval_seed"] == PARAMS["eval_seed"]
+        refused = run_mig_kit(*more)
+        assert sentence in refused.stderr and not refused.stdout
 
 
 def test_runs_that_answered_other_questions_are_refused(tmp_path, monkeypatch):

@@ -27,7 +27,6 @@ def reply_to(sample, share=1.0):
 
 
 def two_tasks():
-    """Four samples of one task and two of another."""
     return [*(make_sample("diff", "val", index) for index in range(4)),
             *(make_sample("reasoning", "val", index) for index in range(2))]
 
@@ -152,9 +151,8 @@ def test_all_correct_is_not_certain():
     assert high == 100
 
 
-def test_own_data_is_scored_by_question_and_drawn_suites_by_task(tmp_path, monkeypatch):
+def test_own_data_is_scored_by_question_and_drawn_suites_by_task():
     """Three questions of one task, all correct, and one of another, wrong."""
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     drawn = [make_sample("diff", "val", i) for i in range(3)] + [make_sample("region", "val", 0)]
     own = [replace(sample, suite="own") for sample in drawn]
     replies = [reply_to(sample) for sample in drawn[:3]] + ["?"]

@@ -22,8 +22,10 @@ def line_for(run, published, monkeypatch):
     return evaluated_runs.compare_with_readme("default")
 
 
-def test_equal_scores(published, monkeypatch):
+def test_equal_scores_and_another_recipe(published, monkeypatch):
     assert line_for(published, published, monkeypatch) == "scores: as in the README"
+    monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: {"05_grpo": {"beta": 1}})
+    assert line_for(published, published, monkeypatch) == ""
 
 
 @pytest.mark.parametrize(("machine", "reason"), [
@@ -47,8 +49,3 @@ def test_why_scores_cannot_be_compared_is_said(published, monkeypatch):
     monkeypatch.setattr(evaluated_runs, "load_groups", refuse)
     assert evaluated_runs.compare_with_readme("default") == (
         "scores: not compared with the README's: the runs answered other questions")
-
-
-def test_another_recipe_is_not_compared(published, monkeypatch):
-    monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: {"05_grpo": {"beta": 1}})
-    assert line_for(published, published, monkeypatch) == ""

@@ -1,6 +1,4 @@
-"""Stage 05 on a random model: advantages by hand, what is kept, and trainings that go on; its loss
-against stock TRL's: shared_prefix/test_losses.py.
-"""
+"""Stage 05 on a random model; its loss against stock TRL's: shared_prefix/test_losses.py."""
 
 import json
 import math
@@ -16,10 +14,10 @@ from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
-from mig_kit.boxes import BoxFormat, iou, to_model_box
+from mig_kit.boxes import BoxFormat, iou
 from mig_kit.models import loading
 from mig_kit.models.sample_prompts import SampleCache, prompt_source
-from mig_kit.prompts import format_answer
+from mig_kit.prompts import correct_answer
 from mig_kit.rewards import REWARDS
 from mig_kit.serving import stored_replies
 from mig_kit.shared_prefix import obstacles, self_check
@@ -41,7 +39,6 @@ SETTINGS = {
 
 @pytest.fixture
 def make_trainer(random_folder, float32, stage_params):
-    """Call it with a folder and changed parameters for a trainer on a random model."""
     def make(folder, hardware=float32, **changes):
         samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
         samples += list(iter_free_form("rl", 1))[:7]  # 27 in all: no pass ends with a step
@@ -81,9 +78,7 @@ def test_rewards_apply_where_they_mean_something():
     ("none", 1.0, 1.0), ("format", 0.0, 1.0), ("all", 0.0, 0.0)])
 def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, image_score):
     sample = make_sample("diff", "rl", 0)
-    image, box = sample.targets[0]
-    model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
-    answer = f"<answer>{format_answer(image, model_box)}</answer>"
+    answer = f"<answer>{correct_answer(sample, BOX_FORMAT)}</answer>"
     completions = as_completions([f"<think>image {n}: a.</think>{answer}" for n in (2, 3)])
     scores = reward_loading.score_functions(REWARDS, BOX_FORMAT, penalty)
     functions = grpo.reward_functions(scores, [sample])
@@ -102,10 +97,6 @@ def test_shares_of_what_replies_write_down():
     assert shares == {"evidence": 0.5, "finding": 0.25, "method": 0.25}
     assert grpo.detail_shares(replies, [own] * 4) == {}
     assert grpo.detail_shares(replies, [own] * 3 + [drawn])["evidence"] == 1
-    history = [{"step": 1, "reward": 0.5, "detail/evidence": 0.25, "rewards/box/mean": 0.1,
-                "detail/truth": 0.75}]
-    assert grpo.training_curves(history)[0]["evidence"] == 0.25
-    assert grpo.training_curves(history)[0]["truth"] == 0.75
 
 
 def test_shares_of_what_is_true_and_of_what_is_listed():
@@ -296,7 +287,6 @@ def test_the_sampler_of_several_processes_is_told_its_pass():
 
 
 def record_prompts(trainer, drawn):
-    """Append the prompts of every update to a list."""
     stock = trainer._generate_and_score_completions
 
     def record(inputs):
@@ -401,9 +391,7 @@ def test_the_reference_reads_a_step_of_replies_at_a_time(tmp_path, make_trainer,
 
 @pytest.mark.slow
 def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
-    """Weights in bfloat16, checkpointed layers, a reference: what the full profiles do on a GPU;
-    the adapter learns in float32.
-    """
+    """Weights in bfloat16, checkpointed layers, a reference; the adapter learns in float32."""
     as_on_a_gpu = loading.Hardware("cpu", torch.bfloat16, False, "sdpa", "as on a GPU")
     trainer = make_trainer(tmp_path, hardware=as_on_a_gpu, beta=0.04, micro_replies=4,
                            gradient_accumulation_steps=2, gradient_checkpointing=True)
@@ -434,10 +422,11 @@ def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypa
 
 def test_curves_hold_every_reward_that_is_logged():
     history = [{"step": 1, "reward": 0.5, "rewards/format/mean": 1.0, "rewards/format/std": 0.1,
-                "rewards/new/mean": math.nan, "entropy": 2.0}, {"step": 1, "train_loss": 0.1}]
+                "rewards/new/mean": math.nan, "entropy": 2.0, "detail/truth": 0.75},
+               {"step": 1, "train_loss": 0.1}]
     assert grpo.training_curves(history) == [
         {"step": 1, "reward": 0.5, "format": 1.0, "new": None, "length": None, "entropy": 2.0,
-         "kl": None, "zero_std": None, "clipped_ratio": None}]
+         "kl": None, "zero_std": None, "clipped_ratio": None, "truth": 0.75}]
 
 
 def test_replies_that_got_short_are_named():

@@ -25,9 +25,7 @@ TESTS = str(Path(launched.__file__).parent)
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, random_folder):
-    """Call it with a stage, and changed parameters, for the folder in which one process, this one,
-    has trained it.
-    """
+    """Call it with a stage for the folder in which this process alone has trained it."""
     root = tmp_path_factory.mktemp("alone")
 
     def train_once(stage, **changes):
@@ -41,9 +39,7 @@ def alone(tmp_path_factory, random_folder):
 
 @pytest.fixture
 def launch(monkeypatch, tmp_path, random_folder):
-    """Call it with a stage, a launcher and changed parameters for the folder of a job that it has
-    trained.
-    """
+    """Call it with a stage and a launcher for the folder of a job that it has trained."""
     monkeypatch.setattr(processes, "MODULE", "launched")
     monkeypatch.setattr(jobs, "count_cores", lambda: 2)
     monkeypatch.setenv("PYTHONPATH", TESTS)
@@ -148,7 +144,6 @@ def test_killed_in_the_second_pass_and_started_again_it_trains_as_if_undisturbed
 
 
 def is_saved(folder, update):
-    """Whether a checkpoint of that update, or of a later one, is complete."""
     checkpoint = resuming.last_checkpoint(folder)
     return checkpoint is not None and int(checkpoint.rpartition("-")[2]) >= update
 

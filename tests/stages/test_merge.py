@@ -1,9 +1,8 @@
-"""Stage 03 on a random model: dequantising before merging keeps what training saw, the other
-methods do not.
-"""
+"""Stage 03 on a random model: dequantising before merging keeps what training saw."""
 
 import pytest
 import torch
+from launched import set_random_adapter
 from published import save_model
 from safetensors.torch import save_file
 
@@ -20,10 +19,7 @@ BOX_FORMAT = BoxFormat()
 def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, monkeypatch):
     lora = resuming.lora_config(4)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
-    torch.manual_seed(1)
-    for name, parameter in policy.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.05)
+    set_random_adapter(policy.model)
     adapter, folder = tmp_path / "adapter", tmp_path / "merged"
     policy.model.save_pretrained(adapter)
     merging.write_merged_model(random_folder, adapter, folder, float32, policy.processor,
@@ -65,10 +61,9 @@ def test_shards_hold_the_same_model(tmp_path, random_folder, float32, monkeypatc
 
 
 def test_adapter_of_another_model_is_refused(tmp_path, random_folder, float32, processor):
-    save_file({"base_model.model.model.language_model.layers.9.mlp.up_proj.lora_A.weight":
-               torch.ones(2, 2),
-               "base_model.model.model.language_model.layers.9.mlp.up_proj.lora_B.weight":
-               torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    layer = "base_model.model.model.language_model.layers.9.mlp.up_proj"
+    save_file({f"{layer}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"},
+              tmp_path / "adapter_model.safetensors")
     resuming.lora_config(2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="give the base that the adapter was trained on"):
         merging.write_merged_model(random_folder, tmp_path, tmp_path / "out", float32, processor,
@@ -97,9 +92,7 @@ def test_few_prompts_at_a_time_have_the_same_log_probabilities(random_model, pro
 
 @pytest.mark.slow
 def test_what_is_saved_does_not_depend_on_the_last_call(tmp_path, random_model):
-    """A tokenizer that has padded a batch writes that into its file: a stage that was resumed would
-    leave another one.
-    """
+    """A tokenizer that has padded a batch writes that into its file."""
     fresh, used = (loading.load_processor(loading.TINY_BASE, BOX_FORMAT) for _ in range(2))
     used.tokenizer(["a", "a longer line"], padding=True, truncation=True, max_length=8)
     save_model(random_model, fresh, tmp_path / "fresh", loading.TINY_BASE)

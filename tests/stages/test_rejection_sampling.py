@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.boxes import BoxFormat
 from mig_kit.models import sample_prompts
-from mig_kit.prompts import format_answer
+from mig_kit.prompts import correct_answer
 from mig_kit.serving import reply_files, stored_replies
 from mig_kit.shared_prefix import generation
 from mig_kit.stages import rejection_sampling
@@ -48,9 +48,7 @@ def test_curate_by_hand():
 
 def test_accuracy_by_detail_by_hand():
     sample = make_sample("diff", "rl", 0)
-    image, box = sample.targets[0]
-    model_box = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
-    answer = f"<answer>{format_answer(image, model_box)}</answer>"
+    answer = f"<answer>{correct_answer(sample, BOX_FORMAT)}</answer>"
     thoughts = ["Compare.", "Compare. new: red star.", "Compare. image 1: a. new: red star."]
     replies = [f"<think>{thought}</think>{answer}" for thought in thoughts]
     replies.append("<think>Compare. new: x.</think><answer>?: ?: ?</answer>")

@@ -1,6 +1,4 @@
-"""Stage 07: the page says what to look at, and nothing that a model wrote runs in it; what became
-of a reply.
-"""
+"""Stage 07: the page, its gallery, and what became of a reply."""
 
 import json
 from dataclasses import replace
@@ -90,7 +88,7 @@ def test_a_card_shows_the_rewards_that_training_counts():
 
 def reply_for(sample, number=None, shift=0):
     image, box = sample.targets[0]
-    x1, y1, x2, y2 = to_model_box(box, sample.sizes[image - 1], box_format=BoxFormat())
+    x1, y1, x2, y2 = to_model_box(box, sample.sizes[image - 1], BOX_FORMAT)
     answer = format_answer(number or image, (x1 + shift, y1, x2 + shift, y2))
     return f"<think></think><answer>{answer}</answer>"
 
@@ -110,8 +108,7 @@ def test_outcomes_by_hand(outcome, more):
 
 def test_a_wrong_letter_is_a_wrong_option():
     choice = next(iter_free_form("val", 1))
-    wrong = "B" if choice.letter == "A" else "A"
-    reply = f"<think></think><answer>{wrong}</answer>"
+    reply = f"<think></think><answer>{'B' if choice.letter == 'A' else 'A'}</answer>"
     assert report.classify_outcome(reply, choice, BOX_FORMAT) == "wrong option"
 
 

@@ -1,6 +1,4 @@
-"""Planted faults: each must stop the training before it starts or in its first steps, with a
-sentence.
-"""
+"""Planted faults: each must stop the training with a sentence."""
 
 import math
 from dataclasses import replace

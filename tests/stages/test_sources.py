@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import own_questions
 import pytest
-from command_line import run_mig_kit
+from command_line import output_of
 from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.image_files import BadImage
@@ -23,13 +23,11 @@ SMALL = {"cot_per_task": 6, "free_form_per_task": 2, "rl_per_task": 4, "rl_free_
 
 @pytest.fixture
 def params(stage_params):
-    """Call it with changes: the parameters of 01 for small sets, but for these."""
     return lambda **changes: stage_params("01_synthesize", **{**SMALL, **changes})
 
 
 @pytest.fixture
 def own_file(tmp_path):
-    """Sixty questions of one's own."""
     rows = []
     for i in range(60):
         sample = make_sample("refer_grounding", "cot", i)
@@ -150,8 +148,7 @@ def test_an_endpoint_writes_traces_for_own_data(own_file, tmp_path):
     options = ("--profile", "smoke", "--run-id", "t")
     overrides = ("-p", "teacher", "endpoint", "-p", "endpoint_url", server.url,
                  "-p", "endpoint_model", "m", "-p", "data", str(own_file))
-    result = run_mig_kit("run", "01", *options, *overrides, **environment)
-    assert result.returncode == 0, result.stderr[-3000:]
+    output_of("run", "01", *options, *overrides, **environment)
     metrics = json.loads((runs / "t/01_synthesize/metrics.json").read_text())
     traces, teacher = metrics["traces"], metrics["teacher"]
     assert server.total == teacher["calls"] == 2 * traces["total"]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
+from launched import set_random_adapter
 from peft import PeftModel
 
 from mig_kit.boxes import BoxFormat
@@ -21,8 +22,7 @@ BOX_FORMAT = BoxFormat()
 SETTINGS = {
     "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
     "max_steps": 2, "learning_rate": 1e-2, "warmup_steps": 0, "max_completion_length": 8,
-    "save_steps": 1, "lora_r": 4, "launcher": "", "dtype": "float32",
-    "device": "cpu"}
+    "save_steps": 1, "lora_r": 4, "launcher": "", "dtype": "float32", "device": "cpu"}
 
 
 @pytest.fixture
@@ -30,10 +30,7 @@ def adapter(tmp_path, random_folder, float32):
     """The folder of an adapter that changes the random model, as 02 leaves it."""
     lora = resuming.lora_config(4, 0.1)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
-    torch.manual_seed(1)
-    for name, parameter in policy.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.05)
+    set_random_adapter(policy.model)
     policy.model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -52,10 +49,9 @@ def params(stage_params, random_folder):
 def test_what_it_starts_from(tmp_path, params, adapter, random_folder):
     merged = tmp_path / "merged"
     assert grpo.resolve_start(params(), merged, adapter) == {"start": merged}
-    assert grpo.resolve_start(params(start_from="base"), merged, adapter) == {
-        "start": random_folder}
-    assert grpo.resolve_start(params(start_from=str(random_folder)), merged, adapter) == {
-        "start": random_folder}
+    for name in ("base", str(random_folder)):
+        assert grpo.resolve_start(params(start_from=name), merged, adapter) == {
+            "start": random_folder}
     assert grpo.resolve_start(params(start_from="adapter"), merged, adapter) == {
         "start": random_folder, "adapter": adapter}
 
