@@ -300,6 +300,7 @@ def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) 
     try:
         papermill.execute_notebook(*paths, params, progress_bar=False, log_output=True,
                                    cwd=str(NOTEBOOKS), kernel_manager_class=ThisPython,
+                                   start_timeout=600,  # a waiting kernel may still import
                                    extra_arguments=["--log-level=CRITICAL"])
     except (PapermillExecutionError, DeadKernelError) as error:
         lines.set(stage, "failed")
