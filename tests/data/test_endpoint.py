@@ -97,7 +97,7 @@ ANSWER = "<answer>x</answer>"
     ({"content": f"<think>a</think>{ANSWER}"}, "length", f"<think>a</think>{ANSWER}", ""),
     ({"content": None, "reasoning": "so"}, "length", "<think>so", "cut at 1024 tokens "),
     ({"content": None}, "length", "", "cut at 1024 tokens (finish_reason length)"),
-    ({}, "content_filter", "", "a reply without a text (finish_reason content_filter)"),
+    ({}, "content_filter: X", "", "a reply without a text (finish_reason content_filter: X)"),
     ({"content": None, "refusal": "No."}, "stop", "", "a reply without a text (finish_reason ref"),
     ({"content": " "}, "stop", "", "a reply without a text (finish_reason stop)")])
 def test_a_reply_has_its_reasoning_or_says_why_it_has_no_text(serve, tmp_path, message, reason,
@@ -257,9 +257,6 @@ def test_what_is_sent(serve, tmp_path):
     without_target = Sample("x", "", "", "", sample.images, "q")
     with pytest.raises(ValueError, match="has no target"):
         request_traces(server, tmp_path / "c", [without_target])
-
-
-def test_what_the_teacher_is_asked():
     choice = next(iter_free_form("cot", 1))
     assert f"answer is {choice.letter}." in teacher_prompt(choice, "trace", BOX_FORMAT)
     assert teacher_prompt(choice, "direct", BOX_FORMAT).endswith(DIRECT_CHOICE_INSTRUCTION)

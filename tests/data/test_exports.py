@@ -82,7 +82,8 @@ def test_rewards_are_the_kits(engine, questions, judged, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("reward", tmp_path / "out" / "reward.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     ten = judged[::50][:10]
-    facts = [own_data_facts(questions[1][number]) for number, *_ in ten]
+    facts = [exports.question_to_json(questions[1][number]) for number, *_ in ten]
+    assert [exports.question_to_json(exports.question_from_json(text)) for text in facts] == facts
     replies = [reply for _, reply, _ in ten]
     scores = {
         "verl": lambda: [module.compute_score("mig-kit", reply, text)["score"]
@@ -114,15 +115,6 @@ def test_settings_that_a_run_has_besides_are_handed_over_or_named(engine, questi
         assert "max_grad_norm 0.2" in differences[-1] and differences[-1] in (
             tmp_path / "out" / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
-
-
-def own_data_facts(sample):
-    """What an export says of a question to its reward."""
-    from mig_kit.data.exports import question_from_json, question_to_json
-
-    text = question_to_json(sample)
-    assert question_to_json(question_from_json(text)) == text
-    return text
 
 
 def sum_columns(module, columns):

@@ -106,27 +106,29 @@ def test_boxes_in_texts(root, text, box):
     assert line["box"] == box and line["question"] == "Where is the cup?" and line["image"] == 1
 
 
+def of_two_images(*turns):
+    """A record of (question, answer) turns."""
+    return {"images": ["a.png", "b.png"],
+            "messages": [{"role": role, "content": text} for turn in turns
+                         for role, text in zip(("user", "assistant"), turn)]}
+
+
 def test_conversations_of_several_images_and_turns(root):
     asked = "<image> and <image>: where in image 2 is the thing at [1, 2, 30, 40] of image 1?"
-    turns = [{"role": "user", "content": asked},
-             {"role": "assistant", "content": "In the second image: [10, 20, 30, 40]"},
-             {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cup."},
-             {"role": "user", "content": "And the dog?"},
-             {"role": "assistant", "content": '<answer>{"image": 1, "box": [1,2,9,9]}</answer>'}]
     path = root / "array.json"
-    path.write_text(json.dumps([{"images": ["a.png", "b.png"], "messages": turns}]))
+    path.write_text(json.dumps([of_two_images(
+        (asked, "In the second image: [10, 20, 30, 40]"), ("What is it?", "A cup."),
+        ("And the dog?", '<answer>{"image": 1, "box": [1,2,9,9]}</answer>'))]))
     (first, second), sentences = import_all(root, "llava", path, "pixels")
     assert not sentences and first["id"] == "record-1-turn-1"
     assert first["question"] == "and image 2: where in image 2 is the thing at {ref} of image 1?"
     assert (first["image"], first["box"], first["reference"]) == (2, [10, 20, 30, 40],
                                                                   [1, 2, 30, 40])
     assert (second["image"], second["box"], second["question"]) == (1, [1, 2, 9, 9], "And the dog?")
-
-
-def of_two_images(asked, answered):
-    return {"images": ["a.png", "b.png"],
-            "messages": [{"role": "user", "content": asked},
-                         {"role": "assistant", "content": answered}]}
+    record = of_two_images(("<image>Where is the dog in image 1?", "[1, 2, 9, 9]"),
+                           ("And in <image>, where is the cat?", "[5, 6, 30, 40]"))
+    (_, later), _ = import_all(root, "llava", write(root, record), "pixels")
+    assert later["question"] == "And in image 2, where is the cat?" and later["image"] == 2
 
 
 @pytest.mark.parametrize("asked, answered, number", [
@@ -142,18 +144,10 @@ def of_two_images(asked, answered):
     ("Find it again.", "The cup of image 1 is seen again at [1, 2, 30, 40]", None)])
 def test_an_image_that_only_describes_a_thing_is_not_taken_for_its_place(root, asked, answered,
                                                                          number):
-    lines, sentences = import_all(root, "llava", write(root, of_two_images(asked, answered)),
-                                  "pixels")
+    path = write(root, of_two_images((asked, answered)))
+    lines, sentences = import_all(root, "llava", path, "pixels")
     assert [line["image"] for line in lines] == ([number] if number else [])
     assert not number == ("it is not said which of the 2 images" in "".join(sentences))
-
-
-def test_tags_of_later_turns_count_on(root):
-    turns = of_two_images("<image>Where is the dog in image 1?", "[1, 2, 9, 9]")["messages"]
-    more = of_two_images("And in <image>, where is the cat?", "[5, 6, 30, 40]")["messages"]
-    record = {"images": ["a.png", "b.png"], "messages": turns + more}
-    (_, second), _ = import_all(root, "llava", write(root, record), "pixels")
-    assert second["question"] == "And in image 2, where is the cat?" and second["image"] == 2
 
 
 def test_what_a_file_says_stands_and_annotations_are_not_overwritten(root):
@@ -224,7 +218,7 @@ def test_refcoco(root):
         ("Find this: cup.", [10, 20, 40, 60]), ("Find this: left cup.", [10, 20, 40, 60])]
 
 
-WRONG = [
+@pytest.mark.parametrize("form, record, sentence", [
     ("swift", changed(SWIFT, "objects", "bbox_type", to="norm1"), "outside 'normalized_1'"),
     ("swift", b"{", "the line is no JSON object"),
     ("swift", changed(SWIFT, "images", to=...), "'images' must list 1 to 64 paths"),
@@ -259,10 +253,7 @@ WRONG = [
     ("refcoco", REF, "give --instances"),
     ("refcoco", changed(VLM_R1, "normal_caption", to=3), "a phrase must be a text"),
     ("refcoco", changed(VLM_R1, "solution", to=[1, 2]), "must be four numbers"),
-    ("refcoco", changed(REF, "sentences", to=[]), "'sentences' must be a list")]
-
-
-@pytest.mark.parametrize("form, record, sentence", WRONG)
+    ("refcoco", changed(REF, "sentences", to=[]), "'sentences' must be a list")])
 def test_each_mistake_has_its_line_and_remedy(root, form, record, sentence):
     lines, sentences = import_all(
         root, form, write(root, record), "normalized_1" if form == "llava" else "")
@@ -309,12 +300,9 @@ def test_sizes_that_the_file_states_are_those_of_the_upright_images(root):
     assert not lines and sentence.startswith("annotation 1: 'bbox'"), "not the first of its image"
 
 
-ROTATED = {"rotation": 45.0}
-
-
 @pytest.mark.parametrize("changes, sentence", [
-    ({"attributes": ROTATED}, "turned by 45"), ({"attributes": {"rotation": "-30"}}, "by -30"),
-    (ROTATED, "turned by 45"), ({"angle": 0.5}, "turned by 0.5"),
+    ({"attributes": {"rotation": 45.0}}, "turned by 45"), ({"rotation": 45.0}, "turned by 45"),
+    ({"attributes": {"rotation": "-30"}}, "by -30"), ({"angle": 0.5}, "turned by 0.5"),
     ({"attributes": {"rotation": 0.0, "angle": "front"}}, "")])
 def test_a_turned_box_is_not_written_upright(root, changes, sentence):
     annotation = {**COCO["annotations"][0], **changes}
@@ -366,9 +354,8 @@ def test_one_split_is_taken(root, tmp_path):
     ("Provide the coordinate of the region this sentence describes: left cup", True),
     ("Which dog in image 2 is like the cup of the other image?", True)])
 def test_a_later_turn_that_leans_on_history_is_left_out(root, question, is_kept):
-    turns = of_two_images("Find the cup in image 1.", "In image 1: [1, 2, 9, 9]")["messages"]
-    turns += of_two_images(question, "In image 2: [5, 6, 30, 40]")["messages"]
-    record = {"images": ["a.png", "b.png"], "messages": turns}
+    record = of_two_images(("Find the cup in image 1.", "In image 1: [1, 2, 9, 9]"),
+                           (question, "In image 2: [5, 6, 30, 40]"))
     lines, sentences = import_all(root, "llava", write(root, record), "pixels")
     assert len(lines) == 1 + is_kept and lines[0]["question"] == "Find the cup in image 1."
     assert is_kept or "a later turn leans on the turns before it" in sentences[0]

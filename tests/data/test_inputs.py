@@ -70,20 +70,16 @@ def test_lists_that_are_wrong_are_named(root, content, sentence):
     assert code == 1 and sentence in text, text
 
 
-@pytest.mark.parametrize("image", [
-    {"path": "a.png", "bytes": None}, {"path": "{root}/a.png", "bytes": ""}, "./a.png",
-    "file://{root}/a.png", "sub//c d.jpg", "{root}/sub/c d.jpg"])
-def test_images_are_found(root, image):
-    text = json.dumps({**GOOD, "images": [image, "b.png"]}).replace("{root}", str(root))
-    (sample,) = own_data.iter_samples(write_lines(root, text.encode()), root)
-    assert sample.images[0].size in ((100, 50), (200, 100))
-
-
 @pytest.mark.parametrize("changes", [
+    *({"images": [image, "b.png"]} for image in (
+        {"path": "a.png", "bytes": None}, {"path": "{root}/a.png", "bytes": ""}, "./a.png",
+        "file://{root}/a.png", "sub//c d.jpg", "{root}/sub/c d.jpg")),
     {"image": "2"}, {"image": 2.0}, {"image": " 2"}, {"box": ["10.0", "+20", "6e1", 90]},
     {"box": [0.1, "0.2", ".6", "0.9"], "coordinates": "normalized_1"}])
-def test_numbers_as_text_are_read(root, changes):
-    (sample,) = own_data.iter_samples(write_lines(root, {**GOOD, **changes}), root)
+def test_images_are_found_and_numbers_as_text_are_read(root, changes):
+    text = json.dumps({**GOOD, **changes}).replace("{root}", str(root))
+    (sample,) = own_data.iter_samples(write_lines(root, text.encode()), root)
+    assert sample.images[0].size in ((100, 50), (200, 100))
     assert sample.targets[0].image == 2 and type(sample.targets[0].image) is int
 
 
@@ -113,21 +109,26 @@ def test_tags_of_images_are_named_and_taken_out(root, question, stripped):
     assert call("check", out)[0] == 0
 
 
-@pytest.mark.parametrize("question", [
-    "Is a < b and b > c?", "Find the <title> of the page.", "Find image 1's cup.",
-    "Where is it (image 2)?", "Find {ref}.", "Find the tag <a href='x'>."])
-def test_texts_without_tags_are_left(root, question):
-    reference = {"reference": [1, 2, 30, 40]} if "{ref}" in question else {}
-    assert problems_of(root, {**GOOD, "question": question, **reference}) == ""
+def test_tags_in_options(root):
+    row = {**CHOICE, "options": ["<image 1>", "a dog"]}
+    assert "'options' number 1 holds <image 1>" in problems_of(root, row)
+    call("import", "own", write_lines(root, row), "--out", root / "out.jsonl")
+    assert json.loads((root / "out.jsonl").read_text())["options"] == ["image 1", "a dog"]
 
 
 @pytest.mark.parametrize("question, sentence", [
+    *((question, "") for question in (
+        "Is a < b and b > c?", "Find the <title> of the page.", "Find image 1's cup.",
+        "Where is it (image 2)?", "Find {ref}.", "Find the tag <a href='x'>.")),
     ("Is the <image> here?", "there are 1 <image> tags and 2 images; write one per image"),
     ("Find <bbox>.", "which is text to the model")])
-def test_tags_that_cannot_be_taken_out_leave_the_question_out(root, question, sentence):
-    path = write_lines(root, {**GOOD, "question": question})
-    code, text = call("import", "own", path, "--out", root / "none.jsonl")
-    assert code == 1 and sentence in text
+def test_texts_without_tags_are_left_and_tags_that_stay_leave_the_question_out(root, question,
+                                                                               sentence):
+    reference = {"reference": [1, 2, 30, 40]} if "{ref}" in question else {}
+    row = {**GOOD, "question": question, **reference}
+    assert bool(problems_of(root, row)) == bool(sentence)
+    code, text = call("import", "own", write_lines(root, row), "--out", root / "none.jsonl")
+    assert code == bool(sentence) and sentence in text
 
 
 @pytest.mark.parametrize("piece", [" ", "\n", "<", "<image", "<image> ", "<img", "![", "<im_",
@@ -138,13 +139,6 @@ def test_hostile_questions_take_no_time(piece):
         clean_question(piece * 20_000 + "x", 2)
     text_problem("'question'", piece * 20_000)
     assert time.perf_counter() - started < 5
-
-
-def test_tags_in_options(root):
-    row = {**CHOICE, "options": ["<image 1>", "a dog"]}
-    assert "'options' number 1 holds <image 1>" in problems_of(root, row)
-    call("import", "own", write_lines(root, row), "--out", root / "out.jsonl")
-    assert json.loads((root / "out.jsonl").read_text())["options"] == ["image 1", "a dog"]
 
 
 def draw_frames(size=(160, 120), n=3):
@@ -339,9 +333,3 @@ def test_long_prompts_are_named(root):
     assert "and the model reads 4096; shorten the question, take fewer images, or" in text
     assert "no profile 'x' in params/" in str(CliRunner().invoke(
         data, ["check", str(path), "--profile", "x"]).exception)
-
-
-def test_help_points_to_the_guide():
-    for command in ("check", "preview"):
-        text = " ".join(call(command, "--help")[1].split())
-        assert "notebooks/guide/own_data.md, says what is in" in text and ".py" not in text

@@ -87,8 +87,6 @@ def test_how_an_answer_names_its_image(answer, expected):
     ("Find it.", "A red kite.", "no box in the answer"),
     ("Find it.", BOX_TEXT, "it is not said which of"),
     ("Find it in the second or in the third image.", BOX_TEXT, "it is not said which of"),
-    ("The first image shows a dog. Find this dog in the other picture.", BOX_TEXT,
-     "it is not said which of"),
     ("Find it.", f"It matches the dog of image 1: {BOX_TEXT}", "it is not said which of"),
     ("Find it.", f"fifth image {BOX_TEXT}", "there are 3 images"),
     ("Find it.", f"first image {format_box(5, 2, 5, 4)}", "x2 must be greater than x1"),
@@ -155,9 +153,7 @@ def test_what_order_stays_unclear(asked, order, reason):
 
 @pytest.fixture
 def dataset(tmp_path):
-    """A small copy of the data set as its archives unpack: one subset below a nested home/, one
-    where it belongs.
-    """
+    """A small copy of the data set as its archives unpack, one subset below a nested home/."""
     nested = tmp_path / "home/someone/data/MGrounding-630k/Group_Grounding/SA-1B"
     plain = tmp_path / "MGrounding-630k/Object_Tracking/GOT-10k/train/GOT_1"
     for folder in (nested, plain):
@@ -202,9 +198,6 @@ def test_a_file_that_is_cut_gives_the_questions_before_the_cut(dataset):
     path.write_bytes(path.read_bytes()[:-30])
     samples, _, sentences = import_all(dataset)
     assert len(samples) == 2 and "download it again" in sentences[-1]
-
-
-def test_a_deeply_nested_file_is_one_sentence(tmp_path):
-    (tmp_path / "x.json").write_text("[" * 100_000)
+    path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is nested over 32 deep"):
-        list(iter_records(tmp_path / "x.json"))
+        list(iter_records(path))

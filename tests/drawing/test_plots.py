@@ -1,15 +1,23 @@
-"""Charts: what is drawn where, read back."""
+"""Charts, and figures that explain the method: what is drawn where and what they say, read back."""
 
+import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
-from mig_kit.drawing import palette, plots
+from mig_kit.drawing import method_plots, palette, plots
+from mig_kit.drawing.palette import CORRECT, PREDICTED
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
 
 
 def test_every_name_has_one_colour_in_every_figure():
     few = palette.piece_colours(["kept", "dropped: format"])
     many = palette.piece_colours(["dropped: a", "dropped: b", "kept", "no answer"])
-    assert few["kept"] == many["kept"] == palette.CORRECT
+    assert few["kept"] == many["kept"] == CORRECT
     assert len(set(many.values())) == 4, "no two pieces of a figure look alike"
     names = [f"reason {number}" for number in range(20)]
     assert palette.piece_colours(names).keys() == set(names)
@@ -18,12 +26,10 @@ def test_every_name_has_one_colour_in_every_figure():
 def test_scores_are_where_their_numbers_are():
     rows = [{"suite": suite, "system": system, "score": score, "ci95": [score - 5, score + 5],
              "n": 40} for suite, score in (("a", 20.0), ("b", 60.0)) for system in ("sft", "grpo")]
-    figure = plots.plot_scores(rows, "suite", "Scores")
-    axis = figure.axes[0]
+    axis = plots.plot_scores(rows, "suite", "Scores").axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["a, n = 40", "b, n = 40"]
     lines = {line.get_label(): list(line.get_xdata()) for line in axis.get_lines()}
     assert lines["SFT"] == lines["GRPO"] == [20.0, 60.0]
-    plt.close(figure)
 
 
 def test_a_dollar_in_the_name_of_a_task_is_no_formula():
@@ -31,9 +37,7 @@ def test_a_dollar_in_the_name_of_a_task_is_no_formula():
     plots.set_style()
     rows = [{"task": "cost in $_$ or \\$", "system": "base", "acc@0.5": 10.0,
              "ci95": [5.0, 15.0], "n": 4}]
-    figure = plots.plot_scores(rows, "task", "a $\\x$ b", "acc@0.5")
-    figure.canvas.draw()
-    plt.close(figure)
+    plots.plot_scores(rows, "task", "a $\\x$ b", "acc@0.5").canvas.draw()
 
 
 def test_bars_are_grouped_and_their_intervals_stand_on_them():
@@ -46,5 +50,54 @@ def test_bars_are_grouped_and_their_intervals_stand_on_them():
         assert bar.get_x() < line.get_xdata()[0] < bar.get_x() + bar.get_width()
     named = plots.plot_bars([{"o": "kept", "n": 3}, {"o": "leak", "n": 1}], "o", "n", "t").axes[0]
     assert [text.get_text() for text in named.texts] == ["3", "1"]
-    assert to_hex(named.patches[0].get_facecolor()) == palette.CORRECT.lower()
-    plt.close("all")
+    assert to_hex(named.patches[0].get_facecolor()) == CORRECT.lower()
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def heights(axis):
+    return [bar.get_height() for bar in axis.patches]
+
+
+def colours(axis):
+    return [to_hex(bar.get_facecolor()).upper() for bar in axis.patches]
+
+
+@pytest.mark.parametrize("stage", ["02_sft", "90_tiny_base"])
+def test_the_present_stage_alone_is_filled(stage):
+    axes = method_plots.draw_pipeline(stage).axes[0]
+    filled = [colour == CORRECT for colour in colours(axes)]
+    labels = [text.get_text() for text in axes.texts if text.get_text()[:2].isdigit()]
+    assert sum(filled) == 1 and labels[filled.index(True)].startswith(stage[:2])
+    assert [label[:2] for label in labels if label[:2] < "08"] == [f"0{n}" for n in range(8)]
+
+
+def test_pass_rates_are_shares_of_a_task_and_the_bounds_stand_at_their_columns():
+    tasks, rates = ["hard"] * 4 + ["easy"] * 2, [0, 0, 0, 0.5, 1, 0.75]
+    axes = method_plots.plot_pass_rates(tasks, rates, 4, 0.1, 0.9).axes[0]
+    assert texts(axes) == ["75", "25", "50", "50"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["hard (4)", "easy (2)"]
+    assert [line.get_xdata()[0] for line in axes.lines] == [1, 4]
+
+
+def test_rewards_are_stacked_up_to_their_sum_beside_the_advantages():
+    figure = method_plots.plot_rewards({"format": [0.2, 0.1], "box": [0.5, 0.0]}, [1.5, -1.5])
+    left, right = figure.axes
+    tops = [bar.get_y() + bar.get_height() for bar in left.patches]
+    assert tops == pytest.approx([0.2, 0.1, 0.7, 0.1])
+    assert left.lines[0].get_ydata()[0] == pytest.approx(0.4), "the group's mean"
+    assert heights(right) == [1.5, -1.5] and colours(right) == [CORRECT, PREDICTED]
+
+
+def test_tokens_by_hand():
+    assert method_plots.count_tokens(prompt=100, group=4, reply=10) == {"stock": 440, "kit": 140}
+    assert method_plots.count_tokens(100, 1, 10) == {"stock": 110, "kit": 110}, "nothing to share"
+
+
+def test_three_seeds_leave_two_and_a_half_standard_deviations():
+    lines = method_plots.plot_seed_widths().axes[0].get_lines()
+    student = dict(zip(*lines[0].get_data()))
+    assert student[3] == pytest.approx(4.3027 / 3 ** 0.5, abs=1e-4)
+    assert (lines[1].get_ydata() < lines[0].get_ydata()).all()

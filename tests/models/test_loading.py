@@ -40,6 +40,9 @@ def test_lora_lands_on_what_is_asked_for(lora_targets, names, random_model):
     model.peft_config["default"].target_modules = loading.LORA_TARGETS["all"]
     with pytest.raises(ValueError, match=f"LoRA is on {len(names)} projections, expected 7"):
         loading.check_adapters(model)
+    elsewhere = LoraConfig(r=4, target_modules=["q_proj", "gate_proj"])
+    with pytest.raises(ValueError, match="outside the language model"):
+        loading.check_adapters(get_peft_model(model.unload(), elsewhere))
 
 
 def test_ranks_of_equal_size():
@@ -58,12 +61,6 @@ def test_ranks_of_equal_size():
     assert max(sizes.values()) < 1.02 * min(sizes.values())
 
 
-def test_a_wrong_target_list_is_refused(random_model):
-    model = get_peft_model(random_model, LoraConfig(r=4, target_modules=["q_proj", "gate_proj"]))
-    with pytest.raises(ValueError, match="outside the language model"):
-        loading.check_adapters(model)
-
-
 def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
     model = loading.load_model(random_folder, float32, four_bit=True)
     packed = [name for name, module in model.named_modules()
@@ -71,20 +68,9 @@ def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
     assert len(packed) == 14 and all("language_model" in name for name in packed)
 
 
-def test_model_folders_that_lack_something(random_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model folder"):
-        loading.check_model_folder(tmp_path / "none" / "model")
-    folder = tmp_path / "model"
-    shutil.copytree(random_folder, folder)
-    (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="preprocessor_config.json"):
-        loading.load_processor(folder, box_format=BoxFormat())
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="safetensors"):
-        loading.check_model_folder(folder)
-
-
 @pytest.mark.parametrize(("file", "content", "sentence"), [
+    ("preprocessor_config.json", None, "preprocessor_config.json"),
+    ("config.json", b'{"model_type": "llama"}', "is a llama; .* --server URL .* mig-kit score"),
     ("tokenizer.json", None, "has no tokenizer.json; copy it"),
     ("tokenizer.json", b"{", "the tokenizer of .* cannot be read .*; copy tokenizer.json and"),
     ("config.json", b"{", "config.json' is not a valid JSON file.*; copy it from the model"),
@@ -98,6 +84,8 @@ def test_a_damaged_model_folder_is_one_sentence_before_its_weights_are_read(
     (folder / file).unlink()
     if content:
         (folder / file).write_bytes(content)
+    if b"llama" in (content or b""):
+        (folder / "tokenizer.json").unlink()  # which nobody should have to find first
     monkeypatch.setattr(loading, "load_model", None)
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         loading.load_policy(folder, float32, BoxFormat())
@@ -107,8 +95,11 @@ def test_a_damaged_model_folder_is_one_sentence_before_its_weights_are_read(
                                      "tokenizer.json"])
 def test_a_download_that_was_cut_is_named(missing, random_folder, tmp_path):
     folder = shutil.copytree(random_folder, tmp_path / "model")
-    (folder / ".cache" / "huggingface" / "download").mkdir(parents=True)
-    (folder / ".cache" / "huggingface" / "download" / "a.incomplete").touch()
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        loading.check_model_folder(tmp_path / "none" / "model")
+    downloads = folder / ".cache" / "huggingface" / "download"
+    downloads.mkdir(parents=True)
+    (downloads / "a.incomplete").touch()
     loading.check_model_folder(folder)  # another attempt's, of a download that was finished
     if (folder / missing).is_file():
         (folder / missing).unlink()
@@ -118,6 +109,11 @@ def test_a_download_that_was_cut_is_named(missing, random_folder, tmp_path):
     sentence = r"is not complete, \S+ is missing; hf download or copy it again"
     with pytest.raises(FileNotFoundError, match=sentence):
         loading.check_model_folder(folder)
+    downloads.joinpath("a.incomplete").unlink()
+    if missing == "model.safetensors":
+        (folder / "pytorch_model.bin").touch()
+        with pytest.raises(FileNotFoundError, match="only safetensors weights are loaded"):
+            loading.check_model_folder(folder)
 
 
 def test_an_adapters_folder_names_the_command_that_asks_it(random_folder, tmp_path):
@@ -138,26 +134,19 @@ def test_a_relative_folder_starts_at_the_project(monkeypatch, tmp_path):
     assert loading.resolve_model("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
-def test_hardware_says_why():
+def test_hardware_says_why_and_is_what_was_asked_for(random_folder, monkeypatch):
     hardware = loading.choose_hardware("float32")
     assert hardware.dtype == torch.float32 and "parameter" in hardware.reason
-    with pytest.raises(ValueError, match="auto, float32 or bfloat16"):
-        loading.choose_hardware("fp8")
-    with pytest.raises(ValueError, match="auto, cuda or cpu"):
-        loading.choose_hardware("auto", "tpu")
-
-
-def test_bfloat16_means_bfloat16_weights_also_on_a_cpu(random_folder):
     hardware = loading.choose_hardware("bfloat16", "cpu")
     assert hardware.dtype == torch.bfloat16 and not hardware.autocast
     weights = loading.load_model(random_folder, hardware).state_dict().values()
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
-
-
-def test_cuda_is_not_replaced_by_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="sees no GPU"):
-        loading.choose_hardware("auto", "cuda")
+    for words, error, sentence in ((["fp8"], ValueError, "auto, float32 or bfloat16"),
+                                   (["auto", "tpu"], ValueError, "auto, cuda or cpu"),
+                                   (["auto", "cuda"], RuntimeError, "sees no GPU")):
+        with pytest.raises(error, match=sentence):
+            loading.choose_hardware(*words)
 
 
 def test_no_graph_in_the_frozen_tower(random_model, processor, samples):
@@ -223,14 +212,6 @@ def test_relatives_load_in_normalized_coordinates_only(family, projections, rela
     adapted = loading.check_adapters(get_peft_model(model, resuming.lora_config(4)))
     assert len(adapted) == projections
     assert type(model.model.visual).__module__.endswith(family)
-
-
-def test_another_kind_of_model_is_refused(tmp_path, random_folder, float32):
-    shutil.copytree(random_folder, tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "model" / "tokenizer.json").unlink()  # which nobody should have to find first
-    with pytest.raises(ValueError, match="is a llama; .* --server URL .* mig-kit score"):
-        loading.load_model(tmp_path / "model", float32)
 
 
 @pytest.mark.parametrize("base_model", ["tiny", "Qwen/Qwen2.5-VL-7B-Instruct"])

@@ -55,8 +55,8 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def open_with_auto_processor(tmp_path_factory):
-    """Call it with folders for [class, class of its image processor, patches of a 1024x768 image]
-    of each, in a process of its own, with a torchvision that only imports where there is none.
+    """Call it with folders for [class, its image processor's, patches of a 1024x768 image] of each,
+    in a process of its own, with a torchvision that only imports where there is none.
     """
     environment = dict(os.environ)
     if not importlib.util.find_spec("torchvision"):
@@ -103,17 +103,13 @@ def assert_names_the_stock_classes(folder: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", STOCK)
-def test_a_saved_model_names_its_familys_classes_and_keeps_its_bases_files(saved, published,
-                                                                          family):
+def test_a_saved_model_is_the_same_model_to_stock_transformers(saved, published, family, float32):
+    """It names its family's classes and keeps its base's files."""
     assert_names_the_stock_classes(saved[family], family)
     names = UNTOUCHED + (("video_preprocessor_config.json",) if family == "qwen3_vl" else ())
     for name in names:
         assert (saved[family] / name).read_bytes() == (published[family] / name).read_bytes(), name
     assert not (saved[family] / "chat_template.jinja").exists()
-
-
-@pytest.mark.parametrize("family", STOCK)
-def test_a_saved_model_is_the_same_model_to_stock_transformers(saved, published, family, float32):
     config = AutoConfig.from_pretrained(saved[family])
     assert config.model_type == family
     tokenizer = AutoTokenizer.from_pretrained(saved[family])

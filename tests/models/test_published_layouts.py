@@ -76,13 +76,6 @@ def reply_with(box, size, seen, family: str, image: int) -> str:
     return f"<think>It is there.</think><answer>{answer}</answer>"
 
 
-def test_the_processor_shows_images_at_the_size_that_boxes_are_computed_for(policy, family, photos):
-    grids = policy.processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
-    assert sizes_of(grids, family) == SEEN[FACTORS[family]]
-    box_format = policy.box_format
-    assert SEEN[FACTORS[family]] == [seen_size(size, box_format, FACTORS[family]) for size in SIZES]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_vl"])
 def test_stock_trl_sees_that_size(policy, family, sample, tmp_path, stage_params):
@@ -98,8 +91,11 @@ def test_stock_trl_sees_that_size(policy, family, sample, tmp_path, stage_params
     assert set(sizes_of(torch.cat(grids), family)) == set(SEEN[FACTORS[family]])
 
 
-def test_a_known_box_comes_back(policy, family, photos):
+def test_images_are_shown_at_the_size_that_boxes_are_computed_for_and_a_known_box_comes_back(
+        policy, family, photos):
     grids = policy.processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
+    assert sizes_of(grids, family) == SEEN[FACTORS[family]] == [
+        seen_size(size, policy.box_format, FACTORS[family]) for size in SIZES]
     targets = tuple(Target(number, box) for number, box in enumerate(BOXES, 1))
     for target, size, seen in zip(targets, SIZES, sizes_of(grids, family), strict=True):
         reply = reply_with(target.box, size, seen, family, target.image)
@@ -121,9 +117,7 @@ def second_image_size(ids: torch.Tensor, image_token: int, factor: int) -> tuple
 
 @pytest.fixture
 def ground(family, photo_files, tmp_path, monkeypatch):
-    """Call it with a model's folder and options: the command's output, with a model that answers in
-    what it really sees.
-    """
+    """Call it with a folder and options: the output, of a model that answers in what it sees."""
     def answer(model, processor, prompts, *_, **__):
         seen = second_image_size(prompts[0].ids, processor.image_token_id, FACTORS[family])
         reply = reply_with(BOXES[1], SIZES[1], seen, family, image=2)
@@ -157,19 +151,17 @@ def change_limits(folder, **limits) -> None:
     path.write_text(json.dumps(settings))
 
 
-def test_ground_asks_with_the_folders_own_limits(published, family, ground, tmp_path):
+def test_ground_asks_with_the_folders_own_limits_or_those_of_options(published, family, ground,
+                                                                     tmp_path):
     folder = shutil.copytree(published[family], tmp_path / "model")
     change_limits(folder, min_pixels=3136, max_pixels=200704)
     output = ground(folder)
     coordinates = format_of(family).coordinates
     assert f"asked with images of 3136 to 200704 pixels and {coordinates} boxes\n" in output
-
-
-def test_an_option_changes_the_limits_and_both_are_said(published, family, ground):
     output = ground(published[family], "--min-pixels", 3136, "--max-pixels", 401408)
     own = {28: "3136 to 12845056", 32: "65536 to 16777216"}[FACTORS[family]]
     assert "asked with images of 3136 to 401408 pixels and" in output
-    assert f"(its own: images of {own} pixels and {format_of(family).coordinates} boxes)" in output
+    assert f"(its own: images of {own} pixels and {coordinates} boxes)" in output
 
 
 @pytest.mark.parametrize("layout", [
@@ -237,8 +229,9 @@ def test_a_folder_that_resizes_otherwise_is_refused(published, tmp_path, setting
         loading.load_processor(folder, BoxFormat())
 
 
-def test_a_batch_that_was_resized_otherwise_is_refused(published, photos):
-    processor = loading.load_processor(published["qwen2_5_vl"], BoxFormat())
+def test_a_batch_that_was_resized_otherwise_is_refused(published, photos, float32, sample):
+    policy = loading.load_policy(published["qwen2_5_vl"], float32, BoxFormat())
+    processor = policy.processor
     grids = processor.image_processor(photos, return_tensors="pt")["image_grid_thw"]
     processors.check_image_grids(processor, BoxFormat(), grids, SIZES)
     with pytest.raises(ValueError, match="image 1 of 3000x2000 px reaches the model at 728x532 px"):
@@ -247,10 +240,6 @@ def test_a_batch_that_was_resized_otherwise_is_refused(published, photos):
         processors.check_image_grids(processor, BoxFormat(), grids[:2], SIZES)
     with pytest.raises(ValueError, match="max_pixels 200704"):
         processors.check_image_grids(processor, BoxFormat(max_pixels=200704), grids, SIZES)
-
-
-def test_a_prompt_that_was_resized_otherwise_is_refused(published, float32, sample):
-    policy = loading.load_policy(published["qwen2_5_vl"], float32, BoxFormat())
-    policy.processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": 602112}
+    processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": 602112}
     with pytest.raises(ValueError, match="image 1 of 1024x768 px reaches the model at 896x672 px"):
         sample_prompts.make_cache(policy).get([sample])

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.commands.main import cli
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.score import protocols
 
@@ -58,3 +60,16 @@ def save_image(path, size):
 def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def run_score(folder, benchmark, *words, annotations="mig.json", predictions="a.jsonl",
+              records=None, replies=None):
+    """The result of `mig-kit score`; records, replies: what the two files hold instead."""
+    if records is not None:
+        annotations = "records.json"
+        (folder / annotations).write_text(json.dumps(records))
+    if replies is not None:
+        predictions = "replies.jsonl"
+        write_lines(folder / predictions, prediction_lines(replies))
+    paths = ["--annotations", folder / annotations, "--predictions", folder / predictions]
+    return CliRunner().invoke(cli, ["score", benchmark, *map(str, [*paths, *words])])

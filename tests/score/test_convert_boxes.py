@@ -3,16 +3,11 @@
 import json
 
 import pytest
-from click.testing import CliRunner
+from mig_bench_records import prediction_lines, run_score, write_lines
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, smart_resize
-from mig_kit.commands.main import cli
-from mig_kit.score.convert_boxes import (
-    convert_exactly,
-    convert_reply,
-    wrap_native_json,
-)
+from mig_kit.score.convert_boxes import convert_exactly, convert_reply, wrap_native_json
 
 SIZES = {"a.png": (400, 200), "b.png": (1200, 900), "c.png": (90, 90)}
 TARGET = (0.1, 0.2, 0.5, 0.6)  # in the second image
@@ -38,12 +33,10 @@ def folder(tmp_path):
 
 
 def headline(folder, benchmark, reply, *words):
-    (folder / "p.jsonl").write_text(json.dumps({"index": 0, "response": reply}) + "\n")
+    """(mean IoU, everything that the command says)."""
     out = folder / "out.json"
-    result = CliRunner().invoke(cli, [
-        "score", benchmark, "--annotations", str(folder / f"{benchmark}.json"),
-        "--predictions", str(folder / "p.jsonl"), "--images", str(folder), "--json", str(out),
-        *words])
+    result = run_score(folder, benchmark, "--images", folder, "--json", out, *words,
+                       annotations=f"{benchmark}.json", replies=[reply])
     assert result.exit_code == 0, result.exception
     return json.loads(out.read_text())["avg"]["mean_iou"], result.output
 
@@ -86,14 +79,13 @@ def test_the_table_says_which_limits_resized_the_images(folder):
 
 def test_two_models_may_answer_in_different_coordinates(folder):
     """The same box in 0 to 1000 and in 0 to 1."""
-    (folder / "units.jsonl").write_text(json.dumps(
-        {"index": 0, "response": FORMS[2].format(*TARGET)}) + "\n")
+    write_lines(folder / "units.jsonl", prediction_lines([FORMS[2].format(*TARGET)]))
     reply = FORMS[2].format(*[round(1000 * value) for value in TARGET])
     words = ("--protocol", "strict", "--compare", str(folder / "units.jsonl"))
     _, table = headline(folder, "mig_bench", reply, *words)
-    assert "mean_iou, p.jsonl minus units.jsonl: +100.00 points" in table
+    assert "mean_iou, replies.jsonl minus units.jsonl: +100.00 points" in table
     _, table = headline(folder, "mig_bench", reply, *words, "--compare-coordinates", "normalized_1")
-    assert "mean_iou, p.jsonl minus units.jsonl: +0.00 points" in table
+    assert "mean_iou, replies.jsonl minus units.jsonl: +0.00 points" in table
 
 
 def test_every_box_is_converted_in_place_and_the_authors_rule_picks():
@@ -109,20 +101,18 @@ def test_every_box_is_converted_in_place_and_the_authors_rule_picks():
     assert convert_reply(huge, (400, 200)) == huge
 
 
+BLOCK = '```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "cup"}]\n```'
+
+
 @pytest.mark.parametrize("reply", [
     "It is [1,2,3,4].", "```json\n[1,2,3,4]\n```", '```json\n[{"bbox_2d": [1,2,3,4]\n```',
-    'See [{"bbox_2d": [1, 2, 3, 4]}]', "", "[" * 100000 + '"bbox_2d"'])
-def test_only_native_json_alone_is_an_answer(reply):
+    'See [{"bbox_2d": [1, 2, 3, 4]}]', "", "[" * 100000 + '"bbox_2d"', f"{BLOCK} or {BLOCK}",
+    f"<answer>(1,2),(3,4)</answer> {BLOCK}",
+    '<tool_call>[{"bbox_2d": [1, 2, 30, 40]}]</tool_call>'])
+def test_one_fenced_block_alone_is_the_answer_with_the_words_around_it(reply):
     assert wrap_native_json(reply) == reply
-
-
-def test_one_fenced_block_is_the_answer_with_the_words_around_it():
-    block = '```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "cup"}]\n```'
-    reply = f"In image 2:\n{block}\nI am sure."
-    assert wrap_native_json(f"<think>[{block}]</think>{reply}") == f"<answer>{reply}</answer>"
-    for reply in (f"{block} or {block}", f"<answer>(1,2),(3,4)</answer> {block}",
-                  '<tool_call>[{"bbox_2d": [1, 2, 30, 40]}]</tool_call>'):
-        assert wrap_native_json(reply) == reply
+    answer = f"In image 2:\n{BLOCK}\nI am sure."
+    assert wrap_native_json(f"<think>[{BLOCK}]</think>{answer}") == f"<answer>{answer}</answer>"
 
 
 @pytest.mark.parametrize("answer,target,expected", [

@@ -1,15 +1,13 @@
 """Intervals over lists of images: by hand, their properties, and how often they cover the truth."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from mig_bench_records import prediction_lines, run_score, write_lines
 from scipy.stats import beta
 from scipy.stats import t as student_t
 
-from mig_kit.commands.score import score_command
 from mig_kit.score.result import Scored, paired_difference, summarize
 from mig_kit.stats import gap_interval_by_list, share_interval, share_interval_by_list
 
@@ -41,15 +39,6 @@ def test_all_or_none_correct_gets_the_exact_interval_over_lists():
     assert share_interval_by_list([(np.zeros(2), lists[:2]), (np.zeros(28), lists[2:])]) == \
         share_interval(0, 10)
     assert share_of(np.array([1.0, 0.0]), np.zeros(2)) == [0, 1]
-
-
-def test_questions_asked_again_about_the_same_images_tell_nothing_new():
-    values = np.random.default_rng(0).integers(0, 2, 60).astype(float)
-    once = share_of(values, np.arange(60))
-    five = share_of(np.repeat(values, 5), np.repeat(np.arange(60), 5))
-    assert five == pytest.approx(once, abs=0.005)
-    as_if_new = share_of(np.repeat(values, 5), np.arange(300))
-    assert as_if_new[1] - as_if_new[0] < 0.5 * (once[1] - once[0])
 
 
 def test_gap_interval_by_hand():
@@ -107,9 +96,7 @@ def draw_outcomes(rng, lists, accuracy, correlation=0.5):
 
 
 def test_intervals_cover_the_truth_where_outcomes_in_a_list_correlate():
-    """92 to 97 % for every task and for the average, at correlation 0.5; over questions, as if they
-    were independent, far less.
-    """
+    """At correlation 0.5, of tasks and average; by question, as if independent, far less."""
     rng, structure, repeats = np.random.default_rng(5), list_structure(), 100
     hits = dict.fromkeys([*structure, "average", "difference", "by question"], 0)
     largest = max(structure, key=lambda task: len(structure[task]) / len(set(structure[task])))
@@ -133,9 +120,7 @@ def test_intervals_cover_the_truth_where_outcomes_in_a_list_correlate():
 
 @pytest.mark.parametrize("sizes", [[1] * 20, [40] + [1] * 20, [40] * 5, [1, 2, 4, 8, 16, 32]])
 def test_few_and_uneven_lists(sizes):
-    """At correlations of 0.2 to 0.8, where Student's t covers all with one list of 40 and twenty of
-    1, and nine in ten with five of 40.
-    """
+    """At correlations of 0.2 to 0.8; Student's t covers nine in ten with five of 40."""
     rng, lists, hits = np.random.default_rng(7), np.repeat(np.arange(len(sizes)), sizes), []
     for accuracy, correlation in itertools.product((0.2, 0.5, 0.8) * 40, (0.2, 0.5, 0.8)):
         low, high = share_of(draw_outcomes(rng, lists, accuracy, correlation), lists)
@@ -145,15 +130,12 @@ def test_few_and_uneven_lists(sizes):
 
 def test_equal_replies_differ_by_exactly_0(tmp_path):
     """Other replies with the same questions correct do not."""
-    (tmp_path / "own.json").write_text(json.dumps([
-        {"images": [f"{row}.png"], "question": "Where?", "image": 1, "box": [0, 0, 500, 500],
-         "coordinates": "normalized_1000"} for row in range(20)]))
-    for name, start in (("a", 0), ("b", 0), ("c", 1)):
-        (tmp_path / f"{name}.json").write_text(json.dumps([
-            {"index": row, "response": f"In image 1: [{start}, {start}, 500, {500 - row}]"}
-            for row in range(20)]))
-    words = ["own", "--annotations", tmp_path / "own.json", "--predictions", tmp_path / "a.json"]
-    for name, interval in (("b", "+0.00 to +0.00"), ("c", "-16.84 to +16.84")):
-        output = CliRunner().invoke(score_command, [
-            *map(str, words), "--compare", str(tmp_path / f"{name}.json")]).output
+    records = [{"images": [f"{row}.png"], "question": "Where?", "image": 1,
+                "box": [0, 0, 500, 500], "coordinates": "normalized_1000"} for row in range(20)]
+    same, other = ([f"In image 1: [{start}, {start}, 500, {500 - row}]" for row in range(20)]
+                   for start in (0, 1))
+    for replies, interval in ((same, "+0.00 to +0.00"), (other, "-16.84 to +16.84")):
+        write_lines(tmp_path / "b.jsonl", prediction_lines(replies))
+        output = run_score(tmp_path, "own", "--compare", tmp_path / "b.jsonl", records=records,
+                           replies=same).output
         assert f"+0.00 points ({interval}), paired" in output

@@ -1,12 +1,16 @@
 """The authors' rules by hand and on the official files."""
 
+import functools
+import re
+
 import numpy as np
 import pytest
-from mig_bench_records import MIG_FILE, needs_data, prediction_lines, save_image, score_predictions
+from mig_bench_records import DATA, needs_data, prediction_lines, save_image, score_predictions
 
-from mig_kit.score import annotations, official
+from mig_kit.boxes import BoxFormat
+from mig_kit.score import annotations, official, protocols
 from mig_kit.score.records import read_records
-from mig_kit.score.result import summarize
+from mig_kit.score.result import headline_average, summarize
 
 
 @pytest.mark.parametrize("text,box", [
@@ -51,22 +55,61 @@ def test_the_scripts_iou_by_hand(answer, box, expected):
 
 
 @needs_data
-def test_the_official_annotations():
-    benchmark = annotations.read_mig_bench(read_records(MIG_FILE))
+def test_official_answers_score_themselves():
+    benchmark = annotations.read_mig_bench(read_records(DATA / "mig_bench" / "MIG_data.json"))
     assert (benchmark.version, benchmark.complete) == ("original", True)
     assert len(benchmark.items) == 4295
     assert sum(item.target is None for item in benchmark.items) == 528
-
-
-@needs_data
-def test_official_answers_score_themselves():
-    benchmark = annotations.read_mig_bench(read_records(MIG_FILE))
     answers = [f"[{', '.join(map(str, item.box))}]" for item in benchmark.items]
     scored = score_predictions(benchmark, prediction_lines(answers))
     below = {item.index for item, value in zip(benchmark.items, scored.values) if value < 0.999}
     # A lone 1.0 is read as 0.001.
     with_one = {item.index for item in benchmark.items if max(item.box) >= 1}
     assert below == {7, 105, 126, 163, 512} | with_one
+
+
+# Replies of real models to the revised MIG-Bench, as their authors' script judged each item.
+
+REVISED = DATA / "mig_bench"
+
+
+@functools.cache
+def read_revised():
+    return annotations.read_mig_bench(read_records(REVISED / "revised_MIG_bench.json"))
+
+
+@needs_data
+def test_every_reply_of_qwen2_vl_has_the_iou_of_the_authors_script():
+    assert read_revised().version == "revised" and read_revised().complete
+    records = read_records(REVISED / "revised_replies_qwen2_vl.jsonl")
+    scored = score_predictions(read_revised(), records)
+    assert scored.values == pytest.approx([record["iou"] for record in records], abs=1e-12)
+    assert round(100 * headline_average(scored), 2) == 30.02
+
+
+@needs_data
+def test_migicians_replies_score_less_than_after_its_scripts_scaling():
+    records = read_records(REVISED / "revised_replies_migician.jsonl")
+    assert round(100 * headline_average(score_predictions(read_revised(), records)), 2) == 55.34
+
+    def scale(match):
+        x1, y1, x2, y2 = map(int, match.groups())
+        y1, y2 = (min(round(1000 * y), 999) for y in (y1 / 1000 * 1.05, y2 / 1000 * 1.10))
+        return f"({x1},{y1}),({x2},{y2})"
+
+    scaled = score_predictions(read_revised(), [{**record, "response": re.sub(
+        r"\((\d+),(\d+)\),\((\d+),(\d+)\)", scale, record["response"])} for record in records])
+    assert scaled.values == pytest.approx([record["iou"] for record in records], abs=0.01)
+    assert round(100 * headline_average(scaled), 2) == 63.37
+
+
+@needs_data
+@pytest.mark.parametrize("name,benchmark", [
+    ("letterA", "mmiu"), ("words", "mmiu"), ("ownline", "blink")])
+def test_replies_that_were_once_read_wrongly(name, benchmark):
+    files = [str(DATA / "cases" / f"{name}_{part}") for part in ("ann.json", "pred.jsonl")]
+    _, scored = protocols.score_files(benchmark, *files, BoxFormat())
+    assert headline_average(scored) == 1
 
 
 # LISA and ReVOS.

@@ -3,12 +3,10 @@
 import dataclasses
 
 import pytest
-from click.testing import CliRunner
-from mig_bench_records import write_lines
+from mig_bench_records import run_score, write_lines
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.commands.main import cli
 from mig_kit.data import own_data
 from mig_kit.prompts import format_answer, parse_boxes
 from mig_kit.rewards import is_correct
@@ -43,11 +41,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run_score(folder, *words):
-    return CliRunner().invoke(cli, ["score", "own", "--annotations", str(folder / "mine.jsonl"),
-                                    "--predictions", str(folder / "p.jsonl"), *words])
-
-
 @pytest.mark.parametrize("lines", [LINES, ALL], ids=["one", "all"])
 def test_every_reply_is_judged_as_by_eval(folder, lines):
     write_lines(folder / "mine.jsonl", lines)
@@ -65,21 +58,18 @@ def test_every_reply_is_judged_as_by_eval(folder, lines):
 
 def test_own_data_is_an_annotation_file(folder):
     write_lines(folder / "mine.jsonl", LINES)
+    files = {"annotations": "mine.jsonl", "predictions": "p.jsonl"}
     write_lines(folder / "p.jsonl", [
         {"index": 0, "response": "In image 2: [40, 30, 200, 150]"},
         {"id": "line-2", "response": "[100, 50, 200, 100]"}, {"index": 2, "response": "B"}])
-    result = run_score(folder, "--coordinates", "pixels", "--images", str(folder))
+    result = run_score(folder, "own", "--coordinates", "pixels", "--images", folder, **files)
     assert "| avg | 3 | 100.00 |" in result.output and "| dogs | 1 | 100.00 |" in result.output
     assert "own, version as given, protocol free_text, 3 items." in result.output
-    strict = run_score(folder, "--images", str(folder), "--protocol", "strict")
+    strict = run_score(folder, "own", "--images", folder, "--protocol", "strict", **files)
     assert "Replies, no box found: 2." in strict.output
-    assert "pass --images FOLDER" in str(run_score(folder).exception)
-
-
-def test_a_wrong_line_of_own_data_is_named(folder):
+    assert "pass --images FOLDER" in str(run_score(folder, "own", **files).exception)
     write_lines(folder / "mine.jsonl", [LINES[0], {**LINES[1], "imag": 1}])
-    write_lines(folder / "p.jsonl", [{"index": 0, "response": ""}])
-    sentence = str(run_score(folder).exception)
+    sentence = str(run_score(folder, "own", **files).exception)
     assert "line 2: unknown key 'imag'; did you mean 'image'? (mig-kit data check " in sentence
 
 

@@ -1,23 +1,13 @@
-"""Predictions against annotations by the protocols: by hand, on made files and on BLINK's own."""
+"""Predictions against annotations by the protocols, by hand."""
 
 import numpy as np
 import pytest
-from mig_bench_records import (
-    BLINK_FILES,
-    REPLIES,
-    mig_records,
-    needs_data,
-    prediction_lines,
-    score_predictions,
-)
+from mig_bench_records import REPLIES, mig_records, prediction_lines, score_predictions
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.score import annotations, protocols, result
-from mig_kit.score.records import read_records
 from mig_kit.score.result import summarize
 
-BLINK_ACCURACY = {"GPT4V": 51.14, "MiniGPT-4-v2": 34.23, "llava_v1.5_7b": 37.13,
-                  "cogvlm-chat": 41.54, "flamingov2": 39.18}
 BOX_FORMAT = BoxFormat()
 THOUSAND = Coordinates.NORMALIZED_1000
 LINES = prediction_lines(REPLIES)
@@ -237,14 +227,3 @@ def test_rows_of_unknown_version_stand_below_and_none_beside_strict():
     strict = table("mig_bench", "revised", "strict")
     assert "76.71" not in strict and "20.10" not in strict and "none stands beside" in strict
     assert "54.15" not in table("odinw", "").split("\n\n")[0]
-
-
-@needs_data
-@pytest.mark.parametrize("path", BLINK_FILES, ids=lambda path: path.stem)
-def test_blinks_published_scores(path):
-    """The authors' own letters through this scoring give the authors' figures."""
-    records = read_records(path)
-    lines = [{"id": record["idx"], "response": record["prediction"]} for record in records]
-    result = summarize(score_predictions(annotations.read_blink(records), lines))
-    published = BLINK_ACCURACY[path.stem.removeprefix("val_")]
-    assert result["avg"]["accuracy"] == pytest.approx(published, abs=0.3)

@@ -1,9 +1,12 @@
 """Files of records, and the logs of other evaluation kits as predictions: tiny hand-made files."""
 
-import csv
 import json
 import sys
+from functools import partial
 
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,19 +63,10 @@ def test_vlmevalkits_tables(benchmark, tmp_path, suffix, first):
     rows = [{"index": number + first, "question": "Which,\none?", "answer": answer.strip("()"),
              "prediction": reply}
             for number, (answer, reply) in enumerate(zip(ANSWERS, ["A", "B", "A\tno"]))]
-    if suffix == ".json":
-        path.write_text(json.dumps({name: {str(place): row[name] for place, row in enumerate(rows)}
-                                    for name in rows[0]}))
-    elif suffix == ".xlsx":
-        pytest.importorskip("openpyxl")
-        import pandas as pd
-
-        pd.DataFrame(rows).to_excel(path, index=False)
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], delimiter="\t" if suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
+    table = pd.DataFrame(rows)
+    {".json": table.to_json, ".xlsx": partial(table.to_excel, index=False),
+     ".csv": partial(table.to_csv, index=False),
+     ".tsv": partial(table.to_csv, index=False, sep="\t")}[suffix](path)
     assert accuracy(benchmark, read_records(path)) == [1, 1, 0]
 
 
@@ -116,9 +110,6 @@ def test_blinks_released_outputs_are_annotations_and_predictions(tmp_path):
 
 
 def test_folders_of_parquet_by_subtask(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     for task, answer in (("Jigsaw", "(A)"), ("Counting", "(B)")):
         (tmp_path / task).mkdir()
         for split, truth in (("val", answer), ("test", "hidden")):

@@ -1,6 +1,4 @@
-"""Real benchmarks through the kit: small annotation files of each format, answered correctly and
-not.
-"""
+"""Real benchmarks through the kit: small annotation files of each format, answered."""
 
 import json
 from dataclasses import replace
@@ -15,16 +13,10 @@ from mig_kit.boxes import BoxFormat, seen_size, to_model_box
 from mig_kit.image_files import EncodedImage, LazyImages
 from mig_kit.prompts import format_question
 from mig_kit.rewards import is_correct
-from mig_kit.score import annotations, protocols
+from mig_kit.score import annotations, protocols, run_benchmark
 from mig_kit.score.records import read_records
 from mig_kit.score.result import summarize
-from mig_kit.score.run_benchmark import (
-    PROTOCOLS,
-    RUNNABLE,
-    prediction_lines,
-    read_runnable,
-    to_sample,
-)
+from mig_kit.score.run_benchmark import prediction_lines, to_sample
 from mig_kit.training.reward_loading import correct_reply
 
 BOX_FORMAT = BoxFormat()
@@ -43,14 +35,14 @@ def root(tmp_path):
 
 def read(root, name="mig_bench", places=slice(None), limit=0):
     """The benchmark and its samples, only these of its items."""
-    benchmark, samples = read_runnable(name, root / f"{name}.json", root, limit)
+    benchmark, samples = run_benchmark.read_runnable(name, root / f"{name}.json", root, limit)
     return replace(benchmark, items=benchmark.items[places], complete=False), samples[places]
 
 
 def score(benchmark, samples, replies, root):
     """Averages of the headline metric by both protocols, in percent."""
     averages = []
-    for protocol in PROTOCOLS:
+    for protocol in run_benchmark.PROTOCOLS:
         lines = prediction_lines(benchmark, samples, replies, BOX_FORMAT, protocol == "strict")
         average = summarize(protocols.score_predictions(
             benchmark, lines, "P", BOX_FORMAT, protocol, images=str(root)))["avg"]
@@ -58,9 +50,11 @@ def score(benchmark, samples, replies, root):
     return averages
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", run_benchmark.RUNNABLE)
 def test_correct_replies_score_everything_under_both_protocols(root, name):
     benchmark, samples = read(root, name)
+    options = {"mmiu": "A. one B. the other", "blink": "A. 1 B. 3"}.get(name, "")
+    assert all(options in format_question(sample, BOX_FORMAT) for sample in samples)
     correct = [correct_reply(sample, BOX_FORMAT) for sample in samples]
     assert all(is_correct(reply, sample, box_format=BOX_FORMAT)
                for reply, sample in zip(correct, samples)), "the kit's own rule agrees"
@@ -87,9 +81,7 @@ def test_reference_boxes_reach_the_model_in_its_own_coordinates(root):
     ('```json\n[{{"bbox_2d": {box}}}]\n```', [100, 100]),
     ("First {box}, then [1, 2, 3, 4].", [100, 0])])
 def test_boxes_in_other_forms_are_converted_too(root, form, passes):
-    """A base model does not keep to the form that the kit asks for; its pixels must not be read as
-    0..1000.
-    """
+    """A base model keeps to no form; its pixels must not be read as 0..1000."""
     benchmark, (sample,) = read(root, places=slice(1))
     target = sample.targets[0]
     box = to_model_box(target.box, sample.sizes[target.image - 1], BOX_FORMAT)
@@ -104,13 +96,6 @@ def test_replies_in_0_to_1000_are_not_rewritten_for_the_authors_rule(root):
     for coordinates, is_kept in (("normalized_1000", True), ("absolute", False)):
         (line,) = prediction_lines(benchmark, samples, [reply], BoxFormat(coordinates=coordinates))
         assert (line["response"] == reply) == is_kept
-
-
-@pytest.mark.parametrize("name,options", [("mmiu", ("one", "the other")), ("blink", ("1", "3"))])
-def test_multiple_choice_shows_the_texts_of_the_options(root, name, options):
-    sample = read(root, name)[1][0]
-    assert sample.options == options
-    assert f"A. {options[0]} B. {options[1]}" in format_question(sample, BOX_FORMAT)
 
 
 @pytest.mark.parametrize("name,change,sentence", [
@@ -144,8 +129,10 @@ def test_whatever_a_reader_of_images_raises_names_the_image(root, monkeypatch, e
         image_files.open_rgb(root / "a.png")
 
 
-def test_questions_about_the_same_images_are_asked_side_by_side(root):
-    write_records(root, "mig_bench", [*RECORDS["mig_bench"], *RECORDS["mig_bench"]])
+def test_a_limit_and_questions_about_the_same_images_which_are_asked_side_by_side(root):
+    write_records(root, "mig_bench", RECORDS["mig_bench"] * 2)
+    tasks = [sample.task for sample in read(root, limit=1)[1]]
+    assert tasks == ["multi_view", "diff", "group_grounding"]
     _, samples = read(root)
     pytest.importorskip("torch")
     from mig_kit.serving.reply_files import _cut_batches  # imports torch
@@ -153,17 +140,9 @@ def test_questions_about_the_same_images_are_asked_side_by_side(root):
     assert _cut_batches(samples) == [[1, 4, 0, 3, 2, 5]]
 
 
-def test_a_limit_takes_the_first_of_every_task(root):
-    write_records(root, "mig_bench", RECORDS["mig_bench"] * 2)
-    tasks = [sample.task for sample in read(root, limit=1)[1]]
-    assert tasks == ["multi_view", "diff", "group_grounding"]
-
-
 @needs_data
 def test_every_official_item_becomes_a_sample():
-    """Every seventh question of the official file, over one blank image in place of the images
-    nobody ships.
-    """
+    """Every seventh question, over one blank image in place of those nobody ships."""
     image = EncodedImage(b"", (560, 420))
     with_reference = 0
     for item in annotations.read_mig_bench(read_records(MIG_FILE)).items[::7]:

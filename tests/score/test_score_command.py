@@ -5,16 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
-from mig_bench_records import REPLIES, mig_records, prediction_lines, write_lines
+from mig_bench_records import REPLIES, mig_records, prediction_lines, run_score, write_lines
 from PIL import Image
 
-from mig_kit.commands.main import cli
-
 START = """
-import importlib, pkgutil, sys, time
-from mig_kit.commands.main import cli
-cli(["score", "--help"], standalone_mode=False)
+import importlib, pkgutil, sys, timecli(["score", "--help"], standalone_mode=False)
 seconds = time.process_time()
 from mig_kit import score
 for module in pkgutil.iter_modules(score.__path__):
@@ -39,19 +34,6 @@ def files(tmp_path):
     return tmp_path
 
 
-def run_score(folder, *words, annotations="mig.json", predictions="a.jsonl", records=None,
-              replies=None):
-    """The command's result; records, replies: what the two files hold instead."""
-    if records is not None:
-        annotations = "records.json"
-        (folder / annotations).write_text(json.dumps(records))
-    if replies is not None:
-        predictions = "replies.jsonl"
-        write_lines(folder / predictions, prediction_lines(replies))
-    paths = ["--annotations", str(folder / annotations), "--predictions", str(folder / predictions)]
-    return CliRunner().invoke(cli, ["score", *words, *paths])
-
-
 @pytest.mark.parametrize("words,sentence", [
     (("--json", "a.jsonl"), "is given twice"),
     (("--json", "p/new.json", "--predictions", "p"), "lies in a folder that is read")])
@@ -60,9 +42,7 @@ def test_no_file_that_was_given_is_overwritten(files, words, sentence):
     (files / "p" / "a.jsonl").write_text((files / "a.jsonl").read_text())
     before = {path: path.read_bytes() for path in files.rglob("*.json*")}
     words = [word if word.startswith("--") else str(files / word) for word in words]
-    result = CliRunner().invoke(cli, [
-        "score", "mig-bench", "--annotations", str(files / "mig.json"), "--predictions",
-        str(files / "a.jsonl"), *words])
+    result = run_score(files, "mig-bench", *words)
     assert result.exit_code and sentence in str(result.exception)
     assert {path: path.read_bytes() for path in files.rglob("*.json*")} == before
 

@@ -29,8 +29,7 @@ SETTINGS = {
 
 @pytest.fixture
 def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
-    """Call it with changed parameters for a trainer and the server, maybe an earlier one's or one
-    with a fault, that draws for it.
+    """Call it with changed parameters for a trainer and the server that draws for it.
 
     A random model earns no reward; here a reply earns by its letters.
     """
@@ -109,6 +108,13 @@ def test_a_server_that_is_started_again_is_not_asked_to_unload(make_served):
     assert updates(server) == ["1", "2", "3"] and server.unloaded == []
 
 
+def test_completions_that_are_all_masked_are_no_error(make_served):
+    trainer, _ = make_served(mask_truncated_completions=True, max_steps=1,
+                             max_completion_length=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == 0
+
+
 def test_replies_that_are_learnt_from_twice_are_drawn_once(make_served, tmp_path):
     """The second update has the ratio of the first, learner to server, beside that of new to old.
     """
@@ -135,13 +141,6 @@ def test_what_servers_drew_with_is_deleted_when_it_has_been_learnt_from(
     assert updates(server) == ["1", "2", "3"] and (folder / "adapter").is_dir()
     left = {path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()}
     assert left == {"checkpoint-3"}
-
-
-def test_completions_that_are_all_masked_are_no_error(make_served):
-    trainer, _ = make_served(mask_truncated_completions=True, max_steps=1,
-                             max_completion_length=1)
-    trainer.train()
-    assert trainer.state.log_history[0]["loss"] == 0
 
 
 def test_the_correction_reaches_the_loss(make_served, first_gradients):
@@ -171,15 +170,13 @@ def test_an_option_that_no_request_holds_is_refused(make_served, monkeypatch, op
         make_served()
 
 
-def test_a_stale_adapter_is_refused(make_served):
-    trainer, _ = make_served(lambda body, answer: {**answer, "model": "step-0"})
-    with pytest.raises(RuntimeError, match="answered as 'step-0'.*its adapter is stale"):
-        trainer.train()
-
-
-def test_a_server_that_ignores_adapters_is_noticed_before_the_first_update(make_served):
-    trainer, server = make_served(fault="ignores adapters")
-    with pytest.raises(RuntimeError, match="takes adapters and ignores them: one with large"):
+@pytest.mark.parametrize(("changed", "fault", "sentence"), [
+    ({"model": "step-0"}, "", "answered as 'step-0'.*its adapter is stale"),
+    ({}, "ignores adapters", "takes adapters and ignores them: one with large")])
+def test_a_stale_or_ignored_adapter_is_noticed_before_the_first_update(make_served, changed, fault,
+                                                                       sentence):
+    trainer, server = make_served(lambda body, answer: answer | changed, fault=fault)
+    with pytest.raises(RuntimeError, match=sentence):
         trainer.train()
     assert trainer.state.global_step == 0 and updates(server) == []
 

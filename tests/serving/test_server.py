@@ -56,22 +56,25 @@ def start_server(random_folder, float32):
         server.stop()
 
 
-def draw(server, folder, questions, random_folder, hardware, **changes):
-    params = SimpleNamespace(server=server, concurrency=3)
-    with reply_files.open_policy(random_folder, "sft", hardware, BOX_FORMAT, folder,
-                                 params) as policy:
-        return reply_files.sample_replies(policy, questions, folder / "replies.jsonl",
-                                       **(DRAW | changes))
+@pytest.fixture
+def draw(random_folder, float32, tmp_path, questions):
+    """Call it with a server, "" for the local loop, for the replies that it draws."""
+    def draw_replies(server, questions=questions, folder=tmp_path, model=random_folder, **changes):
+        params = SimpleNamespace(server=server, concurrency=3)
+        with reply_files.open_policy(model, "sft", float32, BOX_FORMAT, folder, params) as policy:
+            return reply_files.sample_replies(policy, questions, folder / "replies.jsonl",
+                                              **(DRAW | changes))
+
+    return draw_replies
 
 
-def test_no_proxy_stands_before_this_machines_own_servers(start_server, questions, tmp_path,
-                                                          random_folder, float32, monkeypatch):
+def test_no_proxy_stands_before_this_machines_own_servers(start_server, draw, questions,
+                                                          monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    server = start_server()
-    assert len(draw(server.url, tmp_path, questions[:1], random_folder, float32)) == 1
+    assert len(draw(start_server().url, questions[:1])) == 1
 
 
 def test_images_arrive_as_the_model_sees_them(processor):
@@ -85,21 +88,19 @@ def test_images_arrive_as_the_model_sees_them(processor):
         assert seen.size[0] % 28 == seen.size[1] % 28 == 0
 
 
-def test_served_replies_equal_the_local_loops(start_server, questions, tmp_path, random_folder,
-                                              float32):
+def test_served_replies_equal_the_local_loops(start_server, draw, questions, tmp_path):
     server = start_server()
-    served = draw(server.url, tmp_path, questions, random_folder, float32)
-    local = draw("", tmp_path / "local", questions, random_folder, float32)
-    assert served == local
+    served = draw(server.url)
+    assert served == draw("", folder=tmp_path / "local")
     assert stored_replies.load_replies(tmp_path / "replies.jsonl") == served
     expected = {"temperature": 0.0, "max_tokens": 8, "n": 1, "return_token_ids": True}
     assert expected.items() <= server.bodies[0].items()
-    draw(server.url, tmp_path, questions, random_folder, float32)
+    draw(server.url)
     assert len(server.bodies) == len(questions), "what is stored was drawn again"
 
 
-def test_a_server_that_dies_is_left_out_and_loses_nothing(start_server, questions, tmp_path,
-                                                          random_folder, float32, capsys):
+def test_a_server_that_dies_is_left_out_and_loses_nothing(start_server, draw, questions, tmp_path,
+                                                          capsys):
     dying = start_server()
 
     def die(body, answer):
@@ -111,65 +112,60 @@ def test_a_server_that_dies_is_left_out_and_loses_nothing(start_server, question
 
     dying.change = die_later
     with pytest.raises(RuntimeError, match="no server is left; what is finished is kept"):
-        draw(dying.url, tmp_path, questions, random_folder, float32)
+        draw(dying.url)
     kept = stored_replies.load_replies(tmp_path / "replies.jsonl")
     assert len(kept) == 1
     dying, healthy = start_server(), start_server()
     dying.change = die
-    replies = draw(f"{dying.url} {healthy.url}", tmp_path, questions, random_folder, float32)
+    replies = draw(f"{dying.url} {healthy.url}")
     assert kept.items() <= replies.items() and len(replies) == len(questions)
     assert f"{dying.url} is left out" in capsys.readouterr().out
     assert len(healthy.bodies) == len(questions) - 1
 
 
-def test_several_servers_share_the_work(start_server, tmp_path, random_folder, float32):
+def test_several_servers_share_the_work(start_server, draw):
     questions = [make_sample("diff", "val", i) for i in range(8)]
     servers = [start_server(), start_server()]
     urls = " ".join(server.url for server in servers)
-    assert len(draw(urls, tmp_path, questions, random_folder, float32)) == 8
+    assert len(draw(urls, questions)) == 8
     counts = [len(server.bodies) for server in servers]
     assert sum(counts) == 8 and min(counts) >= 2
 
 
 def test_a_server_that_is_dead_when_a_model_is_opened_is_left_out(
-        start_server, questions, tmp_path, random_folder, float32, capsys):
+        start_server, draw, questions, tmp_path, random_folder, capsys):
     """As in 06 after a server has died under the system before."""
     dead, healthy = start_server(), start_server()
     dead.stop()
-    draw(f"{dead.url},{healthy.url}", tmp_path, questions, random_folder, float32)
+    draw(f"{dead.url},{healthy.url}")
     assert len(healthy.bodies) == len(questions)
     output = capsys.readouterr().out
     sentence = f"the server {dead.url} does not list its models: the connection failed"
     assert output.count(sentence) == 1 and "left out" in output
     with pytest.raises(RuntimeError, match="; start it first, or take it out of server"):
-        draw(dead.url, tmp_path, questions, random_folder, float32)
+        draw(dead.url)
     servers_own = f"{sys.executable} -c \"{LISTS_NOTHING}\" {{model}} {{port}}"
     with serve_model(servers_own, 1, random_folder, "sft", BOX_FORMAT, tmp_path / "log") as served:
         assert served.name == str(random_folder) and len(served.servers) == 1
 
 
-def test_a_server_without_n_is_asked_once_per_reply(start_server, questions, tmp_path,
-                                                    random_folder, float32):
+def test_a_server_without_n_is_asked_once_per_reply(start_server, draw, questions):
     server = start_server(change=lambda body, answer: {
         **answer, "choices": answer["choices"][:1]})
-    replies = draw(server.url, tmp_path, questions[:2], random_folder, float32, replies=3)
+    replies = draw(server.url, questions[:2], replies=3)
     assert {len(drawn) for drawn in replies.values()} == {3} and len(server.bodies) == 6
 
 
-def test_other_prompt_ids_are_refused(start_server, questions, tmp_path, random_folder, float32):
+def test_other_prompt_ids_and_models_are_refused(start_server, draw):
     server = start_server(change=lambda body, answer: {
         **answer, "prompt_token_ids": answer["prompt_token_ids"][1:]})
     with pytest.raises(RuntimeError, match="other prompt ids.*--mm-processor-kwargs"):
-        draw(server.url, tmp_path, questions, random_folder, float32)
+        draw(server.url)
     with pytest.raises(RuntimeError, match="its chat template or tokenizer differs"):
         check_prompt_ids({"prompt_token_ids": [1, 2]}, [1, 3], "a", "http://a/v1")
     check_prompt_ids({"usage": {"prompt_tokens": 2}}, [1, 3], "a", "http://a/v1")
-
-
-def test_another_model_is_refused(start_server, questions, tmp_path, random_folder, float32):
-    server = start_server(name="other")
     with pytest.raises(RuntimeError, match="no server serves the model .* but only other"):
-        draw(server.url, tmp_path, questions, random_folder, float32)
+        draw(start_server(name="other").url)
 
 
 @pytest.mark.parametrize(("status", "lists_models", "sentence"), [
@@ -177,8 +173,7 @@ def test_another_model_is_refused(start_server, questions, tmp_path, random_fold
     (404, True, "answered HTTP 404: no; it does not serve 'sft'"),
     (401, False, "does not list its models: HTTP 401: no; set the environment variable MIG_KIT_"),
     (404, False, "does not list its models: HTTP 404: no; end its address in /v1")])
-def test_a_refusal_says_what_helps(questions, tmp_path, random_folder, float32, status,
-                                   lists_models, sentence):
+def test_a_refusal_says_what_helps(draw, questions, status, lists_models, sentence):
     def respond(path, headers, body):
         if body is None and lists_models:
             return 200, {"data": [{"id": "sft"}]}, IS_JSON
@@ -186,7 +181,7 @@ def test_a_refusal_says_what_helps(questions, tmp_path, random_folder, float32, 
 
     server = LocalServer(respond)
     with pytest.raises(RuntimeError) as error:
-        draw(server.url, tmp_path, questions[:1], random_folder, float32)
+        draw(server.url, questions[:1])
     server.stop()
     assert str(error.value).startswith(f"the server {server.url} {sentence}")
 
@@ -230,12 +225,11 @@ def processes_with(mark):
 
 
 @pytest.mark.nightly
-def test_transformers_own_server(tmp_path, float32, questions):
+def test_transformers_own_server(draw, tmp_path):
     server = Path(__file__).parents[1] / "transformers_server.py"
     command = f"{sys.executable} {server} {{model}} {{port}}"
-    options = {"max_new_tokens": 32}
-    served = draw(command, tmp_path, questions, loading.TINY_BASE, float32, **options)
-    local = draw("", tmp_path / "local", questions, loading.TINY_BASE, float32, **options)
+    options = {"model": loading.TINY_BASE, "max_new_tokens": 32}
+    served, local = draw(command, **options), draw("", folder=tmp_path / "local", **options)
     assert sum(served[name] == local[name] for name in local) >= len(local) - 1
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.openai_client import read_choice
 from mig_kit.serving.server import ServedModel, ServedReply
 from mig_kit.shared_prefix.generation import SamplingOptions
 
@@ -47,16 +46,6 @@ def test_a_reply_begins_with_what_its_prompt_has_opened(served, monkeypatch, mes
     monkeypatch.setattr(served.processor, "opened_tag", "<think>\n")
     answer = {"choices": [{"message": message}]}
     assert served.parse_replies(answer, with_logps=False) == [ServedReply(text)]
-
-
-@pytest.mark.parametrize(("message", "reason", "expected"), [
-    ({"content": None}, "content_filter", ("", "content_filter")),
-    ({}, "content_filter: PROHIBITED", ("", "content_filter: PROHIBITED")),
-    ({"content": None, "refusal": "No."}, "stop", ("", "refusal")),
-    ({"content": None}, "length", ("", "length")),
-    ({"content": None, "reasoning_content": "so"}, "length", ("<think>so", "length"))])
-def test_a_reply_without_a_text_says_why(message, reason, expected):
-    assert read_choice({"message": message, "finish_reason": reason}) == expected
 
 
 @pytest.mark.parametrize(("answer", "with_logps", "sentence"), [

@@ -139,26 +139,18 @@ def test_outputs_and_gradients_equal_the_plain_ones(heads, mask, meaning):
     assert largest_gap(results[0][0], output[sees_something]) < 1e-5
 
 
-def test_weights_are_given_to_a_module_that_keeps_them():
-    torch.manual_seed(0)
-    module = make_module(3)
-    inputs = random_inputs(2, (6, 2), (7, 12))
-    _, plain = eager_attention_forward(module, *inputs, additive(CAUSAL), scaling=0.4)
-    assert attention.attention(module, *inputs, CAUSAL, scaling=0.4)[1] is None
-    module.keep_weights = True
-    _, ours = attention.attention(module, *inputs, CAUSAL, scaling=0.4)
-    assert ours.shape == (2, 6, 7, 12) and largest_gap(plain, ours) < 1e-6
-
-
 @pytest.mark.parametrize("tokens", [5, 128, 300])
-def test_in_blocks_it_is_the_same(tokens):
+def test_in_blocks_and_with_weights_it_is_the_same(tokens):
     torch.manual_seed(0)
     module = make_module(keep_weights=True)
     inputs = random_inputs(2, (4, 2), (tokens, tokens), requires_grad=True)
+    causal = additive(torch.ones(2, 1, tokens, tokens).tril().bool())
     results = []
-    for in_blocks in (False, True):
+    for in_blocks in (None, False, True):
         module.in_blocks = in_blocks
-        output, weights = attention.attention(module, *inputs, None, scaling=0.4)
+        output, weights = (
+            eager_attention_forward(module, *inputs, causal, scaling=0.4) if in_blocks is None
+            else attention.attention(module, *inputs, None, scaling=0.4))
         if in_blocks:
             assert [block.shape[2:] for block in weights] == [
                 (min(128, tokens - start), min(start + 128, tokens))
@@ -166,8 +158,11 @@ def test_in_blocks_it_is_the_same(tokens):
             weights = torch.cat([pad(block, (0, tokens - block.shape[-1])) for block in weights], 2)
         loss = output.square().sum() + weights[..., ::3].square().sum()
         results.append((output, weights, *torch.autograd.grad(loss, inputs)))
-    for plain, ours in zip(*results):
-        assert largest_gap(plain, ours) < 1e-6 * plain.abs().max()
+    for expected, plain, in_blocks in zip(*results):
+        for ours in (plain, in_blocks):
+            assert ours.shape == expected.shape
+            assert largest_gap(expected, ours) < 1e-5 * expected.abs().max()
+        assert largest_gap(plain, in_blocks) < 1e-6 * plain.abs().max()
     module.keep_weights = False
     assert attention.attention(module, *inputs, None, scaling=0.4)[1] is None
 
@@ -238,14 +233,6 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_the_plain_one():
         results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
     for exact, plain, ours in zip(*results):
         assert 0 < (ours - exact).norm() < 1.2 * (plain - exact).norm()
-
-
-def test_the_first_layer_of_the_tower_is_its_convolution():
-    torch.manual_seed(0)
-    convolution = torch.nn.Conv3d(3, 16, (2, 14, 14), stride=(2, 14, 14))
-    patches = torch.randn(5, 3, 2, 14, 14)
-    convolved = convolution(patches).view(5, 16)
-    assert largest_gap(loading.PatchProduct(convolution)(patches), convolved) < 1e-5
 
 
 def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float32, processor):

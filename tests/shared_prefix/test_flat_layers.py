@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forced_completions import enliven
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from mig_kit.boxes import BoxFormat
@@ -19,12 +20,9 @@ def adapted(request, random_folder, relatives, float32):
     """A random model whose LoRA adapters are not 0, and its processor."""
     folder = {**relatives, "qwen2_5_vl": random_folder}[request.param]
     model = loading.load_model(folder, float32).requires_grad_(False)
-    torch.manual_seed(1)
     adapted = get_peft_model(model, LoraConfig(
         r=3, lora_alpha=5, target_modules=loading.LORA_TARGETS["all"]))
-    for name, weight in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight.data, std=0.2)
+    enliven(adapted, 0.2)
     return adapted, loading.load_processor(folder, BoxFormat(coordinates="normalized_1000"))
 
 
@@ -109,26 +107,23 @@ def test_what_it_does_not_compute_is_left_to_the_models_own_layers(random_model,
     assert not flat_layers.can_read_flat(unwrap_peft(model))
 
 
-def test_an_adapter_computed_in_another_dtype_is_left_to_peft(random_model):
+def test_other_dtypes_and_layers_are_left_to_peft_and_the_model(random_model):
     """TRL makes adapters bfloat16 on a 4-bit base."""
-    model = get_peft_model(random_model.requires_grad_(False),
-                           LoraConfig(r=2, target_modules=["q_proj"]))
-    assert flat_layers.can_read_flat(unwrap_peft(model))
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            weight.data = weight.data.bfloat16()
-    assert not flat_layers.can_read_flat(unwrap_peft(model))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert flat_layers.can_read_flat(unwrap_peft(model))
-
-
-def test_other_layers_are_left_to_the_model(random_model):
     language = random_model.requires_grad_(False).model.language_model
-    assert flat_layers.can_read_flat(random_model)
     language.norm.weight.requires_grad_(True)
     assert not flat_layers.can_read_flat(random_model)
     with torch.no_grad():
         assert flat_layers.can_read_flat(random_model)
-        tuned = get_peft_model(random_model, IA3Config(
-            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    language.norm.weight.requires_grad_(False)
+    model = get_peft_model(random_model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert flat_layers.can_read_flat(random_model)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.bfloat16()
+    assert not flat_layers.can_read_flat(random_model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flat_layers.can_read_flat(random_model)
+    tuned = get_peft_model(model.unload(), IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    with torch.no_grad():
         assert not flat_layers.can_read_flat(unwrap_peft(tuned))

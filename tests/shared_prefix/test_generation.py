@@ -15,12 +15,7 @@ from mig_kit.models import loading
 from mig_kit.models.sample_prompts import SampleCache
 from mig_kit.prompts import chat_messages
 from mig_kit.shared_prefix import attention, decoding, generation, prefixes, prompt_cache
-from mig_kit.shared_prefix.generation import (
-    SamplingOptions,
-    draw_uniforms,
-    generate_rollouts,
-    sample_tokens,
-)
+from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, sample_tokens
 from mig_kit.shared_prefix.linear_attention import has_linear_attention
 from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prompt_cache import Prompt
@@ -29,6 +24,7 @@ from mig_kit.training import resuming
 ABSOLUTE = BoxFormat()
 NEVER_DRAWN = [3, 4, 5, 6]  # the vision tokens
 END = 2
+GREEDY = SamplingOptions(0.0, max_new_tokens=12)
 
 
 @pytest.fixture(params=sorted(loading.FAMILIES))
@@ -44,6 +40,11 @@ def make_prompts(model, processor, samples, box_format=ABSOLUTE, **options) -> l
     return SampleCache(model, processor, box_format, **options).get(samples)
 
 
+def generate(model, processor, prompts, group=1, sampling=GREEDY, *uniforms, **options):
+    return generation.generate_rollouts(model, processor, prompts, group, sampling, *uniforms,
+                                        **options)
+
+
 def questions_in_pairs(samples, count: int) -> list:
     """`count` questions, two about the images of each sample."""
     return [replace(samples[i // 2], id=f"{i}", question="Where?" * (1 + i % 2))
@@ -56,10 +57,10 @@ def stock_inputs(processor, sample, box_format=ABSOLUTE):
     return processor(text=[text], images=[list(sample.images)], return_tensors="pt")
 
 
-def stock_completion(model, processor, sample, box_format, tokens: int) -> list[int]:
+def stock_completion(model, processor, sample, box_format) -> list[int]:
     """What transformers' generate writes, greedily, up to and including the end token."""
     inputs = stock_inputs(processor, sample, box_format)
-    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False,
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False,
                             suppress_tokens=NEVER_DRAWN, eos_token_id=END)
     completion = output[0, inputs["input_ids"].shape[1]:].tolist()
     return completion[:completion.index(END) + 1] if END in completion else completion
@@ -69,10 +70,8 @@ def stock_completion(model, processor, sample, box_format, tokens: int) -> list[
 def test_greedy_replies_equal_transformers(family, samples):
     model, processor, box_format = family
     prompts = make_prompts(model, processor, samples, box_format)
-    rollouts = generate_rollouts(model, processor, prompts, 3, SamplingOptions(0.0,
-                                                                               max_new_tokens=16))
-    for sample, rollout in zip(samples, rollouts):
-        assert rollout == [stock_completion(model, processor, sample, box_format, 16)] * 3
+    for sample, rollout in zip(samples, generate(model, processor, prompts, 3)):
+        assert rollout == [stock_completion(model, processor, sample, box_format)] * 3
 
 
 @pytest.mark.slow
@@ -91,8 +90,7 @@ def test_questions_about_the_same_images_read_them_once(family, samples, monkeyp
         return stock(batch, model)
 
     monkeypatch.setattr(prefixes.PaddedPrompts, "prefill", watched)
-    rollouts = generate_rollouts(model, processor, prompts, 2, SamplingOptions(0.0,
-                                                                               max_new_tokens=16))
+    rollouts = generate(model, processor, prompts, 2)
     monkeypatch.undo()
     rows_read = [rows for rows, _ in shapes_read]
     if has_linear_attention(model):
@@ -102,7 +100,7 @@ def test_questions_about_the_same_images_read_them_once(family, samples, monkeyp
         longest_prefix = max(prompt.prefix_length for prompt in prompts)
         assert shapes_read[0][1] == prefixes.pad_to_multiple(longest_prefix)
     for sample, rollout in zip(asked_samples, rollouts):
-        assert rollout == [stock_completion(model, processor, sample, box_format, 16)] * 2
+        assert rollout == [stock_completion(model, processor, sample, box_format)] * 2
 
 
 def test_prefixes_by_hand():
@@ -134,8 +132,7 @@ def test_keys_and_values_are_in_memory_once(random_model, processor, samples, mo
     prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 4))
     weights = decoding.fuse_decoding_weights(random_model, False)
     with weights as fused_weights, torch.inference_mode():
-        decoder = generation._prefill_prompts(random_model, prompts, 2, 4,
-                                           fused_weights)[0]
+        decoder = generation._prefill_prompts(random_model, prompts, 2, 4, fused_weights)[0]
     assert len(caches) == 1 and caches[0]() is None
     layers = [weakref.ref(keys) for keys, _ in decoder.prefix_cache]
     alive = []
@@ -156,7 +153,7 @@ def test_finished_prefixes_leave_and_the_rest_goes_on(random_model, processor, s
                                                       monkeypatch):
     prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 8))
     sampling = SamplingOptions(0.0, max_new_tokens=12, min_new_tokens=12)
-    full = generate_rollouts(random_model, processor, prompts, 3, sampling)
+    full = generate(random_model, processor, prompts, 3, sampling)
     last_steps = [3, 4, 5, 8]  # of the four prefixes: tokens that their rows have before the end
     rows_per_prefix, stock = 6, generation.sample_tokens
     state = {"step": 0, "finished": []}
@@ -173,7 +170,7 @@ def test_finished_prefixes_leave_and_the_rest_goes_on(random_model, processor, s
         return tokens
 
     monkeypatch.setattr(generation, "sample_tokens", end_one_prefix_after_the_other)
-    cut = generate_rollouts(random_model, processor, prompts, 3, sampling)
+    cut = generate(random_model, processor, prompts, 3, sampling)
     for i, (full_rollout, cut_rollout) in enumerate(zip(full, cut)):
         assert cut_rollout == [completion[:last_steps[i // 2]] + [END]
                                for completion in full_rollout]
@@ -227,29 +224,18 @@ def test_logps_and_gradients_equal_stock(family, samples, variant):
         assert gap < (2e-3 if decays else 1e-4), (name, gap)
 
 
-def test_top_p_and_greedy():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).repeat(500, 1)
-    uniforms = draw_uniforms(0, 1, 500, 1).flatten()
-    drawn = sample_tokens(logits, SamplingOptions(1.0, top_p=0.6), uniforms)
-    assert set(drawn.tolist()) == {0, 1}
-    assert sample_tokens(logits, SamplingOptions(0.0)).unique().tolist() == [0]
-
-
-def test_temperature_by_hand():
-    """At half the temperature odds of 1 to 2 are 1 to 4."""
-    logits = torch.log(torch.tensor([[1.0, 2.0]])).repeat(2, 1)
-    uniforms = torch.tensor([0.19, 0.21], dtype=torch.float64)
-    assert sample_tokens(logits, SamplingOptions(1.0), uniforms).tolist() == [0, 0]
-    assert sample_tokens(logits, SamplingOptions(0.5), uniforms).tolist() == [0, 1]
-
-
-def test_tokens_by_hand():
-    """A token where its cumulative probability first exceeds the number; never an impossible one,
-    at either end.
-    """
-    logits = torch.log(torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])).repeat(6, 1)
-    uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-53], dtype=torch.float64)
-    assert sample_tokens(logits, SamplingOptions(1.0), uniforms).tolist() == [1, 1, 3, 3, 4, 4]
+@pytest.mark.parametrize(("odds", "options", "uniforms", "tokens"), [
+    # where the cumulative probability first exceeds the number; never an impossible token
+    ([0, 1, 0, 2, 1, 0], {}, [0.0, 0.2499, 0.25, 0.7499, 0.75, 1 - 2.0**-53], [1, 1, 3, 3, 4, 4]),
+    ([1, 2], {"temperature": 0.5}, [0.19, 0.21], [0, 1]),  # odds of 1 to 4
+    ([1, 2], {"temperature": 1.0}, [0.19, 0.21], [0, 0]),
+    ([5, 3, 2], {"top_p": 0.6}, [0.62, 0.63, 0.9999], [0, 1, 1]),
+    ([5, 3, 2], {"temperature": 0.0}, [0.1, 0.9], [0, 0])])
+def test_tokens_by_hand(odds, options, uniforms, tokens):
+    logits = torch.tensor([odds]).float().log().repeat(len(tokens), 1)
+    drawn = sample_tokens(logits, SamplingOptions(**options),
+                          torch.tensor(uniforms, dtype=torch.float64))
+    assert drawn.tolist() == tokens
 
 
 @pytest.mark.slow
@@ -258,19 +244,18 @@ def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, sampl
     prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 4))
     sampling, uniforms = SamplingOptions(1.0, max_new_tokens=10), draw_uniforms(3, 4, 3, 10)
 
-    def generate(indices, group=3, uniforms=None, **more):
+    def draw(indices, group=3, uniforms=None, **more):
         chosen = [prompts[i] for i in indices]
-        return generate_rollouts(random_model, processor, chosen, group, sampling, uniforms,
-                                 **more)
+        return generate(random_model, processor, chosen, group, sampling, uniforms, **more)
 
     everyone = [0, 1, 2, 3]
-    expected = generate(everyone, 3, uniforms)
+    expected = draw(everyone, 3, uniforms)
     for order in ([2], [3, 0], [1, 2, 3]):
-        assert generate(order, 3, uniforms[order]) == [expected[i] for i in order]
-    assert generate([0], 2, uniforms[:1, 1:]) == [expected[0][1:]]
-    assert generate(everyone, 3, uniforms, max_bytes=1) == expected, "a prompt at a time"
+        assert draw(order, 3, uniforms[order]) == [expected[i] for i in order]
+    assert draw([0], 2, uniforms[:1, 1:]) == [expected[0][1:]]
+    assert draw(everyone, 3, uniforms, max_bytes=1) == expected, "a prompt at a time"
     torch.manual_seed(0)
-    assert generate(everyone) != generate(everyone), "new numbers where none are given"
+    assert draw(everyone) != draw(everyone), "new numbers where none are given"
 
 
 def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples,
@@ -356,22 +341,11 @@ def test_a_question_with_an_image_token_is_one_sentence(random_model, processor,
 
 
 @pytest.mark.slow
-def test_features_stay_within_their_bytes(random_model, processor, samples, monkeypatch):
-    roomy, tight = (SampleCache(random_model, processor, ABSOLUTE) for _ in range(2))
-    all_expected = [prompt for sample in [*samples[:4], *samples[:4]]
-                    for prompt in roomy.get([sample])]
-    monkeypatch.setattr(prompt_cache, "MAX_BYTES", 2000)
-    for sample, expected in zip([*samples[:4], *samples[:4]], all_expected):
-        prompt, = tight.get([sample])
-        assert torch.allclose(expected.features, prompt.features, atol=1e-6)
-        assert torch.equal(expected.ids, prompt.ids)
-        assert sum(image.features.nbytes for image in tight.images.values()) <= 2000
-
-
-def test_images_are_prepared_a_few_at_a_time_and_texts_stay_within_their_bytes(
+def test_features_and_texts_stay_within_their_bytes_and_images_are_prepared_a_few_at_a_time(
         random_model, processor, samples, monkeypatch):
-    expected = SampleCache(random_model, processor, ABSOLUTE).get(samples[:4])
+    expected = make_prompts(random_model, processor, samples[:4])
     cache = SampleCache(random_model, processor, ABSOLUTE)
+    monkeypatch.setattr(prompt_cache, "MAX_BYTES", 2000)
     monkeypatch.setattr(prompt_cache, "MAX_TEXT_BYTES", 1)
     largest = max(width * height for sample in samples for width, height in sample.sizes)
     monkeypatch.setattr(prompt_cache, "PIXELS_AT_ONCE", 2 * largest)
@@ -379,8 +353,12 @@ def test_images_are_prepared_a_few_at_a_time_and_texts_stay_within_their_bytes(
     monkeypatch.setattr(cache, "_add_features",
                         lambda images: counts.append(len(images)) or add(images))
     prompts = cache.get(samples[:4])
-    assert sum(counts) > max(counts) >= 2 and not cache.texts
-    for prompt, other in zip(prompts, expected):
+    assert sum(counts) > max(counts) >= 2
+    for _ in range(2):
+        prompts += [prompt for sample in samples[:4] for prompt in cache.get([sample])]
+        assert sum(image.features.nbytes for image in cache.images.values()) <= 2000
+        assert not cache.texts
+    for prompt, other in zip(prompts, expected * 3):
         assert torch.allclose(prompt.features, other.features, atol=1e-6)
         assert torch.equal(prompt.ids, other.ids)
 
@@ -421,26 +399,6 @@ def test_large_images_are_seen_in_bfloat16_a_few_at_a_time(random_model, process
     assert torch.equal(small.features, small_exact.features)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"], indirect=True)
-def test_prompts_without_padding_are_read_as_padded_ones(family, samples, monkeypatch):
-    model, processor, box_format = family
-    prompts = make_prompts(model, processor, samples[:4], box_format)
-    batch = prefixes.pad_prompts(model, prompts)
-    with torch.inference_mode():
-        assert prefixes.can_read_flat(model)
-        states, cache = batch.prefill(model)
-        monkeypatch.setattr(prefixes, "can_read_flat", lambda model: False)
-        padded_states, padded_cache = batch.prefill(model)
-    assert torch.allclose(states, padded_states, atol=1e-5 * states.abs().max())
-    is_token = batch.mask.bool()
-    for ours, padded in zip(cache.layers, padded_cache.layers):
-        for name in ("keys", "values"):
-            flat, stock = (getattr(layer, name).transpose(1, 2)[is_token]
-                           for layer in (ours, padded))
-            assert torch.allclose(flat, stock, atol=1e-5 * stock.abs().max())
-
-
 def test_half_of_what_is_free_is_for_keys_and_values(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for free, expected in ((2**40, generation.KV_BYTES), (2**30, 2**29)):
@@ -453,13 +411,16 @@ def test_half_of_what_is_free_is_for_keys_and_values(monkeypatch):
     assert generation.max_kv_bytes(gpu) == 32 * 2**30, "what PyTorch keeps for later is free, too"
 
 
-def test_a_round_is_so_small_that_its_prompts_can_be_read():
-    """Of 1,000 free bytes half is for keys and values: 4 of 10 prompts of 100 tokens with 1 byte of
-    these and 1 more while they are read; with 4 more, 2.
-    """
+def test_rounds_by_hand(random_model):
+    """Half of what is free is for keys and values; a prompt takes more while it is read."""
+    for token_bytes, at_once in {1: 16, 5: 8, 13: 4, 55: 1, 10**6: 1}.items():
+        assert generation.count_prompts_at_once(16, 100, 8, 10, token_bytes, 10_000) == at_once
     counts = [generation.count_prompts_at_once(10, 100, 1, 0, 1, 500, reading)
               for reading in (0, 1, 4, 10**6)]
     assert counts == [5, 5, 2, 1]
+    both, layers, head_width, float32_bytes = 2, 2, 32, 4
+    expected = both * layers * head_width * float32_bytes
+    assert generation.kv_bytes_per_token(random_model) == expected
 
 
 def test_scores_of_large_keys_are_summed_in_float32(monkeypatch):
@@ -473,44 +434,16 @@ def test_scores_of_large_keys_are_summed_in_float32(monkeypatch):
     queries = (3.5 * torch.randn(2, 3, 4, 5, 64, generator=noise)).bfloat16()
     keys = (27 * torch.randn(2, 3, 4, 9, 64, generator=noise)).bfloat16()
     exact = torch.matmul(queries.double(), keys.double().transpose(-1, -2))
-    in_float32, in_bfloat16 = (score(queries, keys) for score in (decoding._float32_scores,
-                                                                  decoding._scores))
+    in_float32, in_bfloat16 = (
+        score(queries, keys) for score in (decoding._float32_scores, decoding._scores))
     assert in_float32.dtype == torch.float32 and in_float32.shape == in_bfloat16.shape
     assert (in_float32 - exact).abs().max() < 1e-2 < 1 < (in_bfloat16 - exact).abs().max()
-
-
-def test_rounds_by_hand(random_model):
-    for token_bytes, at_once in {1: 16, 5: 8, 13: 4, 55: 1, 10**6: 1}.items():
-        assert generation.count_prompts_at_once(16, 100, 8, 10, token_bytes, 10_000) == at_once
-    both, layers, head_width, float32_bytes = 2, 2, 32, 4
-    expected = both * layers * head_width * float32_bytes
-    assert generation.kv_bytes_per_token(random_model) == expected
-
-
-@pytest.mark.slow
-def test_folding_adapters_for_decoding_changes_no_weight(random_model, processor, samples):
-    model = get_peft_model(random_model, resuming.lora_config(4))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.2)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    prompts = make_prompts(model, processor, samples[:2])
-    sampling = SamplingOptions(0.0, max_new_tokens=12)
-    folded = generate_rollouts(model, processor, prompts, 1, sampling)
-    generate_rollouts(model, processor, prompts, 1, SamplingOptions(0.0, max_new_tokens=2),
-                      autocast=True)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    merged = model.merge_and_unload()
-    assert generate_rollouts(merged, processor, prompts, 1, sampling) == folded
 
 
 @pytest.mark.slow
 def test_a_young_adapter_beside_bfloat16_weights_is_not_rounded_away(random_model, processor,
                                                                      samples):
-    """Replies are drawn with what training computes with, though the weights' grid is coarser than
-    the adapter's effect.
-    """
+    """Replies are drawn with what training computes with; the weights' grid is coarser."""
     model = get_peft_model(random_model.to(torch.bfloat16), resuming.lora_config(4))
     adapted = next(module for module in model.modules() if hasattr(module, "lora_B"))
     adapted.lora_B["default"].weight.data.fill_(1e-4)
@@ -519,8 +452,7 @@ def test_a_young_adapter_beside_bfloat16_weights_is_not_rounded_away(random_mode
         assert not adapted.merged
         assert not fused_weights, "every projection has an adapter"
     prompts = make_prompts(model, processor, samples[:2])
-    rollouts = generate_rollouts(model, processor, prompts, 2, SamplingOptions(1.0,
-                                                                               max_new_tokens=4))
+    rollouts = generate(model, processor, prompts, 2, SamplingOptions(1.0, max_new_tokens=4))
     assert all(len(completion) for rollout in rollouts for completion in rollout)
     with model.disable_adapter():
         with decoding.fuse_decoding_weights(unwrapped, False) as fused_weights:
@@ -530,11 +462,10 @@ def test_a_young_adapter_beside_bfloat16_weights_is_not_rounded_away(random_mode
 @pytest.mark.slow
 def test_every_end_token_ends_a_reply(random_model, processor, samples):
     prompts = make_prompts(random_model, processor, samples[:2])
-    sampling = SamplingOptions(0.0, max_new_tokens=12)
-    full = generate_rollouts(random_model, processor, prompts, 1, sampling)[0][0]
+    full = generate(random_model, processor, prompts)[0][0]
     end = full[3]
     random_model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, end]
-    cut = generate_rollouts(random_model, processor, prompts, 1, sampling)[0][0]
+    cut = generate(random_model, processor, prompts)[0][0]
     assert cut == full[:full.index(end) + 1] and cut[-1] == end
     inputs = stock_inputs(processor, samples[0])
     output = random_model.generate(**inputs, do_sample=False, max_new_tokens=12)
@@ -555,13 +486,7 @@ def test_fused_products_give_the_same_replies(random_model, processor, samples, 
         assert part.data_ptr() == weight[2 * 32].data_ptr(), "a part of it, not one more copy"
     for name, value in random_model.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-    def generate():
-        return generate_rollouts(random_model, processor, prompts, 2,
-                                 SamplingOptions(1.0, max_new_tokens=12), draw_uniforms(0, 3, 2,
-                                                                                        12),
-                                 autocast=True)
-
-    fused = generate()
+    arguments = (prompts, 2, SamplingOptions(1.0, max_new_tokens=12), draw_uniforms(0, 3, 2, 12))
+    fused = generate(random_model, processor, *arguments, autocast=True)
     monkeypatch.setattr(decoding, "_fuse_layers", lambda fused_weights, layers: None)
-    assert generate() == fused, "as by the layers themselves"
+    assert generate(random_model, processor, *arguments, autocast=True) == fused

@@ -17,17 +17,18 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from forced_completions import draw_completions, enliven, force_completions
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pictures
+from published import format_of
 from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 
-from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.image_files import pixel_digest
 from mig_kit.models.processors import load_processor
 from mig_kit.shared_prefix import compare, decoding, generation, logprobs, prefixes
-from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, generate_rollouts
+from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource, describe_image
 from mig_kit.shared_prefix.rows import move_images
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
@@ -80,18 +81,13 @@ def number_of_images(completions, images=None, **columns):
 
 @pytest.fixture(scope="module")
 def make_pair(random_folder, relatives, processor, tmp_path_factory):
-    """Call it with settings for (stock TRL's trainer, the kit's), which draw the same completions.
-
-    family: of the model, whose processor is its own then.
-    """
+    """Call it with settings, and a model's family, for (stock TRL's trainer, the kit's)."""
     def make(peft=True, table=None, rewards=(letters, number_of_images), family="",
              tokenizer=False, **settings):
         trainers, folder = [], tmp_path_factory.mktemp("pair")
         base = relatives[family] if family else random_folder
-        own_processor = processor if not family else load_processor(
-            base, BoxFormat(coordinates=Coordinates.NORMALIZED_1000))
-        if tokenizer:
-            own_processor = own_processor.tokenizer
+        own_processor = load_processor(base, format_of(family)) if family else processor
+        own_processor = own_processor.tokenizer if tokenizer else own_processor
         for name, trainer_class in (("stock", GRPOTrainer), ("own", SharedPrefixGRPOTrainer)):
             model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
             if not peft:
@@ -102,8 +98,7 @@ def make_pair(random_folder, relatives, processor, tmp_path_factory):
                 "max_completion_length": 6, "report_to": "none", "learning_rate": 1e-3,
                 "max_steps": 2, "logging_steps": 1, "gradient_checkpointing": False,
                 "save_strategy": "no", "log_completions": True, "num_completions_to_print": 0,
-                "lr_scheduler_type": "constant",
-                **settings})
+                "lr_scheduler_type": "constant", **settings})
             torch.manual_seed(0)
             adapter = LoraConfig(
                 r=4, target_modules=r".*language_model.*\.((q|v|down|out)_proj|in_proj_qkv)")
@@ -111,10 +106,7 @@ def make_pair(random_folder, relatives, processor, tmp_path_factory):
                 model=model, reward_funcs=list(rewards), args=config,
                 processing_class=own_processor, train_dataset=table or make_table(),
                 peft_config=adapter if peft else None)
-            torch.manual_seed(1)
-            for parameter_name, parameter in trainer.model.named_parameters():
-                if "lora_B" in parameter_name:
-                    parameter.data.normal_(0, 0.05)
+            enliven(trainer.model)
             trainers.append(trainer)
         force_completions(*trainers)
         return trainers
@@ -132,19 +124,6 @@ def make_own(model, processor, folder="out", adapter=QUERIES, **settings):
     return SharedPrefixGRPOTrainer(
         model=model if adapter is None else str(model), reward_funcs=letters, args=config,
         processing_class=processor, peft_config=adapter, **tables)
-
-
-def draw_completions(count):
-    """Token ids of `count` completions, one of them cut; always the same."""
-    generator = torch.Generator().manual_seed(count)
-    lengths = [5, 3, 6, 2, 6, 4, 1, 5]
-    return [torch.randint(7, 600, (lengths[row % 8],), generator=generator).tolist()
-            + ([] if lengths[row % 8] == 6 else [2]) for row in range(count)]
-
-
-def force_completions(stock, own):
-    stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
-    own._draw_completions = lambda numbers, group: draw_completions(len(numbers))
 
 
 def logged(trainer):
@@ -215,19 +194,17 @@ def test_completions_are_logged_as_stock_trls(make_pair):
 
 
 @pytest.mark.slow
-def test_one_image_a_row_in_its_own_column_and_text_alone(make_pair):
+def test_one_image_a_row_in_its_own_column(make_pair):
     def nothing_else(completions, image=None, **_):
         return [float(image is not None and len(text[0]["content"]) % 3)
                 for text in completions]
 
     table = make_table(MESSAGES[:2], (1, 1), column="image")
-    for stock, own in (make_pair(table=table, rewards=[nothing_else], max_steps=1,
-                                 gradient_accumulation_steps=1),
-                       make_pair(table=make_table().remove_columns("images"),
-                                 rewards=[letters], max_steps=1)):
-        for trainer in (stock, own):
-            trainer.train()
-        assert logged(own)[0] == pytest.approx(logged(stock)[0], rel=1e-3, abs=1e-5, nan_ok=True)
+    stock, own = make_pair(table=table, rewards=[nothing_else], max_steps=1,
+                           gradient_accumulation_steps=1)
+    for trainer in (stock, own):
+        trainer.train()
+    assert logged(own)[0] == pytest.approx(logged(stock)[0], rel=1e-3, abs=1e-5, nan_ok=True)
 
 
 @pytest.mark.slow
@@ -352,17 +329,21 @@ def test_a_bonus_or_a_loss_of_whole_rows_is_left_to_stock_trl(make_pair, setting
         assert make_pair(**settings)[1].unshared
 
 
-def test_what_cannot_be_shared_is_left_to_stock_trl(random_model, processor, tmp_path):
-    with pytest.warns(UserWarning, match="vision tower is trained; freeze it"):
-        make_own(random_model, processor, tmp_path, adapter=None)
+@pytest.mark.parametrize(("adapter", "reason"), [
+    (None, "the vision tower is trained; freeze it"),
+    (LoraConfig(target_modules="all-linear"), "adapters reach the vision tower; set target_mod"),
+    (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+     "PROMPT_TUNING of PEFT")])
+def test_what_cannot_be_shared_is_left_to_stock_trl(random_folder, random_model, processor,
+                                                    tmp_path, adapter, reason):
+    with pytest.warns(UserWarning, match=f"not shared: {reason}"):
+        make_own(random_folder if adapter else random_model, processor, tmp_path, adapter)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["padded rows", "rows one behind the other", "states"])
 def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch, kind):
-    """In padded rows, as on a GPU; in rows one behind the other, as on a CPU; and through states of
-    a family with linear attention that the kit takes for one with attention alone.
-    """
+    """In padded rows, as on a GPU; in flat ones, as on a CPU; and through states of attention."""
     _, own = make_pair(max_steps=1, gradient_checkpointing=True,
                        family="qwen3_5" if kind == "states" else "")
     allowed, read_flat = logprobs._PackedRows.is_allowed, logprobs.read_flat
@@ -539,7 +520,9 @@ def test_the_decoder_writes_what_generate_writes(random_folder, processor, varia
     texts = ["count the objects", "what is a circle"]
     prompts = cache.get([PromptSource(text, lambda text=text: text, (), (), tuple)
                          for text in texts])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     own = generate_rollouts(model, processor, prompts, 1, SamplingOptions(0.0, 1.0, 8, 9))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for prompt, (completion,) in zip(prompts, own):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt.ids, *completion]])).logits[0]
@@ -574,10 +557,6 @@ def test_generations_of_an_update_and_batches_of_an_evaluation_draw_anew(make_pa
     own.train()
     assert len(drawn) == 8 and len(set(map(str, drawn))) == 8
     assert max(held) <= 2, "evaluation keeps the images of one batch"
-    uniforms = draw_uniforms(own.args.seed * 1_000_003, 1, 4, 6)
-    first = generate_rollouts(own.model, own.processor, own._prompts_of([0]), 4,
-                              SamplingOptions(1.0, 1.0, 6), uniforms)
-    assert len(first[0]) == 4
 
 
 @pytest.mark.slow
@@ -642,16 +621,6 @@ def test_text_alone_needs_only_a_tokenizer_and_a_tower_may_be_noticed_late(make_
     own.model.base_model.model.model.visual.requires_grad_(True)
     with pytest.warns(UserWarning, match="not shared: the vision tower is trained; freeze it"):
         own._check_sharing([])
-
-
-@pytest.mark.parametrize(("adapter", "reason"), [
-    (LoraConfig(target_modules="all-linear"), "adapters reach the vision tower; set target_mod"),
-    (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
-     "PROMPT_TUNING of PEFT")])
-def test_adapters_that_cannot_be_shared_are_named(random_folder, processor, tmp_path, adapter,
-                                                  reason):
-    with pytest.warns(UserWarning, match=f"not shared: {reason}"):
-        make_own(random_folder, processor, tmp_path, adapter)
 
 
 @pytest.mark.slow

@@ -28,16 +28,13 @@ def two_cores(monkeypatch):
     ("accelerate launch --multi_gpu --num_processes 4 --num_machines 2", 2, 2),
     ("python -m torch.distributed.run --nproc-per-node 2", 2, 1),
     ("env A=1 torchrun", 0, 1)])
-def test_words_of_a_launcher(launcher, local, nodes, tmp_path):
+def test_words_of_a_launcher(launcher, local, nodes, tmp_path, monkeypatch):
     launch = jobs.plan_launch(launcher)
     assert (launch.local, launch.nodes) == (local, nodes)
     command = launch.command(tmp_path)
     assert command[1:] == [*launcher.split()[1:], "-m", processes.MODULE, str(tmp_path)]
     assert os.access(command[0], os.X_OK)
-
-
-def test_programs_beside_python_come_first(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("PATH", "/nowhere")  # programs beside Python come first
     program = jobs.plan_launch("torchrun --nproc-per-node 1").words[0]
     assert os.path.dirname(program) == os.path.dirname(sys.executable)
 
@@ -100,9 +97,6 @@ def test_what_another_launcher_has_set_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 .* trains alone; unset it"):
         jobs.run_job(save_state, "05_grpo", tmp_path, params)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_without_a_job_is_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="job.json; the stage's notebook writes it"):
         jobs.read_job(tmp_path)
 

@@ -9,15 +9,8 @@ from transformers import TrainerState
 from mig_kit.boxes import BoxFormat
 from mig_kit.pipeline.joint_rules import check_reward_params
 from mig_kit.rewards import REWARDS, is_correct
-from mig_kit.training.reward_loading import (
-    Score,
-    as_completions,
-    copy_reward_files,
-    correct_reply,
-    describe_error,
-    load_rewards,
-    try_rewards,
-)
+from mig_kit.training import reward_loading
+from mig_kit.training.reward_loading import Score, correct_reply, load_rewards, try_rewards
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import make_sample
 
@@ -31,7 +24,7 @@ def load(tmp_path):
     def load_text(text):
         file = tmp_path / "my_rewards.py"
         file.write_text(text)
-        copy_reward_files(["box", f"{file}:center"], tmp_path)
+        reward_loading.copy_reward_files(["box", f"{file}:center"], tmp_path)
         rewards = load_rewards(["box", f"{file}:center"], tmp_path)
         assert list(rewards) == ["box", "center"] and rewards["box"] is REWARDS["box"]
         return rewards["center"], file
@@ -92,7 +85,7 @@ def test_a_reward_in_trls_form_gets_the_batch(load, samples, text, values):
     try_rewards({"center": reward}, samples, BOX_FORMAT)
     score = Score("center", reward, BOX_FORMAT)
     results = score.score_batch(
-        ["a", "bcd"], samples[:2], completions=as_completions(["a", "bcd"]),
+        ["a", "bcd"], samples[:2], completions=reward_loading.as_completions(["a", "bcd"]),
         completion_ids=[[1, 2], [1] * 6], trainer_state=TrainerState(), log_metric=print)
     results = asyncio.run(results) if inspect.isawaitable(results) else results
     assert results == (values or [len(sample.images) for sample in samples[:2]])
@@ -128,19 +121,23 @@ def test_a_file_that_cannot_be_imported_names_file_and_line(load, text, sentence
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("body", "sentence"), [
-    ("    x = len(reply)\n    return 1 / (x - x)\n",
+@pytest.mark.parametrize(("text", "sentence"), [
+    (HEAD + "    x = len(reply)\n    return 1 / (x - x)\n",
      "'center' failed in .*my_rewards.py, line 3: ZeroDivisionError: division by zero"),
-    ("    return sample.nothing\n", "line 2: AttributeError"),
-    ("    return float('nan')\n", "my_rewards.py, line 1.* gave nan for sample "),
-    ("    return float('inf')\n", "gave inf for sample"), ("    return 'much'\n", "gave 'much'"),
-    ("    return len(reply) if reply else float('nan')\n", "gave nan"),
+    (HEAD + "    return sample.nothing\n", "line 2: AttributeError"),
+    (HEAD + "    return float('nan')\n", "my_rewards.py, line 1.* gave nan for sample "),
+    (HEAD + "    return float('inf')\n", "gave inf for sample"),
+    (HEAD + "    return 'much'\n", "gave 'much'"),
+    (HEAD + "    return len(reply) if reply else float('nan')\n", "gave nan"),
+    ("def center(reply):\n    return 1\n", "'center' failed in .*takes 1 positional argument"),
 ])
-def test_every_reward_is_tried_before_training(load, samples, body, sentence):
-    reward, _ = load(HEAD + body)
+def test_every_reward_is_tried_before_training(load, samples, text, sentence):
+    reward, _ = load(text)
     with pytest.raises(ValueError, match=sentence):
         try_rewards({"center": reward}, samples, BOX_FORMAT)
     try_rewards(REWARDS, samples, BOX_FORMAT)
+    assert all(is_correct(correct_reply(sample, BOX_FORMAT), sample, BOX_FORMAT)
+               for sample in samples)
 
 
 @pytest.mark.parametrize("body", ["    len(reply)\n", "    return None\n",
@@ -162,18 +159,3 @@ def test_a_reward_may_be_about_some_questions_or_replies(load, samples, conditio
             make_sample("region", "val", 0)]
     try_rewards({"center": reward}, many, BOX_FORMAT)
     try_rewards({"choice": REWARDS["choice"]}, many[-9:], BOX_FORMAT)
-
-
-def test_too_few_arguments_are_one_sentence(load, samples):
-    reward, _ = load("def center(reply):\n    return 1\n")
-    with pytest.raises(ValueError, match="'center' failed in .*takes 1 positional argument"):
-        try_rewards({"center": reward}, samples, BOX_FORMAT)
-
-
-def test_a_correct_reply_is_correct(samples):
-    for sample in samples:
-        assert is_correct(correct_reply(sample, BOX_FORMAT), sample, BOX_FORMAT)
-
-
-def test_an_error_from_elsewhere_has_no_line():
-    assert describe_error(KeyError("a"), "/x.py") == "/x.py: KeyError: 'a'"

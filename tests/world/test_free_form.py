@@ -1,6 +1,4 @@
-"""Drawn general questions, and those for all boxes: as many as the kind says, told by the images
-alone.
-"""
+"""Drawn general questions, and those for all boxes: as many as their kind says."""
 
 import random
 from collections import Counter

@@ -7,33 +7,44 @@ import pytest
 from mig_kit.prompts import LETTERS
 from mig_kit.world import suites
 from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
-from mig_kit.world.tasks import TASKS
+from mig_kit.world.tasks import TASKS, make_sample
 
 
-def assert_sound(sample):
-    if sample.options:
-        assert len(set(sample.options)) == len(sample.options) > LETTERS.index(sample.letter)
-    for target in sample.targets:
-        width, height = sample.sizes[target.image - 1]
-        x1, y1, x2, y2 = target.box
-        assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+def assert_sound(*samples):
+    """Options differ, and a target is an object of its image, as all that may be pointed at are."""
+    for sample in samples:
+        if sample.options:
+            assert len(set(sample.options)) == len(sample.options) > LETTERS.index(sample.letter)
+        boxes = suites.list_object_boxes(sample.spec)
+        assert len(boxes) == len(sample.images) and all(boxes), sample.id
+        assert all(target.box in boxes[target.image - 1] for target in sample.targets), sample.id
+        for image_boxes, (width, height) in zip(boxes, sample.sizes):
+            assert all(x1 < x2 <= width + 1 and y1 < y2 <= height + 1
+                       for x1, y1, x2, y2 in image_boxes)
+        for target in sample.targets:
+            width, height = sample.sizes[target.image - 1]
+            x1, y1, x2, y2 = target.box
+            assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_suites(suite):
     samples = suites.make_suite(suite, "test", 10)
+    assert_sound(*samples)
     tasks = list(suites.SUITES[suite].tasks)
     assert list(dict.fromkeys(sample.task for sample in samples)) == tasks
     assert set(Counter(sample.task for sample in samples).values()) == {10}
     assert len({sample.id for sample in samples}) == len(samples)
-    for sample in samples:
-        assert sample.id.startswith(f"{suite}/{sample.task}/test/")
-        assert_sound(sample)
+    assert all(sample.id.startswith(f"{suite}/{sample.task}/test/") for sample in samples)
 
 
-def test_an_unknown_suite_is_one_sentence():
-    with pytest.raises(ValueError, match="no suite 'coco'; the suites are mig_bench, "):
-        suites.make_suite("coco", "test", 1)
+@pytest.mark.parametrize("make, arguments, sentence", [
+    (suites.make_suite, ("coco", "test", 1), "no suite 'coco'; the suites are mig_bench, "),
+    (make_sample, ("maze", "val", 0), "no task 'maze'; the tasks are diff, "),
+    (make_sample, ("diff", "dev", 0), "no split 'dev'; the splits are base, cot, ")])
+def test_an_unknown_name_is_one_sentence(make, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make(*arguments)
 
 
 def test_the_training_mix_counts_boxes_apart():
@@ -42,8 +53,8 @@ def test_the_training_mix_counts_boxes_apart():
     expected = {task: 2 for task in TASKS} | {
         kind: 1 if kind in BOX_FORMS else 3 for kind in FREE_FORM}
     assert counts == expected
+    assert_sound(*samples)
     for sample in samples:
-        assert_sound(sample)
         assert bool(sample.options) == (sample.task in set(FREE_FORM) - {*BOX_FORMS})
 
 
@@ -57,18 +68,6 @@ def test_objects_of_every_second_candidate_are_small():
             is_small = int(sample.id.rpartition("/")[2]) % 2 == 1
             sides[is_small].append(max(x2 - x1, y2 - y1))
     assert max(sides[True]) <= 13 and min(sides[False]) >= 13
-
-
-SAMPLES = [sample for suite in suites.SUITES for sample in suites.make_suite(suite, "test", 3, 14)]
-
-
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.id)
-def test_every_target_is_an_object_of_its_image(sample):
-    boxes = suites.list_object_boxes(sample.spec)
-    assert len(boxes) == len(sample.images) and all(boxes)
-    assert all(target.box in boxes[target.image - 1] for target in sample.targets)
-    for image_boxes, (width, height) in zip(boxes, sample.sizes):
-        assert all(x2 <= width + 1 and y2 <= height + 1 for _, _, x2, y2 in image_boxes)
 
 
 @pytest.mark.parametrize("box, expected", [

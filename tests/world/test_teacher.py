@@ -30,15 +30,6 @@ def test_the_detail_of_a_trace_is_recognised(kind, detail, samples_by_kind):
     assert teacher.recognize_detail(reply) == detail
 
 
-def test_details_by_hand(samples_by_kind):
-    sample = samples_by_kind["diff"]
-    method, finding = "Compare.", sample.finding
-    assert teacher.write_reasoning(sample, "method") == method
-    assert teacher.write_reasoning(sample, "finding") == f"{method} {finding}"
-    evidence = " ".join([method, *sample.notes, finding])
-    assert teacher.write_reasoning(sample, "evidence") == evidence
-
-
 @pytest.mark.parametrize("kind", TRAINING_KINDS)
 def test_a_trace_has_the_error_that_it_names(kind, samples_by_kind):
     sample, box_format = samples_by_kind[kind], BoxFormat()
