@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import click
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import suggest_word, write_json_lines
+from mig_kit.common import suggest_word
 from mig_kit.pipeline import model_cards
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
@@ -109,8 +109,6 @@ def model_options(command):
 @click.option("--compare", multiple=True,
               type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="The --out of another model: one table, and the paired difference; repeat.")
-@click.option("--items", type=click.Path(dir_okay=False, path_type=Path),
-              help="Write a line a question here: its values, what was read, wins and losses.")
 @click.option("--card", is_flag=True,
               help="Also write the scores into the model folder's README.md, for the hub.")
 @click.option("--server", default="", help="Draws the replies: addresses, or a command with "
@@ -124,13 +122,10 @@ def model_options(command):
 @click.option("--device", default="auto", show_default=True, help="auto, cuda or cpu.")
 def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
                  images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
-                 items: Path | None, card: bool, coordinates: str | None, min_pixels: int | None,
+                 card: bool, coordinates: str | None, min_pixels: int | None,
                  max_pixels: int | None, device: str, **params) -> None:
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     _check_words(suite, file, images, adapter, four_bit)
-    if items and (not items.parent.is_dir() or items.exists() and items in (
-            file, *(out / name for name in ("predictions.jsonl", "eval.json", "settings.json")))):
-        raise ValueError(f"{items} cannot be written; name a new file in a folder that exists")
     from mig_kit.models import loading  # seconds, which wrong words need not wait for
     from mig_kit.models.adapters import check_adapter_base
     from mig_kit.models.model_folders import ServedName
@@ -162,8 +157,6 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
         click.echo(text)
     if card:
         model_cards.add_scores(Path(run_model.folder), result["scores"], file.name if file else "")
-    if items:
-        write_json_lines(items, eval_model.item_rows(out, others))
 
 
 def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Path | None,

@@ -210,19 +210,6 @@ def file_asks_for_all(path: Path) -> bool:
                                for _, record, _ in iter_entries(path))
 
 
-def iter_usable_lines(path: Path, root: Path, takes_damaged: bool = True) -> Iterator[Line]:
-    """Every line, without reading pixels; ValueError at the first wrong line.
-
-    takes_damaged: also gives lines whose only fault is a damaged image; they have no sample.
-    """
-    for line in iter_checked_lines(path, root):
-        if line.problems and not (takes_damaged and line.is_damaged):
-            word = entry_word(path)
-            raise ValueError(f"{path} {word} {line.number}: {line.problems[0]} "
-                             f"(mig-kit data check {path} lists every {word})")
-        yield line
-
-
 def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None) -> int:
     """The number of lines; ValueError with the first wrong one. Damaged images are left to 01."""
     word, n_lines, n_wrong, first = entry_word(path), 0, 0, ""
@@ -248,9 +235,13 @@ def require_lines(path: Path, count: int) -> None:
 
 
 def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[Sample]:
-    """The first `limit` samples (None: all); ValueError at a wrong line or a damaged image."""
-    lines = iter_usable_lines(path, root, takes_damaged=False)
-    return (line.sample for line in islice(lines, limit))
+    """The samples of the first `limit` lines (None: all); ValueError at the first wrong line."""
+    for line in islice(iter_checked_lines(path, root), limit):
+        if line.problems:
+            word = entry_word(path)
+            raise ValueError(f"{path} {word} {line.number}: {line.problems[0]} "
+                             f"(mig-kit data check {path} lists every {word})")
+        yield line.sample
 
 
 def _make_sample(data: dict, root: Path, sizes: list[tuple[int, int]], find_all: bool) -> Sample:

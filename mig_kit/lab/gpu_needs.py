@@ -14,8 +14,8 @@ from transformers import AutoConfig
 from mig_kit.common import model_folder
 from mig_kit.models.model_folders import FAMILIES
 from mig_kit.pipeline.params import profile_params
-from mig_kit.shared_prefix.linear_attention import list_linear_attention
 from mig_kit.shared_prefix.logprobs import HEAD_TOKENS
+from mig_kit.shared_prefix.prefixes import list_linear_attention
 
 GIB = 2**30
 CARDS = (24, 40, 80, 141)  # GB on the labels of GPUs

@@ -5,30 +5,18 @@ import os
 import shutil
 from pathlib import Path
 
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    PreTrainedModel,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLForConditionalGeneration,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeForConditionalGeneration,
-)
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
+from mig_kit.shared_prefix import prompt_cache
 
 # model_type of config.json -> class of the model
-FAMILIES = {
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen2_vl": Qwen2VLForConditionalGeneration,
-    "qwen3_vl": Qwen3VLForConditionalGeneration,
-    "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
-    "qwen3_5": Qwen3_5ForConditionalGeneration,
-    "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration,
-}
+FAMILIES = {name: getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name])
+            for name in prompt_cache.FAMILIES}
 
 # Files of a model folder that training does not change; a saved model keeps its base's.
 UNCHANGED_FILES = (
@@ -45,9 +33,6 @@ UNCHANGED_FILES = (
 )
 INDEX = "model.safetensors.index.json"
 VisionLanguageModel = PreTrainedModel  # of one of FAMILIES
-# model_type -> name of the class of its processor
-PROCESSORS = dict.fromkeys(FAMILIES, "Qwen3VLProcessor") | {
-    "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
 
 
 class ServedName(str):

@@ -10,21 +10,22 @@ from pathlib import Path
 import jinja2
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2_5_VLProcessor
+from transformers import AutoTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.processing_utils import ProcessorMixin
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
-from mig_kit.models.model_folders import PROCESSORS, check_model_folder, find_file, load_config
+from mig_kit.models.model_folders import check_model_folder, find_file, load_config
 from mig_kit.prompts import chat_messages, parse_reply
 from mig_kit.sample import Sample
+from mig_kit.shared_prefix.prompt_cache import ImagePrompts
 
 SETTINGS_FILE = "mig_kit.json"  # of a model folder: what its other files have no place for
 MOST_PROBED = 2**22  # pixels of a probe image; larger ones take seconds and a gigabyte
 
 
-class StillImageProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor for still images, without the video part, which needs torchvision.
+class StillImageProcessor(ImagePrompts):
+    """The processor of a model folder, whose replies may go on from a tag that the prompt opens.
 
     Args:
         stock_class: processor class of the model's family, which all saved files name.
@@ -35,16 +36,8 @@ class StillImageProcessor(Qwen2_5_VLProcessor):
                  stock_class: str = "Qwen2_5_VLProcessor",
                  coordinates: Coordinates | None = None, **kwargs):
         tokenizer.padding_side = "left"  # on the right, trainers misplace image tokens' positions
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         self.stock_class, self.coordinates = stock_class, coordinates
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-    @classmethod
-    def get_attributes(cls):
-        """The parts that transformers looks for."""
-        return ["image_processor", "tokenizer"]
+        super().__init__(image_processor, tokenizer, chat_template)
 
     @cached_property
     def opened_tag(self) -> str:
@@ -141,7 +134,7 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
         model, min_pixels=box_format.min_pixels, max_pixels=box_format.max_pixels)
     processor = StillImageProcessor(
         images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
-        stock_class=PROCESSORS[family],
+        stock_class=PROCESSOR_MAPPING_NAMES[family],
         coordinates=box_format.coordinates)
     check_chat_template(processor, box_format, model)
     check_probe_images(processor, box_format, model)
@@ -291,9 +284,6 @@ def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
     grid_thw: (images, 3) int, patches of each image; sizes: (width, height) of the originals.
     """
     grids = [] if grid_thw is None else grid_thw.tolist()
-    if len(grids) != len(sizes):
-        raise ValueError(f"the batch holds {len(sizes)} images but {len(grids)} image grids; "
-                         "images were lost on the way")
     patch = processor.image_processor.patch_size
     factor = patch * processor.image_processor.merge_size
     for number, ((_, rows, columns), size) in enumerate(zip(grids, sizes, strict=True), 1):

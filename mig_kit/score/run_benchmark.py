@@ -1,10 +1,11 @@
 """Real benchmarks for `mig-kit eval`: items as samples, and replies as lines for both protocols."""
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box
 from mig_kit.image_files import EncodedImage, LazyImages, is_regular_file, read_size
@@ -12,6 +13,7 @@ from mig_kit.sample import Sample, Target
 from mig_kit.score.annotations import READERS, Benchmark, BenchmarkItem, resolve_image_path
 from mig_kit.score.convert_boxes import convert_exactly, to_official_line
 from mig_kit.score.records import read_records
+from mig_kit.stats import group_by_task
 
 # Not MC-Bench and OdinW, which ask for every box of an image, with a score.
 RUNNABLE = tuple(READERS)
@@ -27,7 +29,13 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
     Raises ValueError for items without images, multiple choice without options, and missing images;
     BadImage for a file that is no image.
     """
-    benchmark = _first_per_task(READERS[name](read_records(annotations)), limit)
+    benchmark = READERS[name](read_records(annotations))
+    if limit:
+        rows = np.arange(len(benchmark.items))
+        by_task = group_by_task((item.task for item in benchmark.items), rows)
+        chosen = sorted(row for part in by_task.values() for row in part[:limit])
+        benchmark = replace(benchmark, complete=False,
+                            items=tuple(benchmark.items[row] for row in chosen))
     without_images = [item.name for item in benchmark.items if not item.images]
     if without_images:
         raise ValueError(f"{len(without_images)} items of {annotations} name no images (first: "
@@ -50,19 +58,6 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
     return benchmark, [to_sample(item, benchmark.name,
                                  LazyImages(tuple(images[name] for name in item.images)))
                        for item in benchmark.items]
-
-
-def _first_per_task(benchmark: Benchmark, limit: int) -> Benchmark:
-    """The benchmark with only so many first items of every task; as it is for 0."""
-    if not limit:
-        return benchmark
-    counts: Counter = Counter()
-    items = []
-    for item in benchmark.items:
-        counts[item.task] += 1
-        if counts[item.task] <= limit:
-            items.append(item)
-    return replace(benchmark, items=tuple(items), complete=False)
 
 
 def to_sample(item: BenchmarkItem, benchmark: str, images: LazyImages) -> Sample:

@@ -13,8 +13,7 @@ from torch.nn.functional import linear, pad, softmax
 from transformers import Cache
 
 from mig_kit.shared_prefix.flat_layers import is_plain_lora, product_dtype
-from mig_kit.shared_prefix.linear_attention import has_linear_attention
-from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes
+from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes, has_linear_attention
 
 ROW_BLOCK = 16  # tokens by which a row's keys and values grow on a CPU
 

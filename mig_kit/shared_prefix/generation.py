@@ -16,8 +16,13 @@ from mig_kit.shared_prefix.decoding import (
     fuse_decoding_weights,
     has_experts,
 )
-from mig_kit.shared_prefix.linear_attention import has_linear_attention, state_bytes
-from mig_kit.shared_prefix.prefixes import group_by_prefix, pad_prompts, prefill_suffixes
+from mig_kit.shared_prefix.prefixes import (
+    group_by_prefix,
+    has_linear_attention,
+    pad_prompts,
+    prefill_suffixes,
+    state_bytes,
+)
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
 
 KV_BYTES = 8 * 2**30  # of keys and values of the replies that a training step draws at a time

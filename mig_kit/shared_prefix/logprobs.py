@@ -13,8 +13,14 @@ from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from mig_kit.shared_prefix.flat_layers import Group, can_read_flat, read_flat
-from mig_kit.shared_prefix.linear_attention import has_linear_attention, make_cache
-from mig_kit.shared_prefix.prefixes import additive_mask, embed_with_images, pad_prompts, pad_rows
+from mig_kit.shared_prefix.prefixes import (
+    additive_mask,
+    embed_with_images,
+    has_linear_attention,
+    make_cache,
+    pad_prompts,
+    pad_rows,
+)
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
 
 HEAD_TOKENS = 1024  # tokens whose logits are in memory at a time if layers are checkpointed

@@ -24,14 +24,11 @@ from mig_kit.models.model_folders import ServedName, find_file
 from mig_kit.models.processors import load_processor, prompt_measure
 from mig_kit.pipeline.dependencies import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
-from mig_kit.prompts import format_question, is_well_formed, parse_boxes
+from mig_kit.prompts import format_question, is_well_formed
 from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark
 from mig_kit.score.annotations import Benchmark
-from mig_kit.score.choice_parsers import parse_choice_letter
 from mig_kit.score.own import read_freely
-from mig_kit.score.records import read_records
-from mig_kit.score.reply_boxes import parse_named_box
 from mig_kit.score.result import number_lists, summarize
 from mig_kit.serving import reply_files
 from mig_kit.serving.stored_replies import count_endings, describe_endings
@@ -206,36 +203,6 @@ def read_result(folder: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no eval.json; finish that mig-kit eval first")
     return json.loads(path.read_text())
-
-
-def item_rows(out: Path, others: Mapping[str, dict]) -> list[dict]:
-    """A row per question of a finished evaluation, for `--items`: {"suite", "id", "task", each
-    protocol's value, "image", "box" and "letter" as read, None if not, "problem"}.
-
-    others: name -> a compared result, adds PROTOCOL " against NAME": win, loss or tie.
-    """
-    result, rows = read_result(out), []
-    replies = (record["response"] for record in read_records(out / "predictions.jsonl"))
-    for suite, columns in result["items"].items():
-        rules = list(result["scores"])
-        for place, (name, part) in enumerate(zip(columns["id"], columns["part"])):
-            reply = next(replies)
-            image, box = parse_named_box(reply, 0)
-            boxes = parse_boxes(reply)
-            letter = parse_choice_letter(reply) or None if box is None and not boxes else None
-            if boxes is not None and len(boxes) != 1:  # none or several, as some questions ask for
-                image, box = [number for number, _ in boxes], [box for _, box in boxes]
-            row = {"suite": suite, "id": name, "task": part, **{
-                protocol: float(columns[protocol][place]) for protocol in rules},
-                "image": image, "box": box, "letter": letter,
-                "problem": "" if box is not None or letter else
-                "no box or letter is read" if reply.strip() else "empty"}
-            for other, compared in others.items():
-                for protocol in rules:
-                    gap = row[protocol] - compared["items"][suite][protocol][place]
-                    row[f"{protocol} against {other}"] = ("tie", "win", "loss")[int(np.sign(gap))]
-            rows.append(row)
-    return rows
 
 
 def result_tables(results: Mapping[str, dict]) -> list[str]:

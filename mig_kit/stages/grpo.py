@@ -31,7 +31,6 @@ from mig_kit.serving.served_rollouts import (
     ServedRollouts,
     StopIfServerIsStale,
 )
-from mig_kit.serving.stored_replies import draw_first_rollouts
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 from mig_kit.training import resuming
@@ -155,6 +154,8 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
     resuming.use_one_device(config)
     scores = score_functions(rewards, policy.box_format, params.hallucinated_image_penalty)
     logged = ("reward", *(f"rewards/{name}/mean" for name in rewards), "entropy")
+    describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
+                       weights=params.reward_weights)
     common = {
         "model": policy.model, "args": config, "processing_class": policy.processor,
         "reward_funcs": reward_functions(scores, samples),
@@ -162,8 +163,8 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
         "peft_config": (None if isinstance(policy.model, PeftModel)  # it brings its adapter along
                         else resuming.lora_config(params.lora_r, lora_targets=params.lora_targets)),
         "callbacks": [resuming.ProgressLines(logged), StopIfNothingLearns(),
-                      # these also draw a few replies before the first update
-                      *_rollout_callbacks(policy, samples, folder, params, scores)]}
+                      # draws a few replies before the first update, too
+                      KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe)]}
     if params.share_prefix:
         served = None
         if params.server:
@@ -203,17 +204,6 @@ def one_group_trainer(policy: loading.Policy, sample: Sample, folder: Path,
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()  # a layer in evaluation keeps everything
     return trainer
-
-
-def _rollout_callbacks(policy: loading.Policy, samples: Sequence[Sample], folder: Path,
-                       params: SimpleNamespace, scores: dict[str, Score]) -> list:
-    """Callbacks that log rollouts, and show curves and rollouts during training."""
-    live = resuming.LiveCurves(
-        training_curves, ("reward", *scores, *DETAILS),
-        draw=partial(draw_first_rollouts, folder, policy.box_format, samples))
-    describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
-                       weights=params.reward_weights)
-    return [KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe), live]
 
 
 def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[str, str | Path]:

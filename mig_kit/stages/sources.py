@@ -72,7 +72,7 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
         store = ImageStore(folder / IMAGE_FOLDER)
         writers = _open_writers(folder, stack)
         bar = stack.enter_context(progress_bar(None, "store questions", total=n_lines))
-        for line in own_data.iter_usable_lines(path, root):
+        for line in own_data.iter_checked_lines(path, root):
             bar.update(line.number - bar.n)
             report.read += 1
             if line.problems:

@@ -16,8 +16,8 @@ from mig_kit.models.sample_prompts import SampleCache
 from mig_kit.prompts import chat_messages
 from mig_kit.shared_prefix import attention, decoding, generation, prefixes, prompt_cache
 from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, sample_tokens
-from mig_kit.shared_prefix.linear_attention import has_linear_attention
 from mig_kit.shared_prefix.logprobs import completion_logps
+from mig_kit.shared_prefix.prefixes import has_linear_attention
 from mig_kit.shared_prefix.prompt_cache import Prompt
 from mig_kit.training import resuming
 

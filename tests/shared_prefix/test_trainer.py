@@ -30,8 +30,7 @@ from mig_kit.models.processors import load_processor
 from mig_kit.shared_prefix import compare, decoding, generation, logprobs, prefixes
 from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource, describe_image
-from mig_kit.shared_prefix.rows import move_images
-from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
+from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer, move_images
 
 ROOT = Path(__file__).parents[2]
 QUERIES = LoraConfig(r=4, target_modules=r".*language_model.*q_proj")

@@ -20,7 +20,7 @@ from mig_kit.models.sample_prompts import SampleCache, prompt_source
 from mig_kit.prompts import correct_answer
 from mig_kit.rewards import REWARDS
 from mig_kit.serving import stored_replies
-from mig_kit.shared_prefix import obstacles, self_check
+from mig_kit.shared_prefix import obstacles
 from mig_kit.shared_prefix import trainer as trainer_module
 from mig_kit.shared_prefix.prompt_cache import PromptCache
 from mig_kit.stages import grpo
@@ -441,7 +441,7 @@ def test_replies_that_got_short_are_named():
 @pytest.mark.slow
 def test_a_model_whose_prompts_cannot_be_shared_is_one_sentence(tmp_path, make_trainer,
                                                                 monkeypatch):
-    monkeypatch.setattr(self_check, "MAX_DIFFERENCE_FLOAT32", -1.0)
+    monkeypatch.setattr(obstacles, "MAX_DIFFERENCE_FLOAT32", -1.0)
     with pytest.raises(RuntimeError, match="prompts cannot be shared: log-probabilities .* from "
                                            "stock TRL's.*; set share_prefix to false"):
         make_trainer(tmp_path).train()
