@@ -10,7 +10,6 @@ import yaml
 
 from mig_kit.common import PROJECT_ROOT, suggest_word
 from mig_kit.pipeline import store
-from mig_kit.pipeline.dependencies import MODEL_PARAMS
 from mig_kit.pipeline.joint_rules import check_run, leave_out_cold_start, validate_params
 from mig_kit.pipeline.params import (
     CONFIGS,
@@ -36,6 +35,7 @@ from mig_kit.pipeline.run_folders import (
     require_runs,
     validate_run_id,
 )
+from mig_kit.pipeline.stage_keys import MODEL_PARAMS
 
 SEED = "{seed}"  # what stands for a seed in names and values
 MODEL_WORDS = ("tiny", "merged", "base", "adapter")  # in place of a model's folder or name

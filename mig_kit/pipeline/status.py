@@ -4,7 +4,6 @@ import re
 
 from mig_kit.pipeline import store
 from mig_kit.pipeline.attempts import find_damaged, list_attempts, seconds_spent
-from mig_kit.pipeline.dependencies import select_products
 from mig_kit.pipeline.run_folders import (
     RECIPE,
     STAGES,
@@ -19,6 +18,7 @@ from mig_kit.pipeline.run_folders import (
     runs_root,
     stage_folder,
 )
+from mig_kit.pipeline.stage_keys import select_products
 from mig_kit.world.suites import suite_title
 
 SCORE = re.compile(r"metric systems\..*\.score$")  # of 06: a system's on a suite

@@ -21,16 +21,6 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import PACKAGE, digest_json, file_sha256, write_atomically, write_json
 from mig_kit.image_files import IMAGE_FOLDER
 from mig_kit.pipeline import attempts
-from mig_kit.pipeline.dependencies import (
-    describe_code,
-    hash_named_files,
-    input_stages,
-    load_inputs,
-    model_fingerprint,
-    select_products,
-    stage_facts,
-    with_run_params,
-)
 from mig_kit.pipeline.joint_rules import check_run, validate_params
 from mig_kit.pipeline.model_cards import CARD, write_cards
 from mig_kit.pipeline.params import (
@@ -59,6 +49,16 @@ from mig_kit.pipeline.run_folders import (
     validate_run_id,
 )
 from mig_kit.pipeline.run_folders import has_cold_start as has_cold_start  # for stages
+from mig_kit.pipeline.stage_keys import (
+    describe_code,
+    hash_named_files,
+    input_stages,
+    load_inputs,
+    model_fingerprint,
+    select_products,
+    stage_facts,
+    with_run_params,
+)
 
 DEFAULT_RUN = "default"  # which a new run of a notebook starts from
 REPLY_KEYS = "reply_keys.json"

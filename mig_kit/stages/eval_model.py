@@ -22,8 +22,8 @@ from mig_kit.models.adapters import describe_adapter
 from mig_kit.models.loading import Hardware
 from mig_kit.models.model_folders import ServedName, find_file
 from mig_kit.models.processors import load_processor, prompt_measure
-from mig_kit.pipeline.dependencies import model_fingerprint
 from mig_kit.pipeline.run_facts import RunModel
+from mig_kit.pipeline.stage_keys import model_fingerprint
 from mig_kit.prompts import format_question, is_well_formed
 from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark

@@ -7,7 +7,7 @@ import papermill
 import pytest
 
 from mig_kit.common import file_sha256, write_json
-from mig_kit.pipeline import dependencies
+from mig_kit.pipeline import stage_keys
 from mig_kit.pipeline.joint_rules import validate_params
 
 
@@ -34,7 +34,7 @@ def leave(root):
                   "outputs": {name: file_sha256(folder / name) for name in ("x", "metrics.json")}}
         write_json(folder / "run.json", record)
         with suppress(FileNotFoundError):  # a stage before it is not there
-            record["key"] = dependencies.stage_facts(stage, run_id, record["params"])["key"]
+            record["key"] = stage_keys.stage_facts(stage, run_id, record["params"])["key"]
             write_json(folder / "run.json", record)
         return folder
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mig_kit.image_files import ImageStore
-from mig_kit.pipeline import dependencies, store
+from mig_kit.pipeline import stage_keys, store
 from mig_kit.pipeline.params import profile_params
 from mig_kit.stages import sources
 
@@ -72,7 +72,7 @@ def test_a_broken_image_that_was_copied_again_is_taken(own, tmp_path):
 
 
 def image_digest(params):
-    return dependencies.hash_named_files(params).get("images", "")
+    return stage_keys.hash_named_files(params).get("images", "")
 
 
 def read_no_image(path):
@@ -86,7 +86,7 @@ def test_a_touch_a_copy_and_what_no_question_names_change_nothing(own, tmp_path,
         os.utime(path, (1, 1))
     Image.new("RGB", (9, 9)).save(tmp_path / "data/images/other.png")
     assert image_digest(own) == key
-    monkeypatch.setattr(dependencies, "file_sha256", read_no_image)
+    monkeypatch.setattr(stage_keys, "file_sha256", read_no_image)
     assert image_digest(own) == key
     for path in (tmp_path / "data/images").iterdir():
         path.unlink()
@@ -110,8 +110,8 @@ def test_a_damaged_cache_and_odd_lines_are_no_error(own, tmp_path):
 
 
 def test_a_large_set_counts_by_size_and_time(own, tmp_path, monkeypatch):
-    monkeypatch.setattr(dependencies, "LARGE_SET", 100)
-    monkeypatch.setattr(dependencies, "file_sha256", read_no_image)
+    monkeypatch.setattr(stage_keys, "LARGE_SET", 100)
+    monkeypatch.setattr(stage_keys, "file_sha256", read_no_image)
     key = image_digest(own)
     assert key == image_digest(own)
     os.utime(tmp_path / "data/images/0a.png", (1, 1))

@@ -9,7 +9,7 @@ from command_line import describe_files, error_of, output_of
 
 from mig_kit.commands.main import cli
 from mig_kit.common import write_json
-from mig_kit.pipeline import dependencies, execute, plan, run_facts, run_folders, status, store
+from mig_kit.pipeline import execute, plan, run_facts, run_folders, stage_keys, status, store
 from mig_kit.pipeline.joint_rules import validate_params
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -291,13 +291,13 @@ def test_another_profile_has_a_run_of_its_own(root, leave, no_kernels):
 
 def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels, monkeypatch):
     output_of("run", "05", "06", "--run-id", "a")
-    facts = dependencies.describe_code
+    facts = stage_keys.describe_code
 
     def changed_04(stage, rewards):
         code = facts(stage, rewards)
         return {**code, "code": "2"} if stage == "04_rejection_sampling" else code
 
-    monkeypatch.setattr(dependencies, "describe_code", changed_04)
+    monkeypatch.setattr(stage_keys, "describe_code", changed_04)
     lines = {line.split()[0]: line for line in output_of("status", "a").splitlines()}
     assert "stale, made in" in lines["04_rejection_sampling"]
     assert "stale through 04, made in" in lines["05_grpo"] and "through 04" in lines["06_evaluate"]
@@ -312,7 +312,7 @@ def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels
     mark = "05_grpo of run 'b' was made from stale stages: 04_rejection_sampling (the "
     assert mark in output_of("status", "b")
     assert mark in " ".join(store.stale_notes("05_grpo", "b"))
-    monkeypatch.setattr(dependencies, "describe_code", facts)
+    monkeypatch.setattr(stage_keys, "describe_code", facts)
     assert mark in " ".join(store.stale_notes("06_evaluate", "b")), "the mark stays"
 
 

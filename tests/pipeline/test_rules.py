@@ -5,7 +5,7 @@ import math
 import pytest
 from command_line import describe_files, error_of
 
-from mig_kit.pipeline import dependencies, joint_rules, params, store
+from mig_kit.pipeline import joint_rules, params, stage_keys, store
 from mig_kit.pipeline.joint_rules import validate_params
 from mig_kit.rewards import REWARDS
 from mig_kit.serving.served_rollouts import SAMPLING_CURVES
@@ -175,8 +175,8 @@ def test_the_names_are_those_of_the_rewards_and_curves():
 
 
 def test_the_file_of_a_reward_is_part_of_what_makes_05_stale(reward_files, monkeypatch):
-    monkeypatch.setattr(dependencies, "with_run_params", lambda stage, run_id, params: params)
-    monkeypatch.setattr(dependencies, "require_record", lambda *_: {"outputs": {}})
+    monkeypatch.setattr(stage_keys, "with_run_params", lambda stage, run_id, params: params)
+    monkeypatch.setattr(stage_keys, "require_record", lambda *_: {"outputs": {}})
     own_file = reward_files["FILE"]
     values = {"rewards": ["format", f"{own_file}:center"], "reward_weights": {"center": 0.5}}
     values = validate_params(values, "05_grpo")

@@ -15,7 +15,7 @@ from command_line import describe_files, error_of, output_of, run_mig_kit
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import write_json
-from mig_kit.pipeline import attempts, dependencies, execute, params, store
+from mig_kit.pipeline import attempts, execute, params, stage_keys, store
 from mig_kit.pipeline.joint_rules import validate_params
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -91,13 +91,13 @@ def test_what_differs_has_a_name(kind, values, words):
 def test_status_and_run_mean_the_same_by_stale_and_say_why(root, monkeypatch):
     begin(memory_gib=1.0).finish({})
     values = store.recorded_params("00_preflight", load_record())
-    code = dependencies.describe_code("00_preflight", ())
+    code = stage_keys.describe_code("00_preflight", ())
     name = "mig_kit.stages.preflight.describe_machine"
     assert name in code["definition"]
     words = ("status", "a", "--why")
     assert "stale" not in output_of(*words)
     changed = {**code, "code": "2", "definition": {**code["definition"], name: "2"}}
-    monkeypatch.setattr(dependencies, "describe_code", lambda *_: changed)
+    monkeypatch.setattr(stage_keys, "describe_code", lambda *_: changed)
     assert output_of(*words).splitlines()[1:3] == [
         "  00_preflight            stale, made in 0.0 min", "    it is stale: the definition "
         "describe_machine of mig_kit.stages.preflight has changed"]

@@ -12,7 +12,7 @@ import torch
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.models import loading
-from mig_kit.pipeline.dependencies import notebook_cells
+from mig_kit.pipeline.stage_keys import notebook_cells
 from mig_kit.shared_prefix import flat_layers, prompt_cache
 from mig_kit.stages import grpo
 from mig_kit.training import recipe_trainer

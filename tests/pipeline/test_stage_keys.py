@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from mig_kit.common import NOTEBOOKS, PACKAGE
-from mig_kit.pipeline import dependencies, params, store
+from mig_kit.pipeline import params, stage_keys, store
 from mig_kit.pipeline.joint_rules import KIT_REWARDS
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -25,8 +25,8 @@ def copied_project(tmp_path_factory):
 @pytest.fixture
 def project(copied_project, monkeypatch):
     """The copy, whose code is looked at; what a test changes in it is put back."""
-    monkeypatch.setattr(dependencies, "PACKAGE", copied_project / "mig_kit")
-    for module in (dependencies, params):
+    monkeypatch.setattr(stage_keys, "PACKAGE", copied_project / "mig_kit")
+    for module in (stage_keys, params):
         monkeypatch.setattr(module, "NOTEBOOKS", copied_project / "notebooks")
     yield copied_project
     for folder, original in (("mig_kit", PACKAGE), ("notebooks", NOTEBOOKS)):
@@ -37,7 +37,7 @@ def project(copied_project, monkeypatch):
 
 
 def code_of_stages(rewards=KIT_REWARDS):
-    return {stage: dependencies.describe_code(stage, rewards)["code"] for stage in RECIPE}
+    return {stage: stage_keys.describe_code(stage, rewards)["code"] for stage in RECIPE}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_a_reward_that_is_not_chosen_makes_nothing_stale(unchanged_code, project
 
 
 def test_what_is_not_part_of_a_key_exists():
-    for name in dependencies.NOT_PART_OF_A_KEY:
+    for name in stage_keys.NOT_PART_OF_A_KEY:
         path = PACKAGE.joinpath(*name.split(".")[1:])
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{name} was renamed"
 
@@ -156,7 +156,7 @@ def test_what_is_not_part_of_a_key_exists():
 def assigned_and_used(cell):
     """(names that a cell assigns, names that it takes from earlier cells)."""
     assigned, used = set(), set()
-    for statement in dependencies._parse("".join(cell["source"])).body:
+    for statement in stage_keys._parse("".join(cell["source"])).body:
         names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
         stored = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
         is_simple = isinstance(statement, ast.Assign | ast.AugAssign | ast.AnnAssign)
@@ -174,7 +174,7 @@ def assigned_and_used(cell):
 @pytest.mark.parametrize("stage", store.STAGES)
 def test_no_cell_that_counts_uses_what_a_picture_or_a_lesson_assigns(stage):
     outside = {}  # name -> the cell outside the key that assigned it last
-    for cell in dependencies.notebook_cells(stage):
+    for cell in stage_keys.notebook_cells(stage):
         assigned, used = assigned_and_used(cell)
         tags = set(cell["metadata"].get("tags", ()))
         if tags & {"picture", "lesson"}:
@@ -194,8 +194,8 @@ def describe_small(tmp_path, monkeypatch):
     def describe(modules, cell):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         (folder / "mig_kit").mkdir(parents=True)
-        monkeypatch.setattr(dependencies, "PACKAGE", folder / "mig_kit")
-        for module in (dependencies, params):
+        monkeypatch.setattr(stage_keys, "PACKAGE", folder / "mig_kit")
+        for module in (stage_keys, params):
             monkeypatch.setattr(module, "NOTEBOOKS", folder)
         for name, text in modules.items():
             (folder / "mig_kit" / f"{name}.py").write_text(text)
@@ -204,7 +204,7 @@ def describe_small(tmp_path, monkeypatch):
                  {"cell_type": "code", "source": [cell], "metadata": {}},
                  {"cell_type": "code", "source": ["b.drawn()"], "metadata": {"tags": ["picture"]}}]
         (folder / "01_small.ipynb").write_text(json.dumps({"cells": cells}))
-        return dependencies.describe_code("01_small", ())
+        return stage_keys.describe_code("01_small", ())
 
     return describe
 
