@@ -156,7 +156,7 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     for text in eval_model.result_tables({str(out): result, **others}):
         click.echo(text)
     if card:
-        model_cards.add_scores(Path(run_model.folder), result["scores"], file.name if file else "")
+        model_cards.add_scores(Path(run_model.folder), result["scores"], file)
 
 
 def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Path | None,

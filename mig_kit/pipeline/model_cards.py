@@ -12,7 +12,7 @@ from pathlib import Path
 from yaml import YAMLError
 
 from mig_kit.boxes import Coordinates
-from mig_kit.common import PACKAGE, model_folder, write_atomically
+from mig_kit.common import PACKAGE, file_sha256, model_folder, write_atomically
 from mig_kit.pipeline.params import EXECUTION_PARAMS, NAMES_OF_RUNS
 from mig_kit.pipeline.run_facts import MODELS, name_data
 from mig_kit.pipeline.run_folders import load_record
@@ -117,7 +117,8 @@ def require_card(folder: Path) -> None:
     ModelCard.load(folder / CARD)
 
 
-def add_scores(folder: Path, scores: Mapping[str, Mapping[str, dict]], file: str = "") -> None:
+def add_scores(folder: Path, scores: Mapping[str, Mapping[str, dict]],
+               file: Path | None = None) -> None:
     """Add scores to a card's model-index; those of the same questions and protocol are replaced.
 
     scores: protocol -> suite -> summary, as of `mig-kit eval`. file: that the questions are from.
@@ -125,8 +126,9 @@ def add_scores(folder: Path, scores: Mapping[str, Mapping[str, dict]], file: str
     from huggingface_hub import EvalResult, ModelCard
 
     card = ModelCard.load(folder / CARD)
-    results = {(result.dataset_name, result.dataset_config, result.metric_name): result
-               for result in card.data.eval_results or []}
+    config, revision = (file.name, file_sha256(file)[:12]) if file else (None, None)
+    results = {(result.dataset_name, result.dataset_config, result.dataset_revision,
+                result.metric_name): result for result in card.data.eval_results or []}
     is_drawn = "official" not in scores  # a benchmark's own rule
     for protocol, by_suite in scores.items():
         for suite, summary in by_suite.items():
@@ -135,10 +137,10 @@ def add_scores(folder: Path, scores: Mapping[str, Mapping[str, dict]], file: str
             if figures[metric] is None:  # nothing was asked
                 continue
             name, title = f"{metric}, {protocol}", suite_title(suite) if is_drawn else suite
-            results[title, file or None, name] = EvalResult(
+            results[title, config, revision, name] = EvalResult(
                 task_type="image-text-to-text", task_name="visual grounding in several images",
                 dataset_type=f"{suite}_drawn" if is_drawn and suite in SUITES else suite,
-                dataset_name=title, dataset_config=file or None,
+                dataset_name=title, dataset_config=config, dataset_revision=revision,
                 metric_type=metric, metric_name=name,
                 metric_value=round(figures[metric], 2), metric_args={
                     "ci95": summary.get("ci95") or figures.get("ci95"), "n": summary["n"]})

@@ -32,7 +32,7 @@ def model(tmp_path, monkeypatch):
     return folder / "model"
 
 
-def test_the_hub_reads_a_card_and_its_scores(model):
+def test_the_hub_reads_a_card_and_its_scores(model, tmp_path):
     card = ModelCard.load(model / "README.md")
     assert card.data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct" and card.data.license is None
     assert "<script>" not in card.text and "\n# x" not in card.text and "\n```\n<" not in card.text
@@ -42,14 +42,18 @@ def test_the_hub_reads_a_card_and_its_scores(model):
     for _ in range(2):  # the second replaces the first
         model_cards.add_scores(model, {"official": {"mig_bench": real},
                                        "strict": {"mig_bench": real}})
-    model_cards.add_scores(model, {"strict": DRAWN}, "val.parquet")  # other questions
+    for folder in ("a", "b", "a"):  # other questions, in two files of one name
+        file = tmp_path / folder / "val.parquet"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(folder)
+        model_cards.add_scores(model, {"strict": DRAWN}, file)
     text = (model / "README.md").read_text()
     results = ModelCard.load(model / "README.md").data.eval_results
     ours, theirs = {"ci95": [2.5, 26.1], "n": 20}, {"ci95": [60.0, 62.5], "n": 4295}
     assert sorted((result.dataset_name, result.dataset_config or "", result.metric_name,
                    result.metric_value) for result in results) == [
         ("MIG-Bench-like (drawn)", "", "accuracy, strict", 10.0),
-        ("MIG-Bench-like (drawn)", "val.parquet", "accuracy, strict", 10.0),
+        *[("MIG-Bench-like (drawn)", "val.parquet", "accuracy, strict", 10.0)] * 2,
         ("mig_bench", "", "acc@0.5, official", 61.24), ("mig_bench", "", "acc@0.5, strict", 61.24)]
     assert all(result.metric_args == (ours if result.metric_value == 10 else theirs)
                for result in results)
