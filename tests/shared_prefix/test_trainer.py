@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
-from forced_completions import draw_completions, enliven, force_completions
+from forced_completions import enliven
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pictures
 from published import format_of
@@ -123,6 +123,19 @@ def make_own(model, processor, folder="out", adapter=QUERIES, **settings):
     return SharedPrefixGRPOTrainer(
         model=model if adapter is None else str(model), reward_funcs=letters, args=config,
         processing_class=processor, peft_config=adapter, **tables)
+
+
+def draw_completions(count):
+    """Token ids of `count` completions, one of them cut; always the same."""
+    generator = torch.Generator().manual_seed(count)
+    lengths = [5, 3, 6, 2, 6, 4, 1, 5]
+    return [torch.randint(7, 600, (lengths[row % 8],), generator=generator).tolist()
+            + ([] if lengths[row % 8] == 6 else [2]) for row in range(count)]
+
+
+def force_completions(stock, own):
+    stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
+    own._draw_completions = lambda numbers, group: draw_completions(len(numbers))
 
 
 def logged(trainer):
