@@ -79,7 +79,7 @@ class ThisPython(AsyncKernelManager):
             await super()._async_launch_kernel(kernel_cmd, **kw)
         if ThisPython.starts_next:
             ThisPython.waiting = launch_kernel(
-                [sys.executable, "-P", "-c", WAITING_KERNEL], stdin=subprocess.PIPE,
+                [sys.executable, "-c", WAITING_KERNEL], stdin=subprocess.PIPE,
                 cwd=str(NOTEBOOKS), env=os.environ | BACKEND)
 
     @classmethod

@@ -125,7 +125,8 @@ def write_stage(tmp_path, monkeypatch):
 def test_the_next_kernel_is_started_ahead_and_none_is_left(write_stage):
     """One that has died meanwhile is replaced."""
     folder = write_stage("import os, sys; os.makedirs('runs/a/00_preflight', exist_ok=True)",
-                         "print(os.getpid(), 'trl' in sys.modules, os.environ['MPLBACKEND'])")
+                         "print(os.getpid(), '' in sys.path, 'trl' in sys.modules, "
+                         "os.environ['MPLBACKEND'])")
 
     def run() -> list[str]:
         execute._execute_notebook("00_preflight", "a", {"seed": 1}, execute.StageLines())
@@ -136,13 +137,13 @@ def test_the_next_kernel_is_started_ahead_and_none_is_left(write_stage):
     backend = "module://matplotlib_inline.backend_inline"
     kernels.starts_next = True
     try:
-        assert run()[1:] == ["False", backend]
+        assert run()[1:] == ["True", "False", backend]
         ahead = kernels.waiting
-        assert run() == [str(ahead.pid), "True", backend]
+        assert run() == [str(ahead.pid), "True", "True", backend]
         assert ahead.poll() is not None
         kernels.waiting.kill()
         kernels.waiting.wait()
-        assert run()[1:] == ["False", backend]
+        assert run()[1:] == ["True", "False", backend]
         ahead = kernels.waiting
     finally:
         kernels.starts_next = False
