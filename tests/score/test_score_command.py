@@ -9,7 +9,9 @@ from mig_bench_records import REPLIES, mig_records, prediction_lines, run_score,
 from PIL import Image
 
 START = """
-import importlib, pkgutil, sys, timecli(["score", "--help"], standalone_mode=False)
+import importlib, pkgutil, sys, time
+from mig_kit.commands.main import cli
+cli(["score", "--help"], standalone_mode=False)
 seconds = time.process_time()
 from mig_kit import score
 for module in pkgutil.iter_modules(score.__path__):
