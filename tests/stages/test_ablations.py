@@ -11,6 +11,7 @@ import yaml
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.joint_rules import validate_params
+from mig_kit.pipeline.params import profile_params
 from mig_kit.stages import compare
 from mig_kit.stages.evaluated_runs import read_recorded
 from mig_kit.stages.tables import CLAIMS
@@ -25,6 +26,8 @@ RECORDS = {path.relative_to(FOLDER).with_suffix("").as_posix(): path
 RECIPES = {"0.3": ["default", *(f"seed{seed}" for seed in range(1, 8))],
            "0.2": ["0.2/default", *(f"0.2/seed{seed}" for seed in range(1, 6))]}
 XEON = {"0": "xeon/default", **{seed: f"xeon/seed{seed}" for seed in "345"}}  # of 0.3, another CPU
+NEWEST = {seed: f"0.4/seed{seed}" for seed in "0123"}  # of 0.4, a third one
+FOLDERS = {"0.3": "", "0.4": "0.4/"}  # of arms, by version; else 0.2/
 FRESH = {"recipe": [f"0.2/eval_seed_16/fresh_recipe-{seed}" for seed in (1, 4, 5)],
          "lora_attention_83": [f"0.2/eval_seed_16/fresh_attention-{seed}" for seed in range(5)]}
 CONTROL = "sft_long"  # its last model is the control SFT model
@@ -35,7 +38,7 @@ ROW = re.compile(r"^\| (\S+) \| [^`|]*`([^`]+)` \| ([\d, ]+) \| ([^|]+) \| ([^|]
 # (arm, version) -> words of its command, seeds, difference in domain, out of domain
 ROWS = {(arm, version): (shlex.split(words), seeds.split(", "), *cells)
         for arm, words, seeds, *cells, version in ROW.findall(PAGE)}
-RUNS = {(arm, version): [f"{'' if version == '0.3' else '0.2/'}{arm}-{seed}" for seed in row[1]]
+RUNS = {(arm, version): [f"{FOLDERS.get(version, '0.2/')}{arm}-{seed}" for seed in row[1]]
         for (arm, version), row in ROWS.items()}
 
 
@@ -55,8 +58,8 @@ def render_tables(groups, system="grpo"):
 def reference_runs(row):
     """What an arm is compared with: one run with its partner, more with all; of 0.3 by seed."""
     seeds = ROWS[row][1]
-    if row[1] == "0.3":
-        return tuple(XEON[seed] for seed in seeds)
+    if row[1] in FOLDERS:
+        return tuple((XEON if row[1] == "0.3" else NEWEST)[seed] for seed in seeds)
     return tuple(RECIPES["0.2"]) if len(seeds) > 1 else (RECIPES["0.2"][int(seeds[0])],)
 
 
@@ -131,7 +134,8 @@ def test_the_readme_has_these_figures():
 
 
 def test_every_record_is_in_the_table():
-    named = sum([*RECIPES.values(), *RUNS.values(), *FRESH.values()], [*XEON.values()])
+    named = sum([*RECIPES.values(), *RUNS.values(), *FRESH.values()],
+                [*XEON.values(), *NEWEST.values()])
     assert sorted(named) == sorted(RECORDS)
 
 
@@ -152,6 +156,9 @@ def test_a_command_sets_what_its_runs_record(row):
     stages = words[:words.index("-p")]
     values = {name: yaml.safe_load(value) for flag, name, value
               in zip(words, words[1:], words[2:]) if flag == "-p"}
+    if "reward_weights" in values:  # added to the recipe's
+        values["reward_weights"] = (profile_params("05_grpo")["reward_weights"]
+                                    | values["reward_weights"])
     seed = values.pop("seed", None)
     for run in RUNS[row] + (FRESH[arm] if arm in FRESH else []):
         record = read_recorded(str(RECORDS[run]))
