@@ -28,8 +28,14 @@ RECIPES = {"0.3": ["default", *(f"seed{seed}" for seed in range(1, 8))],
 XEON = {"0": "xeon/default", **{seed: f"xeon/seed{seed}" for seed in "345"}}  # of 0.3, another CPU
 NEWEST = {seed: f"0.4/seed{seed}" for seed in "0123"}  # of 0.4, a third one
 FOLDERS = {"0.3": "", "0.4": "0.4/"}  # of arms, by version; else 0.2/
-FRESH = {"recipe": [f"0.2/eval_seed_16/fresh_recipe-{seed}" for seed in (1, 4, 5)],
-         "lora_attention_83": [f"0.2/eval_seed_16/fresh_attention-{seed}" for seed in range(5)]}
+# eval_seed that nobody had looked at -> groups
+FRESH = {16: {"recipe": [f"0.2/eval_seed_16/fresh_recipe-{seed}" for seed in (1, 4, 5)],
+              "lora_attention_83": [f"0.2/eval_seed_16/fresh_attention-{seed}"
+                                    for seed in range(5)]},
+         97: {arm: [f"0.4/eval_seed_97/{arm}-{seed}" for seed in range(4)]
+              for arm in ("recipe", "true_claims")}}
+FRESH_RUNS = {run: seed for seed, groups in FRESH.items() for runs in groups.values()
+              for run in runs}
 CONTROL = "sft_long"  # its last model is the control SFT model
 # no part of an arm: what it is asked, and lora_alpha, twice lora_r in all of them
 NOT_OF_ARMS = {"seed", "replies", "eval_seed", "ood_per_task", "kl_samples", "lora_alpha"}
@@ -134,18 +140,21 @@ def test_the_readme_has_these_figures():
 
 
 def test_every_record_is_in_the_table():
-    named = sum([*RECIPES.values(), *RUNS.values(), *FRESH.values()],
-                [*XEON.values(), *NEWEST.values()])
+    named = sum([*RECIPES.values(), *RUNS.values()],
+                [*XEON.values(), *NEWEST.values(), *FRESH_RUNS])
     assert sorted(named) == sorted(RECORDS)
 
 
-def test_fresh_questions_are_those_of_another_seed():
-    rows = [row for row in render_tables(FRESH)[2].splitlines() if "RL over SFT" in row]
+@pytest.mark.parametrize("groups", FRESH.values(), ids=FRESH)
+def test_gains_on_fresh_questions_are_those_of_the_page(groups):
+    rows = [row for row in render_tables(groups)[-1].splitlines() if "RL over SFT" in row]
     gains = re.findall(r"[+](\d+\.\d) (\([^)]+\))", " ".join(rows))
     assert len(gains) == 4 and all(text in PAGE for gain in gains for text in gain)
-    fresh = {run for runs in FRESH.values() for run in runs}
+
+
+def test_records_say_which_questions_they_answer():
     assert all(read_recorded(str(path)).params["eval_seed"]
-               == (16 if run in fresh else 14 if run.startswith("0.2/") else 53)
+               == FRESH_RUNS.get(run, 14 if run.startswith("0.2/") else 53)
                for run, path in RECORDS.items())
 
 
@@ -160,7 +169,7 @@ def test_a_command_sets_what_its_runs_record(row):
         values["reward_weights"] = (profile_params("05_grpo")["reward_weights"]
                                     | values["reward_weights"])
     seed = values.pop("seed", None)
-    for run in RUNS[row] + (FRESH[arm] if arm in FRESH else []):
+    for run in RUNS[row] + sum((groups.get(arm, []) for groups in FRESH.values()), []):
         record = read_recorded(str(RECORDS[run]))
         changed = record.control["changed"] if arm == CONTROL else record.changed
         assert seed is None or record.seed == seed
