@@ -1,9 +1,8 @@
 """Rollouts that servers draw for stage 05.
 
 Servers round differently from the learner, so they send log-probabilities with their replies, and
-TRL weights the loss by the ratio. A server may also ignore an adapter, or keep an old one, without
-an error. So before every update a canary, an adapter with large weights, must change its answer,
-and the training ends if log-probabilities stay far apart.
+TRL weights the loss by the ratio. A server may also ignore an adapter without an error: before
+every update a canary, an adapter with large weights, must change its answer.
 """
 
 import shutil

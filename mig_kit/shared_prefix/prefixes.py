@@ -1,9 +1,8 @@
 """Prompts as batches, and what they share: questions about the same images begin with the same
 tokens, which are read once; one pass then reads what follows in all of them.
 
-Every token changes the one state of a layer with linear attention (Gated DeltaNet, as in Qwen3.5),
-so nothing may stand between a prompt and its completion: such prompts are padded on the left, where
-masked tokens leave the state at zero, and each completion starts with a copy of its prompt's state.
+With linear attention (Gated DeltaNet, as in Qwen3.5) every token changes the state, so prompts are
+padded on the left, where masked tokens leave it at zero, and each completion starts from a copy.
 """
 
 from dataclasses import dataclass

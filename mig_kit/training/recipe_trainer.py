@@ -1,9 +1,8 @@
 """The trainers of stage 05, what keeps a few of their replies, and one group to look at.
 
-Each update TRL calls `_generate_single_turn`, whose completions the base class draws
-(`SharedPrefixGRPOTrainer._draw_completions`, then `generation.generate_rollouts`) or servers do;
-`_generate_and_score_completions`, which adds rewards and advantages; and `_compute_loss`, which is
-TRL's as it stands. Before the first update `KeepRollouts` draws a few replies, too.
+Each update TRL calls `_generate_single_turn` (the base class or servers draw completions),
+`_generate_and_score_completions` (adds rewards and advantages) and `_compute_loss` (TRL's own).
+Before the first update `KeepRollouts` draws a few replies, too.
 """
 
 import os
