@@ -31,6 +31,7 @@ from mig_kit.serving.served_rollouts import (
     ServedRollouts,
     StopIfServerIsStale,
 )
+from mig_kit.serving.stored_replies import draw_first_rollouts
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 from mig_kit.training import resuming
@@ -164,7 +165,10 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
                         else resuming.lora_config(params.lora_r, lora_targets=params.lora_targets)),
         "callbacks": [resuming.ProgressLines(logged), StopIfNothingLearns(),
                       # draws a few replies before the first update, too
-                      KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe)]}
+                      KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe),
+                      resuming.LiveCurves(
+                          training_curves, ("reward", *scores, *DETAILS),
+                          draw=partial(draw_first_rollouts, folder, policy.box_format, samples))]}
     if params.share_prefix:
         served = None
         if params.server:

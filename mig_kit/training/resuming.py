@@ -4,17 +4,22 @@ import json
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from IPython import get_ipython
+from IPython.display import HTML, display
 from peft import LoraConfig
+from PIL.Image import Image
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback
 from trl.trainer.utils import RepeatSampler
 
 from mig_kit.common import apply_umask
+from mig_kit.drawing import plots
 from mig_kit.models.adapters import record_base
 from mig_kit.models.loading import LORA_SCALE, LORA_TARGETS, Hardware
 
@@ -80,7 +85,7 @@ def use_one_device(config) -> None:
 def train_or_resume(trainer, folder: Path) -> None:
     """Train, from the newest checkpoint under folder/checkpoints if there is one."""
     for callback in (NotebookProgressCallback, PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)  # ProgressLines says it in fewer lines
+        trainer.remove_callback(callback)  # ProgressLines and LiveCurves say it in fewer lines
     trainer.add_callback(SetSamplerEpoch())
     checkpoint = last_checkpoint(folder)
     if checkpoint:
@@ -203,3 +208,39 @@ class ProgressLines(TrainerCallback):
 
 def _short_name(name: str) -> str:
     return name.split("/")[-2] if "/" in name else name  # "rewards/box/mean" -> "box"
+
+
+class LiveCurves(TrainerCallback):
+    """Shows curves of the running training in a notebook, at most every `seconds`.
+
+    to_rows: makes rows of the figures `names` of the log history. draw: a picture of rollouts.
+    """
+
+    def __init__(self, to_rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...],
+                 seconds: float = 60, draw: Callable[[], Image | None] = lambda: None):
+        self.to_rows, self.names, self.seconds = to_rows, list(names), seconds
+        self.draw, self.handles, self.drawn_at = draw, [], time.monotonic()
+
+    def on_log(self, args, state, control, **kwargs):
+        """Draw if this is a notebook and it is time."""
+        is_due = time.monotonic() - self.drawn_at >= self.seconds
+        if get_ipython() is None or not is_due:
+            return
+        rows = self.to_rows(state.log_history)
+        if len(rows) < 2:
+            return
+        title = f"step {state.global_step} of {state.max_steps}"
+        figure = plots.plot_curves(rows, self.names, title)
+        shown = [figure, self.draw() or HTML("")]
+        if not self.handles:
+            self.handles = [display(part, display_id=True) for part in shown]
+        else:
+            for handle, part in zip(self.handles, shown):
+                handle.update(part)
+        plots.plt.close(figure)
+        self.drawn_at = time.monotonic()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Clear the curves; the notebook draws the finished ones."""
+        for handle in self.handles:
+            handle.update(HTML(""))

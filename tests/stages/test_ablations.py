@@ -32,7 +32,7 @@ FOLDERS = {"0.3": "", "0.4": "0.4/"}  # of arms, by version; else 0.2/
 FRESH = {16: {"recipe": [f"0.2/eval_seed_16/fresh_recipe-{seed}" for seed in (1, 4, 5)],
               "lora_attention_83": [f"0.2/eval_seed_16/fresh_attention-{seed}"
                                     for seed in range(5)]},
-         97: {arm: [f"0.4/eval_seed_97/{arm}-{seed}" for seed in range(4)]
+         97: {arm: [f"0.4/eval_seed_97/{arm}-{seed}" for seed in (1, 2, 3)]
               for arm in ("recipe", "true_claims")}}
 FRESH_RUNS = {run: seed for seed, groups in FRESH.items() for runs in groups.values()
               for run in runs}

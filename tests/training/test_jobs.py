@@ -11,7 +11,7 @@ from transformers import TrainerState
 
 from mig_kit.common import write_json
 from mig_kit.pipeline import processes
-from mig_kit.training import jobs
+from mig_kit.training import jobs, resuming
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +138,28 @@ def test_a_training_that_has_ended_is_taken_from_disk(tmp_path, capsys):
     assert trained == [1]
     assert "this training has ended, and is taken from disk: 3 updates of 20" in (
         capsys.readouterr().out)
+
+
+def test_curves_of_a_running_training_are_shown_in_a_notebook_alone(monkeypatch):
+    shown = []
+
+    class Handle(list):
+        update = list.append
+
+    def display(part, display_id):
+        shown.append(Handle([part]))
+        return shown[-1]
+
+    monkeypatch.setattr(resuming, "display", display)
+    live = resuming.LiveCurves(lambda log: log, ("loss",), seconds=0)
+    state = SimpleNamespace(log_history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}],
+                            global_step=2, max_steps=4)
+    live.on_log(None, state, None)
+    assert not shown
+    monkeypatch.setattr(resuming, "get_ipython", lambda: "a kernel")
+    for _ in range(2):
+        live.on_log(None, state, None)
+    curves, _ = shown
+    assert curves[-1].get_suptitle() == "step 2 of 4" and len(curves) == 2
+    live.on_train_end(None, state, None)
+    assert [handle[-1].data for handle in shown] == ["", ""]
