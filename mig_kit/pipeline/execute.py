@@ -37,13 +37,13 @@ NEWS = re.compile(r"(?:the server https?://\S+ .*is left out|warning: ).*")
 
 
 # The kernel of the next stage is started while a stage runs: it imports what takes seconds, then
-# waits for its arguments. The kit's modules are not among it: a stage runs the code of its start.
+# waits for its arguments. It imports no module of the kit, so a stage runs the code as it then is.
 WAITING_KERNEL = """import json, sys
 import mig_kit, datasets, matplotlib.pyplot, pandas, peft, scipy.stats, seaborn, torch, trl
 from ipykernel.kernelapp import launch_new_instance
 if line := sys.stdin.readline():
     launch_new_instance(argv=json.loads(line))"""
-TIMED = ("00_preflight", "08_benchmark")  # what they measure, nothing may disturb
+TIMED = ("00_preflight", "08_benchmark")  # they measure time, so nothing starts beside them
 BACKEND = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
 

@@ -22,8 +22,8 @@ from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
 METHOD = ("Intervals: Student's t over samples, over runs too where a group has several; of one "
           "run's score Jeffreys' over samples.")
+REASONING = ("truth", "grounded", "coverage")  # of `evaluate.summarize_reasoning`
 # system -> columns of its table: what is known of each run, and the heading
-REASONING = ("truth", "grounded", "coverage")
 FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},
          "sft_long": {"minutes": "minutes to GRPO", "control_minutes": "minutes of control SFT"}}
 
@@ -45,11 +45,10 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
         reference: the group that the others are compared with, "" for the first.
         system: one of SYSTEMS, whose scores are compared between groups.
     Returns: {"reference", "system", "rows", "runs", "notes"}. A row has group, suite, figure (a
-        score "grpo", a gap "grpo-sft", a difference "vs NAME", or one of these with truth,
-        grounded or coverage), value, low and high (percent or
-        points, unrounded), runs, over (what the interval is over), improvement (probability, of
-        "vs NAME" with several runs a side), by_run, and is_same (of differences: both sides answer
-        the same questions correctly).
+        score "grpo", a gap "grpo-sft", a difference "vs NAME", or one of these with a
+        name of REASONING), value, low and high (percent or points, unrounded), runs, over (what the
+        interval is over), improvement (probability, of "vs NAME" with several runs a side), by_run,
+        and is_same (of differences: both sides answer the same questions correctly).
     Raises: ValueError if a run has no such model; as `load_groups`.
     """
     reference = reference or next(iter(groups))

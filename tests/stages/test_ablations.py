@@ -139,6 +139,18 @@ def test_the_readme_has_these_figures():
     assert f"(seed 0) prints {first} for the first column" in readme
 
 
+def test_the_page_of_results_has_the_truth_of_the_records():
+    page = (GUIDE / "results.md").read_text().replace("**", "")
+    runs = [str(RECORDS[run]) for run in NEWEST.values()]
+    rows = {(row["suite"], row["figure"]): row
+            for row in compare.compare_groups({"recipe": runs})["rows"]}
+    for suite, *_ in CLAIMS:
+        truth, grounded = ([f"{rows[suite, f'{model} {name}']['value']:.1f}"
+                            for model in ("sft", "grpo")] for name in ("truth", "grounded"))
+        cells = [*truth, compare._cell(rows[suite, "grpo-sft truth"]), *grounded]
+        assert f"| {compare.scope_title(suite)[:-len(' (drawn)')]} | {' | '.join(cells)} |" in page
+
+
 def test_every_record_is_in_the_table():
     named = sum([*RECIPES.values(), *RUNS.values()],
                 [*XEON.values(), *NEWEST.values(), *FRESH_RUNS])
