@@ -23,6 +23,13 @@ NOTEBOOKS, PROFILES = ((PACKAGE.parent if IS_CLONE else PACKAGE) / name
 MAX_LINE = 1 << 20
 
 
+class UserError(ValueError):
+    """Something that the user has to change; its one sentence names the fix, with no traceback."""
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows in place of the traceback
+        return [f"mig-kit: {self}"]
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, then rename it: `path` is either old or complete."""
     temporary = path.with_name(path.name + ".tmp")
