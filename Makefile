@@ -17,7 +17,7 @@ API := mig_kit.boxes mig_kit.prompts mig_kit.rewards mig_kit.sample mig_kit.scor
 
 NEXT := "ready; next: make run, make lab or source $(BIN)/activate, which puts mig-kit on the path"
 
-.PHONY: run test nightly lint docs lab setup clean
+.PHONY: run test nightly lint docs cells executed lab setup clean
 
 run: setup
 	$(BIN)/mig-kit run --profile $(PROFILE) $(if $(RUN_ID),--run-id $(RUN_ID))
@@ -37,6 +37,14 @@ lint: setup
 # docs/index.html: a page of what scripts import, from docstrings
 docs: setup
 	$(BIN)/python -m pdoc --no-show-source --docformat google --output-directory docs $(API)
+
+# the parameters cells of the notebooks, from mig_kit/pipeline/stage_params.py
+cells: setup
+	$(BIN)/python .ci/cells.py
+
+# notebooks/executed/: the notebooks of a finished run, as they were run (RUN_ID=default)
+executed: setup
+	$(BIN)/python .ci/executed.py $(or $(RUN_ID),default)
 
 lab: export GOMP_SPINCOUNT := 1000
 lab: setup

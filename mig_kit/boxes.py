@@ -11,6 +11,8 @@ from enum import StrEnum
 
 import numpy as np
 
+from mig_kit.common import UserError
+
 Box = tuple[float, float, float, float]
 
 
@@ -53,11 +55,11 @@ class BoxFormat:
 
     def __post_init__(self):
         if self.coordinates not in MODEL_COORDINATES:
-            raise ValueError(f"coordinates is '{self.coordinates}'; use absolute (Qwen2.5-VL) or "
-                             "normalized_1000 (Qwen2-VL, Qwen3-VL)")
+            raise UserError(f"coordinates is '{self.coordinates}'; use absolute (Qwen2.5-VL) or "
+                            "normalized_1000 (Qwen2-VL, Qwen3-VL)")
         if not 0 < self.min_pixels <= self.max_pixels:
-            raise ValueError(f"min_pixels is {self.min_pixels} and max_pixels {self.max_pixels}; "
-                             "give two areas, the lower one first")
+            raise UserError(f"min_pixels is {self.min_pixels} and max_pixels {self.max_pixels}; "
+                            "give two areas, the lower one first")
         object.__setattr__(self, "coordinates", Coordinates(self.coordinates))
 
     @property
@@ -76,8 +78,8 @@ def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: in
     Raises: ValueError for an aspect ratio over 200.
     """
     if min(width, height) < 1 or max(width, height) / min(width, height) > 200:
-        raise ValueError(f"an image of {width}x{height} px cannot be used: the aspect ratio must "
-                         "be at most 200")
+        raise UserError(f"an image of {width}x{height} px cannot be used: the aspect ratio must "
+                        "be at most 200")
     w, h = (round(side / factor) * factor for side in (width, height))
     if w * h > max_pixels:
         beta = math.sqrt(width * height / max_pixels)

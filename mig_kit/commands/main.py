@@ -10,15 +10,13 @@ from mig_kit import LATE, __version__
 from mig_kit.commands.ask import absolute_folder, eval_command, ground
 from mig_kit.commands.data import data
 from mig_kit.commands.score import score_command
-from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
-from mig_kit.pipeline import attempts, store
-from mig_kit.pipeline.params import describe_edits, profile_params
-from mig_kit.pipeline.processes import describe_os_error
-from mig_kit.pipeline.run_folders import list_runs, remove_run, require_no_branches, require_runs
+from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, UserError, write_json
+from mig_kit.pipeline import store
+from mig_kit.pipeline.run_folders import remove_run, require_no_branches, require_runs
 
 
 def main() -> None:
-    """Entry point: bad input ends with one sentence, not with a traceback."""
+    """Entry point: what the user has to change ends with one sentence, a bug with its traceback."""
     # bench measures in this process, whose heap heeds its environment only from its start
     if LATE and sys.argv[1:2] == ["bench"]:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -29,19 +27,16 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        if sys.argv[1:2] == ["rm"]:
-            sys.exit("interrupted; mig-kit status shows what is left of the run")
-        words = "the same command without --force" if "--force" in sys.argv else "the same command"
-        sys.exit(f"interrupted; {words} goes on where this one stopped")
+        sys.exit("interrupted; the same command goes on where this one stopped")
     except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "mig_kit":
+            raise
         extra = "eval" if sys.argv[1:2] in (["score"], ["data"], ["eval"], ["ground"]) else (
             "notebooks")
         sys.exit(f"mig-kit: {error.name} is not installed; what this needs comes with: "
                  f"pip install 'mig-kit[{extra}]'")
-    except OSError as error:
-        sys.exit(f"mig-kit: {describe_os_error(error)}")
-    except (ValueError, TypeError, KeyError, MemoryError, RuntimeError) as error:
-        sys.exit(f"mig-kit: {error.args[0] if error.args else error}")
+    except (UserError, PermissionError) as error:
+        sys.exit(f"mig-kit: {error}")
 
 
 @click.group()
@@ -62,7 +57,8 @@ def stage_name(text: str) -> str:
 
 @cli.command()
 @click.argument("stages", nargs=-1)
-@click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
+@click.option("--profile", default="", show_default="the run's, of a new run tiny",
+              help="tiny, or a folder of params/.")
 @click.option("--run-id", default="",
               help="Folder under runs/; default with the profile tiny, else the profile's name.")
 @click.option("--from", "source", default="", metavar="RUN",
@@ -71,24 +67,22 @@ def stage_name(text: str) -> str:
               help="Run once per seed; {seed} in --run-id, --from and -p stands for its number.")
 @click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
               help="Set a parameter in every stage that has it.")
-@click.option("--force", is_flag=True, help="Run even what is up to date, another profile's run, "
-                                            "and what builds on a stale stage.")
+@click.option("--force", is_flag=True, help="Replace what has finished or was stopped, and build "
+                                            "on stale stages.")
 def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: str, overrides,
         force: bool) -> None:
-    """Run STAGES (all by default) as notebooks; what is up to date is skipped."""
+    """Run STAGES (all by default) as notebooks; a stage that has finished is skipped, and refused
+    if it would now be made otherwise.
+    """
     from mig_kit.pipeline.execute import run_plans
     from mig_kit.pipeline.plan import parse_seeds, plan_runs
 
-    run_id = run_id or (store.DEFAULT_RUN if profile == "tiny" else profile)
+    run_id = run_id or (store.DEFAULT_RUN if profile in ("", "tiny") else profile)
     plans = plan_runs([stage_name(text) for text in stages], profile, run_id, source,
                       parse_seeds(seeds) if seeds else [], overrides)
-    files = set()  # of own data, which several seeds share
-    for plan in plans:
-        p = plan.params.get("01_synthesize", {"data": "scenes"})
-        if p["data"] != "scenes" and not store.is_up_to_date("01_synthesize", plan.run_id, p):
-            path = PROJECT_ROOT / p["data"]
-            files.add((path, PROJECT_ROOT / (p["image_root"] or path.parent)))
-    for path, root in files:
+    for path, root in {_own_data(plan.params["01_synthesize"]) for plan in plans
+                       if "01_synthesize" in plan.params
+                       and not store.load_record("01_synthesize", plan.run_id)} - {None}:
         from mig_kit.data.own_data import require_correct_lines  # a moment
 
         require_correct_lines(path, root)
@@ -104,53 +98,37 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, seeds: 
                 click.echo(line)
 
 
+def _own_data(params: dict) -> tuple[Path, Path] | None:
+    """(file, folder of its images) of 01's own data, None for drawn scenes."""
+    path = PROJECT_ROOT / params["data"]
+    return None if params["data"] == "scenes" else (
+        path, PROJECT_ROOT / (params["image_root"] or path.parent))
+
+
 @cli.command()
 @click.argument("run_id", required=False)
 @click.option("--verify", is_flag=True, help="Hash all files: exit code 1 if one is damaged.")
-@click.option("--why", is_flag=True, help="Say why a stage is stale, that is would run again.")
-def status(run_id: str | None, verify: bool, why: bool) -> None:
-    """What has finished in a run, or in all runs, with the greedy scores (percent); a branch stands
-    below the run that it starts from.
+def status(run_id: str | None, verify: bool) -> None:
+    """All runs, a line each, a branch below the run that it starts from; or the stages of RUN_ID,
+    why they are stale, and the greedy scores (percent).
     """
-    from mig_kit.pipeline.status import damaged_files, run_lines, run_tree
+    from mig_kit.pipeline.status import damaged_files, run_line, run_lines, run_tree
 
     if run_id:
         require_runs(run_id)
-    is_damaged = False
-    for name, depth in [(run_id, 0)] if run_id else run_tree():
-        damaged = damaged_files(name) if verify else []
-        is_damaged |= bool(damaged)
-        for line in damaged:
-            click.echo(line)
-        for line in run_lines(name, why):
+    runs = [(run_id, 0)] if run_id else run_tree()
+    for name, depth in runs:
+        for line in run_lines(name) if run_id else [run_line(name)]:
             click.echo("  " * depth + line)
-        if verify and not damaged:
-            click.echo("  every file is what its stage wrote")
-    if not run_id and not list_runs():
+    damaged = [line for name, _ in runs for line in damaged_files(name)] if verify else []
+    for line in damaged:
+        click.echo(line)
+    if verify and not damaged:
+        click.echo("every file is what its stage wrote")
+    if not runs:
         click.echo(f"no run in {store.runs_root()} yet; mig-kit run makes one, all stages in some "
                    "20 minutes, and mig-kit run --profile smoke tries them in a few")
-    for stage in store.RECIPE:
-        if edits := describe_edits(stage, profile_params(stage)):
-            click.echo(f"edited in notebooks/{stage}.ipynb: {edits}")
-    sys.exit(int(is_damaged))
-
-
-@cli.command()
-@click.argument("run_id")
-@click.argument("stage", required=False)
-def restore(run_id: str, stage: str | None) -> None:
-    """Bring back what the last command replaced in RUN_ID, or what STAGE replaced; the same command
-    undoes it.
-    """
-    restored = attempts.restore(run_id, stage_name(stage) if stage else "")
-    for name in restored:
-        record = store.require_record(name, run_id, name)
-        click.echo(f"{name}: that of {record['started'].replace('T', ' ')[:16]} UTC is back; "
-                   f"{record.get('summary') or 'no summary'}")
-    for name in store.STAGES:
-        if name not in restored and (store.runs_root() / run_id / f"{name}.before").is_dir():
-            click.echo(f"{name} keeps what another command replaced: mig-kit restore {run_id} "
-                       f"{name[:2]}")
+    sys.exit(int(bool(damaged)))
 
 
 @cli.command()
@@ -172,37 +150,9 @@ def rm(run_id: str, yes: bool) -> None:
 @click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
 def params_command(stage: str, profile: str) -> None:
     """All parameters of STAGE, their values in a profile and what they mean."""
-    from mig_kit.pipeline.joint_rules import params_text
+    from mig_kit.pipeline.params import params_text
 
     click.echo(params_text(stage_name(stage), profile))
-
-
-@cli.command()
-@click.argument("run_a")
-@click.argument("run_b")
-@click.option("--all", "with_metrics", is_flag=True, help="All metrics, not the scores alone.")
-def diff(run_a: str, run_b: str, with_metrics: bool) -> None:
-    """What differs between two runs: parameters, inputs, versions, machine and scores."""
-    from mig_kit.pipeline import status
-
-    rows = status.list_differences(run_a, run_b)
-    click.echo("\n".join(status.format_differences(rows, run_a, run_b, with_metrics)))
-
-
-@cli.command("lessons")
-@click.argument("run_ids", nargs=-1, required=True)
-@click.option("--out", default="notebooks/guide/lessons", show_default=True,
-              type=click.Path(file_okay=False, path_type=Path), help="Folder of the pages.")
-def lessons_command(run_ids: tuple[str, ...], out: Path) -> None:
-    """Write the executed notebooks of RUN_IDS as pages for a repository's web view. A notebook that
-    the first run does not have is taken from the next. The README's question.png, of 07, goes into
-    the folder above.
-    """
-    from mig_kit.pipeline import lesson_pages
-
-    require_runs(*run_ids)
-    for stage, origin in lesson_pages.write_lessons(list(run_ids), out).items():
-        click.echo(f"{stage:<24}{origin}")
 
 
 @cli.command()
@@ -228,13 +178,13 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     place of a run.
     """
     from mig_kit.drawing import plots
-    from mig_kit.pipeline.joint_rules import parse_groups
+    from mig_kit.pipeline.stage_params import parse_groups
     from mig_kit.stages import compare
 
     if figure and figure.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
+        raise UserError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
     if differences and not figure:
-        raise ValueError("--differences says what --figure draws; add --figure FILE, or leave it "
+        raise UserError("--differences says what --figure draws; add --figure FILE, or leave it "
                          "out: the tables have the differences")
     by_group = parse_groups([*groups, *run_ids])
     require_runs(*(name for members in by_group.values() for name in members
@@ -288,7 +238,7 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
     import tempfile
 
     if out and not out.absolute().parent.is_dir():
-        raise ValueError(f"{out} cannot be written; name a file in a folder that exists")
+        raise UserError(f"{out} cannot be written; name a file in a folder that exists")
     from mig_kit.lab import benchmark
     from mig_kit.lab.workload import Workload
     from mig_kit.models import loading

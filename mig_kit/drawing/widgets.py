@@ -12,6 +12,7 @@ import ipywidgets
 from PIL import Image
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box
+from mig_kit.common import UserError
 from mig_kit.drawing import pictures
 from mig_kit.prompts import format_answer
 from mig_kit.rewards import REWARDS, is_correct, reply_iou
@@ -33,7 +34,7 @@ def explore_box(sample: Sample, box_format: BoxFormat) -> Image.Image | ipywidge
     The still picture shows the target shifted to OVERLAPS. Raises ValueError without a target.
     """
     if not sample.targets:
-        raise ValueError(f"sample {sample.id} has no target; take one that has a box")
+        raise UserError(f"sample {sample.id} has no target; take one that has a box")
     if not is_live():
         shifted = [_draw_shifted(sample, overlap, box_format) for overlap in OVERLAPS]
         return pictures.stack(shifted, across=True)
@@ -60,7 +61,7 @@ def browse_gallery(gallery: Sequence[tuple[str, Sample]], replies: dict[str, dic
     replies: system -> sample id -> reply. Raises ValueError for an empty gallery.
     """
     if not gallery:
-        raise ValueError("the gallery is empty; give at least one sample")
+        raise UserError("the gallery is empty; give at least one sample")
 
     def draw(page: int) -> Image.Image:
         kind, sample = gallery[page]

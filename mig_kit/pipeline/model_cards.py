@@ -12,10 +12,10 @@ from pathlib import Path
 from yaml import YAMLError
 
 from mig_kit.boxes import Coordinates
-from mig_kit.common import PACKAGE, file_sha256, model_folder, write_atomically
-from mig_kit.pipeline.params import EXECUTION_PARAMS, NAMES_OF_RUNS
+from mig_kit.common import PACKAGE, UserError, file_sha256, model_folder, write_atomically
 from mig_kit.pipeline.run_facts import MODELS, name_data
 from mig_kit.pipeline.run_folders import load_record
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS
 from mig_kit.world.suites import SUITES, suite_title
 
 CARD = "README.md"
@@ -108,12 +108,12 @@ def _escape(text: str) -> str:
 
 
 def require_card(folder: Path) -> None:
-    """ValueError unless the folder has a card that opens."""
+    """UserError unless the folder has a card that opens."""
     from huggingface_hub import ModelCard
 
     if folder.is_relative_to(PACKAGE) or not (folder / CARD).is_file():
-        raise ValueError(f"{folder} has no {CARD} that scores could be written into; the model "
-                         "folders of stages 03 and 05 have one")
+        raise UserError(f"{folder} has no {CARD} that scores could be written into; the model "
+                        "folders of stages 03 and 05 have one")
     ModelCard.load(folder / CARD)
 
 

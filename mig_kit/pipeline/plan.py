@@ -3,42 +3,37 @@
 import os
 import re
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
+from typing import Literal, get_origin
 
 import yaml
 
-from mig_kit.common import PROJECT_ROOT, suggest_word
-from mig_kit.pipeline import store
-from mig_kit.pipeline.joint_rules import check_run, leave_out_cold_start, validate_params
+from mig_kit.common import PROJECT_ROOT, UserError, suggest_word
 from mig_kit.pipeline.params import (
-    CONFIGS,
-    GROUP,
-    RUN_PARAMS,
-    RUN_PARAMS_STAGE,
-    Parameter,
-    list_profiles,
     merge_mappings,
     needs_gpu,
     profile_params,
-    stage_parameters,
     unknown_parameter_message,
+    validate_params,
 )
-from mig_kit.pipeline.run_facts import run_params
 from mig_kit.pipeline.run_folders import (
     RECIPE,
+    STAGES,
     check_branch,
     list_runs,
     load_branch,
+    load_profile,
     load_record,
     require_own_stage,
+    require_record,
     require_runs,
     validate_run_id,
 )
+from mig_kit.pipeline.run_rules import check_run, leave_out_cold_start
 from mig_kit.pipeline.stage_keys import MODEL_PARAMS
+from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS_STAGE, START_WORDS
 
 SEED = "{seed}"  # what stands for a seed in names and values
-MODEL_WORDS = ("tiny", "merged", "base", "adapter")  # in place of a model's folder or name
 
 
 @dataclass(frozen=True)
@@ -48,27 +43,30 @@ class PlannedRun:
     run_id: str
     source: str
     params: dict[str, dict]
-    profile: str = "tiny"
-    overrides: tuple[tuple[str, str], ...] = ()
+    profile: str
 
 
 def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: list[int],
               overrides: tuple[tuple[str, str], ...]) -> list[PlannedRun]:
     """The run, or one run per seed, with the seed in place of {seed} in names and values.
 
-    names: stages; [] for all that are the run's own. Raises if one of the runs could not start.
+    Args:
+        names: stages; [] for all that are the run's own.
+        profile: "" for the run's, or its source's.
+        overrides: (name, text) of `-p`.
+    Raises: UserError if one of the runs could not start.
     """
     _require_seed_in_name(run_id, seeds)
     if not seeds:
         return [_plan_run(names, profile, run_id, source, overrides)]
     if any(name == "seed" for name, _ in overrides):
-        raise ValueError("-p seed and --seeds both set the seed; leave one of them out")
+        raise UserError("-p seed and --seeds both set the seed; leave one of them out")
     plans = []
     for seed in seeds:
         words = [text.replace(SEED, str(seed)) for text in (run_id, source)]
         values = [(name, text.replace(SEED, str(seed))) for name, text in overrides]
         # 03 of run{seed} is the run's own, without a seed
-        if SEED not in run_id or any("seed" in stage_parameters(stage)
+        if SEED not in run_id or any("seed" in MODELS[stage].model_fields
                                      for stage in plan_stages(names, words[0])):
             values.append(("seed", str(seed)))
         plans.append(_plan_run(names, profile, *words, tuple(values)))
@@ -78,6 +76,11 @@ def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: l
 def _plan_run(names: list[str], profile: str, run_id: str, source: str,
               overrides: tuple[tuple[str, str], ...]) -> PlannedRun:
     validate_run_id(run_id)
+    recorded = load_profile(run_id) or (load_profile(source) if source else "")
+    if profile and recorded not in ("", profile):
+        raise UserError(f"run '{source or run_id}' is of profile {recorded}; leave --profile out, "
+                        "or use another --run-id for a run of its own")
+    profile = profile or recorded or "tiny"
     stages = plan_stages(names, run_id)
     values = parse_overrides(overrides, stages)
     params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
@@ -86,50 +89,41 @@ def _plan_run(names: list[str], profile: str, run_id: str, source: str,
     _check_full_profile(profile, params, "data" in values)
     if source:
         check_branch(source, run_id, stages)
-    origin = source or run_id
-    check_run(_drop_finished(params, run_id), run_id if load_branch(run_id) else origin)
-    if any(store.STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
-        if suggest_word(origin, list_runs()):
-            require_runs(origin)
-        _check_run_params(origin, profile)
-    return PlannedRun(run_id, source, params, profile, overrides)
-
-
-def _drop_finished(params: dict[str, dict], run_id: str) -> dict[str, dict]:
-    """`params` without the recipe's stages, after 00, that stand before the first one to run."""
-    finished = set(takewhile(lambda stage: stage not in params or store.is_up_to_date(
-        stage, run_id, params[stage]), RECIPE[1:]))
-    return {stage: values for stage, values in params.items() if stage not in finished}
+    origin = run_id if load_branch(run_id) or not source else source
+    needs_run = any(STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params
+    if needs_run and suggest_word(origin, list_runs()):
+        require_runs(origin)
+    check_run({stage: values for stage, values in params.items()
+               if not load_record(stage, run_id)}, origin)
+    if needs_run:
+        require_record(RUN_PARAMS_STAGE, origin, min(params))
+    return PlannedRun(run_id, source, params, profile)
 
 
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
     """The values of `-p name value`: words as they stand, all others read as YAML.
 
-    Raises: KeyError for a name that no stage has, ValueError for a value that cannot be read.
+    Raises: UserError for a name that no stage has, and for a value that cannot be read.
     """
-    known = {name: parameter for stage in stages
-             for name, parameter in stage_parameters(stage).items()}
-    if any(stage in CONFIGS for stage in stages):
-        known[GROUP] = Parameter({}, "")
+    known = {name: field for stage in stages
+             for name, field in MODELS[stage].model_fields.items()}
     overrides = {}
     for name, text in pairs:
         if name == "run_id":
-            raise ValueError("-p run_id would part a run's notebook from its files; use --run-id")
+            raise UserError("-p run_id would part a run's notebook from its files; use --run-id")
         if name not in known:
-            raise KeyError(unknown_parameter_message(name, " or ".join(stages), known))
-        is_text = isinstance(known[name].default, str)  # which YAML may read as a mapping
+            raise UserError(unknown_parameter_message(name, " or ".join(stages), known))
+        kind = known[name].annotation
+        is_text = kind is str or get_origin(kind) is Literal  # YAML may read these as a mapping
         try:
             value = text if is_text or not text else yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ValueError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
-                             "as \"[1, 2]\"") from None
-        if name == GROUP and not isinstance(value, dict):
-            raise ValueError(f"-p {GROUP} {text!r} is no mapping; write it as "
-                             "\"{num_iterations: 2}\"")
+            raise UserError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
+                            "as \"[1, 2]\"") from None
         if isinstance(value, dict) and (key := next((key for key, number in value.items() if
                                                      number is None and ":" in str(key)), "")):
-            raise ValueError(f"-p {name} {text!r} has no value for '{key}'; YAML wants a space "
-                             f"after the colon, as \"{{{key.replace(':', ': ')}}}\"")
+            raise UserError(f"-p {name} {text!r} has no value for '{key}'; YAML wants a space "
+                            f"after the colon, as \"{{{key.replace(':', ': ')}}}\"")
         overrides[name] = locate_paths(name, value)
     return overrides
 
@@ -143,7 +137,8 @@ def locate_paths(name: str, value: object) -> object:
     if name in ("rewards", "groups"):
         path = r".+(?=:)" if name == "rewards" else r"[^=,\s][^=,]*\.json"
         return re.sub(path, lambda match: relative_to_project(match[0]), value)
-    is_model = name in MODEL_PARAMS and value not in MODEL_WORDS and Path(value).is_dir()
+    is_model = name in MODEL_PARAMS and value not in ("tiny", *START_WORDS) and (
+        Path(value).is_dir())
     is_data = name == "data" and value != "scenes"
     is_path = name == "image_root" or is_data or is_model
     return relative_to_project(value) if is_path else value
@@ -158,20 +153,19 @@ def relative_to_project(text: str) -> str:
 def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dict:
     """All parameters of a stage: its profile's, then run id, profile and overrides it knows."""
     values = profile_params(stage, profile)
-    overrides = {"run_id": run_id, "profile": profile, **overrides}
     known = {name: merge_mappings(values[name], value)
-             for name, value in overrides.items() if name in values}
-    settings = overrides.get(GROUP, {}) if stage in CONFIGS else {}
-    return validate_params({**values, **settings, **known}, stage)
+             for name, value in {"run_id": run_id, "profile": profile, **overrides}.items()
+             if name in values}
+    return validate_params(values | known, stage)
 
 
 def _check_full_profile(profile: str, params: dict[str, dict], is_data_given: bool) -> None:
-    """Raise if a full profile has no GPU, or trains on synthetic scenes that nobody asked for."""
+    """UserError if a full profile has no GPU, or trains on drawn scenes that nobody asked for."""
     if not needs_gpu(profile):
         return
     data = params.get(RUN_PARAMS_STAGE, {}).get("data")
     if data == "scenes" and not is_data_given:
-        raise ValueError(
+        raise UserError(
             f"profile '{profile}' would train a full model on synthetic scenes; name the file of "
             "your data (-p data mine.jsonl), or say -p data scenes to train on them")
     if not any(values.get("device") == "cuda" for values in params.values()):
@@ -179,28 +173,13 @@ def _check_full_profile(profile: str, params: dict[str, dict], is_data_given: bo
     import torch  # seconds, which other profiles need not wait for
 
     if not torch.cuda.is_available():
-        raise RuntimeError(
+        raise UserError(
             f"profile '{profile}' needs a GPU, and PyTorch {torch.__version__} sees none; check "
             "the driver with nvidia-smi, or set -p device cpu")
 
 
-def _check_run_params(run_id: str, profile: str) -> None:
-    """Raise ValueError if the run has the model or box format of another profile."""
-    if load_record(RUN_PARAMS_STAGE, run_id) is None:
-        return
-    values = run_params(run_id, RUN_PARAMS_STAGE)
-    by_profile = {name: profile_params(RUN_PARAMS_STAGE, name) for name in list_profiles()}
-    fitting = [name for name, others in by_profile.items() if values.items() <= others.items()]
-    if fitting and profile not in fitting:
-        expected = by_profile[profile]
-        name = next(name for name in RUN_PARAMS if values[name] != expected[name])
-        raise ValueError(f"run '{run_id}' has the {name} {values[name]}, and profile '{profile}' "
-                         f"{expected[name]}; go on with --profile {fitting[0]}, or use another "
-                         "--run-id")
-
-
 def plan_stages(names: list[str], run_id: str) -> list[str]:
-    """`names`, or all stages of the recipe that are the run's own; ValueError for its source's."""
+    """`names`, or all stages of the recipe that are the run's own; UserError for its source's."""
     for stage in names:
         require_own_stage(stage, run_id)
     inherited = load_branch(run_id).get("stages", ())
@@ -208,20 +187,20 @@ def plan_stages(names: list[str], run_id: str) -> list[str]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds of "0,1,2"; ValueError for other texts, and if a seed is named twice."""
+    """The seeds of "0,1,2"; UserError for other texts, and if a seed is named twice."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() for word in words):
-        raise ValueError(f"--seeds is '{text}'; write whole numbers with commas, such as 0,1,2")
+        raise UserError(f"--seeds is '{text}'; write whole numbers with commas, such as 0,1,2")
     seeds = [int(word) for word in words]
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {text} names a seed twice; name each once")
+        raise UserError(f"--seeds {text} names a seed twice; name each once")
     return seeds
 
 
 def _require_seed_in_name(run_id: str, seeds: list[int]) -> None:
-    """ValueError if several seeds would share a run, or if a name has {seed} without seeds."""
+    """UserError if several seeds would share a run, or if a name has {seed} without seeds."""
     if len(seeds) > 1 and SEED not in run_id:
-        raise ValueError(f"{len(seeds)} seeds cannot share the run '{run_id}'; put {SEED} into "
-                         f"--run-id, such as {run_id}-{SEED}")
+        raise UserError(f"{len(seeds)} seeds cannot share the run '{run_id}'; put {SEED} into "
+                        f"--run-id, such as {run_id}-{SEED}")
     if not seeds and SEED in run_id:
-        raise ValueError(f"'{run_id}' has {SEED}, but there are no seeds; add --seeds 0,1,2")
+        raise UserError(f"'{run_id}' has {SEED}, but there are no seeds; add --seeds 0,1,2")

@@ -10,9 +10,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mig_kit.common import UserError
+
 MODULE = "mig_kit.stages.launched_worker"  # a launcher starts it, with the stage folder
-# how Python and the libraries say that a disk is full; the last is torch.save
-FULL_DISK = re.compile(r"\[Errno (?:28|122)\]|\(os error (?:28|122)\)|inline_container\.cc")
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class Launch:
 
 
 def parse_launcher(launcher: str) -> Launch:
-    """A launcher's words and processes; ValueError, with the remedy, if it cannot be started."""
+    """A launcher's words and processes; UserError, with the remedy, if it cannot be started."""
     try:
         words = shlex.split(launcher)
     except ValueError as error:
-        raise ValueError(f"launcher '{launcher}' is no command ({error}); write it as in a "
+        raise UserError(f"launcher '{launcher}' is no command ({error}); write it as in a "
                          "shell") from None
     program = shutil.which(words[0], path=search_path())
     if program is None:
-        raise ValueError(f"launcher starts with '{words[0]}', which is neither beside "
+        raise UserError(f"launcher starts with '{words[0]}', which is neither beside "
                          f"{sys.executable} nor on PATH; install it, or set launcher to \"\"")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--nproc-per-node", "--nproc_per_node", dest="local", default="")
@@ -46,7 +46,7 @@ def parse_launcher(launcher: str) -> Launch:
     try:
         known, _ = parser.parse_known_args(words[1:])
     except argparse.ArgumentError as error:
-        raise ValueError(f"launcher '{launcher}' is cut ({error}); write it as in a "
+        raise UserError(f"launcher '{launcher}' is cut ({error}); write it as in a "
                          "shell") from None
     local, nodes, total = (int(text) if re.fullmatch("[0-9]+", text) else 0
                            for text in (known.local, known.nodes, known.total))
@@ -67,18 +67,3 @@ def describe_exit(status: int | None) -> str:
     hint = ("; the system ends so what takes too much memory: free some, or ask for more"
             if number == signal.SIGKILL else "")
     return f"was ended by signal {number} ({signal.strsignal(number)}){hint}"
-
-
-def describe_os_error(error: OSError) -> str:
-    """What went wrong with a file or a disk."""
-    return describe_disk(str(error), Path(error.filename or ".")) or str(error)
-
-
-def describe_disk(text: str, path: Path) -> str:
-    """What helps if an error's text says that a disk is full, else ""; path: on that disk."""
-    if not FULL_DISK.search(text):
-        return ""
-    place = next(folder for folder in (path, *path.resolve().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free / 2**20
-    return (f"the disk of {place} is full, {free:.0f} MB are free; make room and give the same "
-            f"command, which goes on from what is finished ({text})")

@@ -10,21 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import IS_CLONE, PROJECT_ROOT, digest_json, model_folder, suggest_word
-from mig_kit.pipeline.params import (
-    EXECUTION_PARAMS,
-    NAMES_OF_RUNS,
-    RUN_PARAMS,
-    RUN_PARAMS_STAGE,
-    shipped_params,
-    stage_parameters,
+from mig_kit.common import (
+    IS_CLONE,
+    PROJECT_ROOT,
+    UserError,
+    digest_json,
+    model_folder,
+    suggest_word,
 )
+from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import (
     list_runs,
     load_record,
     require_record,
     runs_root,
     stage_folder,
+)
+from mig_kit.pipeline.stage_params import (
+    EXECUTION_PARAMS,
+    NAMES_OF_RUNS,
+    RUN_PARAMS,
+    RUN_PARAMS_STAGE,
 )
 
 PACKAGES = ("mig-kit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
@@ -34,17 +40,16 @@ MODELS = {"base": "", "sft": "03_merge/merged", "grpo": "05_grpo/model"}
 
 
 def run_params(run_id: str, needed_by: str) -> dict:
-    """RUN_PARAMS of a run, set by its stage 01; FileNotFoundError if that has not finished."""
+    """RUN_PARAMS of a run, set by its stage 01; UserError if that has not finished."""
     params = require_record(RUN_PARAMS_STAGE, run_id, needed_by)["params"]
-    defaults = stage_parameters(RUN_PARAMS_STAGE)
-    return {name: params.get(name, defaults[name].default) for name in RUN_PARAMS}
+    return {name: params[name] for name in RUN_PARAMS}
 
 
 def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
-    """Finished stage -> its parameters that differ from the shipped ones and change results."""
+    """Finished stage -> its parameters that differ from the defaults and change results."""
     changed = {}
     for stage in stages:
-        params, defaults = _finished_params(stage, run_id), shipped_params(stage)
+        params, defaults = _finished_params(stage, run_id), default_params(stage)
         changed[stage] = {name: value for name, value in params.items()
                           if name in defaults and value != defaults[name]
                           and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
@@ -94,7 +99,7 @@ class RunModel:
 def find_run_model(text: str) -> RunModel | None:
     """The model that "RUN", "RUN/sft", "RUN/base" or a run's folder names; None for other texts.
 
-    Raises FileNotFoundError if the run lacks that model, or if a single word names nothing here.
+    Raises UserError if the run lacks that model, or if a single word names nothing here.
     """
     path = Path(text)
     if path.is_dir() and path.resolve().parent == runs_root().resolve():
@@ -106,8 +111,8 @@ def find_run_model(text: str) -> RunModel | None:
     if run_id not in (runs := list_runs()):
         near = suggest_word(run_id, runs | {"tiny"}, 0.5)
         if not path.is_dir() and (near or not system):
-            raise FileNotFoundError(f"there is no run and no folder '{text}'; "
-                                    f"{near or 'a model of the hub is USER/NAME'}")
+            raise UserError(f"there is no run and no folder '{text}'; "
+                            f"{near or 'a model of the hub is USER/NAME'}")
         return None
     params = run_params(run_id, "a run's model")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
@@ -132,19 +137,15 @@ def describe_machine() -> dict:
 
 
 def _read_commit() -> str:
-    """The project's commit, "+" for a changed tree; "" if unknown, and a line says why."""
+    """The project's commit, "+" for a changed tree; "" if there is no clone or no git."""
     if not IS_CLONE:
         return ""
     # named, a clone may be another user's, and a repository around it is not asked
     command = ["git", "--git-dir", ".git", "--work-tree", ".", "describe", "--always",
                "--exclude=*", "--abbrev=40", "--dirty=+"]
-    try:
-        result = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True,
-                                timeout=20, check=True)
-        return result.stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:  # no git, no clone, or a slow disk
-        reason = " ".join((getattr(error, "stderr", "") or str(error)).split())
-        print(f"the commit of {PROJECT_ROOT} is not recorded: {reason}", flush=True)
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True,
+                              timeout=20, check=True).stdout.strip()
     return ""
 
 

@@ -4,7 +4,6 @@ A branch has a branch.json, {"from": source, "stages": [stage]}: these stages ar
 reference. A source may be a branch itself.
 """
 
-import errno
 import json
 import os
 import re
@@ -13,9 +12,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mig_kit.common import PROJECT_ROOT, suggest_word, write_json
+from mig_kit.common import PROJECT_ROOT, UserError, suggest_word, write_json
 
 BRANCH_FILE = "branch.json"
+PROFILE_FILE = "profile.txt"
 STAGES = {
     "00_preflight": (), "01_synthesize": (), "02_sft": ("01_synthesize",), "03_merge": ("02_sft",),
     "04_rejection_sampling": ("01_synthesize", "03_merge"),
@@ -29,9 +29,6 @@ RECIPE = tuple(stage for stage in STAGES if stage < "08")
 COLD_START = ("02_sft", "03_merge")
 RUN_ID = re.compile(r"[\w-]([\w.-]*[\w-])?")
 _LOCKS: dict[Path, FileLock] = {}  # of the runs that this process writes
-WRITER = "writer.txt"  # beside a run's lock: who holds it
-# what a disk without locks answers, such as NFS without its lock daemon
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 def runs_root() -> Path:
@@ -40,9 +37,9 @@ def runs_root() -> Path:
 
 
 def validate_run_id(run_id: str) -> str:
-    """`run_id`, or ValueError if it is no plain name of a folder."""
+    """`run_id`, or UserError if it is no plain name of a folder."""
     if not RUN_ID.fullmatch(run_id):
-        raise ValueError(f"run_id is '{run_id}'; use letters, digits, '-', '_' and, inside, '.'")
+        raise UserError(f"run_id is '{run_id}'; use letters, digits, '-', '_' and, inside, '.'")
     return run_id
 
 
@@ -53,62 +50,50 @@ def list_runs() -> set[str]:
 
 
 def require_runs(*run_ids: str) -> None:
-    """FileNotFoundError, with the nearest name, unless all these runs exist."""
+    """UserError, with the nearest name, unless all these runs exist."""
     names = list_runs()
     for run_id in run_ids:
         if run_id not in names:
             hint = suggest_word(run_id, names, 0.5) or "mig-kit status lists the runs"
-            raise FileNotFoundError(f"no run '{run_id}' in {runs_root()}; {hint}")
+            raise UserError(f"no run '{run_id}' in {runs_root()}; {hint}")
 
 
 def format_run_command(stage: str, run_id: str, options: str = "") -> str:
     """The command that makes this stage of a run, for error messages."""
-    # without a stage all of them would be made again with the tiny profile
     command = " ".join(filter(None, ("mig-kit run", stage[:2], "--run-id", run_id, options)))
-    return f"{command}, with the --profile and every -p of that run"
+    return f"{command}, with every -p of that run"
+
+
+def load_profile(run_id: str) -> str:
+    """The profile of a run's commands, that of its source if it has none; "" if unknown."""
+    for name in list_sources(run_id):
+        if (path := runs_root() / name / PROFILE_FILE).is_file():
+            return path.read_text().strip()
+    return ""
 
 
 def load_branch(run_id: str) -> dict:
-    """The branch.json of a run, {} if it has none; ValueError with a remedy if it is broken."""
+    """The branch.json of a run, {} if it has none."""
     path = runs_root() / run_id / BRANCH_FILE
-    branch = _read_mapping(path)
-    source = branch.get("from")
-    # in files of earlier versions `stages` is a mapping
-    if path.is_file() and not (isinstance(branch.get("stages"), dict | list)
-                               and isinstance(source, str) and RUN_ID.fullmatch(source)):
-        raise ValueError(f"{path} is broken; delete the run '{run_id}' and start it again with "
-                         "--from")
-    return branch
-
-
-def _read_mapping(path: Path) -> dict:
-    """A JSON file's mapping, {} if there is none."""
-    try:
-        data = json.loads(path.read_text()) if path.is_file() else {}
-    except (ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def list_sources(run_id: str) -> list[str]:
-    """The run, the run that it is a branch of, and so on; ValueError if one is its own source."""
+    """The run, the run that it is a branch of, and so on."""
     runs = [run_id]
     while branch := load_branch(runs[-1]):
-        if branch["from"] in runs:
-            raise ValueError(f"run '{branch['from']}' starts from itself, through "
-                             f"'{runs[-1]}'; correct \"from\" in its {BRANCH_FILE}")
         runs.append(branch["from"])
     return runs
 
 
 def find_owner(stage: str, run_id: str) -> str:
-    """The run whose folder holds the stage: itself, or its source; FileNotFoundError if gone."""
+    """The run whose folder holds the stage: itself, or its source; UserError if gone."""
     runs = list_sources(run_id)
     for branch, source in zip(runs, runs[1:]):
         if stage not in load_branch(branch)["stages"]:
             return branch
         if not (runs_root() / source).is_dir():
-            raise FileNotFoundError(
+            raise UserError(
                 f"run '{branch}' starts from run '{source}', which is not in {runs_root()}; bring "
                 f"it back, or write its new name into {runs_root() / branch / BRANCH_FILE}")
     return runs[-1]
@@ -120,10 +105,10 @@ def stage_folder(stage: str, run_id: str) -> Path:
 
 
 def require_own_stage(stage: str, run_id: str) -> None:
-    """ValueError with the commands if the run takes the stage from its source."""
+    """UserError with the commands if the run takes the stage from its source."""
     branch = load_branch(run_id)
     if stage in branch.get("stages", ()):
-        raise ValueError(
+        raise UserError(
             f"{stage} of run '{run_id}' is that of run '{branch['from']}'; run it there, or start "
             f"another branch: mig-kit run {stage[:2]} --from {branch['from']} --run-id NAME")
 
@@ -135,53 +120,36 @@ def has_cold_start(run_id: str) -> bool:
 
 
 def load_record(stage: str, run_id: str) -> dict | None:
-    """The run.json of a finished stage, or None; ValueError with a remedy if it is broken."""
-    folder = stage_folder(stage, run_id)
-    finished = folder.parent.glob(f"{folder.name}.new-*/run.json")
-    if not folder.exists() and (record := next(finished, None)):
-        record.parent.rename(folder)  # a kill came between the two renames that give it its place
-    return read_record(folder / "run.json")
-
-
-def read_record(path: Path) -> dict | None:
-    """A run.json, or None if there is none; ValueError with a remedy if it is broken."""
-    record = _read_mapping(path)
-    if not record and path.is_file():
-        raise ValueError(f"{path} is broken; delete it, and the stage counts as not finished")
-    return record or None
+    """The run.json of a finished stage, or None."""
+    path = stage_folder(stage, run_id) / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def require_record(stage: str, run_id: str, by: str) -> dict:
-    """The run.json of a stage that `by` needs; FileNotFoundError if it has not finished."""
+    """The run.json of a stage that `by` needs; UserError if it has not finished."""
     record = load_record(stage, run_id)
     if record is None:
         owner = find_owner(stage, run_id)
-        raise FileNotFoundError(f"{by} needs {stage} of run '{owner}', which has not finished; "
+        raise UserError(f"{by} needs {stage} of run '{owner}', which has not finished; "
                                 f"run: {format_run_command(stage, owner)}")
     return record
 
 
-def lock_run(run: Path, stage: str = "", patience: float = 5.0) -> None:
+def lock_run(run: Path, patience: float = 5.0) -> None:
     """Keep other processes from writing this run until `unlock_run` or this process ends.
 
-    Raises RuntimeError if another process holds it for `patience` seconds; a notebook whose caller
-    was killed ends within one second. On a disk without locks a line says so.
+    patience: seconds; a notebook whose caller was killed ends within one. Raises UserError if
+    another process holds the run.
     """
     run.mkdir(parents=True, exist_ok=True)
-    lock = _LOCKS.get(run) or FileLock(run / "lock", thread_local=False, fallback_to_soft=False)
+    lock = _LOCKS.get(run) or FileLock(run / "lock", thread_local=False)
     try:
         if run not in _LOCKS:
             lock.acquire(timeout=patience)
     except Timeout:
-        raise RuntimeError(f"run '{run.name}' is being written by {find_writer(run)}; wait for it, "
-                           "shut its notebook down, or use another --run-id") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        print(f"warning: the disk of {run} has no file locks ({error.strerror}): see to it "
-              "yourself that no other process writes this run")
+        raise UserError(f"run '{run.name}' is being written by another process; wait for it, shut "
+                        "its notebook down, or use another --run-id") from None
     _LOCKS[run] = lock
-    (run / WRITER).write_text(f"process {os.getpid()}" + (f" in {stage}" if stage else ""))
 
 
 def unlock_run(run: Path) -> None:
@@ -191,7 +159,7 @@ def unlock_run(run: Path) -> None:
 
 
 def remove_run(run_id: str) -> None:
-    """Delete a run that nobody writes; ValueError if branches start from it."""
+    """Delete a run that nobody writes; UserError if branches start from it."""
     require_no_branches(run_id)
     lock_run(runs_root() / run_id)
     shutil.rmtree(runs_root() / run_id)
@@ -199,55 +167,53 @@ def remove_run(run_id: str) -> None:
 
 
 def require_no_branches(run_id: str) -> None:
-    """ValueError, with their names, if other runs start from this one."""
+    """UserError, with their names, if other runs start from this one."""
     require_runs(validate_run_id(run_id))
-    if branches := [name for name in sorted(list_runs() - {run_id})
-                    if _read_mapping(runs_root() / name / BRANCH_FILE).get("from") == run_id]:
-        raise ValueError(f"run '{run_id}' stays: {', '.join(branches)} start from it; remove these "
-                         f"first, as mig-kit rm {branches[0]}")
+    if branches := [name for name in sorted(list_runs())
+                    if load_branch(name).get("from") == run_id]:
+        raise UserError(f"run '{run_id}' stays: {', '.join(branches)} start from it; remove these "
+                        f"first, as mig-kit rm {branches[0]}")
 
 
-def find_writer(run: Path) -> str:
-    """"process N in STAGE" if one writes the run, else ""."""
+def is_locked(run: Path) -> bool:
+    """Whether a process writes the run."""
+    if not (run / "lock").is_file():
+        return False
     try:
-        if (run / "lock").is_file():
-            with FileLock(run / "lock", fallback_to_soft=False).acquire(blocking=False):
-                pass
-        return ""
+        with FileLock(run / "lock").acquire(blocking=False):
+            return False
     except Timeout:
-        return (run / WRITER).read_text()
-    except OSError:  # no locks on this disk, or no right to lock
-        return ""
+        return True
 
 
 def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
     """The stages before `stages` that a branch takes from `source`; [] if it has them already.
 
-    Raises ValueError or FileNotFoundError if the run cannot be that branch.
+    Raises UserError if the run cannot be that branch.
     """
     validate_run_id(source)
     if source == run_id:
-        raise ValueError(f"--from and --run-id are both '{run_id}'; use another --run-id")
+        raise UserError(f"--from and --run-id are both '{run_id}'; use another --run-id")
     require_runs(source)
     if run_id in list_sources(source):
-        raise ValueError(f"run '{source}' starts from '{run_id}' itself; use another --run-id")
+        raise UserError(f"run '{source}' starts from '{run_id}' itself; use another --run-id")
     if branch := load_branch(run_id):
         if branch["from"] != source:
-            raise ValueError(f"run '{run_id}' starts from '{branch['from']}' already, not from "
+            raise UserError(f"run '{run_id}' starts from '{branch['from']}' already, not from "
                              f"'{source}'; use another --run-id")
         return []
     first = min((stage for stage in stages if stage in RECIPE[1:]), default="")
     if first <= "02":
-        raise ValueError("--from gives the stages before those that you run, so name stages from "
+        raise UserError("--from gives the stages before those that you run, so name stages from "
                          "02 to 07, such as: mig-kit run 05 06 07 --from default --run-id NAME")
     inherited = [stage for stage in RECIPE[1:] if stage < first
                  and (stage not in COLD_START or has_cold_start(source))]
     if own := [stage for stage in RECIPE[1:] if (runs_root() / run_id / stage).is_dir()]:
-        raise ValueError(f"run '{run_id}' has its own {own[0]}, so it is no branch; use another "
+        raise UserError(f"run '{run_id}' has its own {own[0]}, so it is no branch; use another "
                          "--run-id")
     for stage in inherited:
         if load_record(stage, source) is None:
-            raise FileNotFoundError(
+            raise UserError(
                 f"run '{source}' has no finished {stage} to start from; run: "
                 f"{format_run_command(stage, source)}")
     return inherited

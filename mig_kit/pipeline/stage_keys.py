@@ -1,17 +1,15 @@
 """What a stage's results follow from, as digests: parameters, inputs, files and code.
 
-Only a change of these makes a stage stale. Its code is the notebook's cells and every definition
-that they use, so another reward does not repeat fine-tuning. Code counts by digest: definitions may
-move, and docstrings do not count.
+Only a change of these makes a stage stale. Its code is the notebook's cells and every definition of
+the kit that they lead to, so another reward does not repeat fine-tuning. Docstrings, comments and
+what only keeps runs or draws pictures do not count.
 """
 
 import ast
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,33 +17,26 @@ from mig_kit.common import (
     NOTEBOOKS,
     PACKAGE,
     PROJECT_ROOT,
+    UserError,
     digest_json,
     file_sha256,
     iter_lines,
     model_folder,
-    progress_bar,
     split_function_name,
 )
 from mig_kit.image_files import is_regular_file
 from mig_kit.pipeline import run_folders
-from mig_kit.pipeline.attempts import NOT_PRODUCTS
-from mig_kit.pipeline.params import (
-    EXECUTION_PARAMS,
-    NAMES_OF_RUNS,
-    RUN_PARAMS,
-    notebook_cells,
-    stage_parameters,
-)
+from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_facts import run_params
 from mig_kit.pipeline.run_folders import COLD_START, STAGES, require_record
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS, RUN_PARAMS
 
 KEY_FACTS = ("parameter", "file", "input", "code")
+NOT_PRODUCTS = ("metrics.json", "started.json")  # they hold times and names of runs
 MODEL_PARAMS = ("base_model", "model", "start_from")  # each names a folder, a model or a word
 LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time
-LARGE_SET = 2**35  # bytes of images; more are compared by size and time, too
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
-CACHE = ".images_{}.json"  # in the folder of runs: of a root's images, size and time, and SHA-256
-JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?')  # one without an end takes the rest along
+JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 Name = tuple[str, str]  # (module, definition); (module, "") is the module itself
 
@@ -90,6 +81,7 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     if stage not in STAGES_OF_PICTURES:
         inputs = {name: select_products(outputs) for name, outputs in inputs.items()}
     files = hash_named_files(params)
+    images = files.pop("images", None)
     files |= {name: file_sha256(split_function_name(name)[0])
               for name in params.get("rewards", ()) if ":" in name}
     files |= {name: model_fingerprint(params[name]) for name in MODEL_PARAMS if params.get(name)}
@@ -104,7 +96,32 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
              "file": {name: digest_json(value) for name, value in files.items()},
              "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
              **describe_code(stage, _chosen_rewards(stage, run_id, params))}
-    return {**facts, "key": digest_json([facts[kind] for kind in KEY_FACTS])}
+    # not part of the key: once 01 has stored the images that it needs, they may go
+    return {**facts, "key": digest_json([facts[kind] for kind in KEY_FACTS]),
+            "images": digest_json(images) if images else ""}
+
+
+def is_same(before: dict, now: dict) -> bool:
+    """Whether two stages' facts are the same; images that are all gone count as before."""
+    return before["key"] == now["key"] and now["images"] in ("", before["images"])
+
+
+def describe_change(before: dict, now: dict, finished: str = "finished") -> str:
+    """What differs between two stages' facts, as "max_steps: 60, finished with 125", at most three.
+
+    finished: what the one before is, in a word.
+    """
+    old, new = before["parameter"], now["parameter"]
+    differences = [f"{name}: {new.get(name)!r}, {finished} with {old.get(name)!r}"
+                   for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    for kind in ("file", "input", "definition"):
+        old, new = before[kind], now[kind]
+        differences += [f"{name.rpartition('.')[2]} has changed" for name in sorted({*old, *new})
+                        if old.get(name) != new.get(name)]
+    differences += ["a cell of its notebook has changed"] * (before["cells"] != now["cells"])
+    differences += ["images of data have changed"] * (now["images"] not in ("", before["images"]))
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more
 
 
 def select_products(outputs: dict[str, str]) -> dict[str, str]:
@@ -114,9 +131,8 @@ def select_products(outputs: dict[str, str]) -> dict[str, str]:
 
 def _chosen_rewards(stage: str, run_id: str, params: dict) -> list[str]:
     """The rewards of a stage: its own parameter's, else those of the 05 that it builds on."""
-    default = {"rewards": stage_parameters("05_grpo")["rewards"].default}
     trained = run_folders.load_record("05_grpo", run_id) if "05_grpo" in STAGES[stage] else None
-    return {**default, **(trained or {}).get("params", {}), **params}["rewards"]
+    return {**default_params("05_grpo"), **(trained or {}).get("params", {}), **params}["rewards"]
 
 
 def _member_digest(name: str) -> str:
@@ -133,8 +149,8 @@ def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
     outputs = require_record("03_merge", control, stage)["outputs"]
     other = run_params(control, stage)
     if name := next((name for name in RUN_PARAMS if other[name] != params[name]), ""):
-        raise ValueError(f"control_run '{control}' has another {name} ({other[name]}) than run "
-                         f"'{run_id}' ({params[name]}); compare runs of one model and box format")
+        raise UserError(f"control_run '{control}' has another {name} ({other[name]}) than run "
+                        f"'{run_id}' ({params[name]}); compare runs of one model and box format")
     return select_products(outputs)
 
 
@@ -151,99 +167,78 @@ def _size_and_time(path: Path) -> str:
     return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
-def hash_named_files(params: dict) -> dict[str, str]:
-    """{"data", "images"}: SHA-256 of 01's own data and of its images; {} without own data."""
+def hash_named_files(params: dict) -> dict:
+    """{"data": SHA-256, "images": size and time by name} of 01's own data; {} without own data."""
     path = PROJECT_ROOT / params.get("data", "scenes")
     if path == PROJECT_ROOT / "scenes" or not path.is_file():
         return {}
     root = PROJECT_ROOT / params["image_root"] if params["image_root"] else path.parent
-    images = {name: root / name.removeprefix("file://") for name in _iter_texts(path)}
-    facts = {name: _size_and_time(path) for name, path in images.items() if is_regular_file(path)}
-    sizes = (int(fact.split()[0]) for fact in facts.values())
-    digests = facts if sum(sizes) > LARGE_SET else _hash_images(root, images, facts)
-    return {"data": file_sha256(path), "images": digest_json(digests)}
-
-
-def _iter_texts(file: Path) -> Iterator[str]:
-    """Every text in own data, since each may name an image."""
-    is_by_line = file.suffix == ".jsonl"  # else a list, which has no lines to count
-    for _, line in iter_lines(file) if is_by_line else [(1, file.read_bytes())]:
-        for text in JSON_STRING.finditer(line or b""):
-            with suppress(ValueError):  # stage 01 refuses the line
-                yield json.loads(text.group())
-
-
-def _hash_images(root: Path, images: dict[str, Path], facts: dict[str, str]) -> dict[str, str]:
-    """Name -> SHA-256 of images that are there, or were; known files are not read again."""
-    cache = run_folders.runs_root() / CACHE.format(
-        hashlib.sha256(str(root).encode()).hexdigest()[:16])
-    try:
-        known = json.loads(cache.read_text())
-    except (OSError, ValueError):  # none yet, or broken
-        known = {}
-    base = root.resolve()  # what leads out of it is refused by the stage, and not read here
-    moved = [name for name, fact in facts.items() if known.get(name, [""])[0] != fact
-             and images[name].resolve().is_relative_to(base)]
-    for name in progress_bar(moved, "hash images", delay=5):
-        known[name] = [facts[name], file_sha256(images[name])]
-    with suppress(OSError):  # a cache that cannot be written costs time alone
-        if moved:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cache.with_suffix(f".{os.getpid()}.tmp")  # of this process alone
-            temporary.write_text(json.dumps(known))
-            temporary.replace(cache)
-    return {name: known[name][1] for name in images if name in known}
+    is_by_line = path.suffix == ".jsonl"  # else a list, which has no lines to count
+    lines = (line for _, line in iter_lines(path)) if is_by_line else [path.read_bytes()]
+    images = {}
+    for text in (text for line in lines for text in JSON_STRING.findall(line or b"")):
+        name = text[1:-1].decode(errors="replace").removeprefix("file://")
+        if is_regular_file(root / name):
+            images[name] = _size_and_time(root / name)
+    return {"data": file_sha256(path), "images": images}
 
 
 def describe_code(stage: str, rewards: Sequence[str]) -> dict:
-    """{"code", "definition", "cell"} of a stage; `rewards` names the kit's rewards that it uses.
+    """{"code", "definition", "cells"} of a stage; `rewards` names the kit's rewards that it uses.
 
     code: digest of all code that its results follow from. definition ("module.name" -> digest) and
-    cell (texts) say what that is, for `store.describe_staleness`.
+    cells (a digest) say what has changed.
     """
-    source = "\n".join("".join(cell["source"]) for cell in notebook_cells(stage))
-    imports = _imports(_parse(source))
-    cells = []
+    cells, names, imports = [], set(), {}
+    for cell in notebook_cells(stage):
+        if "parameters" not in cell["metadata"].get("tags", ()):
+            imports |= _imports(_parse("".join(cell["source"])))
     for cell in notebook_cells(stage):
         if not TAGS_OUTSIDE & set(cell["metadata"].get("tags", ())):
-            tree, references = _resolve(_parse("".join(cell["source"])), imports)
-            if text := ast.unparse(tree):  # JupyterLab adds an empty cell
-                cells.append((text, references))
-    definitions = _find_definitions({name for _, references in cells for name in references},
-                                    stage, rewards)
-    digests = {name: hashlib.sha256(code.encode()).hexdigest()[:16]
-               for name, (code, _) in definitions.items()}
-    digests |= {(module, file.name): file_sha256(file)[:16] for module in {m for m, _ in digests}
-                for file in _files_beside(module)}
-
-    def with_uses(digest: str, references: Iterable[Name]) -> list:
-        # the name alone does not say which of two functions of that name is called
-        return [digest, sorted({digests[name] for name in references if name in digests})]
-
-    uses = [with_uses(digest, definitions.get(name, ("", ()))[1])
-            for name, digest in digests.items()]
-    return {"code": digest_json([sorted(uses), [with_uses(*cell) for cell in cells]]),
-            "definition": {".".join(name): digests[name] for name in sorted(digests)},
-            "cell": [text for text, _ in cells]}
+            tree = _parse("".join(cell["source"]))
+            if tree.body:  # JupyterLab adds an empty cell
+                cells.append(ast.dump(tree))
+                names |= _references(tree, imports)
+    definitions = {".".join(name): _digest(code) for name, code in
+                   sorted(_find_definitions(names, stage, rewards).items())}
+    for module in {name.rpartition(".")[0] for name in definitions}:
+        path = _module_path(module)  # and what lies beside it under its name, such as a template
+        definitions |= {f"{module}.{file.name}": file_sha256(file)
+                        for file in path.parent.glob(f"{path.stem}.*") if file.suffix != ".py"}
+    return {"code": digest_json([cells, definitions]), "definition": definitions,
+            "cells": digest_json(cells)}
 
 
-def _find_definitions(names: Iterable[Name], stage: str,
-                      rewards: Sequence[str]) -> dict[Name, tuple[str, frozenset[Name]]]:
-    """(code, references) of these definitions and of all that they lead to."""
+def notebook_cells(stage: str) -> list[dict]:
+    """The code cells of a stage's notebook."""
+    cells = json.loads((NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def _digest(code: str) -> str:
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def _find_definitions(names: Iterable[Name], stage: str, rewards: Sequence[str]) -> dict[Name, str]:
+    """The code of these definitions and of all that they lead to."""
     left_out = (PLUMBING,) if stage in STAGES_OF_PICTURES else NOT_PART_OF_A_KEY
-    todo, used = set(names), {}
+    todo, seen, used = set(names), set(), {}
     while todo:
         module, name = todo.pop()
         is_left_out = any(f"{module}.".startswith(f"{other}.") for other in left_out)
-        if (module, name) in used or is_left_out:
+        path = _module_path(module)
+        if (module, name) in seen or is_left_out or not path.is_file():
             continue
-        definitions = _definitions(_module_path(module))
-        if name in definitions:
-            used[module, name] = definitions[name]
-            todo |= definitions[name][1]
+        seen.add((module, name))
+        definitions, imports = _read_module(path, path.stat().st_mtime_ns)
+        if name in imports:  # from there it leads to where it is defined
+            todo.add(imports[name])
         elif name == CHOSEN:
             todo |= {(module, f"{name}[{reward}]") for reward in rewards}
-    return {name: definition for name, definition in used.items() if definition[0]}
+        elif name in definitions:
+            used[module, name], references = definitions[name]
+            todo |= references | {(module, MODULE_BODY)}
+    return used
 
 
 def _module_path(module: str) -> Path:
@@ -252,117 +247,75 @@ def _module_path(module: str) -> Path:
     return folder.joinpath(*parts).with_suffix(".py")
 
 
-def _files_beside(module: str) -> list[Path]:
-    """Files beside a module under its name, such as templates."""
-    path = _module_path(module)
-    return [file for file in path.parent.glob(f"{path.stem}.*") if file.suffix != ".py"]
-
-
-def _definitions(path: Path) -> dict[str, tuple[str, frozenset[Name]]]:
-    """Name -> (code, references) of a module's top-level definitions; {} without such a file."""
-    return _read_definitions(path, path.stat().st_mtime_ns) if path.is_file() else {}
-
-
 @cache
-def _read_definitions(path: Path, modified: int) -> dict[str, tuple[str, frozenset[Name]]]:
+def _read_module(path: Path, modified: int) -> tuple[dict[str, tuple[str, set[Name]]],
+                                                     dict[str, Name]]:
+    """(name -> (code, references) of a module's top-level definitions, its imports by name)."""
     tree = _parse(path.read_text())
     is_kit = path.is_relative_to(PACKAGE)
     parts = path.relative_to(PACKAGE if is_kit else NOTEBOOKS).with_suffix("").parts
     module = ".".join(("mig_kit", *parts) if is_kit else parts)
-    statements = [pair for statement in tree.body for pair in _split_choice(statement)]
-    defined = {name for names, _ in statements for name in names}
-    imported = _imports(tree)
-    known = imported | {name: (module, name) for name in defined - {MODULE_BODY}}
-    body = {(module, MODULE_BODY)} if MODULE_BODY in defined else set()
-    # a name that is only imported here, and used from here, leads to where it is defined
-    definitions = {name: ("", frozenset({origin})) for name, origin in imported.items()}
-    own = {name: ("", frozenset(body)) for name in defined}
-    for names, statement in statements:
-        resolved, references = _resolve(statement, known)
-        for name in names:
-            code, others = own[name]
-            own[name] = code + ast.dump(resolved), others | references - {(module, name)}
-    return definitions | own
+    statements = [pair for statement in tree.body for pair in _name_statement(statement)]
+    imports = _imports(tree)
+    known = imports | {name: (module, name) for name, _ in statements}
+    definitions: dict[str, tuple[str, set[Name]]] = {}
+    for name, statement in statements:
+        code, references = definitions.get(name, ("", set()))
+        definitions[name] = (code + ast.dump(statement),
+                             references | _references(statement, known))
+    return definitions, imports
 
 
-def _split_choice(statement: ast.stmt) -> list[tuple[list[str], ast.AST]]:
-    """(names it defines, statement); for CHOSEN one entry per key, "REWARDS[box]"."""
-    names = _defined_names(statement)
-    if names != [CHOSEN] or not isinstance(statement.value, ast.Dict):
-        return [(names, statement)]
-    return [([f"{CHOSEN}[{ast.literal_eval(key)}]"], value)
-            for key, value in zip(statement.value.keys, statement.value.values)]
+def _name_statement(statement: ast.stmt) -> list[tuple[str, ast.AST]]:
+    """(name that it defines, statement); for CHOSEN one entry per key, "REWARDS[box]"."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [(statement.name, statement)]
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        names = [node.id for target in targets for node in ast.walk(target)
+                 if isinstance(node, ast.Name)]
+        if names == [CHOSEN] and isinstance(statement.value, ast.Dict):
+            return [(f"{CHOSEN}[{ast.literal_eval(key)}]", value) for key, value in
+                    zip(statement.value.keys, statement.value.values)]
+        return [(name, statement) for name in names]
+    is_import = isinstance(statement, ast.Import | ast.ImportFrom)
+    return [] if is_import else [(MODULE_BODY, statement)]
 
 
 def _parse(source: str) -> ast.Module:
-    """The syntax tree of a module or of notebook cells, without docstrings and magics."""
+    """The syntax tree of a module or of a notebook's cell, without docstrings and magics."""
     lines = ("" if line.startswith(("%", "!")) else line for line in source.splitlines())
     flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
     tree = compile("\n".join(lines), "<source>", "exec", flags)
     for node in ast.walk(tree):
-        is_documented = (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-                         and ast.get_docstring(node) is not None)
-        if is_documented:
-            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
     return tree
-
-
-def _defined_names(statement: ast.stmt) -> list[str]:
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return [statement.name]
-    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        nodes = [node for target in targets for node in ast.walk(target)]
-        return [node.id for node in nodes if isinstance(node, ast.Name)]
-    is_docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    is_import = isinstance(statement, ast.Import | ast.ImportFrom)
-    return [] if is_docstring or is_import else [MODULE_BODY]
-
-
-def _is_kit_import(node: ast.AST) -> bool:
-    return isinstance(node, ast.ImportFrom) and (
-        (node.module or "").split(".")[0] in ("mig_kit", BASE_CODE))
 
 
 def _imports(tree: ast.AST) -> dict[str, Name]:
     """Local name -> what it stands for, for all imports from the kit."""
     names = {}
-    for node in filter(_is_kit_import, ast.walk(tree)):
-        for alias in node.names:
-            module = f"{node.module}.{alias.name}"
-            is_module = _module_path(module).is_file()
-            names[alias.asname or alias.name] = (module, "") if is_module else (
-                node.module, alias.name)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        if node.module.split(".")[0] in ("mig_kit", BASE_CODE):
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                is_module = _module_path(module).is_file()
+                names[alias.asname or alias.name] = (module, "") if is_module else (
+                    node.module, alias.name)
     return names
 
 
-def _resolve(tree: ast.AST, names: dict[str, Name]) -> tuple[ast.AST, set[Name]]:
-    """`tree` without hints at where the kit's definitions lie, and the names it uses."""
-    resolver = _Resolver({**names, **_imports(tree)})
-    return resolver.visit(tree), resolver.references
-
-
-class _Resolver(ast.NodeTransformer):
-    """Writes the kit's `module.name` as `name`, drops imports of the kit, collects references."""
-
-    def __init__(self, names: dict[str, Name]):
-        self.names = names
-        self.references: set[Name] = set()
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
-        return None if _is_kit_import(node) else node
-
-    def visit_Name(self, node: ast.Name) -> ast.Name:
-        module, name = self.names.get(node.id, ("", ""))
-        return self._refer(module, name, node) if name else node
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        if isinstance(node.value, ast.Name):
-            module, name = self.names.get(node.value.id, ("", "no module"))
-            if not name:
-                return self._refer(module, node.attr, node)
-        return self.generic_visit(node)
-
-    def _refer(self, module: str, name: str, node: ast.expr) -> ast.Name:
-        self.references.add((module, name))
-        return ast.Name(name, node.ctx)
+def _references(tree: ast.AST, names: dict[str, Name]) -> set[Name]:
+    """The definitions of the kit that the tree uses, as a name or as `module.name`."""
+    names, found = {**names, **_imports(tree)}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in names and names[node.id][1]:
+            found.add(names[node.id])
+        is_attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if is_attribute and names.get(node.value.id, ("", "no module"))[1] == "":
+            found.add((names[node.value.id][0], node.attr))
+    return found

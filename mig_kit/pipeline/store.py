@@ -1,47 +1,37 @@
-"""Stages of a run: what makes one up to date, and how one begins and finishes.
+"""Stages of a run: how one begins, goes on after a kill, and finishes.
 
-A stage lives in runs/<run id>/NN_stage/. It is made in an attempt beside that folder (`attempts`),
-whose run.json is written last. Then the attempt is renamed, so a failure leaves what has finished.
+runs/<run id>/NN_stage/ holds a finished stage, which never changes. A stage is made beside it, in
+NN_stage.unfinished, whose started.json says what it follows from; run.json is written last, then
+the folder is renamed. A stopped stage goes on there if it follows from the same. Cells of a
+finished stage work in NN_stage.shown, a copy that is deleted at their end.
 """
 
 import ast
-import html
+import atexit
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PACKAGE, digest_json, file_sha256, write_atomically, write_json
-from mig_kit.image_files import IMAGE_FOLDER
-from mig_kit.pipeline import attempts
-from mig_kit.pipeline.joint_rules import check_run, validate_params
+from mig_kit.common import UserError, file_sha256, write_json
+from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, link_or_copy
 from mig_kit.pipeline.model_cards import CARD, write_cards
-from mig_kit.pipeline.params import (
-    EXECUTION_PARAMS,
-    RUN_PARAMS,
-    describe_edits,
-    stage_parameters,
-    trl_defaults,
-)
+from mig_kit.pipeline.params import default_params, describe_differences, validate_params
 from mig_kit.pipeline.run_facts import describe_control, describe_machine, package_versions
 from mig_kit.pipeline.run_folders import (
     RECIPE,
     STAGES,
     find_owner,
     format_run_command,
-    list_sources,
     load_branch,
     load_record,
     lock_run,
     require_own_stage,
-    require_record,
     runs_root,
     stage_folder,
     start_branch,
@@ -49,50 +39,41 @@ from mig_kit.pipeline.run_folders import (
     validate_run_id,
 )
 from mig_kit.pipeline.run_folders import has_cold_start as has_cold_start  # for stages
+from mig_kit.pipeline.run_folders import require_record as require_record
+from mig_kit.pipeline.run_rules import check_run
 from mig_kit.pipeline.stage_keys import (
-    describe_code,
-    hash_named_files,
+    describe_change,
     input_stages,
+    is_same,
     load_inputs,
-    model_fingerprint,
     select_products,
     stage_facts,
     with_run_params,
 )
 
 DEFAULT_RUN = "default"  # which a new run of a notebook starts from
-REPLY_KEYS = "reply_keys.json"
-DRAWN_PARAMS = ("seed", "replies", "sampled_per_task")  # greedy replies do not follow from them
-MIXED = "mixed"  # instead of a key: sampled by two attempts, on different servers or devices
+STARTED = "started.json"
 
 
 def find_replaced_input(stage: str, run_id: str) -> str:
     """The name of an earlier stage that has made something else since this one read it, or ""."""
     for name, outputs in (load_record(stage, run_id) or {}).get("inputs", {}).items():
         now = load_record(name, run_id)
-        if now is None or select_products(now.get("outputs", {})) != select_products(outputs):
+        if now is None or select_products(now["outputs"]) != select_products(outputs):
             return name
     return ""
 
 
-def is_up_to_date(stage: str, run_id: str, params: dict) -> bool:
-    """False if the stage has to run; `describe_staleness` says why."""
-    return not describe_staleness(stage, run_id, params)
-
-
 def describe_staleness(stage: str, run_id: str, params: dict) -> str:
-    """Why a stage has to run, in words; "" if it is up to date and its files are all there.
+    """How a finished stage differs from what it would be now, in words; "" if it does not.
 
-    Raises ValueError if an input is damaged, FileNotFoundError if an input is gone.
+    Raises UserError if an input is damaged or gone.
     """
-    record = load_record(stage, run_id)
-    if record is None:
-        return "it has not finished"
-    facts, folder = stage_facts(stage, run_id, params), stage_folder(stage, run_id)
-    if record["key"] != facts["key"]:
-        return f"{attempts.describe_change(folder, facts)} has changed"
+    record, facts = load_record(stage, run_id), stage_facts(stage, run_id, params)
+    if not is_same(record["facts"], facts):
+        return describe_change(record["facts"], facts) or "its code has changed"
     require_intact_inputs(stage, run_id, params)
-    damaged = attempts.find_damaged(folder, record)
+    damaged = find_damaged(stage_folder(stage, run_id), record)
     return f"{damaged} is gone or damaged" if damaged else ""
 
 
@@ -111,7 +92,7 @@ def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str,
                 causes += [stale[name] for name in input_stages(stage, run_id, values)
                            if name in stale]
                 stale |= {stage: causes[0]} if causes else {}
-        except (FileNotFoundError, ValueError) as error:  # what it was made from is gone or damaged
+        except UserError as error:  # what it was made from is gone or damaged
             stale[stage] = (stage, str(error))
     return stale
 
@@ -123,6 +104,14 @@ def find_stale_inputs(stage: str, run_id: str, params: dict) -> dict[str, str]:
     if control and (cause := find_stale(control).get("03_merge")):
         causes[f"{cause[0]} of run '{control}'"] = cause[1]
     return causes
+
+
+def refuse_stale_inputs(stage: str, run_id: str, causes: dict[str, str]) -> None:
+    """UserError if there are causes; those of `find_stale_inputs`."""
+    for name, why in causes.items():
+        raise UserError(f"{stage} would build on a stale {name} of run '{run_id}' ({why}); run "
+                        "that again, or add --force: what comes of it is then marked in run.json, "
+                        "status and tables")
 
 
 def stale_notes(stage: str, run_id: str) -> list[str]:
@@ -143,39 +132,123 @@ def list_marks(stages: Sequence[str], run_id: str) -> list[str]:
 
 def recorded_params(stage: str, record: dict) -> dict:
     """The parameters that a finished stage had; new ones have their default, old ones are gone."""
-    known, recorded = stage_parameters(stage), record["params"]
-    params = {name: recorded.get(name, parameter.default) for name, parameter in known.items()}
-    return params | {name: value for name, value in recorded.items()
-                     if name not in (*known, *RUN_PARAMS) and name in trl_defaults(stage)}
+    return {name: record["params"].get(name, default)
+            for name, default in default_params(stage).items()}
 
 
 def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bool = False) -> None:
-    """ValueError with file and command if an earlier stage's output has changed since.
+    """UserError with file and command if an earlier stage's output has changed since.
 
     is_thorough: also hash files of unchanged size and time (gigabytes in a second).
     """
     for name in input_stages(stage, run_id, params):
         owner, folder = find_owner(name, run_id), stage_folder(name, run_id)
         record = load_record(name, run_id)
-        if damaged := record and attempts.find_damaged(folder, record, is_thorough):
-            raise ValueError(f"{damaged} is not what {name} of run '{owner}' wrote: damaged or "
-                             "changed since; make it again: "
-                             f"{format_run_command(name, owner, '--force')}")
+        if damaged := record and find_damaged(folder, record, is_thorough):
+            raise UserError(f"{damaged} is not what {name} of run '{owner}' wrote: damaged or "
+                            "changed since; make it again: "
+                            f"{format_run_command(name, owner, '--force')}")
+
+
+def find_damaged(folder: Path, record: dict, is_thorough: bool = False,
+                 hashes_images: bool = False) -> Path | None:
+    """The first file, stored images included, that is gone or not what the stage wrote, or None.
+
+    is_thorough: also hash files of unchanged size and time. hashes_images: hash images, too.
+    """
+    outputs = record["outputs"]
+    for name, digest in outputs.items():
+        path = folder / name
+        if not path.is_file():
+            return path
+        is_as_it_was = record["stats"].get(name) == file_facts(path) and not is_thorough
+        if not is_as_it_was and file_sha256(path) != digest:
+            return path
+    images = folder / IMAGE_FOLDER
+    listed = (folder / IMAGE_MANIFEST).read_text().split() if IMAGE_MANIFEST in outputs else ()
+    stored = set(os.listdir(images)) if images.is_dir() else set()
+    return next((images / name for name in listed if name not in stored
+                 or (hashes_images and file_sha256(images / name) != Path(name).stem)), None)
+
+
+def file_facts(path: Path) -> list[int]:
+    """[bytes, time of the last change in ns], by which a file is taken to be the same."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def unfinished_folder(stage: str, run_id: str) -> Path:
+    """Where the stage of a run is made."""
+    return runs_root() / run_id / f"{stage}.unfinished"
+
+
+def read_started(folder: Path) -> dict:
+    """started.json of an unfinished stage, {} if there is none.
+
+    It is {"facts" of `stage_facts`, "spent": seconds before, "is_forced"}.
+    """
+    path = folder / STARTED
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def seconds_spent(folder: Path) -> float:
+    """Seconds that went into an unfinished stage, up to the last file that is kept of it."""
+    started = read_started(folder)
+    if not started:
+        return 0.0
+    written = [path.stat().st_mtime for path in folder.rglob("*")
+               if path.is_file() and path.suffix != ".log"]
+    return round(started["spent"] + max(written) - (folder / STARTED).stat().st_mtime, 1)
+
+
+def begin_again(stage: str, run_id: str, facts: dict) -> None:
+    """Let the stage begin with these facts, whatever is finished or was stopped: --force."""
+    folder = unfinished_folder(stage, run_id)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / STARTED, {"facts": facts, "spent": 0.0, "is_forced": True})
+
+
+def is_done(stage: str, run_id: str, params: dict, facts: dict | None = None) -> bool:
+    """Whether the stage has finished with these parameters, inputs and code.
+
+    Raises: UserError, with what differs and the ways out, if it has finished or was stopped with
+        others, or if one of its files is damaged.
+    """
+    facts = facts or stage_facts(stage, run_id, params)
+    record, started = load_record(stage, run_id), read_started(unfinished_folder(stage, run_id))
+    if started and is_same(started["facts"], facts):
+        return False
+    if not record and not started:
+        return False
+    state = "has finished" if record else "was stopped"
+    difference = (describe_staleness(stage, run_id, params) if record else
+                  describe_change(started["facts"], facts, "started"))
+    if not difference:
+        return True
+    number = stage[:2]
+    branch = (f"mig-kit run {number} --from {run_id} --run-id mine" if "02" <= number < "08" else
+              f"mig-kit run {number} --run-id mine")
+    raise UserError(f"{stage} of run '{run_id}' {state}, and stays as it is ({difference}); for "
+                    f"other results use another run ({branch}; in a notebook run_id = \"mine\"), "
+                    f"or mig-kit run {number} --run-id {run_id} --force, which replaces it")
 
 
 @dataclass
 class Stage:
-    """A running stage; attempt: the folder it writes to, params: its own and the run's.
+    """A running stage; work: the folder it writes to, params: its own and the run's.
 
-    inputs: what the earlier stages had made when it started. marker: of `attempts.open_attempt`.
+    facts: of `stage_facts`. inputs: what the earlier stages had made when it started. is_shown:
+    whether it has finished before, and its cells only show it. spent: seconds before.
     """
 
     name: str
     run_id: str
-    attempt: Path
+    work: Path
     params: dict
+    facts: dict
     inputs: dict[str, dict[str, str]]
-    marker: dict
+    is_shown: bool
+    spent: float
     stale_inputs: dict[str, str] = field(default_factory=dict)
     control: dict = field(default_factory=dict)
     started: float = field(default_factory=time.time)
@@ -184,11 +257,11 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """Where the stage writes; RuntimeError once it has finished."""
+        """Where the stage writes; UserError once it has finished."""
         if self.is_finished:
-            raise RuntimeError(f"{self.name} of run '{self.run_id}' has finished; run the setup "
-                               "cell again, and the cells show what is there")
-        return self.attempt
+            raise UserError(f"{self.name} of run '{self.run_id}' has finished; run the setup "
+                            "cell again, and the cells show what is there")
+        return self.work
 
     @property
     def box_format(self) -> BoxFormat:
@@ -206,41 +279,41 @@ class Stage:
         return stage_folder(stage, self.run_id) / name
 
     def finish(self, metrics: dict, summary: str = "", **facts) -> None:
-        """Write metrics.json, then run.json, and take the place of what had finished.
+        """Write metrics.json, then run.json, and rename the folder; a shown one is deleted.
 
         summary: the result in a few words, for the command line. facts: more entries of run.json.
         """
-        write_json(self.folder / "metrics.json", metrics)
-        write_cards(self.name, self.folder, self.final_folder, self.params, metrics)
-        # cells that only showed what has finished leave it as it is
-        if self.marker["repeats"] and load_record(self.name, self.run_id):
-            shutil.rmtree(self.folder)
+        folder, final = self.folder, self.final_folder
+        if self.is_shown:
+            shutil.rmtree(folder)
             print(f"{self.name} of run '{self.run_id}' is as it was")
         else:
-            files = {str(path.relative_to(self.folder)): path
-                     for path in _output_files(self.folder)}
-            started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started))
-            write_json(self.folder / "run.json", {
+            write_json(folder / "metrics.json", metrics)
+            write_cards(self.name, folder, final, self.params, metrics)
+            (folder / STARTED).unlink()
+            files = {str(path.relative_to(folder)): path for path in _output_files(folder)}
+            write_json(folder / "run.json", {
                 "stage": self.name, "run_id": self.run_id, "params": self.params,
-                "key": self.marker["facts"]["key"], "inputs": self.inputs, "control": self.control,
+                "facts": self.facts, "inputs": self.inputs,
+                "control": self.control,
                 "branch": load_branch(self.run_id) if self.inputs else {},
                 "outputs": {name: file_sha256(path) for name, path in files.items()},
-                "stats": {name: attempts.file_facts(path) for name, path in files.items()},
-                "summary": summary.replace(str(self.folder), str(self.final_folder)),
-                **describe_machine(),
-                "started": started, "command": os.environ.get(attempts.COMMAND, started),
+                "stats": {name: file_facts(path) for name, path in files.items()},
+                "summary": summary.replace(str(folder), str(final)), **describe_machine(),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
                 "stale_inputs": self.stale_inputs,
-                "seconds": round(self.marker["spent"] + time.monotonic() - self.clock, 1),
-                **facts})
-            attempts.promote(self.folder, self.final_folder)
+                "seconds": round(self.spent + time.monotonic() - self.clock, 1), **facts})
+            if final.exists():
+                shutil.rmtree(final)
+            folder.rename(final)
         self.is_finished = True
-        unlock_run(self.final_folder.parent)
+        unlock_run(final.parent)
 
 
 def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*")
                   if path.is_file() and path.suffix not in (".ipynb", ".tmp", ".log")
-                  and path.name not in ("job.json", attempts.MARKER)  # these say how it ran
+                  and path.name != "job.json"  # it says how it ran
                   and "checkpoint" not in str(path.relative_to(folder))
                   and (path.name != CARD or path.parent == folder)  # no result follows from it
                   and path.parent != folder / IMAGE_FOLDER)  # IMAGE_MANIFEST lists these
@@ -250,14 +323,13 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     """Start a stage from its notebook; prints its parameters and returns the stage and them.
 
     names: the notebook's globals(). A run that does not exist becomes a branch of the notebook's
-    own. Until the stage finishes, no other process can write this run. Raises for a kernel of
-    another copy of the kit, an unknown parameter, and a damaged input.
+    own. Until the stage finishes, no other process can write this run. Raises UserError as
+    `validate_params`, `is_done` and `refuse_stale_inputs`, and for a damaged input.
     """
-    _require_own_notebook()
     # whatever the cell assigns must be a parameter, or a mistyped -p would be ignored in silence
-    assigned = set(stage_parameters(stage)) | _assigned_in_parameter_cells(names.get("In", []))
-    values = {name: names[name] for name in sorted(assigned) if name in names}
-    params = validate_params(values, stage)
+    assigned = set(default_params(stage)) | _assigned_in_parameter_cells(names.get("In", []))
+    params = validate_params({name: names[name] for name in sorted(assigned) if name in names},
+                             stage)
     run_id = validate_run_id(params["run_id"])
     require_own_stage(stage, run_id)
     run = runs_root() / run_id
@@ -268,63 +340,46 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
         earlier = load_branch(run_id)["stages"]
         print(f"run '{run_id}' is new: {earlier[0]} to {earlier[-1]} are those of run "
               f"'{DEFAULT_RUN}'")
-    stage_facts(stage, run_id, params)  # raises before anything is written
+    facts = stage_facts(stage, run_id, params)
     require_intact_inputs(stage, run_id, params, is_thorough=True)
-    lock_run(run, stage)
-    facts = stage_facts(stage, run_id, params)  # nobody changes them from here on
-    inputs = load_inputs(stage, run_id, params)
-    from IPython.display import display  # not installed for scoring alone
-
+    is_shown = is_done(stage, run_id, params, facts)
     stale_inputs = find_stale_inputs(stage, run_id, params)
-    for sentence in _list_warnings(stage, run_id, params, facts, stale_inputs, names):
-        display(Warned(sentence))
-    for sentence in attempts.set_others_aside(stage, run_id, facts):
-        print(sentence)
-    folder, marker = attempts.open_attempt(stage, run_id, facts)
-    begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), inputs, marker,
-                  stale_inputs, describe_control(params.get("control_run", "")))
+    started = read_started(unfinished_folder(stage, run_id))
+    if not started.get("is_forced") and not is_shown:
+        refuse_stale_inputs(stage, run_id, stale_inputs)
+    lock_run(run)
+    folder, spent = _open_folder(stage, run_id, facts, is_shown)
+    begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), facts,
+                  load_inputs(stage, run_id, params), is_shown, spent, stale_inputs,
+                  describe_control(params.get("control_run", "")))
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 
 
-class Warned(str):
-    """A sentence that a notebook shows in bold and red."""
+def _open_folder(stage: str, run_id: str, facts: dict, is_shown: bool) -> tuple[Path, float]:
+    """The folder that the cells write to, and the seconds spent on it before."""
+    if not is_shown:
+        folder = unfinished_folder(stage, run_id)
+        spent, started = seconds_spent(folder), read_started(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / STARTED, {"facts": facts, "spent": spent,
+                                      "is_forced": started.get("is_forced", False)})
+        return folder, spent
+    final = runs_root() / run_id / stage
+    folder = final.with_name(f"{stage}.shown")
+    shutil.rmtree(folder, ignore_errors=True)  # of a kernel that was killed
 
-    def _repr_html_(self) -> str:
-        return f'<b style="color: #b00020">{html.escape(self)}</b>'
+    def bring_along(path: str, target: str) -> None:
+        # never written in place, so a hard link will do
+        if path.endswith(".safetensors") or {"checkpoints", IMAGE_FOLDER} & set(Path(path).parts):
+            link_or_copy(Path(path), Path(target))
+        else:
+            shutil.copy2(path, target)
 
-
-def _list_warnings(stage: str, run_id: str, params: dict, facts: dict,
-                   stale_inputs: dict[str, str], names: dict) -> list[str]:
-    """What whoever runs the setup cell has to know before anything is replaced."""
-    record = load_record(stage, run_id)
-    warnings = [f"{name} is stale, and this stage would build on it ({why}); run it again first, "
-                "or what comes of it is marked" for name, why in stale_inputs.items()]
-    if record and record["key"] != facts["key"]:
-        differences = attempts.describe_change(stage_folder(stage, run_id), facts)
-        branch = f", which then starts from run '{DEFAULT_RUN}'" if STAGES[stage] else ""
-        warnings.insert(0, (
-            f"Finishing this replaces {stage} of run '{run_id}' ({_describe_finished(record)}); "
-            f"what differs is {differences}. What it replaces is kept, and mig-kit restore "
-            f"{run_id} {stage[:2]} puts it back; for a run of your own give run_id a new name"
-            f"{branch}"))
-    cells = names.get("In", ())
-    is_by_hand = not any(cell.startswith("# Parameters") for cell in cells)  # as papermill adds
-    if cells and is_by_hand and (edits := describe_edits(stage, params, is_cell=True)):
-        warnings.append(f"The parameters cell differs from the shipped one: {edits}; once saved, "
-                        "these are the defaults of mig-kit run, too")
-    return warnings
-
-
-def _require_own_notebook() -> None:
-    """RuntimeError if a notebook of another copy of the kit runs with this one."""
-    here = Path.cwd()
-    for folder in (here, here.parent):
-        if (folder / "mig_kit" / "pipeline").is_dir() and folder.resolve() != PACKAGE.parent:
-            raise RuntimeError(
-                f"this notebook is of the kit in {folder}, and its kernel ({sys.executable}) "
-                f"imports the one in {PACKAGE.parent}; choose the kernel that belongs to the "
-                f"notebook, or start it with: {folder}/.venv/bin/jupyter lab")
+    shutil.copytree(final, folder, copy_function=bring_along,
+                    ignore=shutil.ignore_patterns("run.json", "*.ipynb"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder, 0.0
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
@@ -335,69 +390,18 @@ def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
 
 
 def _print_stage(stage: Stage) -> None:
-    params = ", ".join(f"{name}={value}" for name, value in stage.params.items()
-                       if name != "run_id")
-    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
-    print(f"{stage.name} of run '{stage.run_id}': {params}\nversions: {versions}")
-    if stage.marker["repeats"]:
+    differences = describe_differences(stage.params, default_params(stage.name))
+    print("\n  ".join([f"{stage.name} of run '{stage.run_id}'", *differences]))
+    print("versions:", ", ".join(f"{name} {version}"
+                                 for name, version in package_versions().items()))
+    if stage.is_shown:
         record = require_record(stage.name, stage.run_id, stage.name)
-        print(f"it has finished ({_describe_finished(record)}): the cells show what is there, and "
-              "train nothing again")
-    elif stage.marker["spent"] and not load_record(stage.name, stage.run_id):
-        print(f"it goes on where it was stopped after {stage.marker['spent'] / 60:.1f} min")
-
-
-def _describe_finished(record: dict) -> str:
-    when = record["started"].replace("T", " ")[:16]
-    return f"{record['summary'] or 'no summary'}; started {when} UTC"
+        print(f"it has finished ({record['summary'] or 'no summary'}): the cells show what is "
+              "there, and train nothing again")
+    elif stage.spent:
+        print(f"it goes on where it was stopped after {stage.spent / 60:.1f} min")
 
 
 def read_metrics(folder: Path) -> dict:
     """metrics.json of a stage folder."""
     return json.loads((folder / "metrics.json").read_text())
-
-
-def take_replies(stage: Stage, models: dict[str, str | Path], hardware: str,
-                 suites: tuple[str, ...]) -> dict[str, str]:
-    """Copy the replies that a source of this run has already; returns "<system> <kind>" -> its run.
-
-    models: system -> folder; hardware: what samples the replies, in words. The source must have
-    finished this stage with the same models, files, code and parameters; DRAWN_PARAMS may differ
-    for greedy replies.
-    """
-    folder = stage.folder / "replies"
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = {f"{system} {kind}": _reply_key(stage, model, hardware, kind)
-            for system, model in models.items() for kind in ("greedy", "drawn")}
-    before = _read_keys(folder)  # of an interrupted attempt, whose replies stay
-    write_json(folder / REPLY_KEYS, {name: key if before.get(name, key) == key else MIXED
-                                     for name, key in keys.items()})
-    taken = {}
-    for run_id in list_sources(stage.run_id)[1:]:
-        source = stage_folder(stage.name, run_id) / "replies"
-        source_keys = _read_keys(source) if load_record(stage.name, run_id) else {}
-        for name, key in keys.items():
-            system, kind = name.split()
-            is_wanted = kind == "greedy" or stage.params["replies"]
-            if is_wanted and name not in taken and source_keys.get(name) == key:
-                paths = [source / f"{system}_{suite}_{kind}.jsonl" for suite in suites]
-                for path in filter(Path.is_file, paths):
-                    write_atomically(folder / path.name, partial(shutil.copyfile, path))
-                taken[name] = run_id
-    return taken
-
-
-def _read_keys(folder: Path) -> dict[str, str]:
-    path = folder / REPLY_KEYS
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _reply_key(stage: Stage, model: str | Path, hardware: str, kind: str) -> str:
-    left_out = {"run_id", "profile", "control_run", *EXECUTION_PARAMS} - {"server"}
-    if kind == "greedy":
-        left_out.update(DRAWN_PARAMS)
-    params = {name: value for name, value in stage.params.items() if name not in left_out}
-    code = describe_code(stage.name, ())["code"]
-    questions = stage.inputs["01_synthesize"]["val.parquet"]  # of own data; else they are synthetic
-    return digest_json([kind, model_fingerprint(str(model)), params, hash_named_files(params),
-                        hardware, code, questions])

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from mig_kit import stats
+from mig_kit.common import UserError
 from mig_kit.drawing.palette import SYSTEM_LABELS
-from mig_kit.pipeline.joint_rules import NEEDS_SFT
+from mig_kit.pipeline.stage_params import NEEDS_SFT
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, list_notes, load_groups, pair_runs
@@ -49,12 +50,12 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
         name of REASONING), value, low and high (percent or points, unrounded), runs, over (what the
         interval is over), improvement (probability, of "vs NAME" with several runs a side), by_run,
         and is_same (of differences: both sides answer the same questions correctly).
-    Raises: ValueError if a run has no such model; as `load_groups`.
+    Raises: UserError if a run has no such model; as `load_groups`.
     """
     reference = reference or next(iter(groups))
     if reference not in groups:
-        raise ValueError(f"there is no group '{reference}' to compare with; the groups are "
-                         f"{', '.join(groups)}")
+        raise UserError(f"there is no group '{reference}' to compare with; the groups are "
+                        f"{', '.join(groups)}")
     samples, runs = load_groups(groups)
     _require_system(system, groups, runs)
     scopes, rows, facts = _scopes(samples), [], []
@@ -76,7 +77,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
 
 def _require_system(system: str, groups: dict[str, list[str]],
                     runs: dict[str, list[EvaluatedRun]]) -> None:
-    """ValueError that names the runs without such a model."""
+    """UserError that names the runs without such a model."""
     without = [member for name, members in groups.items()
                for member, run in zip(members, runs[name]) if system not in run.correct]
     if not without:
@@ -85,8 +86,8 @@ def _require_system(system: str, groups: dict[str, list[str]],
               if system == "sft" else
               "no control run; leave them out, or evaluate a branch: mig-kit run 06 --from RUN "
               "--run-id NAME -p control_run CONTROL, with the other parameters of their 06")
-    raise ValueError(f"these runs have no {SYSTEM_LABELS[system]} model, for they had "
-                     f"{reason}: {', '.join(without)}")
+    raise UserError(f"these runs have no {SYSTEM_LABELS[system]} model, for they had "
+                    f"{reason}: {', '.join(without)}")
 
 
 def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
@@ -280,13 +281,13 @@ def _claims_frame(rows: list[dict]) -> pd.DataFrame:
 
 
 def figure_rows(result: dict, differences: bool = False) -> list[dict]:
-    """Rows for `plots.plot_groups`; ValueError for differences of a single group."""
+    """Rows for `plots.plot_groups`; UserError for differences of a single group."""
     figure = f"vs {result['reference']}" if differences else result["system"]
     rows = [row | {"suite": scope_title(row["suite"]),
                    "is_reference": row["group"] == result["reference"]}
             for row in result["rows"] if row["figure"] == figure]
     if not rows:
-        raise ValueError("one group has no differences; name another one")
+        raise UserError("one group has no differences; name another one")
     return rows
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import digest_json, write_json, write_json_lines
+from mig_kit.common import UserError, digest_json, write_json, write_json_lines
 from mig_kit.data import own_data
 from mig_kit.models import merging
 from mig_kit.models.adapters import describe_adapter
@@ -36,8 +36,8 @@ from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, paired_gap_by_list
 from mig_kit.world.suites import SUITES, suite_title
 
-DRAWN_SIZES = {"eval_seed": 53, **{suite.size_param: suite.default
-                                   for suite in SUITES.values()}}  # as notebook 06
+DRAWN_SIZES = {"eval_seed": 53, "suites": {  # as notebook 06
+    name: suite.default for name, suite in SUITES.items()}}
 # what a model is asked with, where neither its run's 06 nor the caller says otherwise
 DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "dtype": "auto"}
 MODEL = "model"  # what the one system is called
@@ -135,12 +135,12 @@ def load_questions(task: Task) -> tuple[dict[str, Sequence[Sample]], Benchmark |
         benchmark, part = run_benchmark.read_runnable(task.suite, task.file, task.root, task.limit)
         return {task.suite: part}, benchmark
     if task.suite == "drawn":
-        sizes = {name: size if name == "eval_seed" else min(size, task.limit or size)
-                 for name, size in (task.sizes or DRAWN_SIZES).items()}
+        sizes = task.sizes or DRAWN_SIZES
+        sizes = {**sizes, "suites": {name: min(size, task.limit or size)
+                                     for name, size in sizes["suites"].items()}}
         if samples := evaluate.draw_test_samples(sizes):
             return samples, None
-        names = ", ".join(suite.size_param for suite in SUITES.values())
-        raise ValueError(f"no drawn suite is left to ask; one of {names} must be over 0")
+        raise UserError("no drawn suite is left to ask; one of suites must be over 0")
     if task.file.suffix == ".parquet":
         part = read_samples(task.file)[:task.limit or None]
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mig_kit.boxes import Box, BoxFormat, iou
-from mig_kit.common import model_folder
+from mig_kit.common import UserError, model_folder
 from mig_kit.image_files import image_digests
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import name_data
@@ -48,9 +48,9 @@ def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample
 
 def draw_test_samples(params: Mapping) -> dict[str, list[Sample]]:
     """Suite -> its synthetic test samples, if its size in the parameters of 06 is not 0."""
-    sizes = {name: params.get(suite.size_param, 0) for name, suite in suites.SUITES.items()}
-    return {name: suites.make_suite(name, "test", size, params["eval_seed"])
-            for name, size in sizes.items() if size}
+    return {name: suites.make_suite(name, "test", params["suites"].get(name, 0),
+                                    params["eval_seed"])
+            for name in suites.SUITES if params["suites"].get(name)}
 
 
 def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
@@ -73,13 +73,13 @@ def has_own_data(run_id: str) -> bool:
 
 
 def find_rl_start(start_from: str) -> Path | None:
-    """The folder that 05 started from, None for a run's model; FileNotFoundError if it is gone."""
+    """The folder that 05 started from, None for a run's model; UserError if it is gone."""
     if start_from in ("merged", "base", "adapter"):
         return None
     folder = model_folder(start_from)
     if not folder.is_dir():
-        raise FileNotFoundError(f"RL started from {start_from}, which is gone, and 06 compares "
-                                "with it; bring it back, or run 05 again from another model")
+        raise UserError(f"RL started from {start_from}, which is gone, and 06 compares "
+                        "with it; bring it back, or run 05 again from another model")
     return folder
 
 

@@ -14,17 +14,16 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PROJECT_ROOT, write_json
+from mig_kit.common import PROJECT_ROOT, UserError, write_json
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import changed_params, model_digest
 from mig_kit.pipeline.run_folders import RECIPE, format_run_command
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
-from mig_kit.world.suites import SUITES, suite_title
+from mig_kit.world.suites import suite_title
 
 # Runs that differ in one of these did not answer the same questions.
-SAMPLE_PARAMS = ("eval_seed", *(suite.size_param for suite in SUITES.values()), "min_pixels",
-                 "max_pixels", "coordinates")
+SAMPLE_PARAMS = ("eval_seed", "suites", "min_pixels", "max_pixels", "coordinates")
 SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: of the control run
 README_RECORD = "notebooks/guide/ablations/default.json"  # the run whose scores the README prints
 
@@ -55,20 +54,20 @@ def load_groups(groups: dict[str, list[str]]) -> tuple[
         dict[str, list[Sample]], dict[str, list[EvaluatedRun]]]:
     """(samples by suite, runs by group); groups: name -> run ids or files of recorded runs.
 
-    Raises: FileNotFoundError for a run without a finished 06; ValueError if runs answered different
+    Raises: UserError for a run without a finished 06, and if runs answered different
     questions, or others than are drawn now, or if a model was trained again since.
     """
     members = [run for group in groups.values() for run in group]
     params = {run: read_recorded(run).params if is_recorded(run) else
-              _require_evaluation(run)["params"] for run in members}
+              _sample_params(_require_evaluation(run)["params"]) for run in members}
     for name in SAMPLE_PARAMS:
-        by_run = {run: values.get(name, 0) for run, values in params.items()}
-        if len(set(by_run.values())) > 1:
+        by_run = {run: values[name] for run, values in params.items()}
+        if any(value != by_run[members[0]] for value in by_run.values()):
             values = ", ".join(f"{run} {value}" for run, value in by_run.items())
-            raise ValueError(f"the runs were not evaluated on the same samples: {name} is {values}")
+            raise UserError(f"the runs were not evaluated on the same samples: {name} is {values}")
     if len({_held_out_part(run) for run in members}) > 1:
-        raise ValueError("the runs were not scored on the same held-out part of own data: "
-                         f"{', '.join(members)}; compare runs of one 01_synthesize")
+        raise UserError("the runs were not scored on the same held-out part of own data: "
+                        f"{', '.join(members)}; compare runs of one 01_synthesize")
     first, first_params = next(iter(params.items()))
     samples = (evaluate.draw_test_samples(first_params) if is_recorded(first)
                else evaluate.load_test_samples(first, first_params))
@@ -78,10 +77,16 @@ def load_groups(groups: dict[str, list[str]]) -> tuple[
     for run in loaded:
         for suite, digest in run.questions.items():
             if digest != now.get(suite, digest):
-                raise ValueError(f"run '{run.run_id}' answered other questions of {suite} than the "
-                                 "same parameters draw now; compare it with the code of its "
-                                 "commit, or run its 06 again")
+                raise UserError(f"run '{run.run_id}' answered other questions of {suite} than the "
+                                "same parameters draw now; compare it with the code of its "
+                                "commit, or run its 06 again")
     return samples, runs
+
+
+def _sample_params(params: dict) -> dict:
+    """What decides which questions a run answered; params: of its 06."""
+    drawn = {name: size for name, size in params["suites"].items() if size}
+    return {name: params[name] for name in SAMPLE_PARAMS} | {"suites": drawn}
 
 
 def _require_evaluation(run_id: str) -> dict:
@@ -89,15 +94,15 @@ def _require_evaluation(run_id: str) -> dict:
     command = format_run_command("06_evaluate", run_id)
     record = store.load_record("06_evaluate", run_id)
     if record is None:
-        raise FileNotFoundError(f"run '{run_id}' has no finished 06_evaluate; run: {command}")
+        raise UserError(f"run '{run_id}' has no finished 06_evaluate; run: {command}")
     if replaced := store.find_replaced_input("06_evaluate", run_id):
-        raise ValueError(f"the scores of run '{run_id}' are of a model before {replaced} was "
-                         f"run again; run: {command}")
+        raise UserError(f"the scores of run '{run_id}' are of a model before {replaced} was "
+                        f"run again; run: {command}")
     control = record.get("control", {})
     now = model_digest(control["run_id"]) if control else ""
     if now and now != control["model"]:
-        raise ValueError(f"run '{run_id}' was evaluated beside an earlier model of its control run "
-                         f"'{control['run_id']}'; run its 06 again, or bring that model back")
+        raise UserError(f"run '{run_id}' was evaluated beside an earlier model of its control run "
+                        f"'{control['run_id']}'; run its 06 again, or bring that model back")
     return record
 
 
@@ -115,8 +120,8 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
             for suite, part in samples.items():
                 bits = by_suite.get(suite, "")
                 if len(bits) != len(part) or set(bits) - {"0", "1"}:
-                    raise ValueError(f"{run_id} does not fit the suite {suite} of {len(part)} "
-                                     "questions; make it again with mig-kit record")
+                    raise UserError(f"{run_id} does not fit the suite {suite} of {len(part)} "
+                                    "questions; make it again with mig-kit record")
         return run
     record = store.load_record("06_evaluate", run_id)
     stages = {stage: store.load_record(stage, run_id) or {} for stage in RECIPE[1:6]}
@@ -135,7 +140,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         float(np.mean(lengths)) if lengths else float("nan"),
         sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
         record.get("git", ""), record.get("machine", ""),
-        {name: params.get(name, 0) for name in SAMPLE_PARAMS},
+        _sample_params(params),
         trained.get("start_from", "merged"), control, record.get("questions", {}),
         changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
@@ -149,9 +154,9 @@ def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
     lines = (folder / f"{system}_{suite}_greedy.jsonl").read_text().splitlines()
     replies = {row["id"]: row["replies"][0] for row in map(json.loads, lines)}
     if missing := [sample.id for sample in samples if sample.id not in replies]:
-        raise ValueError(f"run '{run_id}' lacks {system}'s replies to {len(missing)} samples, such "
-                         f"as {missing[0]}; add --force and run: "
-                         f"{format_run_command('06_evaluate', run_id)}")
+        raise UserError(f"run '{run_id}' lacks {system}'s replies to {len(missing)} samples, such "
+                        f"as {missing[0]}; add --force and run: "
+                        f"{format_run_command('06_evaluate', run_id)}")
     return "".join(str(int(evaluate.reply_is_correct(replies[sample.id], sample, box_format)))
                    for sample in samples)
 
@@ -164,14 +169,14 @@ def is_recorded(name: str) -> bool:
 def record_run(run_id: str, folder: Path) -> Path:
     """Write FOLDER/RUN_ID.json, a recorded run, and return its path.
 
-    Raises as `load_groups`; ValueError for own data, whose questions cannot be drawn again.
+    Raises as `load_groups`; UserError for own data, whose questions cannot be drawn again.
     """
     if is_recorded(run_id):
-        raise ValueError(f"{run_id} is a recorded run already; name a run")
+        raise UserError(f"{run_id} is a recorded run already; name a run")
     _, runs = load_groups({run_id: [run_id]})
     if evaluate.has_own_data(run_id):
-        raise ValueError(f"run '{run_id}' was scored on own data, whose questions are not in the "
-                         "record; only runs on drawn suites can be recorded")
+        raise UserError(f"run '{run_id}' was scored on own data, whose questions are not in the "
+                        "record; only runs on drawn suites can be recorded")
     path = folder / f"{run_id}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(runs[run_id][0]))
@@ -181,11 +186,11 @@ def record_run(run_id: str, folder: Path) -> Path:
 def read_recorded(path: str) -> EvaluatedRun:
     """A recorded run; path: relative to the working directory or to the project.
 
-    Raises FileNotFoundError or ValueError.
+    Raises UserError.
     """
     file = next((file for file in (Path(path), PROJECT_ROOT / path) if file.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"there is no recorded run {path}; make one with mig-kit record")
+        raise UserError(f"there is no recorded run {path}; make one with mig-kit record")
     try:
         return TypeAdapter(EvaluatedRun).validate_python(json.loads(file.read_text()))
     except ValidationError as error:
@@ -193,7 +198,7 @@ def read_recorded(path: str) -> EvaluatedRun:
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except ValueError as error:
         problem = str(error)
-    raise ValueError(f"{path} is no recorded run ({problem}); make it again with mig-kit record")
+    raise UserError(f"{path} is no recorded run ({problem}); make it again with mig-kit record")
 
 
 def pair_runs(runs: Sequence[EvaluatedRun],
@@ -270,7 +275,7 @@ def compare_with_readme(run_id: str) -> str:
         return ""
     try:
         _, groups = load_groups({"run": [run_id], "readme": [README_RECORD]})
-    except (FileNotFoundError, ValueError) as error:
+    except UserError as error:
         return f"scores: not compared with the README's: {error}"
     (run,), (published,) = groups["run"], groups["readme"]
     differences = [

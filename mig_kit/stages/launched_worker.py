@@ -3,7 +3,6 @@
 
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -27,15 +26,14 @@ def train_job(folder: Path) -> None:
 
 
 def main() -> None:
-    """Train; on failure print the traceback and a line that the notebook looks for."""
+    """Train; on failure say why in the stage folder, where the notebook looks."""
     guard.end_with_parent()
+    folder = Path(sys.argv[1])
     try:
-        train_job(Path(sys.argv[1]))
+        train_job(folder)
     except Exception as error:
-        traceback.print_exc()
-        rank = os.environ.get("RANK", 0)
-        print(f"{jobs.ERROR_MARK} {rank}: {type(error).__name__}: {error}", flush=True)
-        sys.exit(1)
+        jobs.record_error(folder, error)
+        raise
 
 
 if __name__ == "__main__":

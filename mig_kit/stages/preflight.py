@@ -8,6 +8,7 @@ from statistics import median
 import psutil
 import torch
 
+from mig_kit.common import UserError
 from mig_kit.models.loading import TINY_BASE, Hardware, load_model
 from mig_kit.pipeline.run_folders import runs_root
 
@@ -64,17 +65,17 @@ def predict_minutes(seconds: float) -> list[dict]:
 
 def require_resources(machine: dict, memory_gib: float, disk_gib: float,
                       needs_gpu: bool = False) -> None:
-    """RuntimeError, MemoryError or OSError if the machine (`describe_machine`) lacks a resource."""
+    """UserError if the machine (`describe_machine`) lacks a resource."""
     if needs_gpu and machine["gpu"] == "none":
-        raise RuntimeError(
+        raise UserError(
             f"this profile needs a GPU, and PyTorch {torch.__version__} sees none; check the "
             "driver with nvidia-smi, or set device to cpu")
     if machine["available_gib"] < memory_gib:
-        raise MemoryError(
+        raise UserError(
             f"this profile needs {memory_gib:g} GiB of memory and {machine['available_gib']:g} GiB "
             "are free; close other programs or use the smoke profile")
     if machine["disk_free_gib"] < disk_gib:
-        raise OSError(
+        raise UserError(
             f"this profile writes up to {disk_gib:g} GiB and {machine['disk_free_gib']:g} GiB are "
             "free; free some disk or set MIG_KIT_RUNS to a larger one")
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import UserError
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, question_kind, unsolved_kinds
 from mig_kit.training.reward_loading import RL_NEEDS
@@ -47,17 +48,17 @@ def unsolved_warning(samples: Sequence[Sample], rates: np.ndarray) -> str:
 
 
 def require_prompts(kept: Sequence[Sample], rates: np.ndarray) -> None:
-    """ValueError with a remedy if no prompt is kept; rates: of the candidates, 0..1."""
+    """UserError with a remedy if no prompt is kept; rates: of the candidates, 0..1."""
     if len(kept):
         return
     replies = f"to the {len(rates)} candidates"
     if not rates.any():
-        raise ValueError(f"no reply {replies} is correct: {RL_NEEDS}")
+        raise UserError(f"no reply {replies} is correct: {RL_NEEDS}")
     if rates.min() == 1:
-        raise ValueError(f"every reply {replies} is correct, so RL has nothing to add; give harder "
-                         "questions")
-    raise ValueError("no pass rate lies within min_pass_rate and max_pass_rate, for they are "
-                     f"{rates.min():.2f} to {rates.max():.2f}; widen them")
+        raise UserError(f"every reply {replies} is correct, so RL has nothing to add; give harder "
+                        "questions")
+    raise UserError("no pass rate lies within min_pass_rate and max_pass_rate, for they are "
+                    f"{rates.min():.2f} to {rates.max():.2f}; widen them")
 
 
 def select_by_pass_rate(samples: Sequence[Sample], rates: np.ndarray, *, lowest: float,

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import UserError
 from mig_kit.image_files import image_digests
 from mig_kit.models.loading import Policy
 from mig_kit.models.sample_prompts import reply_logps
@@ -29,14 +30,14 @@ def check_box_coordinates(samples: Sequence[Sample], replies: Sequence[str], box
                           lowest_share: float = 0.9) -> float:
     """Share of the replies with a box that meet their target (IoU >= 0.5).
 
-    Raises ValueError below `lowest_share`: 01 keeps only correct replies, so a miss means that it
+    Raises UserError below `lowest_share`: 01 keeps only correct replies, so a miss means that it
     saw images of another size, or wrote boxes in other coordinates.
     """
     correct = [is_correct(reply, sample, box_format)
                for reply, sample in zip(replies, samples, strict=True) if sample.targets]
     share = float(np.mean(correct)) if correct else 1.0
     if share < lowest_share:
-        raise ValueError(
+        raise UserError(
             f"only {sum(correct)} of {len(correct)} replies to learn from meet their targets with "
             f"boxes read as '{box_format.coordinates}'; run 01 again with this run's coordinates, "
             "min_pixels and max_pixels")
@@ -49,7 +50,7 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
 
     Returns: {"pairs", "gap": mean difference in log-probability per reply, "error": its standard
     error}; gap and error are None for fewer pairs than `fewest_pairs`.
-    Raises: ValueError if the gap is below two standard errors.
+    Raises: UserError if the gap is below two standard errors.
     """
     pairs = _pair_with_other_images(samples, replies)
     if len(pairs) < fewest_pairs:
@@ -60,7 +61,7 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
     gaps = [(a.double() - b.double()).numpy().sum() for a, b in zip(own, others)]
     gap, error = float(np.mean(gaps)), float(np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
     if gap < 2 * error or gap <= 0:
-        raise ValueError(
+        raise UserError(
             "the replies are no likelier with their own images than with others' (log-probability "
             f"{gap:+.2f} +- {error:.2f}): the images and questions of the data are mixed up, or "
             "the model does not see; look at the images above, or run: mig-kit data preview")
@@ -120,13 +121,13 @@ class StopIfNothingLearns(TrainerCallback):
         self.patience, self.rows = patience, []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Raise ValueError with one sentence, or do nothing."""
+        """Raise UserError with one sentence, or do nothing."""
         if not logs or "loss" not in logs:
             return
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
-                raise ValueError(f"{name} is {logs[name]} at step {state.global_step}; lower "
-                                 "learning_rate, or use dtype float32")
+                raise UserError(f"{name} is {logs[name]} at step {state.global_step}; lower "
+                                "learning_rate, or use dtype float32")
         is_resumed = not self.rows and state.global_step > 1
         # an update that learns again from the same replies logs no reward
         if "reward" not in logs or is_resumed or len(self.rows) == self.patience:
@@ -158,8 +159,8 @@ class StopIfNothingLearns(TrainerCallback):
         for is_choice in (False, True):  # one kind of question does not speak for another
             names = [name for name in earned if (name == "choice") == is_choice]
             if names and not any(any(earned[name]) for name in names):
-                raise ValueError(f"no reply earned anything for {', '.join(names)} in all of the "
-                                 f"first {self.patience} steps: {RL_NEEDS}")
+                raise UserError(f"no reply earned anything for {', '.join(names)} in all of the "
+                                f"first {self.patience} steps: {RL_NEEDS}")
 
     def _stop_without_spread(self) -> None:
         if not all(row["frac_reward_zero_std"] == 1 for row in self.rows):
@@ -167,13 +168,13 @@ class StopIfNothingLearns(TrainerCallback):
         has_reward = any(row["reward"] for row in self.rows)
         problem = ("all replies to a prompt earned the same" if has_reward
                    else "no reply earned anything")
-        raise ValueError(f"{problem} in all of the first {self.patience} steps, so nothing can be "
-                         "learnt; look at replies and rewards, or curate prompts with 04")
+        raise UserError(f"{problem} in all of the first {self.patience} steps, so nothing can be "
+                        "learnt; look at replies and rewards, or curate prompts with 04")
 
     def _stop_without_box_reward(self) -> None:
         boxes, images = self._logged("box"), self._logged("image")
         if boxes and images and not any(boxes) and np.mean(images) > 0.3:
-            raise ValueError(
+            raise UserError(
                 f"no box met its target in all of the first {self.patience} steps, though "
                 f"{np.mean(images):.0%} of the images were correct; boxes are probably in other "
                 "coordinates: check the parameters coordinates, min_pixels and max_pixels of 01")

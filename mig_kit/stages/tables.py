@@ -9,8 +9,8 @@ import pandas as pd
 from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing.palette import SYSTEM_LABELS
-from mig_kit.pipeline.joint_rules import NEEDS_SFT
-from mig_kit.pipeline.params import EXECUTION_PARAMS, NAMES_OF_RUNS, profile_params
+from mig_kit.pipeline.params import default_params
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS, NEEDS_SFT
 from mig_kit.pipeline.store import load_record
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
@@ -173,7 +173,7 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
         others = (load_record(stage, source) or {}).get("params") if source else None
         if source and not others:
             continue
-        others = others or profile_params(stage)
+        others = others or default_params(stage)
         rows += [{"stage": stage, "parameter": name, "this run": str(value),
                   f"run {source}" if source else "default": str(others[name])}
                  for name, value in record["params"].items()

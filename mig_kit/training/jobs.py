@@ -8,10 +8,10 @@ reads job.json from the stage folder and calls the same `train` (`stages.launche
 import gc
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime
@@ -21,13 +21,13 @@ from types import SimpleNamespace
 import torch
 from transformers import TrainerState
 
-from mig_kit.common import PACKAGE, release_memory, write_json
+from mig_kit.common import PACKAGE, UserError, release_memory, write_json
 from mig_kit.pipeline.processes import Launch, parse_launcher, search_path
 from mig_kit.training.resuming import count_processes, last_checkpoint
 
 JOB_FILE = "job.json"
-ERROR_MARK = "mig-kit, process"  # begins the line in which a process says why it ended
-KILLED = re.compile(r"failed \(exitcode: -(\d+)\)")  # torchrun's words for the first that failed
+USER_ERROR = "mig-kit: "
+ERROR_FILES = "error-*.txt"  # in the stage folder: how launched processes ended
 TAIL = 5  # last lines of output that an error quotes if no process has said why it ended
 
 
@@ -41,7 +41,8 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
         folder: the stage's.
         inputs: names -> files, folders or hub names.
     Returns: the state of the finished trainer.
-    Raises: as `plan_launch` and `train`; RuntimeError with its reason if a launched process fails.
+    Raises: as `plan_launch` and `train`; if a launched process fails, RuntimeError with its
+        traceback, or its UserError.
     """
     path = folder / JOB_FILE
     is_done = path.is_file() and json.loads(path.read_text()).get("done")
@@ -53,7 +54,7 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
         return state
     launch = plan_launch(params.launcher)
     if launch is None and count_processes() > 1:
-        raise ValueError(f"WORLD_SIZE is {count_processes()} in the environment, and this process "
+        raise UserError(f"WORLD_SIZE is {count_processes()} in the environment, and this process "
                          "trains alone; unset it, or name what starts the others in launcher")
     # absolute, because launched processes work in other folders; a hub name stays as it is
     inputs = {name: str(Path(path).resolve() if Path(path).exists() else path)
@@ -67,7 +68,9 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
         gc.collect()  # a trainer and its model refer to each other
         release_memory()
     else:
-        run_command(launch.command(folder.resolve()), launch.local)
+        for error_file in folder.glob(ERROR_FILES):
+            error_file.unlink()
+        run_command(launch.command(folder.resolve()), launch.local, folder)
     write_json(path, {**job, "done": True})
     return _load_state(folder)
 
@@ -77,10 +80,10 @@ def _load_state(folder: Path) -> TrainerState:
 
 
 def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
-    """(stage, parameters, inputs) of a folder's job; FileNotFoundError if it has none."""
+    """(stage, parameters, inputs) of a folder's job; UserError if it has none."""
     path = folder / JOB_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; the stage's notebook writes it: start that "
+        raise UserError(f"there is no {path}; the stage's notebook writes it: start that "
                                 "first, and see that the folder is on a disk that all nodes share")
     job = json.loads(path.read_text())
     return job["stage"], SimpleNamespace(**job["params"]), job["inputs"]
@@ -89,7 +92,7 @@ def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
 def plan_launch(launcher: str) -> Launch | None:
     """How to launch a job; None to train in this process, as with one GPU or core.
 
-    Raises: ValueError if the launcher's program is missing, or starts more processes on this
+    Raises: UserError if the launcher's program is missing, or starts more processes on this
     machine than it has GPUs.
     """
     if not launcher.strip():
@@ -101,7 +104,7 @@ def plan_launch(launcher: str) -> Launch | None:
     if devices == 1 and launch.local > 1 and launch.nodes == 1:
         return None
     if gpus and launch.local > gpus:
-        raise ValueError(f"launcher '{launcher}' starts {launch.local} processes, and this machine "
+        raise UserError(f"launcher '{launcher}' starts {launch.local} processes, and this machine "
                          f"has {gpus} GPUs; start one per GPU, or set launcher to \"\"")
     return launch
 
@@ -113,11 +116,13 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def run_command(command: list[str], local: int = 0) -> None:
+def run_command(command: list[str], local: int = 0, folder: Path | None = None) -> None:
     """Run a launcher's command, and print its output as it comes; it ends with this process.
 
-    local: processes that it starts here, which share the cores unless OMP_NUM_THREADS is set.
-    Raises: RuntimeError with what the first failing process said.
+    Args:
+        local: processes that it starts here, which share the cores unless OMP_NUM_THREADS is set.
+        folder: the stage's, in which processes that fail say why.
+    Raises: RuntimeError with the traceback of the process that failed first, or its UserError.
     """
     threads = {}
     if local and "OMP_NUM_THREADS" not in os.environ:
@@ -132,21 +137,26 @@ def run_command(command: list[str], local: int = 0) -> None:
         [sys.executable, "-m", "mig_kit.training.guard", *command], env=environment, text=True,
         errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True)  # an interrupt of the notebook is not the training's
-    reasons, tail = [], deque(maxlen=TAIL)
+    tail = deque(maxlen=TAIL)
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
-            if line.startswith(ERROR_MARK):
-                reasons.append(line.strip())
-            if killed := KILLED.search(line):  # the others fail because of it
-                reasons.insert(0, f"a process was ended by signal {killed[1]}; 9 often means that "
-                                  "memory ran out")
-            if line.strip(" -=\n"):
-                tail.append(line.strip())
+            tail.append(line)
     finally:
         process.stdin.close()
         process.stdout.close()
         status = process.wait()
     if status:
-        reason = reasons[0] if reasons else " / ".join(tail)
-        raise RuntimeError(f"the launched training ended with exit status {status}: {reason}")
+        files = sorted(folder.glob(ERROR_FILES), key=lambda path: path.stat().st_mtime) if (
+            folder) else []
+        reason = files[0].read_text() if files else "".join(tail)
+        if reason.startswith(USER_ERROR):
+            raise UserError(reason.removeprefix(USER_ERROR))
+        raise RuntimeError(f"the launched training ended with exit status {status}:\n{reason}")
+
+
+def record_error(folder: Path, error: Exception) -> None:
+    """Write how this process ended to the stage folder, for `run_command`."""
+    text = (f"{USER_ERROR}{error}" if isinstance(error, UserError) else
+            "".join(traceback.format_exception(error)))
+    (folder / ERROR_FILES.replace("*", os.environ.get("RANK", "0"))).write_text(text)

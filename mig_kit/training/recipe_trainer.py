@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import UserError
 from mig_kit.models.loading import Policy
 from mig_kit.models.processors import check_image_grids
 from mig_kit.models.sample_prompts import make_cache, prompt_source
@@ -87,11 +88,11 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         self.samples, self.box_format, self.served = samples, box_format, served
         super().__init__(*args, **kwargs)
         if self.unshared:
-            raise ValueError(f"prompts cannot be shared: {self.unshared}, or set share_prefix to "
-                             "false")
+            raise UserError(f"prompts cannot be shared: {self.unshared}, or set share_prefix to "
+                            "false")
         if served and self.unsupported_sampling:
-            raise ValueError(f"servers are not asked for {self.unsupported_sampling}; take it out "
-                             "of trl, or set server to \"\"")
+            raise UserError(f"servers are not asked for {self.unsupported_sampling}; take it out "
+                            "of trl, or set server to \"\"")
         self.autocasts = self.cache.autocast = autocast  # a 4-bit model does not tell
         # TRL then weights the loss by the ratio of the learner's to the servers' probabilities
         self.use_vllm = served is not None
@@ -115,8 +116,8 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
 
     def _stop_sharing(self, reason: str) -> None:
         # stock TRL cannot go on: the rows hold no images
-        raise RuntimeError(f"prompts cannot be shared: {reason.partition(';')[0]}; set "
-                           "share_prefix to false")
+        raise UserError(f"prompts cannot be shared: {reason.partition(';')[0]}; set "
+                        "share_prefix to false")
 
     def _calculate_rewards(self, *args):
         self.rewards = super()._calculate_rewards(*args)

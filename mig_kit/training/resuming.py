@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.utils.notebook import NotebookProgressCallback
 from trl.trainer.utils import RepeatSampler
 
-from mig_kit.common import apply_umask
+from mig_kit.common import UserError, apply_umask
 from mig_kit.drawing import plots
 from mig_kit.models.adapters import record_base
 from mig_kit.models.loading import LORA_SCALE, LORA_TARGETS, Hardware
@@ -40,7 +40,7 @@ def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Har
     Args:
         folder: the stage's.
         own: arguments that the stage sets itself.
-    Raises: ValueError if a parameter would be overwritten, or if the steps do not divide evenly.
+    Raises: UserError if a parameter would be overwritten, or if the steps do not divide evenly.
     """
     is_bfloat16 = hardware.autocast or hardware.dtype == torch.bfloat16
     own |= tracker_arguments(params.report_to, folder) | {
@@ -48,12 +48,12 @@ def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Har
         "save_total_limit": 1, "use_cpu": hardware.device == "cpu", "bf16": is_bfloat16,
         "dataloader_pin_memory": False, "ddp_find_unused_parameters": False}
     names = {field.name for field in fields(config_class)} - {"report_to"}
-    passed_on = {name: value for name, value in vars(params).items() if name in names}
+    passed_on = {name: value for name, value in vars(params).items() if name in names} | params.trl
     if overwritten := sorted(passed_on.keys() & own.keys()):
-        raise ValueError(f"the kit sets {overwritten[0]} itself; take it out of the parameters")
+        raise UserError(f"the kit sets {overwritten[0]} itself; take it out of the parameters")
     steps, processes = params.gradient_accumulation_steps, count_processes()
     if steps % processes:
-        raise ValueError(
+        raise UserError(
             f"{processes} processes cannot share {steps} steps of an update evenly; set "
             "gradient_accumulation_steps to a multiple of the launcher's processes")
     return passed_on | own | {"gradient_accumulation_steps": steps // processes}

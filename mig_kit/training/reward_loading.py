@@ -10,17 +10,14 @@ import math
 import numbers
 import shutil
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import split_function_name, write_atomically
+from mig_kit.common import UserError, split_function_name, write_atomically
 from mig_kit.prompts import chat_messages, correct_answer
 from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
@@ -56,7 +53,7 @@ def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
     Args:
         references: names of the kit's rewards, or "file.py:function".
         folder: the stage's, which holds copies of the files.
-    Raises: ValueError, with file and line, for a file without the function or that fails.
+    Raises: UserError for a file without the function, and whatever the file raises.
     """
     rewards = {}
     for text in references:
@@ -67,7 +64,7 @@ def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
         module = _import_file(folder / FOLDER / path.name, path)
         reward = getattr(module, name, None)
         if not callable(reward):
-            raise ValueError(f"{path} has no function '{name}'")
+            raise UserError(f"{path} has no function '{name}'")
         rewards[name] = BatchReward(reward) if _has_trls_form(reward) else reward
     return rewards
 
@@ -83,55 +80,21 @@ def _has_trls_form(reward: Callable) -> bool:
 
 
 def _import_file(copy: Path, path: Path) -> ModuleType:
-    """The module in file `copy`; its errors name `path`, of which it is the copy."""
+    """The module in file `copy`; its tracebacks name `path`, of which it is the copy."""
     module = ModuleType(f"own_rewards_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    try:
-        exec(compile(copy.read_text(), str(path), "exec"), module.__dict__)
-    except Exception as error:
-        raise ValueError(f"rewards: {describe_error(error, str(path))}") from error
+    exec(compile(copy.read_text(), str(path), "exec"), module.__dict__)
     return module
 
 
-def describe_error(error: Exception, file: str) -> str:
-    """"file, line n: class: message" of an error; n: the last line in `file` of its traceback."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-             if frame.filename == file]
-    if isinstance(error, SyntaxError) and error.filename == file:
-        lines.append(error.lineno)
-    place = f"{file}, line {lines[-1]}" if lines else file
-    advice = ("; a file of rewards is copied into the run alone: write what it needs into it, or "
-              "install that as a package" if isinstance(error, ImportError) else "")
-    return f"{place}: {type(error).__name__}: {error}{advice}"
-
-
-@contextmanager
-def _name_errors(name: str, reward: Reward) -> Iterator[None]:
-    """Turn an error in the reward into a ValueError with file and line."""
-    try:
-        yield
-    except Exception as error:
-        place = describe_error(error, _source(reward)[0])
-        raise ValueError(f"the reward '{name}' failed in {place}") from error
-
-
-def _check_value(name: str, reward: Reward, value: object, sample: Sample) -> float | None:
+def _check_value(name: str, value: object, sample: Sample) -> float | None:
     if value is None:
         return None
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"the reward '{name}'{_source(reward)[1]} gave {value!r} for sample "
-                         f"{sample.id}; return a finite number, or None where it does not apply")
+        raise UserError(f"the reward '{name}' gave {value!r} for sample {sample.id}; return a "
+                        "finite number, or None where it does not apply")
     return float(value)
-
-
-def _source(reward: Reward) -> tuple[str, str]:
-    """(file, " (file, line n)") of a reward's function; ("", "") if Python does not tell."""
-    function = reward.function if isinstance(reward, BatchReward) else reward
-    function = inspect.unwrap(function.func if isinstance(function, partial) else function)
-    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    return (code.co_filename, f" ({code.co_filename}, line {code.co_firstlineno})") if code else (
-        "", "")
 
 
 @dataclass(frozen=True)
@@ -144,10 +107,8 @@ class Score:
     is_penalised: bool = False
 
     def __call__(self, reply: str, sample: Sample) -> float | None:
-        """What one reply earns; None if the reward does not apply, ValueError if it fails."""
-        with _name_errors(self.name, self.reward):
-            value = self.reward(reply, sample, self.box_format)
-        value = _check_value(self.name, self.reward, value, sample)
+        """What one reply earns; None if the reward does not apply."""
+        value = _check_value(self.name, self.reward(reply, sample, self.box_format), sample)
         return self._penalise(value, reply, sample)
 
     def score_batch(self, replies: Sequence[str], samples: Sequence[Sample], **given):
@@ -160,26 +121,22 @@ class Score:
         if not isinstance(self.reward, BatchReward):
             return list(map(self, replies, samples))
         arguments = given | _batch_columns(samples, self.box_format)
-        with _name_errors(self.name, self.reward):
-            values = self.reward.function(**arguments)
+        values = self.reward.function(**arguments)
         if inspect.isawaitable(values):
             return self._await_batch(values, replies, samples)
         return self._check_batch(values, replies, samples)
 
     async def _await_batch(self, coming, replies, samples) -> list[float | None]:
-        with _name_errors(self.name, self.reward):
-            values = await coming
-        return self._check_batch(values, replies, samples)
+        return self._check_batch(await coming, replies, samples)
 
     def _check_batch(self, values, replies, samples) -> list[float | None]:
-        with _name_errors(self.name, self.reward):
-            values = [value.item() if type(value).__module__ == "torch" else value
-                      for value in values]
-            if len(values) != len(replies):
-                raise ValueError(f"it gave {len(values)} values for {len(replies)} completions")
+        values = [value.item() if type(value).__module__ == "torch" else value for value in values]
+        if len(values) != len(replies):
+            raise UserError(f"the reward '{self.name}' gave {len(values)} values for "
+                            f"{len(replies)} completions")
         # NaN is TRL's None
         values = [None if value != value else
-                  _check_value(self.name, self.reward, value, sample)
+                  _check_value(self.name, value, sample)
                   for value, sample in zip(values, samples)]
         return list(map(self._penalise, values, replies, samples))
 
@@ -232,7 +189,7 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample], box_forma
                 group: int = 2) -> None:
     """Try the rewards on a correct and an empty reply to the first question of each kind.
 
-    Raises: ValueError for a reward that fails, or that is the user's and never has a value.
+    Raises: UserError for a reward of the user's that never has a value.
     """
     if of_batches := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
         print(f"warning: {', '.join(of_batches)} judge whole batches, as TRL gives them: the "
@@ -250,8 +207,8 @@ def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample], box_forma
         counts = any([has_value(sample) for sample in kinds.values()])  # tries every kind
         is_own = reward is not REWARDS.get(name)
         if is_own and not counts and not any(map(has_value, samples[:MOST_TRIED])):
-            raise ValueError(
-                f"the reward '{name}'{_source(reward)[1]} gave None for every reply, so nothing "
+            raise UserError(
+                f"the reward '{name}' gave None for every reply, so nothing "
                 "would learn from it: it may lack a return; return a number, or None only for "
                 "questions that it is not about")
 

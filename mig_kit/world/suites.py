@@ -208,8 +208,7 @@ class Suite:
 
     title: str  # in tables and figures
     tasks: dict[str, Draw]
-    size_param: str  # the parameter of notebook 06: samples per task; 0 leaves the suite out
-    default: int  # its value unless it is set
+    default: int  # questions per task in 06 unless `suites` says otherwise; 0 leaves it out
 
 
 def _draws(tasks: dict[str, TaskFunction], prefix: str = "",
@@ -231,22 +230,22 @@ CANDIDATE_WORLDS = (PLAIN, World(sides=(5, 12)))
 # The names of suites and tasks stand in the ids of samples and in the seeds that they are drawn
 # with. A drawn world is no benchmark, so the titles say "(drawn)".
 SUITES = {
-    "mig_bench": Suite("MIG-Bench-like (drawn)", _draws(TASKS), "mig_per_task", 100),
+    "mig_bench": Suite("MIG-Bench-like (drawn)", _draws(TASKS), 100),
     "ood_grounding": Suite(
         "out of domain (drawn)",
         _draws({"lisa": lisa_like, "revos": revos_like, "mc_bench": mc_bench_like})
-        | {"unseen": _draw_unseen}, "ood_per_task", 200),
+        | {"unseen": _draw_unseen}, 200),
     "blink": Suite(
         "BLINK-like (drawn)",
         _draws({"counting": count_colour, "jigsaw": jigsaw,
                 "visual_correspondence": visual_correspondence, "relations": relations}),
-        "blink_per_task", 200),
+        200),
     "mmiu": Suite(
         "MMIU-like (drawn)",
         _draws({"order": frame_order, "retrieval": retrieval, "change": find_change}),
-        "mmiu_per_task", 260),
+        260),
     "find_all": Suite("none, one or several (drawn)", _draws(FIND_ALL, "find_all/"),
-                      "find_all_per_task", 0)}
+                      0)}
 OUT_OF_DOMAIN = "ood_grounding"
 OWN = "own"  # the suite of the held-out questions of own data
 TASK_TITLES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",

@@ -6,9 +6,9 @@ from contextlib import suppress
 import papermill
 import pytest
 
-from mig_kit.common import file_sha256, write_json
+from mig_kit.common import UserError, file_sha256, write_json
 from mig_kit.pipeline import stage_keys
-from mig_kit.pipeline.joint_rules import validate_params
+from mig_kit.pipeline.params import validate_params
 
 
 @pytest.fixture
@@ -29,12 +29,13 @@ def leave(root):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", {"product": product, "seconds": time.time_ns()})
         (folder / "x").write_text(product)
-        record = {"params": validate_params(values, stage), "key": "k", "summary": product,
+        record = {"params": validate_params(values, stage), "facts": {"key": "", "images": ""},
+                  "summary": product, "stats": {},
                   "seconds": 60.0, "started": "2026-01-02T03:04:05Z", "inputs": {}, "versions": {},
                   "outputs": {name: file_sha256(folder / name) for name in ("x", "metrics.json")}}
         write_json(folder / "run.json", record)
-        with suppress(FileNotFoundError):  # a stage before it is not there
-            record["key"] = stage_keys.stage_facts(stage, run_id, record["params"])["key"]
+        with suppress(UserError):  # a stage before it is not there
+            record["facts"] = stage_keys.stage_facts(stage, run_id, record["params"])
             write_json(folder / "run.json", record)
         return folder
 

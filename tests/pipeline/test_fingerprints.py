@@ -1,13 +1,14 @@
 """Images that were replaced under the same names, and files that were only copied or touched."""
 
 import json
-import os
+import shutil
 
 import pytest
 from PIL import Image, ImageDraw
 
+from mig_kit.common import UserError
 from mig_kit.image_files import ImageStore
-from mig_kit.pipeline import stage_keys, store
+from mig_kit.pipeline import store
 from mig_kit.pipeline.params import profile_params
 from mig_kit.stages import sources
 
@@ -49,13 +50,13 @@ def synthesize(params):
     return colours
 
 
-def test_images_exported_again_under_their_names_are_stored_again(own, tmp_path):
+def test_images_exported_again_under_their_names_are_another_run(own, tmp_path):
     assert synthesize(own) == {(255, 0, 0)}
-    assert store.is_up_to_date("01_synthesize", "a", own)
+    assert store.is_done("01_synthesize", "a", own)
     export(tmp_path / "data", "blue")
-    assert not store.is_up_to_date("01_synthesize", "a", own)
-    assert synthesize(own) == {(0, 0, 255)}
-    assert store.is_up_to_date("01_synthesize", "a", own)
+    with pytest.raises(UserError, match="stays as it is .images of data have changed"):
+        store.is_done("01_synthesize", "a", own)
+    assert synthesize(own | {"run_id": "b"}) == {(0, 0, 255)}
 
 
 def test_a_broken_image_that_was_copied_again_is_taken(own, tmp_path):
@@ -66,56 +67,19 @@ def test_a_broken_image_that_was_copied_again_is_taken(own, tmp_path):
     folder = store.stage_folder("01_synthesize", "a")
     assert "3a.png' is cut or broken; copy it again" in (folder / "left_out.txt").read_text()
     path.write_bytes(content)
-    assert not store.is_up_to_date("01_synthesize", "a", own)
-    synthesize(own)
+    with pytest.raises(UserError, match="images of data have changed"):
+        store.is_done("01_synthesize", "a", own)
+    synthesize(own | {"run_id": "b"})
+    folder = store.stage_folder("01_synthesize", "b")
     assert "left out 0" in (folder / "left_out.txt").read_text()
 
 
-def image_digest(params):
-    return stage_keys.hash_named_files(params).get("images", "")
-
-
-def read_no_image(path):
-    assert path.name == "mine.jsonl", "known images are not read again"
-    return "its digest"
-
-
-def test_a_touch_a_copy_and_what_no_question_names_change_nothing(own, tmp_path, monkeypatch):
-    key = image_digest(own)
-    for path in (tmp_path / "data/images").iterdir():
-        os.utime(path, (1, 1))
-    Image.new("RGB", (9, 9)).save(tmp_path / "data/images/other.png")
-    assert image_digest(own) == key
-    monkeypatch.setattr(stage_keys, "file_sha256", read_no_image)
-    assert image_digest(own) == key
-    for path in (tmp_path / "data/images").iterdir():
-        path.unlink()
-    assert image_digest(own) == key, "01 has stored what it needs"
-    assert image_digest(own | {"data": "scenes"}) == ""
-
-
-def test_a_damaged_cache_and_odd_lines_are_no_error(own, tmp_path):
-    key = image_digest(own)
-    (cache,) = (tmp_path / "runs").glob(".images_*.json")
-    cache.write_text("{")
-    assert image_digest(own) == key
-    secret = tmp_path / "secret.png"
-    secret.write_bytes(b"1")
-    (tmp_path / "data/mine.jsonl").write_bytes(
-        b'{"images": ["../secret.png", "' + str(secret).encode() + b'", "\xff", "a\\u0000"]}\n"')
-    image_digest(own)
-    assert "secret" not in cache.read_text()
-    (tmp_path / "data/mine.jsonl").write_bytes(b'"' + b'\\"' * 400_000)  # a string without an end
-    image_digest(own)
-
-
-def test_a_large_set_counts_by_size_and_time(own, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage_keys, "LARGE_SET", 100)
-    monkeypatch.setattr(stage_keys, "file_sha256", read_no_image)
-    key = image_digest(own)
-    assert key == image_digest(own)
-    os.utime(tmp_path / "data/images/0a.png", (1, 1))
-    assert key != image_digest(own)
+def test_images_that_are_gone_once_they_are_stored_change_nothing(own, tmp_path):
+    synthesize(own)
+    Image.new("RGB", (9, 9)).save(tmp_path / "data/images/other.png")  # no question names it
+    assert store.is_done("01_synthesize", "a", own)
+    shutil.rmtree(tmp_path / "data/images")
+    assert store.is_done("01_synthesize", "a", own), "01 has stored what it needs"
 
 
 def test_a_stored_link_whose_source_was_overwritten_is_not_taken_for_the_old_image(tmp_path):

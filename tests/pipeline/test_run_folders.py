@@ -17,8 +17,7 @@ def root(root, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [
-    ("status", "defualt"), ("diff", "default", "defualt"),
-    ("lessons", "defualt", "--out", "pages"),
+    ("status", "defualt"),
     ("table", "defualt"), ("table", "--group", "a=default,defualt"),
     ("record", "defualt", "--out", "records"),
     ("run", "05", "--from", "defualt", "--run-id", "b"), ("run", "05", "--run-id", "defualt"),

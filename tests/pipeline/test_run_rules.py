@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 from command_line import error_of
 
-from mig_kit.common import PROJECT_ROOT
+from mig_kit.common import PROJECT_ROOT, UserError
 from mig_kit.pipeline import execute, plan, run_folders, store
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -32,19 +32,19 @@ def test_without_a_teacher_02_and_03_are_left_out(root, leave):
     assert planned_stages(["01_synthesize"], OWN[:2]) == ["01"]
     leave("01_synthesize", teacher="none")
     assert planned_stages(["05_grpo", "06_evaluate"], OWN[2:]) == ["05", "06"]
-    with pytest.raises(ValueError, match="'none', but there is no cold-start set to learn from"):
+    with pytest.raises(UserError, match="'none', so there is no cold-start set to learn from"):
         planned_stages(["02_sft"], ())
 
 
 def test_rl_without_a_cold_start_starts_from_the_base(root, leave):
-    with pytest.raises(ValueError, match="set start_from to base, for RL alone, or teacher to own"):
+    with pytest.raises(UserError, match="set start_from to base, for RL alone, or teacher to own"):
         planned_stages([], OWN[:2])
-    with pytest.raises(ValueError, match="start_from is 'adapter', .*; set start_from to base"):
+    with pytest.raises(UserError, match="'adapter', and there is no cold start; set start_from"):
         planned_stages([], (*OWN[:2], ("start_from", "adapter")))
     leave("01_synthesize", teacher="none")
-    with pytest.raises(ValueError, match="set start_from to base"):
+    with pytest.raises(UserError, match="set start_from to base"):
         planned_stages(["05_grpo"], ())
-    with pytest.raises(ValueError, match="set start_from to base"):
+    with pytest.raises(UserError, match="set start_from to base"):
         store.begin_stage("05_grpo", {"run_id": "a"})
     assert planned_stages(["05_grpo"], OWN[2:]) == ["05"]
 
@@ -68,7 +68,7 @@ def test_paths_are_relative_to_where_the_command_is_given(tmp_path, monkeypatch)
 
 def test_a_branch_of_a_run_without_a_cold_start(root, leave):
     leave("01_synthesize", teacher="none")
-    with pytest.raises(FileNotFoundError, match="run 'a' has no finished 04_rejection_sampling"):
+    with pytest.raises(UserError, match="run 'a' has no finished 04_rejection_sampling"):
         run_folders.check_branch("a", "b", ["05_grpo"])
     leave("04_rejection_sampling")
     run_folders.start_branch("a", "b", "05_grpo")
@@ -88,9 +88,8 @@ def leave_candidates(leave, counts):
 
 def test_too_few_prompts_are_known_from_01_on(root, leave):
     leave_candidates(leave, {"diff": 10, "region": 3})
-    needed = "prompts_of_an_update is 16 and prompts_of_04 is 13, but an update cannot use more"
-    assert needed in refuse("02", "03", "04", "05")
-    assert "prompts_of_04 is 8, but" in refuse("04", "05", "-p", "per_task", "5")
+    assert "an update uses 16 prompts (" in refuse("02", "03", "04", "05")
+    assert "and 04 keeps 8; lower" in refuse("04", "05", "-p", "per_task", "5")
     few = ("-p", "gradient_accumulation_steps", "2")
     assert planned_stages(["04_rejection_sampling", "05_grpo"], (few[1:],)) == ["04", "05"]
 
@@ -100,13 +99,13 @@ def test_too_few_prompts_are_known_after_04(root, leave):
     for stage in RECIPE[2:5]:
         folder = leave(stage)
     (folder / "metrics.json").write_text('{"kept": 15}')
-    sentence = "prompts_of_an_update is 16 and prompts_of_04 is 15, but an update cannot use more"
+    sentence = "04 keeps 15; lower gradient_accumulation_steps"
     assert sentence in refuse("05")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         store.begin_stage("05_grpo", {"run_id": "a"})
     assert not (root / "a" / "05_grpo").exists()
     run_folders.start_branch("a", "b", "05_grpo")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         planned_stages(["05_grpo"], (), "b")
 
 
@@ -119,7 +118,7 @@ def test_too_few_candidates_end_a_command_after_01(root, leave, monkeypatch):
 
     monkeypatch.setattr(execute, "_execute_notebook", execute_notebook)
     monkeypatch.setattr(execute, "_prepare", lambda *_: None)
-    assert "prompts_of_04 is 9, but" in refuse("01", "02", "03", "04", "05")
+    assert "04 keeps 9; lower" in refuse("01", "02", "03", "04", "05")
     assert executed == ["01_synthesize"]
 
 
@@ -128,14 +127,13 @@ def test_an_adapter_goes_on_as_02_made_it(root, leave):
     leave("02_sft", lora_r=8)
     words = ("05", "-p", "start_from", "adapter")
     sentence = refuse(*words)
-    assert "adapter_of_02 is [8, 'attention'], but RL goes on with that adapter; set" in sentence
+    assert "and lora_r is 83 here and 8 in 02; RL goes on with that adapter: set" in sentence
     assert "needs 03_merge" in refuse(*words, "-p", "lora_r", "8")
 
 
 def test_other_stages_of_the_run_decide(root, leave):
     leave("01_synthesize")
-    sizes = [word for name in ("mig", "ood", "blink", "mmiu")
-             for word in ("-p", f"{name}_per_task", "0")]
-    assert "data_of_01 is 'scenes', mig_per_task is 0" in refuse("06", *sizes)
+    sizes = "{mig_bench: 0, ood_grounding: 0, blink: 0, mmiu: 0}"
+    assert "all suites are 0, so there is nothing to score" in refuse("06", "-p", "suites", sizes)
     assert refuse("06", "-p", "control_run", "aa").endswith("; did you mean 'a'?")
     assert refuse("09", "-p", "groups", "[x=a, y=b1]").endswith("mig-kit status lists the runs")

@@ -1,0 +1,65 @@
+"""Names of rewards in the parameters of 05, checked without running a user's file."""
+
+import symtable
+from collections.abc import Mapping, Sequence
+
+from mig_kit.common import UserError, split_function_name, suggest_word
+
+# the names of `mig_kit.rewards.REWARDS`, which is slow to import
+KIT_REWARDS = ("format", "image", "box", "choice")
+# what the curves of stage 05 hold besides the rewards
+NAMES_OF_CURVES = ("step", "reward", "length", "entropy", "kl", "zero_std", "clipped_ratio",
+                   "clip_ratio", "ratio", "staleness", "shared", "adapter", "method", "finding",
+                   "evidence", "truth", "coverage")
+
+
+def check_rewards(references: Sequence[str], weights: Mapping[str, float],
+                  default_weights: Mapping[str, float]) -> None:
+    """Check the rewards of 05 and their weights.
+
+    Args:
+        references: names of the kit's rewards, or "file.py:function".
+        weights: name -> weight. default_weights: an idle default is no mistake.
+    Raises: UserError for an unknown name, a missing file or function, two of one name, and a
+        weight of no reward.
+    """
+    if not references:
+        raise UserError("rewards is []; list names of rewards, such as [format, image, box, "
+                        "choice], and functions as file.py:function")
+    names = [_reward_name(text) for text in references]
+    files = [path.name for path in {split_function_name(text)[0] for text in references
+                                    if ":" in text}]
+    for listed, sentence in (
+            (names, "two of rewards are called '{}'; leave one out or rename a function"),
+            (files, "rewards are in two files called {}; rename one")):
+        if repeated := sorted({name for name in listed if listed.count(name) > 1}):
+            raise UserError(sentence.format(repeated[0]))
+    for name, weight in weights.items():
+        if name not in names and default_weights.get(name) != weight:
+            raise UserError(f"reward_weights has '{name}', which is not one of rewards "
+                            f"({', '.join(names)}); add it there, or take its weight out")
+
+
+def _reward_name(text: str) -> str:
+    """The name under which a reward is logged; raises as `check_rewards`."""
+    if text in KIT_REWARDS:
+        return text
+    if ":" not in text:
+        hint = suggest_word(text, KIT_REWARDS) or f"the kit's are {', '.join(KIT_REWARDS)}"
+        raise UserError(f"rewards has '{text}'; {hint} A function of your own is written as "
+                        "file.py:function")
+    path, function = split_function_name(text)
+    if not path.is_file():
+        near = suggest_word(path.name, [file.name for file in path.parent.glob("*.py")], 0.5)
+        raise UserError(f"rewards names {path}, which does not exist; "
+                        f"{near or 'give its path from the project, or an absolute one'}")
+    if function in NAMES_OF_CURVES:
+        raise UserError(f"the curves of 05 have a '{function}' of their own; rename the function "
+                        f"in {path}")
+    table = symtable.symtable(path.read_text(), str(path), "exec")  # a SyntaxError shows its line
+    if not any(symbol.get_name() == function and (symbol.is_assigned() or symbol.is_imported())
+               for symbol in table.get_symbols()):
+        functions = [symbol.get_name() for symbol in table.get_symbols() if symbol.is_namespace()]
+        raise UserError(f"{path} has no function '{function}'; it has "
+                        f"{', '.join(functions) or 'none'}")
+    return function

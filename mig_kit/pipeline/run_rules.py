@@ -1,0 +1,94 @@
+"""Rules between the stages of a run, checked before a kernel starts and again after each stage."""
+
+import json
+from collections import Counter
+
+from mig_kit.common import UserError
+from mig_kit.pipeline.run_folders import (
+    COLD_START,
+    has_cold_start,
+    load_record,
+    require_runs,
+    stage_folder,
+)
+from mig_kit.pipeline.stage_params import NEEDS_SFT, RUN_PARAMS_STAGE, parse_groups
+
+CURATION = "04_rejection_sampling"
+
+
+def check_run(planned: dict[str, dict], run_id: str) -> None:
+    """UserError if a planned stage cannot work on what the run's other stages make.
+
+    planned: parameters by stage. run_id: the run, or the one that it starts from.
+    """
+    if "02_sft" in planned and _find_params(RUN_PARAMS_STAGE, planned, run_id).get(
+            "teacher") == "none":
+        raise UserError("02_sft: teacher is 'none', so there is no cold-start set to learn from; "
+                        "use another run with a teacher, or leave 02 and 03 out and set start_from "
+                        "of 05 to base")
+    if "05_grpo" in planned:
+        _check_rl(planned, run_id)
+    if "06_evaluate" in planned:
+        data = _find_params(RUN_PARAMS_STAGE, planned, run_id).get("data", "scenes")
+        if data == "scenes" and not any(planned["06_evaluate"]["suites"].values()):
+            raise UserError("06_evaluate: all suites are 0, so there is nothing to score; raise "
+                            "one of them")
+        if control := planned["06_evaluate"]["control_run"]:
+            require_runs(control)
+    if "09_compare" in planned:
+        groups = parse_groups(planned["09_compare"]["groups"])
+        require_runs(*(name for members in groups.values() for name in members
+                       if not name.endswith(".json")))
+
+
+def _check_rl(planned: dict[str, dict], run_id: str) -> None:
+    params = planned["05_grpo"]
+    has_sft = any(stage in planned for stage in COLD_START) or (
+        planned[RUN_PARAMS_STAGE]["teacher"] != "none" if RUN_PARAMS_STAGE in planned else
+        has_cold_start(run_id))
+    start = params["start_from"]
+    if start in NEEDS_SFT and not has_sft:
+        raise UserError(f"05_grpo: start_from is '{start}', and there is no cold start; set "
+                        "start_from to base, for RL alone, or teacher to own (the key 'reply' of "
+                        "your data) or endpoint")
+    sft = _find_params("02_sft", planned, run_id)
+    if start == "adapter" and sft:
+        for name in ("lora_r", "lora_targets"):
+            if sft[name] != params[name]:
+                raise UserError(f"05_grpo: start_from is 'adapter', and {name} is {params[name]!r} "
+                                f"here and {sft[name]!r} in 02; RL goes on with that adapter: set "
+                                "lora_r and lora_targets to those of 02")
+    replies = params["per_device_train_batch_size"] * params["gradient_accumulation_steps"]
+    prompts, kept = replies // params["num_generations"], count_prompts(planned, run_id)
+    if kept is not None and kept < prompts:
+        raise UserError(
+            f"05_grpo: an update uses {prompts} prompts (per_device_train_batch_size x "
+            f"gradient_accumulation_steps / num_generations), and 04 keeps {kept}; lower "
+            "gradient_accumulation_steps, widen min_pass_rate and max_pass_rate in 04, or make "
+            "more candidates in 01")
+
+
+def _find_params(stage: str, planned: dict[str, dict], run_id: str) -> dict:
+    """A stage's planned parameters, else the ones that it finished with, else {}."""
+    return planned.get(stage) or (load_record(stage, run_id) or {}).get("params", {})
+
+
+def count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
+    """How many prompts 04 has kept or, if it will run, keeps at most; None if unknown."""
+    if CURATION not in planned:
+        path = stage_folder(CURATION, run_id) / "metrics.json"
+        return json.loads(path.read_text()).get("kept") if path.is_file() else None
+    path = stage_folder(RUN_PARAMS_STAGE, run_id) / "rl.parquet"
+    if RUN_PARAMS_STAGE in planned or not path.is_file():
+        return None
+    from pyarrow.parquet import read_table  # a moment, which most commands need not wait
+
+    counts = Counter(read_table(path, columns=["task"])["task"].to_pylist())
+    return sum(min(count, planned[CURATION]["per_task"]) for count in counts.values())
+
+
+def leave_out_cold_start(params: dict[str, dict], run_id: str) -> dict[str, dict]:
+    """`params` by stage, without 02 and 03 if the run (or its source) has no teacher."""
+    if _find_params(RUN_PARAMS_STAGE, params, run_id).get("teacher") != "none":
+        return params
+    return {stage: values for stage, values in params.items() if stage not in COLD_START}

@@ -1,0 +1,456 @@
+"""The parameters of every stage, each in one line: type, tiny default, help and limits.
+
+The command line, the profiles in params/ and the notebooks' setup cells read them here, and `make
+cells` writes the notebooks' `parameters` cells from them. A rule between parameters is a validator;
+a rule that needs other stages of the run stands in `run_rules`.
+"""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mig_kit.boxes import MODEL_COORDINATES
+from mig_kit.common import PROFILES, PROJECT_ROOT, UserError, model_folder
+from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
+from mig_kit.pipeline.processes import parse_launcher
+from mig_kit.pipeline.reward_names import check_rewards
+from mig_kit.world.suites import SUITES
+
+# set once, in stage 01; every later stage of the run takes them from there
+RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
+RUN_PARAMS_STAGE = "01_synthesize"
+# how a stage runs, not what it makes: recorded, but no reason to run it again
+EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "report_to")
+# parameters that name a run, not what is in it
+NAMES_OF_RUNS = ("run_id", "control_run")
+# the parameter that maps further settings of TRL's config to their values
+CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
+START_WORDS, NEEDS_SFT = ("merged", "base", "adapter"), ("merged", "adapter")
+TABLE_COLUMNS = ("suite", "compared")  # of the table of claims, beside a column per group
+IMAGE_TOKEN = 784  # pixels
+
+Count, Positive = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]
+Amount, Rate = Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as numpy takes it
+Device = Literal["auto", "cuda", "cpu"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+Targets = Literal["all", "attention", "gate_up"]
+Schedule = Literal["linear", "cosine", "constant_with_warmup"]
+Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
+Penalty, Scale = Literal["none", "format", "all"], Literal["batch", "group", "none"]
+Teacher, Level = Literal["rules", "endpoint", "own", "none"], Literal["token", "sequence"]
+Loss = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
+
+
+def param(default, words: str, **limits):
+    """A field of a stage's parameters; words: its help, limits: pydantic's, such as ge=1."""
+    return Field(default, description=words, validate_default=False, **limits)
+
+
+RUN_ID = param("default", "name of the run folder under runs/",
+               pattern=r"^[\w-]([\w.-]*[\w-])?$")
+SEED = param(0, "seed of everything random in this stage")
+DEVICE = param("auto", "auto (a GPU where there is one), cuda or cpu")
+DTYPE = param("auto", "auto, float32 or bfloat16")
+SERVER = param("", 'draws replies: addresses, or a command with {model} and {port}; "": in here')
+CONCURRENCY = param(16, "requests under way at the servers")
+MAX_NEW_TOKENS = param(128, "longest reply, tokens")
+LAUNCHER = param("torchrun --standalone --nproc-per-node 2", 'starts the training; "": in here')
+REPORT_TO = param("none", "send the curves to a tracker too: none, tensorboard, trackio or wandb")
+CHECKPOINTING = param(False, "keep only the layers' inputs: less memory, one more pass")
+
+
+def require(condition: object, sentence: str) -> None:
+    """UserError with the sentence, which names the fix, unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+class StageParams(BaseModel):
+    """What all stages have in common: no other names, no infinite numbers, no later changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("server", check_fields=False)
+    @classmethod
+    def _holds_no_key(cls, server: str) -> str:
+        require(not server or parse_server(server) is not None, "no key may be in server")
+        return server
+
+    @field_validator("report_to", check_fields=False)
+    @classmethod
+    def _is_installed(cls, tracker: str) -> str:
+        require(tracker == "none" or importlib.util.find_spec(tracker),
+                f"report_to is {tracker}, which must be installed; run pip install {tracker}, or "
+                "set report_to to none")
+        return tracker
+
+    @field_validator("reward_weights", "suites", mode="before", check_fields=False)
+    @classmethod
+    def _keep_defaults(cls, values: object, info) -> object:
+        """A mapping keeps the defaults of the names that it leaves out."""
+        default = cls.model_fields[info.field_name].default
+        return {**default, **values} if isinstance(values, dict) else values
+
+    @field_validator("base_model", "model", check_fields=False)
+    @classmethod
+    def _is_a_model(cls, name: str, info) -> str:
+        require(model_folder(name).is_dir() and name or re.fullmatch(r"[\w.-]+/[\w.-]+", name),
+                f"{info.field_name} is '{name}'; it must be tiny, a folder that exists, or "
+                "USER/NAME of the hub; correct it")
+        return name
+
+    @model_validator(mode="after")
+    def _shares_steps_evenly(self):
+        """Both trainings: the launcher's processes divide the steps of an update."""
+        launcher = getattr(self, "launcher", "").strip()
+        if launcher:
+            launch = parse_launcher(launcher)
+            require(self.gradient_accumulation_steps % (launch.local * launch.nodes or 1) == 0,
+                    "the launcher's processes must share the steps of an update evenly; set "
+                    "gradient_accumulation_steps to a multiple of their number, or launcher to "
+                    '""')
+        return self
+
+
+class Preflight(StageParams):
+    """00_preflight."""
+
+    profile: str = param("tiny", "whose other stages are looked at, a folder under params/")
+    memory_gib: Amount = param(6.0, "free memory the profile needs, GiB")
+    disk_gib: Amount = param(1.0, "free disk the profile needs, GiB")
+    run_id: str = RUN_ID
+    device: Device = DEVICE
+
+    @field_validator("profile")
+    @classmethod
+    def _exists(cls, profile: str) -> str:
+        require(profile == "tiny" or (profile and (PROFILES / profile).is_dir()),
+                f"profile is '{profile}'; it must be tiny or a folder of params/; name one")
+        return profile
+
+
+class Synthesize(StageParams):
+    """01_synthesize."""
+
+    cot_per_task: Count = param(360, "samples per task for which the teacher writes a trace")
+    free_form_per_task: Count = param(160, "general questions per kind, for the cold start")
+    rl_per_task: Count = param(100, "candidate prompts per task for reinforcement learning")
+    rl_free_form_per_task: Count = param(
+        120, "the same per kind of question answered with a letter")
+    rl_boxes_per_task: Count = param(450, "the same per kind of question answered with a box")
+    train_find_all_per_task: Count = param(0, "questions for all boxes, per kind")
+    val_per_task: Positive = param(10, "validation samples per task")
+    data: str = param("scenes", "what is asked about: scenes (drawn), or a file of your questions")
+    image_root: str = param("", "folder of their images; empty for the folder of the file")
+    data_shares: list[float] = param([0.75, 0.2, 0.05],
+        "shares of cold start, RL and validation, divided by image", min_length=3, max_length=3)
+    teacher: Teacher = param(
+        "rules", "rules (reads scenes), endpoint (a model), own (key reply) or none (no 02)")
+    endpoint_url: str = param("", "as http://localhost:8000/v1; the key: $MIG_KIT_API_KEY")
+    endpoint_model: str = param("", "name of the model at the endpoint")
+    concurrency: Positive = param(4, "calls under way at once")
+    seed: Seed = SEED
+    run_id: str = RUN_ID
+    base_model: str = param("tiny", "of the run: tiny (shipped), a folder or a hub name")
+    min_pixels: Positive = param(3136, "of the run: area limits of an image as seen, pixels")
+    max_pixels: int = param(401408, "the same, upper limit", ge=IMAGE_TOKEN)
+    coordinates: Literal[tuple(MODEL_COORDINATES)] = param(
+        "absolute", "of the whole run's boxes: absolute (Qwen2.5-VL) or normalized_1000 (others)")
+
+    @model_validator(mode="after")
+    def _can_be_made(self):
+        require(self.min_pixels <= self.max_pixels, "min_pixels is above max_pixels; swap them")
+        require(all(0 <= share <= 1 for share in self.data_shares)
+                and abs(sum(self.data_shares) - 1) < 1e-6,
+                "data_shares, of cold start, RL and validation, must sum to 1; write three that "
+                "do, as [0.75, 0.2, 0.05]")
+        return self._check_scenes() if self.data == "scenes" else self._check_own_data()
+
+    def _check_scenes(self):
+        """Drawn scenes: there is something to learn from."""
+        require(self.teacher != "own",
+                "teacher own is the key 'reply' of your own data; name its file in data")
+        require(self.rl_per_task or self.rl_free_form_per_task or self.rl_boxes_per_task
+                or self.train_find_all_per_task,
+                "RL needs candidates; raise rl_per_task, rl_free_form_per_task or "
+                "rl_boxes_per_task")
+        require(self.teacher == "none" or self.cot_per_task or self.free_form_per_task
+                or self.train_find_all_per_task,
+                "the teacher needs questions; raise cot_per_task, or set teacher to none")
+        return self._check_endpoint()
+
+    def _check_own_data(self):
+        """Own data: the files are there, and its teacher can read photographs."""
+        require((PROJECT_ROOT / self.data).is_file(),
+                f"data is '{self.data}'; it must be scenes or a file that exists: name the file of "
+                "your questions, as -p data mine.jsonl")
+        require((PROJECT_ROOT / self.image_root).is_dir(),
+                f"image_root is '{self.image_root}'; it must be a folder that exists; correct it")
+        require(self.data_shares[2], "some questions must be held out; raise the last of "
+                "data_shares")
+        require(self.teacher != "rules",
+                f"data is '{self.data}', and the rules teacher reads synthetic scenes only; set "
+                "teacher to none and start_from to base (RL alone: images, question and target are "
+                "enough), to own (your key 'reply') or to endpoint")
+        return self._check_endpoint()
+
+    def _check_endpoint(self):
+        require(self.teacher != "endpoint" or (
+            ADDRESS.fullmatch(self.endpoint_url) and self.endpoint_model),
+            "teacher endpoint needs endpoint_url like http://localhost:8000/v1, with no name, key "
+            "or query in it, and endpoint_model; correct them, and put a key into the environment "
+            f"variable {KEY_VARIABLE}")
+        return self
+
+
+class Sft(StageParams):
+    """02_sft."""
+
+    num_train_epochs: Rate = param(4.0, "passes over the cold-start set")
+    learning_rate: Rate = param(0.001, "peak learning rate")
+    lora_r: Positive = param(83, "rank; of equal size: 32 (all), 83 (attention), 78 (gate_up)")
+    lora_dropout: float = param(0.0, "dropout on the adapter input", ge=0, lt=1)
+    lora_targets: Targets = param("attention", "projections: all, attention or gate_up; see lora_r")
+    reasoning: bool = param(True, "learn the whole reply; false: its <answer> alone")
+    max_samples: Count = param(0, "use only so many samples; 0 for all")
+    seed: Seed = SEED
+    per_device_train_batch_size: Positive = param(16, "samples per device and step")
+    gradient_accumulation_steps: Positive = param(2, "steps per update")
+    lr_scheduler_type: Schedule = param("cosine", "linear (to 0), cosine, constant_with_warmup")
+    warmup_steps: Count = param(10, "linear warm-up, updates")
+    save_steps: Positive = param(100, "a checkpoint every so many updates")
+    report_to: Tracker = REPORT_TO
+    trl: dict = param({}, "further settings of TRL's SFTConfig")
+    run_id: str = RUN_ID
+    dtype: Dtype = DTYPE
+    device: Device = DEVICE
+    launcher: str = LAUNCHER
+
+
+class Merge(StageParams):
+    """03_merge."""
+
+    run_id: str = RUN_ID
+    dtype: Dtype = DTYPE
+    device: Device = DEVICE
+
+
+class RejectionSampling(StageParams):
+    """04_rejection_sampling."""
+
+    replies: Positive = param(8, "replies drawn per candidate")
+    min_pass_rate: Share = param(0.2, "drop prompts with a lower one")
+    max_pass_rate: Share = param(0.8, "drop prompts with a higher one")
+    per_task: Positive = param(400, "keep at most so many prompts per task")
+    max_new_tokens: Positive = MAX_NEW_TOKENS
+    seed: Seed = SEED
+    server: str = SERVER
+    concurrency: Positive = CONCURRENCY
+    run_id: str = RUN_ID
+    dtype: Dtype = DTYPE
+    device: Device = DEVICE
+
+    @model_validator(mode="after")
+    def _keeps_something(self):
+        require(self.min_pass_rate <= self.max_pass_rate,
+                "min_pass_rate is above max_pass_rate; swap them")
+        return self
+
+
+class Grpo(StageParams):
+    """05_grpo."""
+
+    learning_rate: Rate = param(0.0003, "peak learning rate")
+    max_steps: Positive = param(125, "updates")
+    num_generations: int = param(8, "replies per prompt, G", ge=2)
+    temperature: Rate = param(1.0, "sampling temperature")
+    max_completion_length: Positive = param(128, "longest reply")
+    rewards: list[str] = param(
+        ["format", "image", "box", "choice"], 'of rewards.py, or "file.py:function"')
+    reward_weights: dict[str, float] = param(
+        {"format": 0.2, "image": 0.3, "box": 1.0, "choice": 1.3}, "others: 1")
+    hallucinated_image_penalty: Penalty = param(
+        "format", "rewards lost for it: none, format or all")
+    scale_rewards: Scale = param(
+        "batch", "rewards' std that divides advantages: of batch, group or none")
+    beta: Amount = param(0.0, "weight of the KL term; 0 needs no reference")
+    loss_type: Loss = param("dapo", "mean over all tokens (dapo), replies (grpo), and more")
+    start_from: str = param("merged", "merged (03), base, adapter (02, no merge) or a folder")
+    seed: Seed = SEED
+    lr_scheduler_type: Schedule = param("linear", "linear (to 0), cosine, constant_with_warmup")
+    warmup_steps: Count = param(5, "linear warm-up, updates")
+    save_steps: Positive = param(25, "a checkpoint every so many updates, in whole num_iterations")
+    gradient_checkpointing: bool = CHECKPOINTING
+    lora_r: Positive = param(83, "rank of the new adapter; with start_from adapter that of 02")
+    lora_targets: Targets = param("attention", "projections: all, attention or gate_up")
+    per_device_train_batch_size: Positive = param(32, "replies per device and step")
+    gradient_accumulation_steps: Positive = param(4, "steps per update, of all processes together")
+    micro_replies: Count = param(0, "replies whose graphs are held at once; 0: all")
+    share_prefix: bool = param(True, "read every prompt once per group; false is stock TRL")
+    num_iterations: Positive = param(1, "updates that learn from the same replies")
+    epsilon: Amount = param(0.2, "clips ratios to 1 - epsilon, with num_iterations over 1")
+    epsilon_high: Amount = param(0.0, "clips them to 1 + epsilon_high; 0 for the same as epsilon")
+    importance_sampling_level: Level = param(
+        "token", "ratio of new to old: per token, or per reply (sequence)")
+    mask_truncated_completions: bool = param(False, "leave replies without an end out of the loss")
+    top_entropy_quantile: Share = param(1.0, "share of tokens, of highest entropy, in the loss")
+    report_to: Tracker = REPORT_TO
+    trl: dict = param({}, "further settings of TRL's GRPOConfig")
+    run_id: str = RUN_ID
+    dtype: Dtype = DTYPE
+    device: Device = DEVICE
+    launcher: str = LAUNCHER
+    server: str = SERVER
+    concurrency: Positive = CONCURRENCY
+
+    @model_validator(mode="after")
+    def _trains_as_it_says(self):
+        check_rewards(self.rewards, self.reward_weights,
+                      type(self).model_fields["reward_weights"].default)
+        rows = self.per_device_train_batch_size
+        rows *= 1 if self.share_prefix else self.gradient_accumulation_steps
+        require(rows % self.num_generations == 0,
+                "per_device_train_batch_size must be a multiple of num_generations (without "
+                "share_prefix, times gradient_accumulation_steps), so that groups stay whole; "
+                "change one of them")
+        aggregation = self.trl.get("multi_objective_aggregation", "sum_then_normalize")
+        require(not self.share_prefix or aggregation == "sum_then_normalize",
+                "the kit's trainer sums weighted rewards before it divides; leave "
+                "multi_objective_aggregation out, or set share_prefix to false")
+        require(self.share_prefix or not self.server,
+                "a server needs share_prefix, because TRL's own trainer has none; set share_prefix "
+                "to true")
+        require(self.start_from in START_WORDS or (
+            self.start_from and model_folder(self.start_from).is_dir()),
+            f"start_from is '{self.start_from}'; it must be merged, base, adapter or a folder that "
+            "exists; correct it")
+        require(self.start_from != "adapter" or not (self.beta or self.server),
+                "02's adapter is on 4-bit weights, which no server holds, and which without it are "
+                'the base, not beta\'s reference; set beta to 0 and server to "", or start_from to '
+                "merged")
+        cap = self.epsilon_high or self.epsilon
+        require(self.loss_type != "cispo" or cap >= 1,
+                "loss_type cispo caps the ratio itself at epsilon_high, and below 1 would multiply "
+                "nearly every gradient by it; set epsilon_high to 1 or more (TRL advises 5.0)")
+        level = {"luspo": "sequence", "vespo": "token"}.get(self.loss_type)
+        require(level in (None, self.importance_sampling_level),
+                f"loss_type {self.loss_type} needs importance_sampling_level {level}; set it")
+        return self
+
+
+class Evaluate(StageParams):
+    """06_evaluate."""
+
+    suites: dict[str, int] = param({name: suite.default for name, suite in SUITES.items()},
+        "test questions per task of each drawn suite; 0 leaves it out")
+    eval_seed: Seed = param(53, "seed of the drawn test samples, the same for all runs")
+    replies: Count = param(8, "replies at temperature 1 per sample; 0 for none")
+    sampled_per_task: Count = param(10, "first samples of a task that get them; 0: all")
+    control_run: str = param("", "run whose merged model is evaluated too, as sft_long")
+    run_id: str = RUN_ID
+    seed: Seed = SEED
+    max_new_tokens: Positive = MAX_NEW_TOKENS
+    server: str = SERVER
+    concurrency: Positive = CONCURRENCY
+    dtype: Dtype = DTYPE
+    device: Device = DEVICE
+
+    @field_validator("suites")
+    @classmethod
+    def _are_drawn(cls, sizes: dict[str, int]) -> dict[str, int]:
+        if other := sizes.keys() - SUITES.keys():
+            raise UserError(f"suites: '{min(other)}' is no drawn suite; they are "
+                            f"{', '.join(SUITES)}")
+        require(min(sizes.values()) >= 0, "suites: a size is 0 or more; correct it")
+        return sizes
+
+
+class Report(StageParams):
+    """07_report."""
+
+    gallery_per_kind: Positive = param(6, "samples of each outcome in the gallery")
+    run_id: str = RUN_ID
+
+
+class Benchmark(StageParams):
+    """08_benchmark."""
+
+    images: int = param(6, "images of the headline's prompt", ge=1, le=8)
+    side: int = param(392, "side of an image, pixels", ge=56, le=1960)
+    group: int = param(8, "replies to a prompt, G", ge=2)
+    tokens: int = param(64, "tokens of a reply", ge=2)
+    prompts: Positive = param(4, "prompts of a step; stock needs memory for each")
+    model: str = param("tiny", "tiny (the shipped base) or a Qwen2.5-VL folder")
+    repeats: Positive = param(3, "turns of either side")
+    wide_hidden: int = param(2048, "width of the random model; 2048 is the 3B's", ge=128,
+        multiple_of=128)
+    run_id: str = RUN_ID
+    dtype: Dtype = DTYPE
+
+
+class Compare(StageParams):
+    """09_compare."""
+
+    groups: list[str] = param(
+        ["recipe=default"], "name=run,run: runs that count as one, such as a variant's seeds")
+    reference: str = param("", 'the group that the others are compared with; "" for the first')
+    run_id: str = RUN_ID
+
+    @model_validator(mode="after")
+    def _has_its_reference(self):
+        names = parse_groups(self.groups)
+        require(not self.reference or self.reference in names,
+                "the reference must be one of the groups; name one, or \"\" for the first")
+        return self
+
+
+class TinyBase(StageParams):
+    """90_tiny_base."""
+
+    vision_steps: list[int] = param([2800, 1400],
+        "of the tower learning to locate, and to spell in codes", min_length=2, max_length=2)
+    course_steps: list[int] = param([800, 300, 300, 350],
+        "of the language model's four courses, see below", min_length=4, max_length=4)
+    albums: Positive = param(3000, "albums of six pictures whose features are kept")
+    rows: list[int] = param([20, 10],
+        "dialogues per step: about pictures, and of text puzzles", min_length=2, max_length=2)
+    examined_per_task: Positive = param(50, "validation samples per task for its examination")
+    run_id: str = RUN_ID
+    seed: Seed = SEED
+    dtype: Dtype = DTYPE
+
+
+MODELS = {
+    "00_preflight": Preflight, "01_synthesize": Synthesize, "02_sft": Sft, "03_merge": Merge,
+    "04_rejection_sampling": RejectionSampling, "05_grpo": Grpo, "06_evaluate": Evaluate,
+    "07_report": Report, "08_benchmark": Benchmark, "09_compare": Compare,
+    "90_tiny_base": TinyBase}
+
+
+def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> runs of words "name=run,run"; a run alone is a group of its own name.
+
+    Raises UserError for a name or run that occurs twice, or a group without runs.
+    """
+    groups: dict[str, list[str]] = {}
+    for word in words:
+        name, is_named, runs = word.partition("=")
+        members = [run.strip() for run in (runs if is_named else name).split(",") if run.strip()]
+        require(name.strip() and members, f"'{word}' is no group; write name=run or name=run,run")
+        require(name.strip() not in groups,
+                f"two groups are called '{name.strip()}'; give each its own name")
+        groups[name.strip()] = members
+    everyone = [run for members in groups.values() for run in members]
+    for run in everyone:
+        require(everyone.count(run) == 1,
+                f"run '{run}' is named twice; a run counts once, in one group")
+    for name in groups:
+        require(name not in TABLE_COLUMNS, f"a group cannot be called '{name}', as a column of the "
+                "table is; give it another name")
+    require(groups, "there is nothing to compare; name runs, or groups as name=run,run")
+    return groups
