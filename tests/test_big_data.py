@@ -11,7 +11,7 @@ from mig_kit import filters
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256
 from mig_kit.image_files import BadImage, ImageStore, LazyImages, image_digests, pixel_digest
-from mig_kit.pipeline import attempts
+from mig_kit.pipeline import store
 from mig_kit.sample import SampleWriter, read_replies, read_samples, write_samples
 from mig_kit.stages import sources, synthesize
 from mig_kit.world.tasks import make_sample
@@ -136,9 +136,9 @@ def test_a_stored_image_that_is_gone_or_changed_is_one_sentence(own, tmp_path):
     with pytest.raises(BadImage, match="bytes have another SHA-256"):
         images[0]
     record = {"outputs": {"images.txt": file_sha256(tmp_path / "out" / "images.txt")}}
-    assert not attempts.find_damaged(tmp_path / "out", record)
+    assert not store.find_damaged(tmp_path / "out", record)
     path.unlink()
-    assert attempts.find_damaged(tmp_path / "out", record)
+    assert store.find_damaged(tmp_path / "out", record)
 
 
 def test_without_a_teacher_all_questions_go_to_rl_and_validation(own, tmp_path):

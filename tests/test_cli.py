@@ -11,6 +11,7 @@ from command_line import output_of, run_mig_kit
 
 from mig_kit import PROCESS_ENVIRONMENT
 from mig_kit.commands.main import cli
+from mig_kit.pipeline import status
 from mig_kit.world.tasks import make_sample
 
 
@@ -39,6 +40,7 @@ def test_bench_starts_again_on_the_heap_that_stages_have():
     (("run", "01", "-p", "data_shares", "[0.4,1.0"), "-p data_shares '[0.4,1.0' is no value"),
     (("run", "01", "-p", "run_id", "b"), "use --run-id"),
     (("run", "05", "-p", "trl", "{foo:1}"), 'YAML wants a space after the colon, as "{foo: 1}"'),
+    (("run", "05", "-p", "top_p", "0.9"), 'is written as -p trl "{NAME: VALUE}"'),
     (("run", "05", "-p", "reward_weights", "{box:2}"), 'after the colon, as "{box: 2}"'),
     (("run", "05", "-p", "rewards", "[format, mig_kit/reward.py:f]"), "mean 'rewards.py'?"),
     (("run", "01", "--run-id", "a/b"), "run_id is 'a/b'; use letters"),
@@ -56,13 +58,13 @@ def test_bad_input_is_one_sentence(words, sentence, tmp_path, monkeypatch):
     assert not any(tmp_path.rglob("*.ipynb")), "nothing is written before all is checked"
 
 
-def test_a_sentence_is_all_that_a_process_says(tmp_path):
-    path = tmp_path / "run" / "05_grpo" / "run.json"
-    path.parent.mkdir(parents=True)
-    path.write_text('{"seconds": 9')
-    result = run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path))
+def test_a_sentence_is_all_that_a_process_says_and_a_bug_its_traceback(tmp_path, monkeypatch):
+    result = run_mig_kit("status", "nowhere", MIG_KIT_RUNS=str(tmp_path))
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert f"{path} is broken; delete it" in result.stderr
+    assert result.stderr.startswith("mig-kit: no run 'nowhere'")
+    monkeypatch.setattr(status, "run_tree", lambda: [][0])
+    with pytest.raises(IndexError):
+        run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path))
 
 
 def test_status_without_a_run_says_what_to_type(tmp_path):
@@ -74,17 +76,19 @@ def test_status_shows_stages_and_scores(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     for stage, seconds in (("05_grpo", 90.0), ("06_evaluate", 90.0), ("07_report", 6.0)):
         (tmp_path / "run" / stage).mkdir(parents=True)
-        record = {"seconds": seconds, "params": {}, "key": ""}
+        record = {"seconds": seconds, "params": {}, "facts": {}}
         (tmp_path / "run" / stage / "run.json").write_text(json.dumps(record))
     systems = {name: {"mig_bench": {"score": score}}
                for name, score in (("base", 1.0), ("sft", 40.0), ("grpo", 55.5))}
     (tmp_path / "run" / "06_evaluate" / "metrics.json").write_text(json.dumps({"systems": systems}))
-    output = output_of("status", "--why")
-    lines = {line.split()[0]: line for line in output.splitlines()}
-    assert "made in 1.5 min" in lines["05_grpo"] and lines["02_sft"].split() == ["02_sft", "-"]
+    line, = output_of("status").splitlines()
+    assert line == ("run (by hand); 05 06 07 done; 05 06 07 stale; MIG-Bench-like (drawn) 1.0 / "
+                    "40.0 / 55.5 (base / sft / grpo)")
+    output = output_of("status", "run")
+    lines = {line.split()[0]: line for line in output.splitlines()[1:]}
+    assert "done in 1.5 min" in lines["05_grpo"] and "02_sft" not in lines
     assert "base 1.0, sft 40.0, grpo 55.5" in output
-    assert lines["07_report"].endswith("stale, made in 0.1 min")
-    assert "    it is stale: 07_report needs 01_synthesize of run 'run', which has not" in output
+    assert "stale: 07_report needs 01_synthesize of run 'run', which has not" in lines["07_report"]
 
 
 def test_ground_names_a_broken_image(tmp_path):

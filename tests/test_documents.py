@@ -21,7 +21,7 @@ from trl import GRPOConfig
 from mig_kit import __version__
 from mig_kit.commands.main import cli, stage_name
 from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT
-from mig_kit.pipeline.params import stage_parameters
+from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -158,7 +158,7 @@ def test_the_readmes_targets_are_made():
 def test_the_readmes_papermill_command_names_a_notebook_and_its_parameter():
     (command,) = (line for line in read_commands(README) if line.startswith("papermill "))
     _, notebook, _, _, name, _ = shlex.split(command, comments=True)
-    assert name in stage_parameters(Path(notebook).stem) and (PROJECT_ROOT / notebook).is_file()
+    assert name in default_params(Path(notebook).stem) and (PROJECT_ROOT / notebook).is_file()
 
 
 @pytest.mark.slow

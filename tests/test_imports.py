@@ -12,7 +12,7 @@ from mig_kit.pipeline import store
 GROUND = {"boxes", "stats", "image_files", "common", "openai_client"}
 # a module of the hall -> the modules of the hall that it may import
 HALL = {
-    **{name: set() for name in GROUND},
+    **{name: {"common"} for name in GROUND - {"common"}}, "common": set(),
     "sample": GROUND,
     "prompts": GROUND | {"sample"},
     "rewards": GROUND | {"sample", "prompts"},

@@ -170,13 +170,13 @@ def test_an_interrupt_in_lab_loses_nothing(lab, page):
     prepare("06_evaluate", "again", folder / "again.ipynb")
     show(page, address, "again")
     run_all(page)
-    drawn = "06_evaluate.new-*/replies/base_mig_bench_drawn.jsonl"
+    drawn = "06_evaluate.unfinished/replies/base_mig_bench_drawn.jsonl"
     wait_until(lambda: list((root / "again").glob(drawn)), page)
     choose_command(page, "Kernel", "kernelmenu:interrupt")
     page.wait_for_selector(IDLE, timeout=60_000)
     assert not (interrupted / "run.json").is_file()
     names = sorted(path.name for path in (expected / "replies").glob("*.jsonl"))
-    assert len(list((root / "again").glob("06_evaluate.new-*/replies/*.jsonl"))) < len(names)
+    assert len(list((root / "again").glob("06_evaluate.unfinished/replies/*.jsonl"))) < len(names)
     run_all(page)
     wait_until((interrupted / "run.json").is_file, page, max_errors=1)
     for name in ("metrics.json", *(f"replies/{name}" for name in names)):

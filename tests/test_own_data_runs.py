@@ -13,9 +13,8 @@ from mig_kit.sample import read_samples
 pytestmark = pytest.mark.slow
 SMOKE = ("run", "--profile", "smoke", "-p", "data", "own.jsonl",
          "-p", "launcher", "", "-p", "per_task", "50")
-ONE_DRAWN_SUITE = [word for suite in ("ood", "blink", "mmiu")
-                   for word in ("-p", f"{suite}_per_task", "0")]
-NO_DRAWN_SUITE = [*ONE_DRAWN_SUITE, "-p", "mig_per_task", "0"]
+ONE_DRAWN_SUITE = ("-p", "suites", "{ood_grounding: 0, blink: 0, mmiu: 0, find_all: 2}")
+NO_DRAWN_SUITE = ("-p", "suites", "{mig_bench: 0, ood_grounding: 0, blink: 0, mmiu: 0}")
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +79,7 @@ def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_
 
 def test_own_traces_need_no_teacher(run_here, questions, tmp_path):
     run_here(*SMOKE, *RECIPE[1:], *ONE_DRAWN_SUITE, "--run-id", "own", "-p", "teacher", "own",
-             "-p", "data", "all.jsonl", "-p", "data_shares", "[0.5, 0.25, 0.25]",
-             "-p", "find_all_per_task", "2")
+             "-p", "data", "all.jsonl", "-p", "data_shares", "[0.5, 0.25, 0.25]")
     folder = tmp_path / "own"
     evaluation, report = read_run(folder)
     assert list(evaluation["systems"]) == ["base", "sft", "grpo"]

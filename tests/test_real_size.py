@@ -19,7 +19,7 @@ import pytest
 from big_data import make_data
 from command_line import output_of
 
-from mig_kit.pipeline.params import stage_parameters
+from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import RECIPE
 
 LAYERS = int(os.environ.get("MIG_KIT_LAYERS", "4"))
@@ -28,8 +28,8 @@ CHANGES = {
     "teacher": "own", "data_shares": [0.4, 0.4, 0.2], "dtype": "bfloat16",
     "max_samples": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
     "max_new_tokens": 8, "max_completion_length": 8, "replies": 2, "launcher": "",
-    "per_task": 4, "mig_per_task": 0, "ood_per_task": 0, "blink_per_task": 0,
-    "mmiu_per_task": 0, "gradient_checkpointing": True}
+    "per_task": 4, "suites": "{mig_bench: 0, ood_grounding: 0, blink: 0, mmiu: 0}",
+    "gradient_checkpointing": True}
 if LAYERS < 36:  # the vision tower has all of its layers: smaller images keep it within its minutes
     CHANGES |= {"max_pixels": 200_704}
 # a row of 02 keeps 160 MiB a layer: there is no gradient checkpointing on a CPU
@@ -68,7 +68,7 @@ def test_the_3b_goes_through_all_stages(tmp_path):
     options = {**CHANGES, "base_model": model, "data": own_file}
     run, minutes, gib = tmp_path / "real", {}, {}
     for stage in RECIPE[1:]:
-        known = stage_parameters(stage)
+        known = default_params(stage)
         values = options | SFT_CHANGES if stage == "02_sft" else options
         words = [word for name, value in values.items() if name in known
                  for word in ("-p", name, str(value))]

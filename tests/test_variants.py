@@ -61,14 +61,12 @@ def test_a_variant_is_one_command_and_has_its_own_stages_alone(shared_runs):
         assert read_record(runs, "variant", stage)["branch"] == branch
     record = read_record(runs, "variant", "06_evaluate")
     assert record["inputs"].keys() == {"01_synthesize", "03_merge", "05_grpo"}
-    assert record["taken"] == {f"{system} {kind}": "smoke" for system in ("base", "sft")
-                               for kind in ("greedy", "drawn")}
     first, second = (read_record(runs, run, "05_grpo") for run in ("smoke", "variant"))
     assert first["params"]["loss_type"] == "dapo" and second["params"]["loss_type"] == "dr_grpo"
     assert first["inputs"]["03_merge"].items() >= second["inputs"]["03_merge"].items()
-    drawn, taken = (runs / run / "06_evaluate" / "replies" for run in ("smoke", "variant"))
+    drawn, again = (runs / run / "06_evaluate" / "replies" for run in ("smoke", "variant"))
     for name in ("base_mig_bench_greedy.jsonl", "sft_mmiu_drawn.jsonl"):
-        assert (taken / name).read_bytes() == (drawn / name).read_bytes()
+        assert (again / name).read_bytes() == (drawn / name).read_bytes()
     adapter = json.loads((variant / "05_grpo/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "../../../smoke/03_merge/merged"
 
@@ -99,8 +97,5 @@ def test_a_variant_goes_on_without_its_sources_name(shared_runs):
     again = output_of(*RUN, "05", "06", "07", *options, **environment)
     assert again.count("up to date") == 3
     assert "\n| variant | 1 | " in output_of("table", "smoke", "variant", **environment)
-    difference = output_of("diff", "smoke", "variant", **environment)
-    stages = {line.split()[0] for line in difference.splitlines()[:-1]}
-    assert "05_grpo" in stages and not stages & set(RECIPE[1:5])
     lines = output_of("status", **environment).splitlines()
-    assert lines[lines.index("  variant") + 1] == "    01 to 04 of smoke"
+    assert any(line.startswith("  variant (smoke); from smoke; 05 06 07 done") for line in lines)

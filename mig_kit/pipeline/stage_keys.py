@@ -311,11 +311,11 @@ def _imports(tree: ast.AST) -> dict[str, Name]:
 
 def _references(tree: ast.AST, names: dict[str, Name]) -> set[Name]:
     """The definitions of the kit that the tree uses, as a name or as `module.name`."""
-    names, found = {**names, **_imports(tree)}, set()
+    names, used = {**names, **_imports(tree)}, set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in names and names[node.id][1]:
-            found.add(names[node.id])
+            used.add(names[node.id])
         is_attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
         if is_attribute and names.get(node.value.id, ("", "no module"))[1] == "":
-            found.add((names[node.value.id][0], node.attr))
-    return found
+            used.add((names[node.value.id][0], node.attr))
+    return used

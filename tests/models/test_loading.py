@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mig_kit.boxes import BoxFormat, Coordinates, seen_size
 from mig_kit.models import loading, sample_prompts
 from mig_kit.models.model_folders import load_config
-from mig_kit.pipeline.params import stage_parameters
+from mig_kit.pipeline.stage_params import MODELS
 from mig_kit.prompts import chat_messages
 from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
@@ -50,7 +50,7 @@ def test_ranks_of_equal_size():
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(load_config(loading.TINY_BASE))
     sizes = {}
-    help_line = stage_parameters("02_sft")["lora_r"].help
+    help_line = MODELS["02_sft"].model_fields["lora_r"].description
     ranks = re.findall(r"(\d+) \((\w+)\)", help_line)
     for rank, lora_targets in ranks:
         config = resuming.lora_config(int(rank), lora_targets=lora_targets)

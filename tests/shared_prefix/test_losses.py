@@ -18,8 +18,7 @@ from trl import GRPOConfig
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.models import loading
-from mig_kit.pipeline.joint_rules import validate_params
-from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.params import profile_params, validate_params
 from mig_kit.stages import grpo
 from mig_kit.training import resuming
 from mig_kit.world.tasks import TASKS, make_sample

@@ -10,8 +10,7 @@ import yaml
 
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.drawing.palette import SYSTEM_LABELS
-from mig_kit.pipeline.joint_rules import validate_params
-from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.params import profile_params, validate_params
 from mig_kit.stages import compare
 from mig_kit.stages.evaluated_runs import read_recorded
 from mig_kit.stages.tables import CLAIMS
@@ -38,7 +37,7 @@ FRESH_RUNS = {run: seed for seed, groups in FRESH.items() for runs in groups.val
               for run in runs}
 CONTROL = "sft_long"  # its last model is the control SFT model
 # no part of an arm: what it is asked, and lora_alpha, twice lora_r in all of them
-NOT_OF_ARMS = {"seed", "replies", "eval_seed", "ood_per_task", "kl_samples", "lora_alpha"}
+NOT_OF_ARMS = {"seed", "replies", "eval_seed", "suites", "kl_samples", "lora_alpha"}
 ROW = re.compile(r"^\| (\S+) \| [^`|]*`([^`]+)` \| ([\d, ]+) \| ([^|]+) \| ([^|]+) \| (0\.\d) \|$",
                  re.MULTILINE)
 # (arm, version) -> words of its command, seeds, difference in domain, out of domain

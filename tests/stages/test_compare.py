@@ -18,8 +18,8 @@ from command_line import run_mig_kit
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import write_json
 from mig_kit.drawing import plots
-from mig_kit.pipeline.joint_rules import parse_groups
 from mig_kit.pipeline.run_facts import describe_control
+from mig_kit.pipeline.stage_params import parse_groups
 from mig_kit.stages import compare, evaluate, evaluated_runs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import joint_interval, probability_of_improvement
@@ -29,7 +29,7 @@ from mig_kit.world import suites
 PER_TASK = 4
 SUITES = [name for name, suite in suites.SUITES.items() if suite.default]
 PARAMS = {"eval_seed": 3, "min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute",
-          **{suites.SUITES[suite].size_param: PER_TASK for suite in SUITES}}
+          "suites": dict.fromkeys(SUITES, PER_TASK)}
 
 draw_suite = functools.cache(suites.make_suite)
 
@@ -424,7 +424,7 @@ def test_what_cannot_be_compared(tmp_path):
     write_run(tmp_path, "b", eval_seed=4)
     with pytest.raises(ValueError, match="eval_seed is a 3, b 4"):
         compare.compare_groups({"a": ["a"], "b": ["b"]})
-    with pytest.raises(FileNotFoundError, match="mig-kit run 06 --run-id c"):
+    with pytest.raises(ValueError, match="mig-kit run 06 --run-id c"):
         compare.compare_groups({"c": ["c"]})
     with pytest.raises(ValueError, match="no group 'x' to compare with; the groups are a"):
         compare.compare_groups({"a": ["a"]}, "x")
@@ -500,7 +500,7 @@ def test_recorded_runs_that_do_not_fit_are_refused(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="is no recorded run"):
         compare.compare_groups({"a": [str(path)]})
-    with pytest.raises(FileNotFoundError, match="mig-kit record"):
+    with pytest.raises(ValueError, match="mig-kit record"):
         compare.compare_groups({"a": [str(tmp_path / "no.json")]})
 
 

@@ -180,8 +180,7 @@ def test_which_samples_are_scored(tmp_path, monkeypatch):
     write_json(folder / "run.json", {"params": {"data": "own"}})
     write_samples(folder / "val.parquet",
                   [replace(make_sample("diff", "val", i), suite="own") for i in range(10)])
-    sizes = {"mig_per_task": 0, "ood_per_task": 0, "blink_per_task": 0, "mmiu_per_task": 1,
-             "eval_seed": 0}
+    sizes = {"suites": {"mig_bench": 0, "mmiu": 1}, "eval_seed": 0}
     samples = evaluate.load_test_samples("a", sizes)
     assert list(samples) == ["own", "mmiu"], "own data comes first"
     assert len(samples["own"]) == 10
@@ -193,6 +192,6 @@ def test_which_samples_are_scored(tmp_path, monkeypatch):
 def test_rl_that_started_from_a_folder_is_compared_with_it(tmp_path):
     assert [evaluate.find_rl_start(name) for name in ("merged", "base", "adapter")] == [None] * 3
     assert evaluate.find_rl_start(str(tmp_path)) == tmp_path
-    with pytest.raises(FileNotFoundError, match="RL started from /nowhere/x, which is gone"):
+    with pytest.raises(ValueError, match="RL started from /nowhere/x, which is gone"):
         evaluate.find_rl_start("/nowhere/x")
     assert evaluate.list_pairs(("base", "start", "grpo")) == [("grpo", "start"), ("grpo", "base")]

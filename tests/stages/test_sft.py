@@ -306,7 +306,8 @@ def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     assert resuming.tracker_arguments("none", tmp_path) == {"report_to": "none"}
     assert not {*variables} & {*os.environ}
-    assert resuming.tracker_arguments("wandb", tmp_path / "02_sft.new-1")["report_to"] == "wandb"
+    folder = tmp_path / "02_sft.unfinished"
+    assert resuming.tracker_arguments("wandb", folder)["report_to"] == "wandb"
     assert [os.environ[name] for name in variables] == [
         str(tmp_path), str(tmp_path / "tensorboard" / "02_sft")], "not in the clone"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from mig_kit.common import write_json
+from mig_kit.common import UserError, write_json
 from mig_kit.pipeline import processes
 from mig_kit.training import jobs, resuming
 
@@ -97,16 +97,28 @@ def test_what_another_launcher_has_set_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 .* trains alone; unset it"):
         jobs.run_job(save_state, "05_grpo", tmp_path, params)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FileNotFoundError, match="job.json; the stage's notebook writes it"):
+    with pytest.raises(UserError, match="job.json; the stage's notebook writes it"):
         jobs.read_job(tmp_path)
 
 
-def test_a_failure_is_told_by_the_process_that_failed_first(capfd):
-    code = ("import sys; print('loading'); print('mig-kit, process 1: KeyError: no image'); "
-            "print('mig-kit, process 0: RuntimeError: connection closed'); sys.exit(3)")
-    with pytest.raises(RuntimeError, match="status 3: mig-kit, process 1: KeyError: no image$"):
-        jobs.run_command([sys.executable, "-c", code])
-    with pytest.raises(RuntimeError, match="status 1: .*NameError: name 'x' is not defined$"):
+def test_a_failure_is_told_by_the_process_that_failed_first(tmp_path, monkeypatch):
+    def fail(error, rank, seconds):
+        monkeypatch.setenv("RANK", str(rank))
+        try:
+            raise error
+        except type(error) as raised:
+            jobs.record_error(tmp_path, raised)
+        path = tmp_path / f"error-{rank}.txt"
+        os.utime(path, (seconds, seconds))
+
+    fail(KeyError("no image"), 1, 1000)
+    fail(RuntimeError("connection closed"), 0, 1001)
+    with pytest.raises(RuntimeError, match="(?s)status 3:\nTraceback .*KeyError: 'no image'\n$"):
+        jobs.run_command([sys.executable, "-c", "raise SystemExit(3)"], folder=tmp_path)
+    fail(UserError("too few; give more"), 0, 999)
+    with pytest.raises(UserError, match="^too few; give more$"):
+        jobs.run_command([sys.executable, "-c", "raise SystemExit(3)"], folder=tmp_path)
+    with pytest.raises(RuntimeError, match="(?s)status 1:.*NameError: name 'x' is not defined"):
         jobs.run_command([sys.executable, "-c", "x"])
 
 
