@@ -135,7 +135,8 @@ def test_a_stored_image_that_is_gone_or_changed_is_one_sentence(own, tmp_path):
     path.write_bytes(b"other")
     with pytest.raises(BadImage, match="bytes have another SHA-256"):
         images[0]
-    record = {"outputs": {"images.txt": file_sha256(tmp_path / "out" / "images.txt")}}
+    digest = file_sha256(tmp_path / "out" / "images.txt")
+    record = {"outputs": {"images.txt": digest}, "stats": {}}
     assert not store.find_damaged(tmp_path / "out", record)
     path.unlink()
     assert store.find_damaged(tmp_path / "out", record)

@@ -185,7 +185,7 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
         raise UserError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
     if differences and not figure:
         raise UserError("--differences says what --figure draws; add --figure FILE, or leave it "
-                         "out: the tables have the differences")
+                        "out: the tables have the differences")
     by_group = parse_groups([*groups, *run_ids])
     require_runs(*(name for members in by_group.values() for name in members
                    if not name.endswith(".json")))

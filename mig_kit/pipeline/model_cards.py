@@ -9,8 +9,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from yaml import YAMLError
-
 from mig_kit.boxes import Coordinates
 from mig_kit.common import PACKAGE, UserError, file_sha256, model_folder, write_atomically
 from mig_kit.pipeline.run_facts import MODELS, name_data
@@ -36,8 +34,9 @@ model = AutoModelForImageTextToText.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 ```
 
-`mig-kit ground --model FOLDER --image A --image B "QUESTION"` asks it with the right prompt. Scores
-are in the head of this file, if there are any: percent, the 95 % interval in `metric_args`.
+`mig-kit ground --model FOLDER --image A --image B "QUESTION"` asks it with the right prompt, and
+`mig-kit eval --model FOLDER --card` writes scores into the head of this file: percent, the 95 %
+interval in `metric_args`.
 
 Recipe ({stage}):
 
@@ -47,23 +46,12 @@ Recipe ({stage}):
 """
 
 
-def write_cards(stage: str, folder: Path, final: Path, params: dict, metrics: dict) -> None:
-    """Write the card of a finishing stage's model, or 06's scores into the run's own cards.
-
-    Args:
-        folder, final: where the stage's files are, and where they will be. params: of stage and
-            run. metrics: of the stage.
-    """
-    for system, path in MODELS.items():
+def write_card(stage: str, folder: Path, run_id: str, params: dict) -> None:
+    """Write the card of a finishing stage's model, if it has one; params: of stage and run."""
+    for path in MODELS.values():
         maker, _, name = path.partition("/")
         if stage == maker and (folder / name).is_dir():
-            write_model_card(folder / name, stage, final.parent.name, params)
-        card = final.parent / path / CARD
-        if stage == "06_evaluate" and path and card.is_file() and system in metrics["systems"]:
-            try:
-                add_scores(card.parent, {"strict": metrics["systems"][system]})
-            except (ValueError, YAMLError) as error:  # somebody has edited it
-                print(f"warning: {card} has no scores, because it does not open: {error}")
+            write_model_card(folder / name, stage, run_id, params)
 
 
 def write_model_card(folder: Path, stage: str, run_id: str, params: dict) -> None:

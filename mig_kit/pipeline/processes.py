@@ -34,11 +34,11 @@ def parse_launcher(launcher: str) -> Launch:
         words = shlex.split(launcher)
     except ValueError as error:
         raise UserError(f"launcher '{launcher}' is no command ({error}); write it as in a "
-                         "shell") from None
+                        "shell") from None
     program = shutil.which(words[0], path=search_path())
     if program is None:
         raise UserError(f"launcher starts with '{words[0]}', which is neither beside "
-                         f"{sys.executable} nor on PATH; install it, or set launcher to \"\"")
+                        f"{sys.executable} nor on PATH; install it, or set launcher to \"\"")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--nproc-per-node", "--nproc_per_node", dest="local", default="")
     parser.add_argument("--nnodes", "--num_machines", "--num-machines", dest="nodes", default="1")
@@ -47,7 +47,7 @@ def parse_launcher(launcher: str) -> Launch:
         known, _ = parser.parse_known_args(words[1:])
     except argparse.ArgumentError as error:
         raise UserError(f"launcher '{launcher}' is cut ({error}); write it as in a "
-                         "shell") from None
+                        "shell") from None
     local, nodes, total = (int(text) if re.fullmatch("[0-9]+", text) else 0
                            for text in (known.local, known.nodes, known.total))
     local = local or total // max(1, nodes)

@@ -131,7 +131,7 @@ def require_record(stage: str, run_id: str, by: str) -> dict:
     if record is None:
         owner = find_owner(stage, run_id)
         raise UserError(f"{by} needs {stage} of run '{owner}', which has not finished; "
-                                f"run: {format_run_command(stage, owner)}")
+                        f"run: {format_run_command(stage, owner)}")
     return record
 
 
@@ -200,17 +200,17 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
     if branch := load_branch(run_id):
         if branch["from"] != source:
             raise UserError(f"run '{run_id}' starts from '{branch['from']}' already, not from "
-                             f"'{source}'; use another --run-id")
+                            f"'{source}'; use another --run-id")
         return []
     first = min((stage for stage in stages if stage in RECIPE[1:]), default="")
     if first <= "02":
         raise UserError("--from gives the stages before those that you run, so name stages from "
-                         "02 to 07, such as: mig-kit run 05 06 07 --from default --run-id NAME")
+                        "02 to 07, such as: mig-kit run 05 06 07 --from default --run-id NAME")
     inherited = [stage for stage in RECIPE[1:] if stage < first
                  and (stage not in COLD_START or has_cold_start(source))]
     if own := [stage for stage in RECIPE[1:] if (runs_root() / run_id / stage).is_dir()]:
         raise UserError(f"run '{run_id}' has its own {own[0]}, so it is no branch; use another "
-                         "--run-id")
+                        "--run-id")
     for stage in inherited:
         if load_record(stage, source) is None:
             raise UserError(

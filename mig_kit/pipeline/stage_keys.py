@@ -191,14 +191,12 @@ def describe_code(stage: str, rewards: Sequence[str]) -> dict:
     """
     cells, names, imports = [], set(), {}
     for cell in notebook_cells(stage):
-        if "parameters" not in cell["metadata"].get("tags", ()):
-            imports |= _imports(_parse("".join(cell["source"])))
-    for cell in notebook_cells(stage):
-        if not TAGS_OUTSIDE & set(cell["metadata"].get("tags", ())):
-            tree = _parse("".join(cell["source"]))
-            if tree.body:  # JupyterLab adds an empty cell
-                cells.append(ast.dump(tree))
-                names |= _references(tree, imports)
+        tree = _parse("".join(cell["source"]))
+        imports |= _imports(tree)
+        # JupyterLab adds an empty cell
+        if tree.body and not TAGS_OUTSIDE & set(cell["metadata"].get("tags", ())):
+            cells.append(ast.dump(tree))
+            names |= _references(tree, imports)
     definitions = {".".join(name): _digest(code) for name, code in
                    sorted(_find_definitions(names, stage, rewards).items())}
     for module in {name.rpartition(".")[0] for name in definitions}:

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, file_sha256, write_json
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, link_or_copy
-from mig_kit.pipeline.model_cards import CARD, write_cards
+from mig_kit.pipeline.model_cards import CARD, write_card
 from mig_kit.pipeline.params import default_params, describe_differences, validate_params
 from mig_kit.pipeline.run_facts import describe_control, describe_machine, package_versions
 from mig_kit.pipeline.run_folders import (
@@ -289,7 +289,7 @@ class Stage:
             print(f"{self.name} of run '{self.run_id}' is as it was")
         else:
             write_json(folder / "metrics.json", metrics)
-            write_cards(self.name, folder, final, self.params, metrics)
+            write_card(self.name, folder, self.run_id, self.params)
             (folder / STARTED).unlink()
             files = {str(path.relative_to(folder)): path for path in _output_files(folder)}
             write_json(folder / "run.json", {

@@ -55,7 +55,7 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
     launch = plan_launch(params.launcher)
     if launch is None and count_processes() > 1:
         raise UserError(f"WORLD_SIZE is {count_processes()} in the environment, and this process "
-                         "trains alone; unset it, or name what starts the others in launcher")
+                        "trains alone; unset it, or name what starts the others in launcher")
     # absolute, because launched processes work in other folders; a hub name stays as it is
     inputs = {name: str(Path(path).resolve() if Path(path).exists() else path)
               for name, path in inputs.items()}
@@ -84,7 +84,7 @@ def read_job(folder: Path) -> tuple[str, SimpleNamespace, dict[str, str]]:
     path = folder / JOB_FILE
     if not path.is_file():
         raise UserError(f"there is no {path}; the stage's notebook writes it: start that "
-                                "first, and see that the folder is on a disk that all nodes share")
+                        "first, and see that the folder is on a disk that all nodes share")
     job = json.loads(path.read_text())
     return job["stage"], SimpleNamespace(**job["params"]), job["inputs"]
 
@@ -105,7 +105,7 @@ def plan_launch(launcher: str) -> Launch | None:
         return None
     if gpus and launch.local > gpus:
         raise UserError(f"launcher '{launcher}' starts {launch.local} processes, and this machine "
-                         f"has {gpus} GPUs; start one per GPU, or set launcher to \"\"")
+                        f"has {gpus} GPUs; start one per GPU, or set launcher to \"\"")
     return launch
 
 
