@@ -14,12 +14,11 @@ from threading import Lock
 from typing import NamedTuple
 
 from PIL import Image
-from transformers import GenerationConfig
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
 from mig_kit.image_files import to_data_url
-from mig_kit.models.model_folders import ServedName, load_config
+from mig_kit.models.model_folders import ServedName, check_weights, load_generation_config
 from mig_kit.models.processors import (
     StillImageProcessor,
     load_processor,
@@ -228,14 +227,6 @@ def list_models(client) -> tuple[str, ...]:
     return tuple(str(entry.get("id")) for entry in page.get("data") or ())
 
 
-def _load_generation_config(model: str | Path) -> GenerationConfig:
-    """The model's generation_config.json, or else what its config.json says."""
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:
-        return GenerationConfig.from_model_config(load_config(model))
-
-
 @contextmanager
 def serve_model(server: str, concurrency: int, model: str | Path, system: str,
                 box_format: BoxFormat) -> Iterator[ServedModel]:
@@ -249,8 +240,9 @@ def serve_model(server: str, concurrency: int, model: str | Path, system: str,
     """
     processor, end_tokens, is_name = None, [], isinstance(model, ServedName)
     if not is_name:
+        check_weights(model)  # of the folder that servers hold
         processor = load_processor(model, box_format)
-        end_tokens = end_token_ids(_load_generation_config(model), processor)
+        end_tokens = end_token_ids(load_generation_config(model), processor)
     names = (str(model), str(Path(model).resolve()), system)
     with ExitStack() as stack:
         servers = []

@@ -34,9 +34,11 @@ def photos(tmp_path_factory):
                 left, top, left + rng.uniform(0.08, 0.3), top + rng.uniform(0.08, 0.3)]))
 
     def write(key, frame, stated="pixels", order=lambda *box: box):
+        def scale(size, box):
+            return [round(value * side, 2) for value, side in zip(box, FRAMES[frame](*size) * 2)]
+
         lines = [{"images": [name], "question": f"Find thing {number}.", "image": 1,
-                  "coordinates": stated, "box": order(*(
-                      round(value * side, 2) for value, side in zip(box, FRAMES[frame](*size) * 2)))}
+                  "coordinates": stated, "box": order(*scale(size, box))}
                  for number, (name, size, box) in enumerate(rows[key])]
         return write_lines(folder, *lines)
 

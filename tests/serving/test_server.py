@@ -14,7 +14,7 @@ from mig_kit.common import UserError
 from mig_kit.models import loading
 from mig_kit.models.model_folders import ServedName
 from mig_kit.serving import reply_files, stored_replies
-from mig_kit.serving.server import ServedModel, _load_generation_config, check_prompt_ids
+from mig_kit.serving.server import ServedModel, check_prompt_ids
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -182,7 +182,3 @@ def test_a_server_that_cuts_prompts_or_drops_images_gives_no_reply(ask_stranger,
     with pytest.raises(UserError, match=sentence):
         ask_stranger(answer, questions)
     assert not (tmp_path / "replies.jsonl").read_text()
-
-
-def test_end_tokens_of_a_folder_without_generation_config(random_folder, tmp_path):
-    assert _load_generation_config(random_folder).eos_token_id is not None
