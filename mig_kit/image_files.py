@@ -5,19 +5,20 @@ sizes and pixels are those of the upright picture, turned as its EXIF orientatio
 """
 
 import base64
-import errno
 import hashlib
 import io
 import os
 import shutil
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from PIL import ExifTags, Image, ImageOps
+
+from mig_kit.common import UserError
 
 IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
 IMAGE_MANIFEST = "images.txt"  # lists them
@@ -29,16 +30,22 @@ CUT = "is cut or broken; copy it again"
 ORIENTATION = ExifTags.Base.Orientation
 SWAPS_SIDES = (5, 6, 7, 8)  # of the orientations 1 to 8; 1 is upright
 # what Pillow's readers raise for broken files; those of AVIF, DDS and JPEG 2000 the last two
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, RuntimeError,
-                 MemoryError)
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, MemoryError)
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """An image that cannot be used; reason: a few words, such as "missing image"."""
 
     def __init__(self, reason: str, sentence: str):
         super().__init__(sentence)
         self.reason = reason
+
+
+class ImageHeader(NamedTuple):
+    """(width, height) in pixels of the upright picture, and of the stored one."""
+
+    size: tuple[int, int]
+    stored_size: tuple[int, int]
 
 
 def resolve_under_root(root: Path, name: str) -> Path:
@@ -48,25 +55,15 @@ def resolve_under_root(root: Path, name: str) -> Path:
     if not parts or "\0" in name or "\\" in name or ".." in parts:
         raise BadImage("outside root", f"{name!r} is no path below the image root; write it "
                                        "relative to the root, with / and without '..'")
+    base = root.resolve()
     try:
-        path, base = _resolve(root / name), root.resolve()
-        is_inside = path.is_relative_to(base) and path != base
-    except (OSError, RuntimeError, ValueError):  # a loop of links, too long, a lone surrogate
-        is_inside = False
-    if not is_inside:
+        path = Path(os.path.realpath(root / name))
+    except (OSError, ValueError):  # a name that no file system takes
+        path = base
+    if not path.is_relative_to(base) or path == base:
         raise BadImage("outside root", f"{name!r} is not below the image root {root}; copy it "
                                        "there, or give the folder that holds all images as root")
     return path
-
-
-def _resolve(path: Path) -> Path:
-    """The path without links; an error for a loop of links, which Python 3.13 leaves as it is."""
-    try:
-        return path.resolve(strict=True)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise
-        return path.resolve()
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -77,14 +74,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 def is_regular_file(path: Path) -> bool:
     """True for a regular file; OSError if the system does not say, for want of rights."""
-    try:
-        return path.is_file()
-    except ValueError:
-        return False
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return False
+    return path.is_file()
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -92,29 +82,35 @@ def read_orientation(image: Image.Image) -> int:
     try:
         # a PNG's own method would decode it, in search of EXIF data after the pixels
         value = Image.Image.getexif(image).get(ORIENTATION)
-    except (*DECODE_ERRORS, struct.error, KeyError, TypeError, AttributeError):
+    except Exception:  # Pillow's reader of TIFF tags raises anything
         return 1
     return value if type(value) is int and 1 <= value <= 8 else 1
 
 
 def read_size(path: Path, takes_frames: bool = True,
               takes_any_depth: bool = False) -> tuple[int, int]:
-    """(width, height) of the upright picture, pixels, from the header alone; BadImage if unusable.
+    """(width, height) of the upright picture, pixels, as `read_header`."""
+    return read_header(path, takes_frames, takes_any_depth).size
+
+
+def read_header(path: Path, takes_frames: bool = True,
+                takes_any_depth: bool = False) -> ImageHeader:
+    """The image's sizes, from the header alone; BadImage if it is unusable.
 
     takes_frames: whether a film's first frame will do. takes_any_depth: no pixels are needed.
     """
-    with _name_fault(path, "is no readable image: give a PNG or JPEG file"):
-        if not is_regular_file(path):
-            raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
-                                            "root, or correct its path")
-        with Image.open(path) as image:
-            width, height = image.size
-            orientation, is_tiff = read_orientation(image), image.format == "TIFF"
-            is_deep = image.mode.startswith("I") or image.mode == "F"
-            is_film = not takes_frames and _has_frames(image)
-    is_too_long = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
+    if not is_regular_file(path):
+        raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
+                                        "root, or correct its path")
+    with _name_fault(path, "is no readable image: give a PNG or JPEG file"), \
+            Image.open(path) as image:
+        width, height = image.size
+        orientation, is_tiff = read_orientation(image), image.format == "TIFF"
+        is_deep = image.mode.startswith("I") or image.mode == "F"
+        is_film = not takes_frames and _has_frames(image)
+    too_long = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
     for is_wrong, reason, sentence in (
-            (width * height > MAX_PIXELS or is_too_long, "image shape",
+            (width * height > MAX_PIXELS or too_long, "image too large",
              f"has {width}x{height} pixels; Qwen2.5-VL takes sides up to {MAX_ASPECT_RATIO} to 1, "
              f"and the kit {MAX_PIXELS:,} pixels; crop or shrink it"),
             (is_film, "several frames", "holds several frames, and it is not said which one a box "
@@ -127,24 +123,25 @@ def read_size(path: Path, takes_frames: bool = True,
              "is a TIFF with an EXIF orientation; save it upright, as PNG or JPEG")):
         if is_wrong:
             raise BadImage(reason, f"{path.name!r} {sentence}")
-    return (height, width) if orientation in SWAPS_SIDES else (width, height)
+    upright = (height, width) if orientation in SWAPS_SIDES else (width, height)
+    return ImageHeader(upright, (width, height))
 
 
 def _has_frames(image: Image.Image) -> bool:
     """Whether it is a film; the smaller pictures that phones add to a photo (MPO) do not count."""
-    size = image.size
-    if image.format == "MPO":
-        for number in range(1, image.n_frames):
-            image.seek(number)
-            if image.size == size:
-                return True
-        return False
-    return getattr(image, "is_animated", False)
+    size, count = image.size, getattr(image, "n_frames", 1)
+    if image.format != "MPO":
+        return count > 1
+    for number in range(1, count):
+        image.seek(number)
+        if image.size == size:
+            return True
+    return False
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """The upright picture, decoded, RGB; raises as `read_size`."""
-    read_size(path)
+    """The upright picture, decoded, RGB; raises as `read_header`."""
+    read_header(path)
     with _name_fault(path, CUT), Image.open(path) as image:
         return _decode_upright(image)
 
@@ -166,8 +163,9 @@ def _name_fault(path: Path, broken: str) -> Iterator[None]:
     """Turns what reading raises into BadImage; errors of the system have a number."""
     try:
         yield
-    except BadImage:
-        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("image too large", f"{path.name!r} is too large, over {MAX_PIXELS:,} "
+                                          "pixels; crop or shrink it") from error
     except DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno:
             raise BadImage("closed file", f"{path.name!r} cannot be read: {error.strerror}; the "

@@ -149,7 +149,7 @@ def _cut_below(overlap: float, floor: float) -> float:
 
 
 # The name by which `rewards` of 05 chooses a reward, and under which it is logged; it stands in
-# joint_rules.KIT_REWARDS, too. A reward of 0 means that nothing was earned: warnings rely on it.
+# reward_names.KIT_REWARDS, too. A reward of 0 means that nothing was earned: warnings rely on it.
 REWARDS: dict[str, Reward] = {
     "format": format_reward, "image": image_reward, "box": box_reward, "choice": choice_reward}
 

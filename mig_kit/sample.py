@@ -2,23 +2,22 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from mig_kit.boxes import Box
+from mig_kit.common import UserError
 from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 
-# A table is read and written in groups of rows, so that its length does not matter.
+# A table is written in groups of rows, so that its length does not matter.
 ROWS_PER_GROUP = 64
 BYTES_PER_GROUP = 2**22  # of embedded images
-CACHED_GROUPS = 32  # of a table, that are kept in memory
 REMEDY = "delete it and run its stage again with --force"
 
 
@@ -189,31 +188,28 @@ def write_samples(path: Path, samples: Iterable[Sample],
 
 
 class TableRows(Sequence):
-    """Rows of a parquet file of this kit, read when they are looked at.
+    """Rows of a parquet file of this kit; each is converted when it is looked at.
 
     Args:
         convert: makes an item of a row (a dict of `columns`) and the file's folder.
         rows: which rows, in order; None for all.
-    Raises: FileNotFoundError, or ValueError for a file that is cut or of another kind.
+    Raises: UserError for a file that is missing, cut or of another kind.
     """
 
     def __init__(self, path: Path, convert: Callable[[dict, Path], object],
                  columns: Sequence[str] | None = None, rows: Sequence[int] | None = None):
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
 
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; run the stage that writes it")
+            raise UserError(f"{path} is missing; run the stage that writes it")
         self.path, self.convert, self.columns = path, convert, columns
-        with name_broken_table(path, REMEDY):
-            self.file = parquet.ParquetFile(path)
-        metadata = self.file.metadata
-        if "sizes" not in self.file.schema_arrow.names:
-            raise ValueError(f"{path} is no table of the kit's samples; run 01_synthesize again")
-        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self.ends = np.cumsum(counts, dtype=np.int64)
-        self.rows = range(metadata.num_rows) if rows is None else rows
-        self.read_group = lru_cache(CACHED_GROUPS)(self._read_group)
-        self.lock = Lock()
+        try:
+            self.table = parquet.read_table(path, columns=columns and list(columns))
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{path} is cut or no parquet file; {REMEDY}") from error
+        if not {*(columns or ("sizes",))} <= {*self.table.column_names}:
+            raise UserError(f"{path} is no table of the kit's samples; run 01_synthesize again")
+        self.rows = range(len(self.table)) if rows is None else rows
 
     def __reduce__(self):
         return TableRows, (self.path, self.convert, self.columns, self.rows)
@@ -223,38 +219,18 @@ class TableRows(Sequence):
 
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return TableRows(self.path, self.convert, self.columns, self.rows[index])
-        return self.convert(self._read_row(int(self.rows[index])), self.path.parent)
+            return self.select(range(len(self))[index])
+        (row,) = self.table.slice(int(self.rows[index]), 1).to_pylist()
+        return self.convert(row, self.path.parent)
 
     def __iter__(self) -> Iterator:
         return (self[index] for index in range(len(self)))
 
     def select(self, indices: Sequence[int]) -> "TableRows":
         """The items at these indices, in this order."""
-        rows = np.asarray(self.rows)[np.asarray(indices, dtype=np.int64)]
-        return TableRows(self.path, self.convert, self.columns, rows)
-
-    def _read_row(self, row: int) -> dict:
-        group = int(np.searchsorted(self.ends, row, side="right"))
-        start = int(self.ends[group - 1]) if group else 0
-        with self.lock:
-            table = self.read_group(group)
-        return table.slice(row - start, 1).to_pylist()[0]
-
-    def _read_group(self, group: int):
-        with name_broken_table(self.path, REMEDY):
-            return self.file.read_row_group(group, self.columns)
-
-
-@contextmanager
-def name_broken_table(path: Path, remedy: str) -> Iterator[None]:
-    """Turns what a cut or foreign file raises into one sentence, which ends with the remedy."""
-    from pyarrow import ArrowException
-
-    try:
-        yield
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{path} is cut or no parquet file; {remedy}") from error
+        part = copy(self)
+        part.rows = [self.rows[index] for index in indices]
+        return part
 
 
 def read_samples(path: Path) -> TableRows:

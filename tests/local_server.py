@@ -1,9 +1,13 @@
 """An HTTP server on this machine that answers what a test tells it to."""
 
 import json
+import socket
+import subprocess
 import threading
 import time
-from contextlib import suppress
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 IS_JSON = [("Content-Type", "application/json")]
@@ -49,3 +53,27 @@ class LocalServer:
     def stop(self):
         self.http.shutdown()
         self.http.server_close()
+
+
+@contextmanager
+def running_server(*words, seconds=120):
+    """The address of a server that this command starts; its last word is a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, deadline = f"http://127.0.0.1:{port}/v1", time.monotonic() + seconds
+    process = subprocess.Popen([*map(str, words), str(port)])
+    try:
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/models").close()
+                break
+            except urllib.error.HTTPError:  # it answers
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()

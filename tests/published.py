@@ -122,9 +122,13 @@ def save_model(model, processor, folder, base) -> None:
 
 
 def merge_new_adapter(base, folder, policy) -> None:
-    """Write `base` to `folder` as 03 writes a merged model; the adapter changes nothing yet."""
+    """Write `base` to `folder` as 03 writes a merged model; the adapter changes next to nothing."""
     adapter = folder.with_name(f"{folder.name}_adapter")
-    get_peft_model(policy.model, resuming.lora_config(4)).save_pretrained(adapter)
+    model = get_peft_model(policy.model, resuming.lora_config(4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(1e-6)
+    model.save_pretrained(adapter)
     merging.write_merged_model(base, adapter, folder, policy.hardware, policy.processor,
                                four_bit=False)
 

@@ -78,8 +78,9 @@ class RolloutServer(LocalServer):
         model, processor = self.policy.model, self.policy.processor
         prompt = make_cache(self.policy).get([self.read_sample(body)])[0]
         sampling = SamplingOptions(body["temperature"], body["top_p"], body["max_tokens"])
-        uniforms = draw_uniforms(int(prompt.ids.sum()), 1, body["n"], body["max_tokens"])
-        group = generate_rollouts(model, processor, [prompt], body["n"], sampling, uniforms)[0]
+        count = body.get("n", 1)
+        uniforms = draw_uniforms(int(prompt.ids.sum()), 1, count, body["max_tokens"])
+        group = generate_rollouts(model, processor, [prompt], count, sampling, uniforms)[0]
         base = model.base_model.model if isinstance(model, PeftModel) else model
         choices = []
         for ids in group:

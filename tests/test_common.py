@@ -23,6 +23,6 @@ def test_a_policys_memory_is_released_when_it_is_closed(monkeypatch, tmp_path):
     monkeypatch.setattr(reply_files, "load_policy", lambda *_: "a policy")
     monkeypatch.setattr(reply_files, "release_memory", lambda: calls.append("release"))
     params = SimpleNamespace(server="")
-    with reply_files.open_policy("m", "sft", None, BoxFormat(), tmp_path, params) as policy:
+    with reply_files.open_policy("m", "sft", None, BoxFormat(), params) as policy:
         assert policy == "a policy" and not calls
     assert calls == ["release"]

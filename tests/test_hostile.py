@@ -57,7 +57,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, width, height):
            "coordinates": "pixels"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (line,) = own_data.check_file(tmp_path / "a.jsonl", tmp_path)
-    assert line[1], "the image is named as a problem"
+    assert line.problems, "the image is named as a problem"
 
 
 def test_a_large_image_is_refused_without_a_warning_of_pillow(tmp_path):

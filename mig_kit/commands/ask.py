@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import click
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import suggest_word
+from mig_kit.common import UserError
 from mig_kit.pipeline import model_cards
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
@@ -24,17 +24,11 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
                max_pixels: int | None, server: str = "") -> RunModel:
     """What --model names, with its box format; options change that of a folder or hub name.
 
-    With a server, a name that the kit cannot load becomes a ServedName, which needs --coordinates.
+    With a server and --coordinates, the model is only a name of the server's, a ServedName.
     """
     from mig_kit.models import loading
-    from mig_kit.models.model_folders import (
-        FAMILIES,
-        ServedName,
-        check_model_folder,
-        read_model_type,
-    )
+    from mig_kit.models.model_folders import FAMILIES, ServedName, read_model_type
     from mig_kit.models.processors import read_box_format
-    from mig_kit.openai_client import parse_server
 
     options = {"coordinates": coordinates, "min_pixels": min_pixels, "max_pixels": max_pixels}
     options = {name: value for name, value in options.items() if value is not None}
@@ -43,30 +37,26 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
     if run_model is not None:
         for name, value in options.items():
             if value != (own := getattr(run_model.box_format, name)):
-                raise ValueError(f"the run's model has the {name} {own}; leave "
-                                 f"--{name.replace('_', '-')} out, or name the model's folder")
+                raise UserError(f"the run's model has the {name} {own}; leave "
+                                f"--{name.replace('_', '-')} out, or name the model's folder")
         notes = stale_notes(run_model.stage, run_model.run_id) if run_model.stage else []
         click.echo("\n".join(f"warning: {note}" for note in notes), nl=bool(notes), err=True)
         return run_model
     folder = loading.resolve_model(absolute_folder(model))
     # a server that runs already has the model, and the hub may be out of reach
-    if server and read_model_type(folder, not parse_server(server)) not in FAMILIES:
+    if server and read_model_type(folder, ask_hub=False) not in FAMILIES:
         if coordinates is None:
-            hint = suggest_word(model, list_runs())
-            raise ValueError(f"only the server knows the model {model}{hint and f' ({hint})'}; say "
-                             "with --coordinates how it writes boxes: normalized_1000, or "
-                             "absolute for pixels of the image that is sent")
+            raise UserError(f"only the server knows the model {model}; say with --coordinates how "
+                            "it writes boxes: normalized_1000, or absolute for pixels of the image "
+                            "that is sent")
         box_format = BoxFormat(**options)
         click.echo(f"{model} is asked through its server alone, with {box_format.description}: "
                    "its prompts are not compared with the kit's", err=True)
         return RunModel(ServedName(folder), box_format, {})
-    check_model_folder(folder)
     own = read_box_format(folder)
     box_format = replace(own, **options)
     its_own = f" (its own: {own.description})" if box_format != own else ""
-    too_large = box_format.max_pixels > BoxFormat.max_pixels and not its_own
-    advice = "; a lower --max-pixels takes less time and memory" if too_large else ""
-    click.echo(f"{model} is asked with {box_format.description}{its_own}{advice}", err=True)
+    click.echo(f"{model} is asked with {box_format.description}{its_own}", err=True)
     return RunModel(folder, box_format, {})
 
 
@@ -111,8 +101,7 @@ def model_options(command):
               help="The --out of another model: one table, and the paired difference; repeat.")
 @click.option("--card", is_flag=True,
               help="Also write the scores into the model folder's README.md, for the hub.")
-@click.option("--server", default="", help="Draws the replies: addresses, or a command with "
-                                           "{model} and {port}.")
+@click.option("--server", default="", help="Draws the replies: addresses of running servers.")
 @click.option("--concurrency", default=16, show_default=True, type=click.IntRange(1),
               help="Requests under way at the servers.")
 @click.option("--max-new-tokens", type=click.IntRange(1),
@@ -134,13 +123,13 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     others = {str(folder): eval_model.read_result(folder) for folder in compare}
     run_model = find_model(model, coordinates, min_pixels, max_pixels, params["server"])
     if adapter and isinstance(run_model.folder, ServedName):
-        raise ValueError("--adapter is merged into a model that the kit loads; have the server "
+        raise UserError("--adapter is merged into a model that the kit loads; have the server "
                          "load it, and give --model the adapter's name there")
     if adapter and (remark := check_adapter_base(adapter, run_model.folder, four_bit)):
         click.echo(f"warning: {remark}", err=True)
     if card:
         if adapter or limit:
-            raise ValueError("--card is for the scores of a whole suite and of the model in the "
+            raise UserError("--card is for the scores of a whole suite and of the model in the "
                              "folder; leave --adapter and --limit out")
         model_cards.require_card(Path(run_model.folder))
     chosen = {name: value for name, value in params.items() if value is not None}
@@ -156,12 +145,14 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     for text in eval_model.result_tables({str(out): result, **others}):
         click.echo(text)
     if card:
-        model_cards.add_scores(Path(run_model.folder), result["scores"], file)
+        scores = {protocol: eval_model.name_suites(by_suite, result)
+                  for protocol, by_suite in result["scores"].items()}
+        model_cards.add_scores(Path(run_model.folder), scores, file)
 
 
 def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Path | None,
                  four_bit: bool) -> None:
-    """ValueError for words of `eval` that do not go together."""
+    """UserError for words of `eval` that do not go together."""
     from mig_kit.score.run_benchmark import RUNNABLE
 
     suites = ("drawn", "own", *RUNNABLE)
@@ -169,14 +160,14 @@ def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Pa
         reason = (" (MC-Bench and OdinW ask for every box with a score, which no reply holds: "
                   "mig-kit score judges finished predictions on them)"
                   if suite in ("mc_bench", "odinw") else "")
-        raise ValueError(f"no suite '{suite}'; use one of {', '.join(suites)}{reason}")
+        raise UserError(f"no suite '{suite}'; use one of {', '.join(suites)}{reason}")
     if suite == "drawn" and (file or images):
-        raise ValueError("--suite drawn has no --file and no --images; leave them out, or name the "
+        raise UserError("--suite drawn has no --file and no --images; leave them out, or name the "
                          "suite of the file")
     if suite != "drawn" and file is None:
-        raise ValueError(f"--suite {suite} needs a --file: its questions")
+        raise UserError(f"--suite {suite} needs a --file: its questions")
     if four_bit and adapter is None:
-        raise ValueError("--four-bit says how the --adapter was trained; give one, or leave it out")
+        raise UserError("--four-bit says how the --adapter was trained; give one, or leave it out")
 
 
 @click.command()
@@ -200,7 +191,7 @@ def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_ne
         try:
             opened.append(open_rgb(Path(path)))
         except BadImage as error:
-            raise ValueError(f"--image {path}: {error}") from error
+            raise UserError(f"--image {path}: {error}") from error
 
     from mig_kit.drawing.pictures import draw_sample
     from mig_kit.models import loading
@@ -224,5 +215,9 @@ def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_ne
         click.echo(f"image: {number} ({images[number - 1]})")
         numbers = ", ".join(f"{value:.0f}" for value in box)
         click.echo(f"box: {numbers} (xyxy, pixels of that image)")
+        width, height = opened[number - 1].size
+        if min(box) < 0 or box[2] > width or box[3] > height:
+            click.echo(f"the box leaves its image, which is {width}x{height}: are --coordinates "
+                       "and the pixel limits the model's?")
     draw_sample(sample, read_reply, box_format, 320).save(Path(out))
     click.echo(f"image: {out}")

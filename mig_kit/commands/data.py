@@ -8,7 +8,9 @@ from pathlib import Path
 import click
 
 from mig_kit.boxes import MODEL_COORDINATES, BoxFormat
-from mig_kit.pipeline.params import RUN_PARAMS, profile_params
+from mig_kit.common import UserError
+from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.stage_params import RUN_PARAMS
 
 SHOWN = 100  # problems that a command prints
 
@@ -37,40 +39,31 @@ def file_arguments(command):
 def check(file: Path, root: Path | None, profile: str | None, out: Path | None) -> None:
     """Say line by line what is wrong with FILE, your own data, and its images, which are decoded.
 
-    FILE has a JSON object a line, or holds a list of them. The guide, notebooks/guide/own_data.md,
-    says what is in one.
+    FILE has a JSON object a line, or holds a list of them, or is a CSV. The guide,
+    notebooks/guide/own_data.md, says what is in one.
     """
     from mig_kit.data import own_data, records
 
     if out and out.exists() and out.samefile(file):
-        raise ValueError(f"--out {out} is FILE itself; name another file")
-    total, wrong, word, remarks = 0, 0, records.entry_word(file), own_data.Remarks()
+        raise UserError(f"--out {out} is FILE itself; name another file")
+    wrong, word, remarks = 0, records.entry_word(file), own_data.Remarks()
     measure, formats = _prompt_measure(profile), _box_formats(profile)
-    lines, is_held = [], root is None  # held: as long as no image was found, --root may be missing
-    checked = zip(own_data.check_file(file, root or file.parent, measure, formats, remarks),
-                  records.iter_entries(file))
     temporary = out and out.with_name(f"{out.name}.tmp")
     with temporary.open("w") if out else nullcontext() as correct:
-        for (number, problems), (_, record, _) in checked:
-            total += 1
-            wrong += bool(problems)
-            is_held &= any("image root" in problem for problem in problems)
-            if problems and wrong <= SHOWN:
-                lines.append(f"{word} {number}: {'; '.join(problems)}")
-            if not is_held:
-                click.echo("\n".join(lines), nl=bool(lines))
-                lines = []
-            if correct and not problems:
-                correct.write(json.dumps(record) + "\n")
-    is_written = bool(out) and wrong < total  # an older file is not replaced by none
+        for line in own_data.check_file(file, root or file.parent, measure, formats, remarks):
+            wrong += bool(line.problems)
+            if line.problems and wrong <= SHOWN:
+                click.echo(f"{word} {line.number}: {'; '.join(map(str, line.problems))}")
+            if correct and not line.problems:
+                correct.write(json.dumps(line.record) + "\n")
+    total, fault = remarks.n_lines, remarks.file_fault()
+    is_written = bool(out) and wrong < total and not fault  # an older file is not replaced by none
     if out:
         temporary.replace(out) if is_written else temporary.unlink()
-    if lines:
-        click.echo(f"no image was found below {file.absolute().parent}; name the folder of the "
-                   f"images with --root ({lines[0]})")
     more = f" (the first {SHOWN} shown)" if wrong > SHOWN else ""
     place = f"; the correct ones are in {out} (image root: {root or file.parent})"
-    click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}{place * is_written}")
+    place = place if is_written else "; nothing is written" * bool(out)
+    click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}{place}")
     for sentence in remarks.sentences():
         click.echo(f"remark: {sentence}")
     own_data.require_lines(file, total)
@@ -103,55 +96,42 @@ def _box_formats(profile: str | None) -> list[BoxFormat]:
 @click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200),
               help="How many questions, from the top.")
 def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
-    """Draw the boxes of FILE's first questions on their images, of those lines that are correct.
-
-    The guide, notebooks/guide/own_data.md, says what is in a line.
-    """
-    from mig_kit.data import own_data, records
+    """Draw the boxes of FILE's first questions on their images, of those lines that are correct."""
+    from mig_kit.data import own_data
     from mig_kit.data.inspection import write_preview
 
-    wrong = 0
-
-    def iter_correct():
-        nonlocal wrong
-        for line in own_data.iter_checked_lines(file, root or file.parent, decodes=True):
-            wrong += bool(line.problems)
-            if not line.problems:
-                yield line.sample
-            elif wrong <= 10:
-                click.echo(f"{records.entry_word(file)} {line.number}: {line.problems[0]}")
-
-    n_drawn = write_preview(islice(iter_correct(), count), out)
-    click.echo(f"{n_drawn} questions drawn, {wrong} wrong left out: {out}")
-    if wrong:
-        raise click.exceptions.Exit(1)
+    lines = own_data.iter_checked_lines(file, root or file.parent, decodes=True)
+    samples = (line.sample for line in lines if line.sample)
+    click.echo(f"{write_preview(islice(samples, count), out)} questions drawn: {out}")
 
 
 @data.command("import")
-@click.argument("form", metavar="FORMAT", type=click.Choice(
-    ["own", "swift", "llava", "verl", "coco", "refcoco", "mgrounding"]))
+@click.argument("form", metavar="FORMAT",
+                type=click.Choice(["own", "swift", "llava", "mgrounding", "coco"]))
 @file_arguments
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path),
               help="Where the JSONL of own data goes.")
-@click.option("--coordinates", type=click.Choice(["pixels", "normalized_1000", "normalized_1"]),
-              help="Of boxes in texts (llava, verl, swift without objects), which do not say it.")
-@click.option("--padded", is_flag=True,
-              help="Boxes are of the image padded to a square, as in LLaVA-1.5's files.")
+@click.option("--coordinates", type=click.Choice(["pixels", "absolute", "normalized_1000",
+                                                  "normalized_1"]),
+              help="What all boxes are measured in, in place of what FILE says; absolute: pixels "
+                   "of the image resized to --min-pixels and --max-pixels.")
+@click.option("--min-pixels", default=BoxFormat.min_pixels, show_default=True)
+@click.option("--max-pixels", default=BoxFormat.max_pixels, show_default=True)
 @click.option("--several", type=click.Choice(["any", "all"]),
               help="Of several boxes in an answer any is correct, or all must be found; without "
                    "it, such answers are left out.")
+@click.option("--all-turns", is_flag=True,
+              help="Later turns of a conversation are questions of their own.")
 @click.option("--split", default="train", show_default=True,
-              help="What is taken of a file whose records name their splits.")
-@click.option("--instances", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="refcoco: the instances.json of the refs.")
+              help='What is taken of a file whose records name their splits; "" takes all.')
 def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
-                   padded: bool, several: str | None, split: str, instances: Path | None) -> None:
+                   min_pixels: int, max_pixels: int, several: str | None, all_turns: bool,
+                   split: str) -> None:
     """Write FILE, a data set of another project, as own data, and say what is left out, and why.
 
-    swift: ms-swift. llava: LLaVA, ShareGPT, Qwen-VL, VLM-R1, OpenAI. verl: EasyR1, verl. coco.
-    refcoco. mgrounding: MGrounding-630k. own: own data whose images are in the file (bytes), or
-    whose questions hold tags such as <image>, which are taken out. FILE is JSON or parquet (whose
-    root, where images in it are written, is OUT's folder if none is given).
+    own: tables of own data (JSON, CSV, parquet), also with images in them. swift: ms-swift. llava:
+    LLaVA, Qwen-VL. mgrounding: MGrounding-630k. coco. Images in a table are written to the folder
+    of OUT if no root is given.
     """
     from mig_kit.data import importers, records
 
@@ -160,25 +140,23 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
 
     def print_problem(sentence: str) -> None:
         nonlocal problems
-        if "which --split" in sentence:  # the summary counts those
-            return
         problems += 1
         if problems <= SHOWN:
-            click.echo(sentence.encode("utf-8", "backslashreplace").decode())
+            click.echo(sentence)
 
-    report = importers.import_file(form, file, out, records.ImportRules(
-        root, coordinates or "", padded, several or "", instances, split), print_problem)
+    rules = importers.ImportRules(root, coordinates or "", BoxFormat(min_pixels, max_pixels),
+                                  several or "", all_turns, split)
+    report, remarks = importers.import_file(form, file, out, rules, print_problem)
+    is_written = report.kept and not remarks.file_fault()
+    written = (f"{report.kept} written to {out} (image root: {root})" if is_written
+               else "nothing written")
     more = f" (the first {SHOWN} shown)" if problems > SHOWN else ""
-    written = f"{report.kept} written to {out}" if report.kept else "nothing written"
-    if report.kept and root.resolve() != out.parent.resolve():
-        written += f" (image root: {root})"
-    n_left_out = report.counts.total()
-    click.echo(f"{report.read} questions read, {written}, {n_left_out} left out{more}")
-    if min(len(report.counts), problems) < n_left_out:
+    click.echo(f"{report.read} questions read, {written}, {problems} left out{more}")
+    if report.counts:
         click.echo(report.summarize())
-    for sentence in report.remarks:
+    for sentence in remarks.sentences():
         click.echo(f"remark: {sentence}")
-    if not report.kept:
+    if not is_written:
         raise click.exceptions.Exit(1)
 
 
@@ -198,8 +176,8 @@ def duplicates(train: Path, held_out: Path) -> None:
         click.echo(f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})")
     for folder, (names, _) in zip((train, held_out), hashes):
         if not names:
-            raise ValueError(f"there is no image that can be read below {folder}; name the folder "
-                             "of the images")
+            raise UserError(f"there is no image that can be read below {folder}; name the folder "
+                            "of the images")
     pairs = 0
     for name, other, distance in find_near_duplicates(*hashes):
         pairs += 1
@@ -210,7 +188,7 @@ def duplicates(train: Path, held_out: Path) -> None:
 
 
 @data.command("export")
-@click.argument("engine", type=click.Choice(["verl", "easyr1", "swift", "trl"]))
+@click.argument("engine", type=click.Choice(["verl", "swift", "trl"]))
 @click.argument("source", metavar="RUN")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
               help="The new folder.")
@@ -234,26 +212,20 @@ def export_command(engine: str, source: str, out: Path, root: Path | None, profi
         click.echo(f"remark: with {engine}, {sentence}")
 
 
-def _further_settings(params: dict) -> dict:
-    """TRL's settings that are no parameters of 05 in the profiles."""
-    known = {*profile_params("05_grpo"), *RUN_PARAMS}
-    return {name: value for name, value in params.items() if name not in known}
-
-
 def _recipe_of_file(source: str, profile: str | None, root: Path | None):
     """A file's questions with a profile's values and base model."""
     from mig_kit.data import exports, own_data
     from mig_kit.models import loading
 
     if not profile:
-        raise ValueError("a file has no recipe; name a --profile: tiny, or a folder of params/")
+        raise UserError("a file has no recipe; name a --profile: tiny, or a folder of params/")
     of_run = profile_params("01_synthesize", profile)
     params = profile_params("05_grpo", profile) | {name: of_run[name] for name in RUN_PARAMS}
     if own := [text for text in params["rewards"] if ":" in text]:
-        raise ValueError(f"the reward {own[0]} is exported from a run alone, whose 05 has tried it")
+        raise UserError(f"the reward {own[0]} is exported from a run alone, whose 05 has tried it")
     samples = list(own_data.iter_samples(Path(source), root or Path(source).parent))
     return exports.Recipe(Path(source).name, samples, params,
-                          loading.resolve_model(params["base_model"]), _further_settings(params))
+                          loading.resolve_model(params["base_model"]), params["trl"])
 
 
 def _recipe_of_run(source: str, profile: str | None, root: Path | None):
@@ -266,28 +238,28 @@ def _recipe_of_run(source: str, profile: str | None, root: Path | None):
 
     run_folders.require_runs(source)
     if root:
-        raise ValueError("--root is for a file of own data; leave it out")
+        raise UserError("--root is for a file of own data; leave it out")
     run_folders.require_record("04_rejection_sampling", source, "mig-kit data export")
     trained = run_folders.load_record("05_grpo", source)
     if not (trained or profile):
-        raise ValueError(f"05 of run '{source}' has not finished; say with --profile whose values "
+        raise UserError(f"05 of run '{source}' has not finished; say with --profile whose values "
                          "to hand over: tiny, or a folder of params/")
     params = profile_params("05_grpo", profile) if profile else store.recorded_params(
         "05_grpo", trained)
     params |= run_facts.run_params(source, "mig-kit data export")
     start, merged = params["start_from"], run_folders.stage_folder("03_merge", source) / "merged"
     if start == "adapter":
-        raise ValueError("start_from is adapter, which no other engine goes on with over 4-bit "
+        raise UserError("start_from is adapter, which no other engine goes on with over 4-bit "
                          "weights; export a run that starts from merged")
     folder = run_folders.stage_folder("05_grpo", source)
     rewards = load_rewards(params["rewards"], folder)
     if of_batch := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
-        raise ValueError(f"the reward '{of_batch[0]}' judges whole batches, which other engines do "
+        raise UserError(f"the reward '{of_batch[0]}' judges whole batches, which other engines do "
                          "not give; write it as a function of reply, sample and box format")
     for note in store.stale_notes("04_rejection_sampling", source):
         click.echo(f"warning: {note}", err=True)
     kept = run_folders.stage_folder("04_rejection_sampling", source) / "kept.parquet"
     model = merged if start == "merged" else loading.resolve_model(
         params["base_model"] if start == "base" else start)
-    return exports.Recipe(source, read_samples(kept), params, model, _further_settings(params),
+    return exports.Recipe(source, read_samples(kept), params, model, params["trl"],
                           tuple((folder / "rewards").glob("*.py")))

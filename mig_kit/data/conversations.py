@@ -1,26 +1,20 @@
-"""Conversations of other projects as lines of own data, in the forms that these projects document.
+"""Conversations of LLaVA, ms-swift and MGrounding-630k as lines of own data.
 
-A turn of question and answer becomes a line, or one for every image that its boxes are in. What
-stays unclear, such as a later turn that needs the turns before it, is a Problem, never guessed.
+Which image a box is in, the format says, or the record has one image; no prose is read for it. Read
+is the first turn, since later ones may lean on it; `all_turns` reads each as a question of its own.
 """
 
 import json
 import re
 from dataclasses import dataclass
-from itertools import chain
 
 from mig_kit.boxes import Coordinates
-from mig_kit.data.image_mentions import asked_numbers, is_follow_up, numbers_of_boxes
-from mig_kit.data.line_checks import BOXES_ALONE, IMAGE_TAG
-from mig_kit.data.records import ImportRules, Problem, require
+from mig_kit.data.line_checks import EXAMPLE
+from mig_kit.data.records import Problem, require
 
-MAX_TEXT = 20_000  # characters of a turn
 USERS, ASSISTANTS = ("human", "user"), ("gpt", "assistant", "model")
-TALKS = ("messages", "conversations", "prompt", "problem", "query")
-ANSWERS = ("response", "solution", "answer")  # beside a conversation, as in EasyR1's files
-# ms-swift's bbox_type; no file of the LLaVA kind, whose boxes stand in the text, states its own
-SWIFT_COORDINATES = {"real": Coordinates.PIXELS, "norm1": Coordinates.NORMALIZED_1}
-
+SWIFT_COORDINATES = {"real": Coordinates.PIXELS, "norm1": Coordinates.NORMALIZED_1}  # bbox_type
+PLACEHOLDER = re.compile(r"<ref-object>|<bbox>")
 _NUMBER = r"\s{0,3}(-?[0-9]{1,7}(?:\.[0-9]{1,17})?)\s{0,3}"
 # [x1,y1,x2,y2] or (x1,y1),(x2,y2), with the tags and brackets that may stand around it
 BOX = re.compile(
@@ -29,292 +23,188 @@ BOX = re.compile(
     rf"|\({_NUMBER},{_NUMBER}\)\s{{0,3}},?\s{{0,3}}\({_NUMBER},{_NUMBER}\))"
     r"(?:\s{0,3}\])?(?:<\|box_end\|>|</box>)?")
 TEXT_TAGS = re.compile(r"<\|object_ref_(?:start|end)\|>|</?(?:ref|p)>")
-SPEAKS_OF_BOXES = re.compile(
-    r"box|coordinate|normali[sz]ed|pixel|\b1000\b|\b[xy][ _-]?(?:min|max|1|2|first)\b",
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth",
+            "tenth")
+# the words in which an answer of MGrounding-630k names an image, before a box
+MGROUNDING_IMAGE = re.compile(
+    rf"\W*(?:it'?s in |in )?(?:the )?(?:({'|'.join(ORDINALS)}) image|image[- ]?([0-9]{{1,2}}))\W*",
     re.IGNORECASE)
-# boxes that are not x1, y1, x2, y2: y first, or a corner or centre and a size
-OTHER_ORDER = re.compile(
-    r"\by(?:\s|-)*(?:comes\s+)?first\b|\by[\s_]?(?:min|1|0)[\s,;\"'/]{1,4}x[\s_]?(?:min|1|0)\b"
-    r"|[\[({<]\W{0,2}(?:y|top\W{0,2},\s?left)\W{0,2},|\byxyx\b|\bc?xywh\b|(?<!b)box_2d"
-    r"|cent(?:er|re)[\s_-]x\b|\b(?:c?x|left|x_?\w{1,6})\W{1,4}(?:c?y|top|y_?\w{1,6})\W{1,4}"
-    r"(?:and\s+)?w(?:idth)?\b", re.IGNORECASE)
-PLACEHOLDER = re.compile(r"<ref-object>|<bbox>")
-TAGS_AT_START = re.compile(r"(?:\s*(?:(?:image|picture)[\s-]?[0-9]{1,3}\s?:?)?\s*"
-                           r"<image(?: [0-9]{1,3})?>)+", re.IGNORECASE)
+NO_IMAGE = ("with several images an answer must say which one a box is in, as "
+            f"{{\"image\": 2, \"box\": [x1, y1, x2, y2]}}; else write own data: {EXAMPLE}")
+Boxes = list[tuple[int | None, list]]  # (image number from 1, None where unclear; box)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer."""
+    """A question and the boxes of its text and of its answer."""
 
     question: str
-    references: list[tuple[int | None, list]]  # (image number from 1 or None, box)
-    answers: list[tuple[int | None, list]]  # as references
-    coordinates: str
+    references: Boxes
+    answers: Boxes
 
 
-def conversation_lines(record: dict, rules: ImportRules) -> list[dict | Problem]:
-    """A record's turns as lines of own data without ids, or as Problems; may raise Problem."""
+def read_record(form: str, record: dict, several: str, all_turns: bool) -> list[dict | Problem]:
+    """A record's turns as lines of own data without ids, or as Problems; may raise Problem.
+
+    form: swift, llava or mgrounding.
+    """
     images = record.get("images", record.get("image"))
-    images = images if isinstance(images, list) else [] if images is None else [images]
-    texts = read_turns(record, images)
-    require(0 < len(images) <= 64, "'images' must list 1 to 64 paths; this record has "
-                                   f"{len(images) or 'none'}")
-    check_image_tags([text for pair in texts for text in pair], len(images))
-    objects = record.get("objects")
-    if objects is not None:
-        turns = _swift_turns(texts, objects, rules, len(images))
+    images = images if isinstance(images, list) else [images] * (images is not None)
+    require(bool(images), "a record without images")
+    texts = _read_turns(record)
+    n_tags = sum(text.count("<image>") for turn in texts for text in turn)
+    require(n_tags in (0, len(images)), "another number of <image> tags than of images",
+            f"there are {n_tags} <image> tags and {len(images)} images; write one per image")
+    coordinates = {"coordinates": "normalized_1000"} if form == "mgrounding" else {}
+    if form == "swift" and record.get("objects") is not None:
+        turns, kind = _read_objects(texts, record["objects"], len(images))
+        coordinates = {"coordinates": str(kind)}
     else:
-        turns = [read_turn(*text, rules.coordinates) for text in texts]
-        require(bool(rules.coordinates) or not any(turn.answers for turn in turns),
-                "the file does not say what its boxes are measured in; give --coordinates")
-    require(any(turn.answers for turn in turns), "no answer holds a box; a question of own data "
-                                                 "needs one, or the keys options and letter")
-    rule = _box_rule(record)
-    for text in [rule, *chain(*texts)]:
-        require_usual_order(text)
+        turns = [_read_texts(form, *turn, len(images)) for turn in texts]
     lines: list[dict | Problem] = []
-    earlier_tags = 0
-    for number, (turn, text) in enumerate(zip(turns, texts)):
+    n_tags = 0  # in the turns before
+    for number, (turn, (asked, _)) in enumerate(zip(turns, texts)):
         try:
-            lines += [line | ({"box_rule": rule} if rule else {}) for line in turn_lines(
-                turn, images, rules.several, number > 0, earlier_tags)] if turn.answers else []
+            require(number == 0 or all_turns, "a later turn", "a later turn may lean on the turns "
+                    "before it; --all-turns takes it as a question of its own", False)
+            lines.append(_make_line(turn, images, several, n_tags) | coordinates)
         except Problem as problem:
             lines.append(problem)
-        earlier_tags += "".join(text).count("<image>")
+        n_tags += asked.count("<image>")
     return lines
 
 
-def _box_rule(record: dict) -> str:
-    """What a record's system says of boxes, on one line; "" if nothing."""
-    turns = chain(*(record[key] for key in TALKS if isinstance(record.get(key), list)))
-    texts = [record.get("system"), *(
-        turn.get("content", turn.get("value")) for turn in turns
-        if isinstance(turn, dict) and turn.get("role", turn.get("from")) == "system")]
-    text = " ".join(" ".join(str(_content_text(text, [])) for text in texts if text).split())
-    return text if SPEAKS_OF_BOXES.search(text) or OTHER_ORDER.search(text) else ""
-
-
-def require_usual_order(text: str) -> None:
-    """Raise as `require` where a text says that boxes are not written x1, y1, x2, y2."""
-    match = OTHER_ORDER.search(text)
-    require(match is None, "the boxes are not written as x1, y1, x2, y2, which alone is read; "
-                           f"rewrite them, and take {match and match[0]!r} out of the texts")
-
-
-def read_turns(record: dict, images: list) -> list[tuple[str, str]]:
-    """(asked, answered) of every turn but the system's; adds images in the texts to `images`."""
-    messages = next((record[key] for key in TALKS if record.get(key)), None)
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    require(isinstance(messages, list) and bool(messages), BOXES_ALONE if "objects" in record else
-            "'messages' or 'conversations' must be a list of turns")
-    require(all(isinstance(message, dict) for message in messages),
-            "a turn must be an object with its role and text")
-    turns = [(message.get("role", message.get("from")),
-              _content_text(message.get("content", message.get("value")), images))
-             for message in messages]
+def _read_turns(record: dict) -> list[tuple[str, str]]:
+    """(asked, answered) of every turn but the system's."""
+    messages = record.get("messages") or record.get("conversations")
+    require(isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages),
+            "no list of turns", f"'messages' or 'conversations' must be a list of turns; {EXAMPLE}")
+    turns = [(turn.get("role", turn.get("from")), _to_text(turn.get("content", turn.get("value"))))
+             for turn in messages]
     turns = [turn for turn in turns if turn[0] != "system"]
-    answer = _separate_answer(record)
-    if len(turns) % 2 and turns[-1][0] in USERS and answer is not None:
-        turns.append((ASSISTANTS[0], answer))
     roles = [USERS, ASSISTANTS] * (len(turns) // 2)
-    require(bool(turns) and len(roles) == len(turns)
-            and all(isinstance(role, str) and role in allowed
-                    for (role, _), allowed in zip(turns, roles)),
-            "turns must be of user and assistant (human and gpt) by turns, or the answer in "
-            f"{', '.join(ANSWERS)} or reward_model")
+    require(len(roles) == len(turns) > 0
+            and all(role in allowed for (role, _), allowed in zip(turns, roles)),
+            "other turns than of user and assistant")
     texts = [text for _, text in turns]
-    require(all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts),
-            f"a turn's text must be a text of at most {MAX_TEXT} characters")
-    require(not any("{ref}" in text for text in texts),
-            "a text holds {ref}, which stands for a box here; take it out")
+    require(all(isinstance(text, str) and "{ref}" not in text for text in texts),
+            "a turn that is no text, or holds {ref}")
     return list(zip(texts[::2], texts[1::2]))
 
 
-def _content_text(content: object, images: list) -> object:
-    """A turn's text; of a list of parts, the images become tags and are added to `images`."""
+def _to_text(content: object) -> object:
+    """A turn's text; parts of text and images are joined."""
     if not isinstance(content, list):
         return content
-    texts = []
-    for part in content:
-        require(isinstance(part, dict), "a part of a text must be an object with its type")
-        if isinstance(part.get("text"), str):
-            texts.append(part["text"])
-            continue
-        kind = str(part.get("type"))
-        require("image" in kind, f"a part of a text is of the type {kind[:20]!r}; only texts and "
-                                 "images can be used")
-        image = part.get("image_url", part.get("image", part.get("path", part.get("url"))))
-        image = image["url"] if isinstance(image, dict) and "url" in image else image
-        images += [] if image is None else [image]
-        texts.append("<image>")
-    return "".join(texts)
+    return "".join(part.get("text") or "<image>" if isinstance(part, dict) else ""
+                   for part in content)
 
 
-def _separate_answer(record: dict) -> object:
-    """The answer that stands beside a conversation; None without one."""
-    answer = next((record[key] for key in ANSWERS if record.get(key)), None)
-    if answer is None and isinstance(record.get("reward_model"), dict):
-        answer = record["reward_model"].get("ground_truth")
-    return json.dumps(answer) if isinstance(answer, list | dict) else answer
-
-
-def check_image_tags(texts: list[str], image_count: int) -> None:
-    """Raise as `require` unless the texts have an <image> tag for every image, or none."""
-    found_tags = sum(text.count("<image>") for text in texts)
-    require(found_tags in (0, image_count),
-            f"there are {found_tags} <image> tags and {image_count} images; write one per image")
-    require(not any(tag in text for text in texts for tag in ("<video>", "<audio>")),
-            "videos and sound cannot be used; give the frames as images")
-
-
-def _swift_turns(texts: list[tuple[str, str]], objects: object, rules: ImportRules,
-                 image_count: int) -> list[Turn]:
-    """The turns with <ref-object> and <bbox> replaced by what `objects` has for them, in order."""
-    require(isinstance(objects, dict), "'objects' must be an object with 'ref' and 'bbox', as "
-                                       "ms-swift 3 has it")
-    refs, boxes = objects.get("ref", []), objects.get("bbox", [])
-    require(isinstance(refs, list) and isinstance(boxes, list),
-            "'ref' and 'bbox' of 'objects' must be lists")
-    kind = objects.get("bbox_type") or "real"
-    require(isinstance(kind, str) and kind in SWIFT_COORDINATES,
-            f"'bbox_type' is {str(kind)[:20]!r}; use real (pixels) or norm1 (0 to 1)")
-    coordinates = SWIFT_COORDINATES[kind]
-    require(rules.coordinates in ("", coordinates),
-            f"'bbox_type' says that boxes are {coordinates}, and --coordinates "
-            f"{rules.coordinates}; leave the latter out, or correct the file")
-    image_ids = objects.get("image_id")
-    if image_ids is None:
-        require(image_count == 1 or not boxes,
-                f"'image_id' of 'objects' is missing; with {image_count} images it must say which "
-                "one each box is in, from 0")
-        image_ids = [0] * len(boxes)
-    require(isinstance(image_ids, list) and len(image_ids) == len(boxes)
-            and all(type(number) is int for number in image_ids),
-            "'image_id' must be a list with a number, from 0, for every box")
-    require(all(0 <= number < image_count for number in image_ids),
-            f"'image_id' names an image that is not there; there are {image_count}, from 0")
-    unused_refs = list(refs)
-    unused_boxes = [(number + 1, box) for number, box in zip(image_ids, boxes)]
-    turns = []
-    for asked, answered in texts:
-        question, references = _fill_placeholders(asked, unused_refs, unused_boxes, "{ref}")
-        _, answers = _fill_placeholders(answered, unused_refs, unused_boxes, "")
-        turns.append(Turn(question, references, answers, coordinates))
-    require(not unused_boxes, f"'objects' has {len(unused_boxes)} boxes more than there are <bbox> "
-                              "in the texts; write one <bbox> per box")
-    return turns
-
-
-def _fill_placeholders(text: str, refs: list, boxes: list, box_word: str) -> tuple[str, list]:
-    """The filled text, each <bbox> being `box_word`, and its boxes; takes from `refs`, `boxes`."""
-    own_boxes = []
-
-    def fill(match: re.Match) -> str:
-        is_box = match.group() == "<bbox>"
-        values = boxes if is_box else refs
-        require(bool(values), f"there are more {match.group()} in the texts than 'objects' has "
-                              f"{'boxes' if is_box else 'texts'}; add the missing ones")
-        value = values.pop(0)
-        require(is_box or isinstance(value, str), "'ref' of 'objects' must be a list of texts")
-        own_boxes.extend([value] if is_box else [])
-        return box_word if is_box else value
-
-    return PLACEHOLDER.sub(fill, text), own_boxes
-
-
-def read_turn(asked: str, answered: str, coordinates: str) -> Turn:
-    """The turn of these texts; Problem if it is unclear which images the answer's boxes are in."""
+def _read_texts(form: str, asked: str, answered: str, n_images: int) -> Turn:
+    """The turn of these texts."""
     def to_box(match: re.Match) -> list[float]:
         return [float(number) for number in match.groups() if number is not None]
 
+    only = 1 if n_images == 1 else None
     matches = list(BOX.finditer(answered))
-    numbers = numbers_of_boxes(answered, [match.span() for match in matches])
-    return Turn(BOX.sub("{ref}", asked), [(None, to_box(match)) for match in BOX.finditer(asked)],
-                list(zip(numbers or [None] * len(matches), map(to_box, matches), strict=True)),
-                coordinates)
+    numbers = [only] * len(matches)
+    if n_images > 1:
+        numbers = (_read_mgrounding(answered, matches) if form == "mgrounding" else
+                   _read_indices(answered, len(matches))) or numbers
+    return Turn(BOX.sub("{ref}", asked), [(only, to_box(match)) for match in BOX.finditer(asked)],
+                list(zip(numbers, map(to_box, matches))))
 
 
-def target_keys(numbers: list[int], boxes: list[list], several: str) -> dict:
-    """The keys of own data for the boxes of an answer, each in the image of its number."""
-    require(len(boxes) == 1 or bool(several),
-            f"the answer has {len(boxes)} boxes; add --several any if any one of them is correct, "
-            "--several all if all are to be found, or write one question for each")
-    if len(boxes) == 1:
-        return {"image": numbers[0], "box": boxes[0]}
-    if several == "all":
-        return {"targets": [{"image": number, "box": box}
-                            for number, box in zip(numbers, boxes, strict=True)]}
-    return {"image": numbers[0], "boxes": boxes}
+def _read_mgrounding(answered: str, matches: list[re.Match]) -> list[int]:
+    """The image before each box, as in "It's in the third image."; [] unless each has one."""
+    starts = [0, *(match.end() for match in matches)]
+    names = [MGROUNDING_IMAGE.fullmatch(TEXT_TAGS.sub("", answered[start:match.start()]))
+             for start, match in zip(starts, matches)]
+    return [] if None in names else [
+        ORDINALS.index(name[1].lower()) + 1 if name[1] else int(name[2]) for name in names]
 
 
-def turn_lines(turn: Turn, images: list[str], several: str, is_later: bool,
-               earlier_tags: int = 0) -> list[dict]:
-    """The turn as one line of own data or, if any box is correct, one per image that has boxes.
-
-    earlier_tags: <image> tags in the turns before. Raises Problem for a later turn that cannot be
-    read alone.
-    """
-    question = clean_question(turn.question, len(images), earlier_tags)
-    require(not (is_later and is_follow_up(question, len(images))),
-            f"a later turn leans on the turns before it; write out what {question[:60]!r} asks for")
-    numbers = [number for number, _ in turn.answers]
-    if None in numbers:
-        asked = asked_numbers(question) - ({1} if turn.references else set())
-        asked = {1} if len(images) == 1 else asked
-        require(set(numbers) == {None} and len(asked) == 1,
-                f"it is not said which of the {len(images)} images the box is in; name it in the "
-                "answer, as in: image 2")
-        numbers = list(asked) * len(numbers)
-    line = {"images": images, "coordinates": str(turn.coordinates)}
-    if turn.references:
-        require(len(turn.references) == 1, "the question has several boxes; it may have one")
-        number, line["reference"] = turn.references[0]
-        require(number in (None, 1), "the question's box must be in the first image; put that "
-                                     "image first")
-    boxes = [box for _, box in turn.answers]
-    if several != "any" or len(set(numbers)) == 1:
-        return [{**line, "question": question, **target_keys(numbers, boxes, several)}]
-    lines = []
-    for number in sorted(set(numbers)):
-        group = [box for own, box in zip(numbers, boxes) if own == number]
-        lines.append({**line, "question": f"{question} Answer for image {number} only.",
-                      **target_keys([number] * len(group), group, several)})
-    return lines
+def _read_indices(answered: str, count: int) -> list[int]:
+    """The "image" of each JSON object of an answer; [] unless there is one per box."""
+    text = re.sub(r"</?answer>|```(?:json)?", "", answered.rpartition("</think>")[2]).strip()
+    try:
+        data = json.loads(text if text.startswith("[") else f"[{text}]")
+        numbers = [item["image"] for item in data]
+    except (ValueError, TypeError, KeyError):
+        return []
+    return numbers if len(numbers) == count and all(type(n) is int for n in numbers) else []
 
 
-def clean_question(text: str, image_count: int, earlier_tags: int | None = None) -> str:
-    """The question without tags; one inside the text becomes "image 2". Raises Problem.
+def _read_objects(texts: list[tuple[str, str]], objects: object, n_images: int
+                  ) -> tuple[list[Turn], Coordinates]:
+    """ms-swift's turns with <ref-object> and <bbox> filled from `objects`, in order."""
+    require(isinstance(objects, dict) and isinstance(objects.get("bbox"), list)
+            and isinstance(objects.get("ref") or [], list),
+            "'objects' that is not ms-swift 3's", "'objects' must hold lists 'ref' and 'bbox', as "
+            f"ms-swift 3 has it; {EXAMPLE}")
+    kind, boxes = objects.get("bbox_type") or "real", objects["bbox"]
+    require(kind in SWIFT_COORDINATES, "another bbox_type than real (pixels) or norm1 (0 to 1)")
+    ids = objects.get("image_id")
+    ids = [0] * len(boxes) if ids is None and n_images == 1 else ids
+    require(isinstance(ids, list) and len(ids) == len(boxes)
+            and all(type(number) is int and 0 <= number < n_images for number in ids),
+            "no image_id for each box", "'image_id' of 'objects' must say which image each box is "
+            f"in, from 0; there are {n_images} images")
+    values = {"<ref-object>": list(objects.get("ref") or []),
+              "<bbox>": [(number + 1, box) for number, box in zip(ids, boxes)]}
 
-    earlier_tags: how many the turns before hold; None if the question must hold one per image.
-    """
-    text = " ".join(IMAGE_TAG.sub(_plain_tag, TEXT_TAGS.sub("", text)).split())
-    tags = (earlier_tags or 0) + text.count("<image>")
-    at_start = TAGS_AT_START.match(text)
-    run = at_start.group() if at_start else ""
-    if "<image " not in run or run.count("<image") == image_count:
-        text = text[len(run):]
-    if text.count("<image>") == image_count:
-        text = re.sub(r"(?:\s*<image>)+\s*$", "", text)
-    n_inside = text.count("<image>")
-    require(not n_inside or tags == image_count or earlier_tags is not None,
-            f"there are {tags} <image> tags and {image_count} images; write one per image")
-    for number in range(tags - n_inside + 1, tags + 1):
-        text = text.replace("<image>", f"image {number}", 1)
-    text = " ".join(name_images(text).split())
-    require(bool(text), "the question has no text besides its images; write what is asked")
-    return text
+    def fill(text: str) -> tuple[str, Boxes]:
+        own_boxes: Boxes = []
+
+        def replace(match: re.Match) -> str:
+            require(bool(values[match[0]]), f"more {match[0]} in the texts than 'objects' has")
+            value = values[match[0]].pop(0)
+            if match[0] == "<ref-object>":
+                return str(value)
+            own_boxes.append(value)
+            return "{ref}"
+
+        return PLACEHOLDER.sub(replace, text), own_boxes
+
+    turns = [Turn(*fill(asked), fill(answered)[1]) for asked, answered in texts]
+    require(not values["<bbox>"], "more boxes in 'objects' than <bbox> in the texts")
+    return turns, SWIFT_COORDINATES[kind]
 
 
-def name_images(text: str) -> str:
-    """The text with "image 2" in place of tags that have a number."""
-    return re.sub("<(image [0-9]+)>", r"\1", IMAGE_TAG.sub(_plain_tag, text))
+def _make_line(turn: Turn, images: list, several: str, n_tags: int) -> dict:
+    """A turn as a line of own data; n_tags: <image> tags in the turns before."""
+    require(None not in (number for number, _ in turn.answers), "no image of a box", NO_IMAGE,
+            False)
+    require([number for number, _ in turn.references] in ([], [1]), "a box in the question",
+            "the question has several boxes, or one that is not in the first image; write own data "
+            "with 'reference'", False)
+    require(not turn.references or turn.references[0] not in turn.answers,
+            "the answer stands in the question", is_fault=False)
+    reference = {"reference": turn.references[0][1]} if turn.references else {}
+    return {"images": images, **target_keys(turn.answers, several), **reference,
+            "question": name_tags(TEXT_TAGS.sub("", turn.question), n_tags)}
 
 
-def _plain_tag(tag: re.Match) -> str:
-    """An image's tag as <image> or <image 2>; "" for one that closes or frames another."""
-    if number := next(filter(None, tag.groups()), ""):
-        return f"<image {int(number)}>"
-    is_frame = re.search("^</|[_-](?:start|end)>$|end_of", tag.group(), re.IGNORECASE)
-    return "" if is_frame else "<image>"
+def target_keys(boxes: Boxes, several: str) -> dict:
+    """The keys of own data for the boxes of an answer."""
+    require(bool(boxes), "no answer with a box", is_fault=False)
+    if several == "all" and len(boxes) > 1:
+        return {"targets": [{"image": number, "box": box} for number, box in boxes]}
+    numbers = {number for number, _ in boxes}
+    require(len(boxes) == 1 or several == "any" and len(numbers) == 1, "several boxes",
+            f"the answer has {len(boxes)} boxes; add --several any if "
+            "any one of them, in one image, is correct, or --several all if all are to be found",
+            False)
+    key = {"box": boxes[0][1]} if len(boxes) == 1 else {"boxes": [box for _, box in boxes]}
+    return {"image": boxes[0][0], **key}
+
+
+def name_tags(text: str, n_before: int = 0) -> str:
+    """The text without <image> tags at its start; the others become "image 2", in their order."""
+    text = text.strip()
+    while text.startswith("<image>"):
+        text, n_before = text.removeprefix("<image>").lstrip(), n_before + 1
+    while "<image>" in text:
+        n_before += 1
+        text = text.replace("<image>", f"image {n_before}", 1)
+    return " ".join(text.split())

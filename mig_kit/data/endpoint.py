@@ -8,23 +8,24 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, seen_size
+from mig_kit.common import UserError
 from mig_kit.image_files import image_digests, to_data_url
 from mig_kit.openai_client import (
     ADDRESS,
     KEY_VARIABLE,
-    Connection,
     RequestFailed,
     iter_results,
+    open_client,
     read_api_key,
     read_choice,
     redact,
+    request_completion,
 )
 from mig_kit.prompts import (
     ALL_INSTRUCTION,
@@ -54,6 +55,8 @@ DIRECT_CHOICE_INSTRUCTION = "Do not reason. Reply with nothing but the letter in
 NO_REPLY = {"failed": "no reply in any attempt"}
 MAX_FAILURES_IN_A_ROW = 10
 REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
+TEMPORARY = (408, 409, 429)
+FAILURES = ("abort", "error")  # finish_reasons of no reply
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Endpoint:
     Args:
         url: address that ends in /v1. timeout: seconds without a sign of the server.
         attempts: most requests for one call.
-    Raises: ValueError for an address that cannot be used, such as one that holds a key.
+    Raises: UserError for an address that cannot be used, such as one that holds a key.
     """
 
     url: str
@@ -76,7 +79,7 @@ class Endpoint:
 
     def __post_init__(self):
         if not ADDRESS.fullmatch(self.url) or not self.model:
-            raise ValueError("endpoint_url must be like http://localhost:8000/v1, with no name, "
+            raise UserError("endpoint_url must be like http://localhost:8000/v1, with no name, "
                              "key or query in it, and endpoint_model must be named; a key goes "
                              f"into the environment variable {KEY_VARIABLE}")
 
@@ -132,7 +135,7 @@ def make_call(sample: Sample, kind: str, endpoint: Endpoint, box_format: BoxForm
 
 
 def read_log(path: Path) -> dict[str, dict]:
-    """Finished calls by key. A last line that a kill cut is dropped; ValueError for another one."""
+    """Finished calls by key. A last line that a kill cut is dropped; UserError for another one."""
     content = path.read_bytes() if path.is_file() else b""
     *lines, cut = content.split(b"\n")
     if cut:
@@ -143,7 +146,7 @@ def read_log(path: Path) -> dict[str, dict]:
             entry = json.loads(line)
             entries[entry["key"]] = entry
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} line {number} is broken; delete that line, and its call is "
+            raise UserError(f"{path} line {number} is broken; delete that line, and its call is "
                              "made again") from error
     return entries
 
@@ -151,18 +154,18 @@ def read_log(path: Path) -> dict[str, dict]:
 def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str, dict]:
     """Make the calls that the log `path` lacks; returns all finished calls by key, as in the log.
 
-    An entry holds the "reply", or "failed" if the server refused this very request. A call whose
-    attempts all failed for another reason gets no entry and is made again the next time.
+    An entry holds the "reply", or "failed" if the server refused this very request. A call that
+    failed for another reason gets no entry and is made again the next time.
 
     Args:
         calls: read as they are needed, `concurrency` at a time.
         path: in the run's folder, whose lock keeps other processes out.
-    Raises: RuntimeError if no call can succeed: a refused key, an unknown address or model, a
-    redirect, or MAX_FAILURES_IN_A_ROW.
+    Raises: RequestFailed if no call can succeed, with the server's words; UserError after
+    MAX_FAILURES_IN_A_ROW.
     """
-    connection = Connection(endpoint.url, read_api_key(), endpoint.timeout)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file, closing(connection):
+    with path.open("ab") as file, open_client(endpoint.url, endpoint.timeout,
+                                              endpoint.attempts - 1) as client:
         log, unwritten = read_log(path), []
         requested: set[str] = set()
 
@@ -173,7 +176,7 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
                     yield call
 
         def work(call: Call) -> tuple[Call, dict, bool]:
-            return call, *_make_call(endpoint, connection, call)
+            return call, *_make_call(endpoint, client, call)
 
         results = iter_results(work, iter_new_calls(), endpoint.concurrency)
         has_replied, failures_in_a_row = False, 0
@@ -193,46 +196,35 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
             failure = find_failure(entry, endpoint)
             failures_in_a_row = failures_in_a_row + 1 if failure else 0
             if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
-                remedy = ("start again when the endpoint works" if "failed" in entry else
-                          "raise max_tokens of notebook 01's Endpoint, or name a teacher that "
-                          "answers")
-                raise RuntimeError(f"{MAX_FAILURES_IN_A_ROW} calls in a row failed, the last with: "
-                                   f"{failure}; finished calls are kept, {remedy}")
+                raise UserError(f"{MAX_FAILURES_IN_A_ROW} calls in a row failed, the last with: "
+                                f"{failure}; finished calls are kept, start again when the "
+                                "endpoint works (cut replies: raise max_tokens of notebook 01's "
+                                "Endpoint)")
     return log
 
 
-def _make_call(endpoint: Endpoint, connection: Connection, call: Call) -> tuple[dict, bool]:
-    """The entry for the log, and whether it is final; RuntimeError if no call can succeed."""
+def _make_call(endpoint: Endpoint, client, call: Call) -> tuple[dict, bool]:
+    """The entry for the log, and whether it is final; RequestFailed if no call can succeed."""
     body = {"model": endpoint.model, "temperature": endpoint.temperature,
             "messages": teacher_messages(call.sample, call.kind, call.box_format),
             "max_tokens": endpoint.max_tokens}
     try:
-        answer, attempts = connection.chat(body, endpoint.attempts - 1)
+        answer = request_completion(client, body)
+        reply, reason = read_choice(answer["choices"][0])
     except RequestFailed as failure:
-        is_refusal = failure.status in REFUSED_REQUEST
-        if not is_refusal and not failure.is_temporary:
-            raise RuntimeError(f"the endpoint answered {failure}; check endpoint_url, "
-                               "endpoint_model and the environment variable "
-                               f"{KEY_VARIABLE}") from None
-        return {"failed": str(failure), "attempts": failure.attempts}, is_refusal
-    if completion := parse_completion(answer):
-        completion["reply"] = redact(completion["reply"], connection.key)
-        return {**completion, "attempts": attempts}, True
-    return {"failed": "an answer that is no complete chat completion"}, False
-
-
-def parse_completion(data: object) -> dict | None:
-    """Reply, finish reason and token counts of a completion's JSON; None if it is incomplete."""
-    try:
-        usage = data.get("usage")
-        reply, reason = read_choice(data["choices"][0])
-    except (TypeError, KeyError, IndexError, AttributeError, ValueError):
-        return None
-    counts = {name: usage.get(name) if isinstance(usage, dict) else None
-              for name in ("prompt_tokens", "completion_tokens")}
-    return {"reply": reply, "finish_reason": reason,
-            **{name: count if type(count) is int and count >= 0 else None
-               for name, count in counts.items()}}
+        if 300 <= failure.status < 500 and failure.status not in REFUSED_REQUEST + TEMPORARY:
+            raise RequestFailed(f"the endpoint answered {failure}; check endpoint_url, "
+                                f"endpoint_model and the environment variable {KEY_VARIABLE}",
+                                failure.status) from None
+        return {"failed": str(failure)}, failure.status in REFUSED_REQUEST
+    except (ValueError, IndexError, AttributeError, TypeError):
+        return {"failed": "an answer without a reply"}, False
+    if reason in FAILURES:
+        return {"failed": f"a reply that ended with {reason}"}, False
+    usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
+    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+    return {"reply": redact(reply, read_api_key()), "finish_reason": reason,
+            **{name: count if type(count) is int else None for name, count in counts.items()}}, True
 
 
 def find_failure(entry: dict, endpoint: Endpoint) -> str:
@@ -253,14 +245,14 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
         samples: of a generator, images are in memory only while the teacher is asked about them.
         path: the log of finished calls.
     Returns: (traces, direct answers); a trace's `error` says why there is no reply.
-    Raises: as `make_calls`; ValueError for a sample without a target.
+    Raises: as `make_calls`; UserError for a sample without a target.
     """
     keys: dict[str, list[str]] = {kind: [] for kind in KINDS}
 
     def iter_calls() -> Iterator[Call]:
         for sample in samples:
             if not sample.targets and not sample.letter and not sample.find_all:
-                raise ValueError(f"sample {sample.id} has no target, so there is nothing to check "
+                raise UserError(f"sample {sample.id} has no target, so there is nothing to check "
                                  "a trace against; leave it out")
             for kind in KINDS:
                 call = make_call(sample, kind, endpoint, box_format)
@@ -279,6 +271,6 @@ def summarize_usage(path: Path) -> dict:
     entries = read_log(path).values()
     return {"calls": len(entries), "failed": sum("failed" in entry for entry in entries),
             **{name: sum(entry.get(name) or 0 for entry in entries)
-               for name in ("attempts", "prompt_tokens", "completion_tokens")},
+               for name in ("prompt_tokens", "completion_tokens")},
             "without_counts": sum("reply" in entry and entry["prompt_tokens"] is None
                                   for entry in entries)}

@@ -1,4 +1,4 @@
-"""`mig-kit data export`: prompts, rewards and the recipe's values for verl, EasyR1, ms-swift, TRL.
+"""`mig-kit data export`: prompts, rewards and the recipe's values for verl, ms-swift and TRL.
 
 Images are written at the size the model sees, so that no engine resizes them again and boxes stay
 in the kit's coordinates. The kit's rewards come along in a reward.py of the engine's form.
@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.common import PACKAGE, progress_bar
+from mig_kit.common import PACKAGE, UserError, progress_bar
 from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample, Target
@@ -30,7 +30,6 @@ PLACE = re.compile(r"<(?:image|video|audio|bbox|ref-object|point|cot-process)>")
 IMAGE = "<image>"
 ROWS = 32  # of a parquet table that are written at once
 TEMPLATES = PACKAGE / "data" / "export_templates"
-TABLES = ("verl", "easyr1")  # take a parquet table with images in it
 # settings that ms-swift has under TRL's names, too
 SHARED = ("adam_beta2", "beta", "epsilon", "epsilon_high", "gradient_accumulation_steps",
           "gradient_checkpointing", "importance_sampling_level", "learning_rate", "logging_steps",
@@ -40,17 +39,14 @@ SHARED = ("adam_beta2", "beta", "epsilon", "epsilon_high", "gradient_accumulatio
           "top_entropy_quantile", "warmup_steps", "weight_decay")
 # TRL's loss_type -> the mean that it is, in the words of engines that do not know it
 MEANS = {"verl": {"dapo": "token-mean", "grpo": "seq-mean-token-mean",
-                  "dr_grpo": "seq-mean-token-sum-norm"},
-         "easyr1": {"dapo": "token", "grpo": "seq"}}
+                  "dr_grpo": "seq-mean-token-sum-norm"}}
 COMMANDS = {
     "verl": "python3 -m verl.trainer.main_ppo --config-dir {out} --config-name config",
-    "easyr1": "python3 -m verl.trainer.main config={out}/config.yaml",
     "swift": "NPROC_PER_NODE={gpus} swift rlhf {out}/config.yaml",
     "trl": "accelerate launch --num_processes {gpus} {out}/train.py"}
 NO_DIFFERENCE = ["nothing we know of"]
 TRIED = {
     "verl": "verl 0.9.1 on a CPU: data set, processor, rewards; no training",
-    "easyr1": "read in EasyR1's source (commit b44b311), never run",
     "swift": "ms-swift 4.6.0 on a CPU: data set, Qwen2.5-VL's template, rewards; no training",
     "trl": "TRL 1.16 on a CPU: two updates of the tiny base"}
 
@@ -89,10 +85,10 @@ def question_from_json(text: str) -> Sample:
 
 
 def prompt_text(sample: Sample, box_format: BoxFormat) -> str:
-    """The prompt with <image> where an image stands; ValueError if its words hold such a tag."""
+    """The prompt with <image> where an image stands; UserError if its words hold such a tag."""
     parts = chat_messages(sample, box_format)[0]["content"]
     if tags := [tag for part in parts for tag in PLACE.findall(part.get("text", ""))]:
-        raise ValueError(f"question {sample.id} holds {tags[0]}, which other engines replace; take "
+        raise UserError(f"question {sample.id} holds {tags[0]}, which other engines replace; take "
                          "it out")
     return "".join(part.get("text", IMAGE) for part in parts)
 
@@ -103,12 +99,12 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
     Args:
         gpus: of a node.
     Returns: sentences on what the engine computes otherwise than stage 05.
-    Raises: ValueError if `out` exists, or if the engine cannot do what the parameters say.
+    Raises: UserError if `out` exists, or if the engine cannot do what the parameters say.
     """
     from mig_kit.models.processors import count_prompt_tokens, load_processor  # import torch
 
     if out.exists():
-        raise ValueError(f"{out} exists; name a new folder")
+        raise UserError(f"{out} exists; name a new folder")
     out, p = out.absolute(), recipe.params
     box_format = BoxFormat(p["min_pixels"], p["max_pixels"], p["coordinates"])
     processor = load_processor(recipe.model, box_format)
@@ -118,7 +114,7 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
         texts.append(prompt_text(sample, box_format))
         lengths.append(count_prompt_tokens(processor, sample, box_format))
     values = _recipe_values(recipe, gpus) | {
-        "data": f"{out}/{'train.parquet' if engine in TABLES else 'train.jsonl'}",
+        "data": f"{out}/train.{'parquet' if engine == 'verl' else 'jsonl'}",
         "reward": f"{out}/reward.py", "reward_function": f"{out}/reward.py:compute_score",
         "output_dir": f"{out}/checkpoints", "prompt_length": -(-max(lengths) // 64) * 64,
         "tokens_per_gpu": 4 * (max(lengths) + p["max_completion_length"]),
@@ -144,7 +140,7 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
 
 def _write_texts(engine: str, recipe: Recipe, values: dict, words: dict, folder: Path) -> None:
     """Write config.yaml, reward.py, README.md and what else the engine needs."""
-    shared = {} if engine in TABLES else {name: values[name] for name in SHARED}
+    shared = {} if engine == "verl" else {name: values[name] for name in SHARED}
     shared |= recipe.further if engine == "trl" else {}
     (folder / "config.yaml").write_text(
         (yaml.safe_dump(shared) if shared else "") + _fill(f"{engine}.yaml.in", {
@@ -174,10 +170,10 @@ def _recipe_values(recipe: Recipe, gpus: int) -> dict:
     n_replies = p["per_device_train_batch_size"] * p["gradient_accumulation_steps"]
     n_prompts, n_own = n_replies // p["num_generations"], n_replies // gpus
     if len(recipe.samples) < n_prompts:
-        raise ValueError(f"an update takes {n_prompts} prompts, and {recipe.name} has "
+        raise UserError(f"an update takes {n_prompts} prompts, and {recipe.name} has "
                          f"{len(recipe.samples)}; give more, or lower gradient_accumulation_steps")
     if n_replies % gpus:
-        raise ValueError(f"{gpus} GPUs cannot share the {n_replies} replies of an update evenly; "
+        raise UserError(f"{gpus} GPUs cannot share the {n_replies} replies of an update evenly; "
                          "name another number with --gpus")
     rows = max(rows for rows in range(1, p["per_device_train_batch_size"] + 1) if not n_own % rows)
     names = [text.rpartition(":")[2] for text in p["rewards"]]
@@ -195,7 +191,6 @@ def _recipe_values(recipe: Recipe, gpus: int) -> dict:
         "divides_by_std": p["scale_rewards"] != "none",
         "schedule": "cosine" if p["lr_scheduler_type"] == "cosine" else "constant",
         "verl_mean": MEANS["verl"].get(p["loss_type"]),
-        "easyr1_mean": MEANS["easyr1"].get(p["loss_type"]),
         "lora_alpha": LORA_SCALE * p["lora_r"], "lora_pattern": LORA_TARGETS[p["lora_targets"]],
         "lora_names": ",".join(ADAPTED_PROJECTIONS[p["lora_targets"]]),
         "weights": weights, "reward_weights": list(weights.values()),
@@ -203,7 +198,7 @@ def _recipe_values(recipe: Recipe, gpus: int) -> dict:
 
 
 def _differences(engine: str, recipe: Recipe) -> list[str]:
-    """What the engine computes otherwise than stage 05; ValueError for a loss that it lacks."""
+    """What the engine computes otherwise than stage 05; UserError for a loss that it lacks."""
     means, p = MEANS.get(engine), recipe.params
     left_out = [f"{name} {value}" for name, value in recipe.further.items()
                 if engine != "trl" and (engine, name) != ("swift", "adam_beta2")]
@@ -211,12 +206,12 @@ def _differences(engine: str, recipe: Recipe) -> list[str]:
     if means is None:
         return remarks
     if p["loss_type"] not in means or p["importance_sampling_level"] != "token":
-        raise ValueError(f"the kit hands {engine} the loss_type {', '.join(means)} with ratios per "
+        raise UserError(f"the kit hands {engine} the loss_type {', '.join(means)} with ratios per "
                          f"token, not {p['loss_type']} per {p['importance_sampling_level']}; "
                          "export for trl, or set another loss in --profile")
     facts = {
         f"advantages are divided by the group's standard deviation (here: {p['scale_rewards']})":
-            p["scale_rewards"] == "batch" or (p["scale_rewards"], engine) == ("none", "easyr1"),
+            p["scale_rewards"] == "batch",
         "after its warm-up the learning rate stays (here: linear, to 0)":
             p["lr_scheduler_type"] == "linear",
         "replies without an end count in the loss (here: mask_truncated_completions)":
@@ -227,12 +222,12 @@ def _differences(engine: str, recipe: Recipe) -> list[str]:
 
 
 def _check_limits(box_format: BoxFormat, processor) -> None:
-    """ValueError if engines would resize images that have the size the model sees."""
+    """UserError if engines would resize images that have the size the model sees."""
     token = (processor.patch_size * processor.merge_size)**2
     low, high = 4 * token, 2**14 * token  # of qwen_vl_utils, through which verl and ms-swift read
     is_within = low <= box_format.min_pixels and box_format.max_pixels <= high
     if box_format.coordinates == Coordinates.ABSOLUTE and not is_within:
-        raise ValueError(f"other engines resize images outside of {low} to {high} pixels, which "
+        raise UserError(f"other engines resize images outside of {low} to {high} pixels, which "
                          "would move every box; keep min_pixels and max_pixels within")
 
 
@@ -256,9 +251,6 @@ def _write_rows(engine: str, questions: Iterator[tuple[str, Sample]], encode: Ca
                     "images": [{"bytes": content} for content in contents],
                     "reward_model": {"style": "rule", "ground_truth": question},
                     "extra_info": {"index": number, "id": sample.id}}
-        if engine == "easyr1":
-            return {"text": text, "images": [{"bytes": content} for content in contents],
-                    "question": question}
         names = [f"images/{number}_{place + 1}.png" for place in range(len(sample.images))]
         for name, content in zip(names, contents):
             (folder / name).write_bytes(content)
@@ -268,7 +260,7 @@ def _write_rows(engine: str, questions: Iterator[tuple[str, Sample]], encode: Ca
         return {"text": text, "images": names, "question": question}
 
     rows = (make_row(number, *pair) for number, pair in enumerate(questions))
-    if engine in TABLES:
+    if engine == "verl":
         return _write_table(folder / "train.parquet", rows)
     (folder / "images").mkdir()
     with (folder / "train.jsonl").open("w") as file:

@@ -7,7 +7,7 @@ import imagehash
 import numpy as np
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import write_atomically
+from mig_kit.common import UserError, write_atomically
 from mig_kit.data.records import SkipReport
 from mig_kit.image_files import BadImage, open_rgb, resolve_under_root, to_data_url
 from mig_kit.prompts import format_question
@@ -67,21 +67,21 @@ def find_near_duplicates(train: Hashes, held_out: Hashes) -> Iterator[tuple[str,
 def write_preview(samples: Iterator[Sample], out: Path) -> int:
     """Draw the samples' boxes into one escaped page, and return how many samples were drawn.
 
-    Raises: ValueError for a name not ending in .html, a missing folder, or no sample.
+    Raises: UserError for a name not ending in .html, a missing folder, or no sample.
     """
     import jinja2  # of an extra, as matplotlib of the next
 
     from mig_kit.drawing.pictures import draw_sample
 
     if out.suffix.lower() != ".html":
-        raise ValueError(f"{out} must end in .html")
+        raise UserError(f"{out} must end in .html")
     if not out.absolute().parent.is_dir():
-        raise ValueError(f"{out} is in no folder that exists; make {out.parent} first")
+        raise UserError(f"{out} is in no folder that exists; make {out.parent} first")
     rows = [(sample.id, format_question(sample, BoxFormat(), with_instruction=False),
              sample.letter or f"{len(sample.targets)} drawn in green",
              to_data_url(draw_sample(sample, height=220))) for sample in samples]
     if not rows:
-        raise ValueError("there is no question to draw; the file is empty, or has no correct line "
+        raise UserError("there is no question to draw; the file is empty, or has no correct line "
                          "(mig-kit data check lists what is wrong)")
     page = jinja2.Environment(autoescape=True).from_string(PREVIEW).render(rows=rows)
     write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))

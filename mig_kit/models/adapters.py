@@ -1,7 +1,7 @@
-"""LoRA adapters in folders: which base they were trained on.
+"""LoRA adapters in folders: plain ones, whole, and on the base that they were trained on.
 
-Some initialisations change the base in a way that PEFT cannot compute again; such adapters are
-refused.
+A plain LoRA is lora_A and lora_B (with DoRA's magnitudes) on matrices of a base that its start left
+as it was; the merge is then PEFT's. Every other adapter is refused.
 """
 
 import hashlib
@@ -13,16 +13,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers.utils import cached_file
 
-from mig_kit.common import file_sha256, write_json
+from mig_kit.common import UserError, file_sha256, write_json
 from mig_kit.models.model_folders import locate_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on which weights
-# initialisations that do not change the base, and those whose change PEFT can compute again
-PLAIN = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
-REPEATABLE = ("pissa", "olora", "kasa")
+KEEPS_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # init_lora_weights
+PARTS = {"lora_A.weight", "lora_B.weight"}
 ELSEWHERE = ("merge it where it was trained, with PEFT's merge_and_unload, and give the folder of "
              "the merged model")
 
@@ -34,59 +32,66 @@ class Adapter:
     folder: Path
     config: object  # PEFT's LoraConfig
     modules: dict[str, dict[str, torch.Tensor]]  # adapted module -> its tensors by name
-    replaced: dict[str, torch.Tensor]  # by the name of the model's tensor that they replace
 
 
-def load_adapter(folder: Path, four_bit: bool = False) -> Adapter:
-    """An adapter as PEFT saves it; four_bit: whether it was trained on 4-bit weights.
+def load_adapter(folder: Path) -> Adapter:
+    """A plain LoRA as PEFT saves it.
 
-    Raises: FileNotFoundError if the folder holds none, ValueError if it cannot be merged.
+    Raises: UserError if the folder holds none, or one that changes nothing or is not finite.
     """
     from peft import PeftConfig  # takes seconds to import
 
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter; run the stage that trains it, or "
-                                "save it as adapter_model.safetensors")
+    _require_files(folder)
     config = PeftConfig.from_pretrained(folder)
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    others = []
     if config.peft_type != "LORA":
-        raise ValueError(f"{folder} is no LoRA but {config.peft_type.value}; {ELSEWHERE}")
-    if config.target_parameters:
-        raise ValueError(f"{folder} adapts single parameters (target_parameters); {ELSEWHERE}")
-    start = "kasa" if config.kasa_config else str(config.init_lora_weights).lower()
-    if start not in PLAIN + (() if four_bit else REPEATABLE):
-        cause = "in 4 bit" if four_bit else "without its data or random numbers"
-        raise ValueError(f"the initialisation {start} of {folder} took a part out of the base that "
-                         f"cannot be computed again {cause}; {ELSEWHERE}")
-    modules, replaced = {}, {}
-    for key, tensor in load_file(path).items():
-        name = key.removeprefix("base_model.model.")
-        module, is_lora, rest = name.partition(".lora_")
-        if is_lora:
-            modules.setdefault(module, {})[f"lora_{rest}"] = tensor
-        else:
-            replaced[name.replace(".base_layer.", ".")] = tensor
-    return Adapter(Path(folder), config, modules, replaced)
+        others.append(f"a {config.peft_type.value}")
+    elif str(config.init_lora_weights).lower() not in KEEPS_BASE:
+        others.append(f"init_lora_weights {config.init_lora_weights}")
+    for key, tensor in load_file(Path(folder) / FILES[1]).items():
+        module, is_lora, rest = key.removeprefix("base_model.model.").partition(".lora_")
+        if not is_lora or f"lora_{rest}" not in PARTS | {"lora_magnitude_vector"}:
+            others.append(key)
+        elif not tensor.isfinite().all():
+            raise UserError(f"the adapter {folder} is not finite: {key} holds NaN or infinity")
+        modules.setdefault(module, {})[f"lora_{rest}"] = tensor
+    if others:
+        raise UserError(f"{folder} is no plain LoRA ({others[0]}), which alone is merged here; "
+                        f"{ELSEWHERE}")
+    if halves := [name for name, parts in modules.items() if not PARTS <= parts.keys()]:
+        raise UserError(f"{folder} has only a part of {halves[0]}; save the adapter again")
+    changes = config.lora_alpha and any(parts["lora_B.weight"].any() for parts in modules.values())
+    # a training of the kit's own without a signal may have changed nothing
+    if not changes and not (Path(folder) / RECORD).is_file():
+        raise UserError(f"the adapter {folder} changes nothing: lora_B is 0 in all {len(modules)} "
+                        "layers, or lora_alpha is; it was saved before training, or without its "
+                        "weights")
+    return Adapter(Path(folder), config, modules)
 
 
 def check_adapter_fits(adapter: Adapter, model: torch.nn.Module, base: str | Path) -> None:
-    """ValueError if the adapter changes what `model` (on the meta device) lacks, or shares."""
-    if unknown := sorted(adapter.modules.keys() - dict(model.named_modules())):
-        raise ValueError(
+    """UserError unless the adapter is on the layers of `model` (on the meta device) that its
+    settings name.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    modules = dict(model.named_modules())
+    if unknown := sorted(adapter.modules.keys() - modules.keys()):
+        raise UserError(
             f"the adapter changes {unknown[0]}, which {base} does not have; give the base that the "
             "adapter was trained on, or train it with transformers 4.52 or later: older ones name "
             "layers otherwise")
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if unknown := sorted(name for name, tensor in adapter.replaced.items()
-                         if tensor.shape != shapes.get(name)):
-        raise ValueError(f"{adapter.folder} holds {unknown[0]}, which is neither a LoRA matrix nor "
-                         f"in place of a tensor of {base}; {ELSEWHERE}")
-    changed = {*adapter.modules, *(name.rpartition(".")[0] for name in adapter.replaced)}
-    tied = [name for name in sorted(changed) if name.endswith(("lm_head", "embed_tokens"))]
+    if adapter.config.target_modules != "all-linear":
+        lacking = [name for name in modules if name not in adapter.modules
+                   and check_target_module_exists(adapter.config, name)]
+        if lacking:
+            raise UserError(f"the adapter {adapter.folder} lacks {len(lacking)} layers that its "
+                            f"target_modules name, such as {lacking[0]}; save or copy it again")
+    tied = [name for name in adapter.modules if name.endswith(("lm_head", "embed_tokens"))]
     if tied and model.config.tie_word_embeddings:
-        raise ValueError(f"the adapter changes {tied[0]}, but embeddings and head of {base} are "
-                         "one tensor: no merged folder computes what training saw; train without "
-                         "it, or on a base that does not tie them")
+        raise UserError(f"the adapter changes {tied[0]}, but embeddings and head of {base} are one "
+                        "tensor: no merged folder computes what training saw; train without it")
 
 
 def weights_digest(model: str | Path) -> str:
@@ -120,11 +125,9 @@ def check_adapter_base(adapter: Path, base: str | Path, four_bit: bool | None = 
     """One sentence if it is unknown whether the adapter was trained on the weights of `base` (a
     folder or hub name), or if four_bit is not as in its training; else "".
 
-    Raises: ValueError for an adapter of other weights, FileNotFoundError for no adapter.
+    Raises: UserError for an adapter of other weights.
     """
-    for file in FILES:
-        if not (adapter / file).is_file():
-            raise FileNotFoundError(f"{adapter} has no {file}; give the folder that PEFT has saved")
+    _require_files(adapter)
     name, record = _named_base(adapter), _read_record(adapter)
     in_4_bit = record.get("four_bit", four_bit)
     remark = "" if four_bit in (None, in_4_bit) else (
@@ -132,16 +135,22 @@ def check_adapter_base(adapter: Path, base: str | Path, four_bit: bool | None = 
         f"{'add' if in_4_bit else 'leave out'} --four-bit")
     if not record and name == str(base):
         return remark
-    local = None if record else _find_base(name)
-    expected = weights_digest(local) if local else record.get("weights", "")
-    is_known = expected or (_is_hub_name(name) and not Path(base).is_dir())
-    if not is_known:
+    expected = record.get("weights") or (
+        weights_digest(name) if name and Path(name).is_dir() else "")
+    if not expected:
         return (f"{adapter} says that its base is {name or 'nothing'}; whether {base} has the same "
                 "weights cannot be known here")
-    if not expected or weights_digest(base) != expected:
-        raise ValueError(f"{adapter} was not trained on the weights of {base}; its base is {name}, "
-                         "as it was then: give that model, or a copy of it")
+    if weights_digest(base) != expected:
+        raise UserError(f"{adapter} was not trained on the weights of {base}; its base is {name}, "
+                        "as it was then: give that model, or a copy of it")
     return remark
+
+
+def _require_files(folder: Path) -> None:
+    for name in FILES:
+        if not (Path(folder) / name).is_file():
+            raise UserError(f"{folder} holds no adapter: it has no {name}; run the stage that "
+                            "trains it, or give the folder that PEFT has saved")
 
 
 def _read_record(adapter: Path) -> dict:
@@ -154,18 +163,3 @@ def _named_base(adapter: Path) -> str:
     name = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
     folder = adapter / (name or "nothing")
     return os.path.normpath(folder.absolute()) if folder.is_dir() else name or ""
-
-
-def _is_hub_name(name: str) -> bool:
-    return bool(name) and not name.startswith((".", "/")) and name.count("/") <= 1
-
-
-def _find_base(name: str) -> Path | None:
-    """The folder of a base on this machine, be it in the hub's cache; None without weights."""
-    if name and Path(name).is_dir():
-        return Path(name)
-    config = _is_hub_name(name) and cached_file(
-        name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False)
-    folder = Path(config).parent if config else None
-    return folder if folder and any(folder.glob("*.safetensors")) else None

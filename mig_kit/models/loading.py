@@ -12,12 +12,12 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import model_folder, release_memory
+from mig_kit.common import UserError, model_folder, release_memory
 from mig_kit.models.adapters import check_adapter_base
 from mig_kit.models.model_folders import (
     FAMILIES,
     VisionLanguageModel,
-    check_model_folder,
+    check_weights,
     load_config,
 )
 from mig_kit.models.processors import StillImageProcessor, load_processor
@@ -76,16 +76,16 @@ def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
     dtype: "auto" (bf16 products where they are faster), "float32" or "bfloat16". device: "auto" (a
-    GPU if there is one), "cuda" or "cpu". ValueError for other words, RuntimeError if PyTorch sees
+    GPU if there is one), "cuda" or "cpu". UserError for other words, UserError if PyTorch sees
     no GPU for "cuda".
     """
     if dtype not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
+        raise UserError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
     if device not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"device is '{device}'; use auto, cuda or cpu")
+        raise UserError(f"device is '{device}'; use auto, cuda or cpu")
     settle_vector_math()
     if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
+        raise UserError(
             f"PyTorch {torch.__version__} sees no GPU, and device is 'cuda'; check the driver with "
             "nvidia-smi, or set device to cpu")
     if device != "cpu" and torch.cuda.is_available():
@@ -159,7 +159,7 @@ def load_model(model: str | Path, hardware: Hardware,
 
     four_bit: NF4 with double quantisation, but for the vision tower, the head and fused experts.
     """
-    check_model_folder(model)
+    check_weights(model)
     config, quantization = load_config(model), None
     if four_bit and config.model_type.endswith("_moe"):
         warnings.warn(f"the experts of {model} stay in {hardware.dtype}: bitsandbytes quantises "
@@ -172,21 +172,14 @@ def load_model(model: str | Path, hardware: Hardware,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if bf16_products else torch.float32,
             llm_int8_skip_modules=FULL_PRECISION_MODULES)
-    try:
-        weights = FAMILIES[config.model_type].from_pretrained(
-            model,
-            config=config,
-            dtype=hardware.dtype,
-            attn_implementation=hardware.attention,
-            quantization_config=quantization,
-            device_map=hardware.device,
-            use_safetensors=True)
-    except OSError as error:
-        if "safetensors" not in str(error):
-            raise
-        raise FileNotFoundError(
-            f"the weights of {model} are not complete on this machine; hf download {model} again "
-            "(weights in another format than safetensors are not loaded)") from error
+    weights = FAMILIES[config.model_type].from_pretrained(
+        model,
+        config=config,
+        dtype=hardware.dtype,
+        attn_implementation=hardware.attention,
+        quantization_config=quantization,
+        device_map=hardware.device,
+        use_safetensors=True)
     pack_windows(weights.model.visual, hardware)
     patch_embed = weights.model.visual.patch_embed
     patch_embed.proj = PatchProduct(patch_embed.proj)
@@ -235,7 +228,7 @@ def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware,
                         box_format: BoxFormat) -> Policy:
     """The 4-bit base under a saved adapter that goes on being trained, without dropout.
 
-    Raises ValueError as `check_adapters`, and for another base's adapter.
+    Raises UserError as `check_adapters`, and for another base's adapter.
     """
     from peft import LoraConfig, PeftModel
 
@@ -250,7 +243,7 @@ def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware,
 
 
 def check_adapters(model: torch.nn.Module) -> list[str]:
-    """Full names of the modules that carry a LoRA adapter; ValueError if they are wrong ones."""
+    """Full names of the modules that carry a LoRA adapter; UserError if they are wrong ones."""
     names = sorted(name for name, module in model.named_modules()
                    if "lora_A" in dict(module.named_children()))
     outside = [name for name in names if "language_model" not in name]
@@ -260,9 +253,9 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
     expected = sum("language_model." in name and name.rpartition(".")[2] in ADAPTED_PROJECTIONS[key]
                    for name, _ in model.named_modules())
     if outside:
-        raise ValueError(f"LoRA landed outside the language model ({outside[0]}); "
+        raise UserError(f"LoRA landed outside the language model ({outside[0]}); "
                          "use LORA_TARGETS of mig_kit.models.loading")
     if len(names) != expected:
-        raise ValueError(f"LoRA is on {len(names)} projections, expected {expected}; "
+        raise UserError(f"LoRA is on {len(names)} projections, expected {expected}; "
                          "use LORA_TARGETS of mig_kit.models.loading")
     return names

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from mig_kit.common import apply_umask, release_memory, write_json
+from mig_kit.common import UserError, apply_umask, release_memory, write_json
 from mig_kit.models.adapters import (
     Adapter,
     check_adapter_base,
@@ -26,7 +26,7 @@ from mig_kit.models.loading import ADAPTED_PROJECTIONS, FULL_PRECISION_MODULES, 
 from mig_kit.models.model_folders import (
     FAMILIES,
     INDEX,
-    check_model_folder,
+    check_weights,
     copy_unchanged_files,
     load_config,
     locate_tensors,
@@ -44,13 +44,13 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
         hardware: merges happen in its dtype, with the result of PEFT's merge_and_unload.
         four_bit: merge into weights that are rounded to NF4, as `load_model(..., four_bit=True)`
             computes with them.
-    Raises: ValueError for another model's adapter, or one that cannot be merged.
+    Raises: UserError for another model's adapter, or one that cannot be merged.
     """
-    check_model_folder(base)
+    check_weights(base)
     config = load_config(base)
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config)
-    lora = load_adapter(adapter, four_bit)
+    lora = load_adapter(adapter)
     check_adapter_fits(lora, model, base)
     check_adapter_base(adapter, base)
     temporary = folder.with_name(folder.name + ".tmp")
@@ -63,16 +63,13 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
                  and not name.startswith(tuple(FULL_PRECISION_MODULES))}
 
     def read(saved_name: str, name: str) -> torch.Tensor:
-        tensor = lora.replaced[name] if name in lora.replaced else read_tensor(
-            source, saved_name, name)
-        tensor = tensor.to(hardware.device, hardware.dtype)
+        tensor = read_tensor(source, saved_name, name).to(hardware.device, hardware.dtype)
         return round_to_nf4(tensor) if name in quantised else tensor
 
     def merge(saved_name: str) -> torch.Tensor:
         name = names[saved_name]
         layer_name, _, part = name.rpartition(".")
-        is_changed = part == "weight" or lora.config.lora_bias
-        if layer_name not in lora.modules or not is_changed:
+        if layer_name not in lora.modules or part != "weight":
             return read(saved_name, name)
         layer = copy.deepcopy(model.get_submodule(layer_name))
         prefix = saved_name.removesuffix(part)  # as the base's files say it
@@ -102,7 +99,7 @@ def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str
 
     layer: the module `name` with the base's weights, which may change.
     Returns: the layer's parameters by their names in it.
-    Raises: ValueError if PEFT cannot merge the adapter.
+    Raises: UserError if PEFT cannot merge the adapter.
     """
     from peft import inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -124,8 +121,8 @@ def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str
         if lacking or result.unexpected_keys:
             raise ValueError(f"{[*lacking, *result.unexpected_keys][0]} does not fit the settings")
         root.get_submodule(name).merge(safe_merge=True)
-    except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise ValueError(f"PEFT cannot merge {adapter.folder} into {name} of this base "
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"PEFT cannot merge {adapter.folder} into {name} of this base "
                          f"({' '.join(str(error).split())[:200]}); give the base that it was "
                          "trained on, or an adapter of another kind") from error
     return dict(root.get_submodule(name).get_base_layer().named_parameters())

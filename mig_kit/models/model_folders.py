@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from mig_kit.image_files import LFS_POINTER, is_lfs_pointer
+from mig_kit.common import UserError
 from mig_kit.shared_prefix import prompt_cache
 
 # model_type of config.json -> class of the model
@@ -32,6 +36,9 @@ UNCHANGED_FILES = (
     "video_preprocessor_config.json",
 )
 INDEX = "model.safetensors.index.json"
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+CHUNK_BYTES = 2**22
+MOST = 1e6  # a weight beyond it is no trained one
 VisionLanguageModel = PreTrainedModel  # of one of FAMILIES
 
 
@@ -53,14 +60,17 @@ def locate_tensors(base: str | Path) -> dict[str, Path]:
         files = json.loads(index.read_text())["weight_map"]
         paths = {file: find_file(base, file) for file in sorted(set(files.values()))}
         if lacking := [file for file, path in paths.items() if path is None]:
-            raise FileNotFoundError(f"{base} has no {lacking[0]}, which its index names; copy or "
+            raise UserError(f"{base} has no {lacking[0]}, which its index names; copy or "
                                     "download it again")
         return {name: paths[file] for name, file in files.items()}
     path = find_file(base, "model.safetensors")
     if path is None:
-        raise FileNotFoundError(f"{base} has neither model.safetensors nor {INDEX}; copy one")
-    with safe_open(path, "pt") as file:
-        return dict.fromkeys(file.keys(), path)
+        raise UserError(f"{base} has neither model.safetensors nor {INDEX}; copy one")
+    try:
+        with safe_open(path, "pt") as file:
+            return dict.fromkeys(file.keys(), path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is cut or broken ({error}); copy it again") from error
 
 
 def copy_unchanged_files(base: str | Path, folder: Path) -> None:
@@ -80,48 +90,95 @@ def read_model_type(model: str | Path, ask_hub: bool = True) -> str:
 
 
 def check_model_folder(model: str | Path) -> None:
-    """FileNotFoundError if a local folder lacks files, ValueError if it is of none of FAMILIES."""
+    """UserError if a local folder lacks files, is of none of FAMILIES, or holds two models."""
     path = Path(model)
     if not path.exists():
         could_be_hub_name = os.sep not in str(model) or str(model).count("/") == 1
         if str(model).startswith(".") or not could_be_hub_name:
-            raise FileNotFoundError(f"no model folder at {model}; run the stage that makes it, or "
-                                    "give a hub name")
+            raise UserError(f"no model folder at {model}; run the stage that makes it, or give a "
+                            "hub name")
         return
-    for file in path.glob("*.*"):
-        if file.is_file() and is_lfs_pointer(file):
-            raise ValueError(f"{file} {LFS_POINTER}")
     names = {entry.name for entry in path.iterdir()}
-    if "adapter_config.json" in names and "config.json" not in names:
+    adapter = names & {"adapter_config.json", "adapter_model.safetensors"}
+    if adapter and "config.json" not in names:
         config = json.loads((path / "adapter_config.json").read_text())
         base = config.get("base_model_name_or_path") or "ITS_BASE"
         base = os.path.normpath(path / base) if (path / base).is_dir() else base
-        raise FileNotFoundError(f"{model} holds an adapter, not a model; merge it into its base "
-                                f"first (stage 03), or ask: mig-kit eval --model {base} --adapter "
-                                f"{model} (and --four-bit if 4-bit weights were under it)")
+        raise UserError(f"{model} holds an adapter, not a model; merge it into its base first "
+                        f"(stage 03), or ask: mig-kit eval --model {base} --adapter {model} (and "
+                        "--four-bit if 4-bit weights were under it)")
+    if adapter:
+        raise UserError(f"{model} holds {min(adapter)} beside full weights, which transformers "
+                        "would add to them once more; move it out of the folder")
     _refuse_other_family(path)
-    has_weights = any(name.endswith(".safetensors") for name in names)
-    is_cut = any((path / ".cache" / "huggingface").rglob("*.incomplete"))
-    index = path / "model.safetensors.index.json"
-    missing = sorted({*json.loads(index.read_text())["weight_map"].values()} - names
-                     if index.is_file() else ())
-    missing += ["*.safetensors"] * (is_cut and not has_weights)
-    missing += [name for name in _missing_settings(names) if is_cut]
-    if missing:
-        raise FileNotFoundError(f"{model} is not complete, {missing[0]} is missing; hf download or "
-                                "copy it again")
-    if not has_weights:
-        raise FileNotFoundError(f"{model} holds no *.safetensors; only safetensors weights are "
-                                "loaded, so convert them")
-    for weights in path.glob("*.safetensors"):
-        try:
-            with safe_open(weights, "pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{weights} is cut or broken ({error}); copy it again") from error
-    for name in _missing_settings(names):
-        raise FileNotFoundError(f"{model} has no {name}; copy it from the model that this one was "
-                                "made from")
+    weights = {name for name in names if name.endswith(".safetensors")}
+    named = ({*json.loads((path / INDEX).read_text())["weight_map"].values()} if INDEX in names
+             else {"model.safetensors"})
+    if weights > named:
+        raise UserError(f"{model} holds two sets of weights, {min(named)} and "
+                        f"{min(weights - named)}; leave one")
+    if missing := [*sorted(named - weights), *_missing_settings(names)]:
+        raise UserError(f"{model} is not complete, {missing[0]} is missing; hf download or copy it "
+                        "again (only safetensors weights are loaded)")
+
+
+def check_weights(model: str | Path) -> None:
+    """UserError unless the weights of a folder or hub name are whole, of its family, and finite.
+
+    Checked once for the same files; the 7.5 GB of a 3B take about two seconds on two cores.
+    """
+    check_model_folder(model)
+    paths = sorted({*locate_tensors(model).values()})
+    _check_files(model, tuple((path, path.stat().st_size, path.stat().st_mtime_ns)
+                              for path in [*paths, find_file(model, "config.json")]))
+
+
+@lru_cache(8)
+def _check_files(model: str | Path, files: tuple[tuple[Path, int, int], ...]) -> None:
+    config = load_config(model)
+    try:  # transformers' own names of tensors, without their values
+        _, info = FAMILIES[config.model_type].from_pretrained(
+            model, config=config, device_map="meta", output_loading_info=True,
+            use_safetensors=True)
+        paths = [path for path, *_ in files if path.suffix == ".safetensors"]
+        chunks = [chunk for path in paths for chunk in _iter_chunks(path)]
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"the weights of {model} are cut or of another shape ({error}); copy or "
+                        "download them again") from error
+    if missing := sorted({*info["missing_keys"]}):
+        other = sorted({*info["unexpected_keys"]})
+        raise UserError(f"the weights of {model} lack {len(missing)} tensors, the first is "
+                        f"{missing[0]}{f'; they hold {other[0]} instead' if other else ''}; copy "
+                        "or save them again")
+    with ThreadPoolExecutor(2) as pool:
+        for name in filter(None, pool.map(_find_not_finite, (chunks[::2], chunks[1::2]))):
+            raise UserError(f"the weights of {model} are not finite: {name} holds NaN, infinity "
+                            f"or numbers beyond {MOST:.0e}; its training went wrong")
+
+
+def _iter_chunks(path: Path) -> Iterator[tuple[str, torch.dtype, Path, int, int]]:
+    """(tensor, dtype, file, offset, bytes) of parts of a file's floating-point tensors."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    for name, facts in header.items():
+        if dtype := FLOATS.get(facts.get("dtype")):
+            start, end = facts["data_offsets"]
+            for offset in range(start, end, CHUNK_BYTES):
+                yield name, dtype, path, 8 + length + offset, min(CHUNK_BYTES, end - offset)
+
+
+def _find_not_finite(chunks: list[tuple[str, torch.dtype, Path, int, int]]) -> str:
+    """The tensor of the first chunk that holds NaN or a number beyond MOST, "" if none does."""
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    for name, dtype, path, offset, size in chunks:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            file.readinto(buffer.numpy()[:size])
+        least, most = buffer[:size].view(dtype).aminmax()
+        if not (-MOST < least and most < MOST):  # NaN is neither
+            return name
+    return ""
 
 
 def _missing_settings(names: set[str]) -> list[str]:
@@ -137,7 +194,7 @@ def _missing_settings(names: set[str]) -> list[str]:
 def _refuse_other_family(model: str | Path) -> None:
     family = read_model_type(model)
     if family and family not in FAMILIES:
-        raise ValueError(f"{model} is a {family}; the kit loads {', '.join(FAMILIES)}; any other "
+        raise UserError(f"{model} is a {family}; the kit loads {', '.join(FAMILIES)}; any other "
                          "model answers through a server (mig-kit eval --model NAME --server URL "
                          "--coordinates normalized_1000 or absolute), and mig-kit score judges "
                          "the replies that it has given to a benchmark")
@@ -146,7 +203,7 @@ def _refuse_other_family(model: str | Path) -> None:
 def load_config(model: str | Path):
     """The configuration of a folder or hub name.
 
-    Raises: FileNotFoundError if there is none, ValueError for a quantised one or none of FAMILIES.
+    Raises: UserError if there is none, or for a quantised one or none of FAMILIES.
     """
     _refuse_other_family(model)
     try:
@@ -154,12 +211,20 @@ def load_config(model: str | Path):
     except OSError as error:
         cause = str(error).splitlines()[0]
         if Path(model).is_dir():
-            raise ValueError(f"{cause}; copy it from the model that this one was made "
+            raise UserError(f"{cause}; copy it from the model that this one was made "
                              "from") from error
-        raise FileNotFoundError(
+        raise UserError(
             f"there is no folder {model}, and the hub gave no model of this name ({cause}); "
             "give a folder, or a hub name such as Qwen/Qwen2.5-VL-7B-Instruct") from error
     if "quantization_config" in config.to_dict():
-        raise ValueError(f"{model} holds quantised weights, which are neither what training saw "
+        raise UserError(f"{model} holds quantised weights, which are neither what training saw "
                          "nor what a merge gives; give the full weights (stage 03 writes them)")
     return config
+
+
+def load_generation_config(model: str | Path) -> GenerationConfig:
+    """The model's generation_config.json, or else what its config.json says."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(model))

@@ -1,7 +1,6 @@
 """Processors: load them with the run's pixel limits, save them, check what the model sees."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,13 +14,19 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
-from mig_kit.models.model_folders import check_model_folder, find_file, load_config
+from mig_kit.common import UserError
+from mig_kit.models.model_folders import (
+    check_model_folder,
+    find_file,
+    load_config,
+    load_generation_config,
+)
 from mig_kit.prompts import chat_messages, parse_reply
 from mig_kit.sample import Sample
+from mig_kit.shared_prefix.generation import end_token_ids
 from mig_kit.shared_prefix.prompt_cache import ImagePrompts
 
 SETTINGS_FILE = "mig_kit.json"  # of a model folder: what its other files have no place for
-MOST_PROBED = 2**22  # pixels of a probe image; larger ones take seconds and a gigabyte
 
 
 class StillImageProcessor(ImagePrompts):
@@ -82,9 +87,9 @@ class StillImageProcessor(ImagePrompts):
         return prompt + self.cut_opened(reply) + plain.rpartition("It is there.")[2]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
-        """Write tokenizer, chat template and image settings; ValueError for push_to_hub."""
+        """Write tokenizer, chat template and image settings; UserError for push_to_hub."""
         if push_to_hub:
-            raise ValueError("the trainers send nothing to the Hub; use: hf upload")
+            raise UserError("the trainers send nothing to the Hub; use: hf upload")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
@@ -115,18 +120,18 @@ def _write_settings(path: Path, values: dict) -> None:
 def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProcessor:
     """The processor of a model folder or hub name; the one place that sets its pixel limits.
 
-    Raises: FileNotFoundError without processor files; ValueError unless the model sees images and
+    Raises: UserError without processor files, and unless the model sees images and
     writes boxes as `box_format` says.
     """
     check_model_folder(model)
     family = load_config(model).model_type
     if family != "qwen2_5_vl" and box_format.coordinates != Coordinates.NORMALIZED_1000:
-        raise ValueError(f"{model} is a {family}, which writes boxes in 0 to 1000; "
+        raise UserError(f"{model} is a {family}, which writes boxes in 0 to 1000; "
                          "set the parameter coordinates to normalized_1000")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # what reads tokenizer.json raises nothing narrower
-        raise ValueError(f"the tokenizer of {model} cannot be read ({error}); copy tokenizer.json "
+        raise UserError(f"the tokenizer of {model} cannot be read ({error}); copy tokenizer.json "
                          "and tokenizer_config.json again") from error
     # The only place with limits: two would resize twice and shift every box. They are called
     # min_pixels and max_pixels, because a `size` loses against a published folder's own limits.
@@ -137,14 +142,18 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
         stock_class=PROCESSOR_MAPPING_NAMES[family],
         coordinates=box_format.coordinates)
     check_chat_template(processor, box_format, model)
-    check_probe_images(processor, box_format, model)
+    vision = load_config(model).vision_config
+    if not images.do_resize or (images.patch_size, images.merge_size) != (
+            vision.patch_size, vision.spatial_merge_size):
+        raise UserError(f"{model} resizes images otherwise than its vision tower reads them; mend "
+                        "do_resize, patch_size and merge_size in its preprocessor_config.json")
     return processor
 
 
 def read_box_format(model: str | Path) -> BoxFormat:
     """The box format of a model folder or hub name: as the kit saved it, else its family's.
 
-    Raises: as `load_config`; ValueError for settings that cannot be used.
+    Raises: as `load_config`; UserError for settings that cannot be used.
     """
     is_absolute = load_config(model).model_type == "qwen2_5_vl"
     coordinates = Coordinates.ABSOLUTE if is_absolute else Coordinates.NORMALIZED_1000
@@ -156,7 +165,7 @@ def read_box_format(model: str | Path) -> BoxFormat:
         return BoxFormat(size["shortest_edge"], size["longest_edge"], coordinates)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         cause = str(error).splitlines()[0]
-        raise ValueError(f"{model} has image settings that cannot be used ({cause}); mend "
+        raise UserError(f"{model} has image settings that cannot be used ({cause}); mend "
                          f"min_pixels and max_pixels in its preprocessor_config.json, or "
                          f"coordinates in its {SETTINGS_FILE}") from error
 
@@ -183,50 +192,48 @@ def load_chat_template(model: str | Path) -> str | None:
 
 def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
                         model: str | Path) -> None:
-    """Raise ValueError unless the chat template gives every image of a prompt a place."""
+    """Raise UserError unless the template has a place for every image, asks for a reply, and ends
+    one with a token at which generation ends.
+    """
     remedy = "copy chat_template.jinja or .json from the model that this one was made from"
     if not processor.chat_template:
-        raise ValueError(f"{model} has no chat template; {remedy}")
-    probe = Sample("", "", "", "", (None, None), "Where is it?")
-    text = _fill_template(processor, chat_messages(probe, box_format))
+        raise UserError(f"{model} has no chat template; {remedy}")
+    messages = chat_messages(Sample("", "", "", "", (None, None), "Where is it?"), box_format)
+    without, text = (_fill_template(processor, messages, asks) for asks in (False, True))
     if text.count(processor.image_token) != 2:
-        raise ValueError(f"the chat template of {model} leaves images out; {remedy}")
-
-
-def check_probe_images(processor: StillImageProcessor, box_format: BoxFormat,
-                       model: str | Path) -> None:
-    """Raise ValueError unless images below, between and above the limits get the right size."""
-    low, high = box_format.min_pixels, box_format.max_pixels
-    areas = (low / 2, math.sqrt(low * high), 2 * high)
-    sizes = [(math.ceil(math.sqrt(area * 4 / 3)), math.ceil(math.sqrt(area * 3 / 4)))
-             for area in areas if area < MOST_PROBED]
-    images = [Image.new("RGB", size) for size in sizes]
-    try:
-        grids = processor.image_processor(images, return_tensors="pt")["image_grid_thw"]
-        check_image_grids(processor, box_format, grids, sizes)
-    except ValueError as error:
-        raise ValueError(f"{model}: {error}; mend do_resize, patch_size and merge_size in its "
-                         "preprocessor_config.json") from error
+        raise UserError(f"the chat template of {model} leaves images out; {remedy}")
+    if text == without:
+        raise UserError(f"the chat template of {model} ignores add_generation_prompt, so that no "
+                        f"prompt asks for a reply; {remedy}")
+    reply = {"role": "assistant", "content": [{"type": "text", "text": "It is there."}]}
+    ending = _fill_template(processor, [*messages, reply], False).rpartition("It is there.")[2]
+    ids = processor.tokenizer(ending.strip(), add_special_tokens=False)["input_ids"]
+    ends = end_token_ids(load_generation_config(model), processor)
+    if ids and ids[0] not in ends:
+        names = processor.tokenizer.convert_ids_to_tokens([ids[0], *ends])
+        raise UserError(f"the chat template of {model} ends a reply with {names[0]}, and its "
+                        f"generation_config.json and tokenizer end one at {', '.join(names[1:])}, "
+                        "so replies would run on; add the token's id to eos_token_id")
 
 
 def render_prompt(processor: StillImageProcessor, sample: Sample, box_format: BoxFormat) -> str:
-    """The sample's prompt as text; ValueError unless it has one place for each image."""
+    """The sample's prompt as text; UserError unless it has one place for each image."""
     text = _fill_template(processor, chat_messages(sample, box_format))
     token, n_images = processor.image_token, len(sample.images)
     if text.count(token) != n_images:
-        raise ValueError(f"the prompt of {sample.id} has {text.count(token)} places for its "
+        raise UserError(f"the prompt of {sample.id} has {text.count(token)} places for its "
                          f"{n_images} images; take {token} out of the question")
     return text
 
 
 def _fill_template(processor: StillImageProcessor, messages: list[dict],
                    asks_reply: bool = True) -> str:
-    """The messages as text; ValueError if the template fails."""
+    """The messages as text; UserError if the template fails."""
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=asks_reply,
                                              tokenize=False)
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError) as error:
-        raise ValueError(
+    except jinja2.TemplateError as error:
+        raise UserError(
             f"the chat template fails with {type(error).__name__}: {error}; copy "
             "chat_template.jinja from the model that this one was made from") from error
 
@@ -279,7 +286,7 @@ def count_prompt_tokens(processor: StillImageProcessor, sample: Sample,
 
 def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
                       grid_thw: torch.Tensor | None, sizes: list[tuple[int, int]]) -> None:
-    """Raise ValueError unless the model sees each image at the size for which boxes are computed.
+    """Raise UserError unless the model sees each image at the size for which boxes are computed.
 
     grid_thw: (images, 3) int, patches of each image; sizes: (width, height) of the originals.
     """
@@ -292,7 +299,7 @@ def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
         if box_format.coordinates == Coordinates.ABSOLUTE:
             computed = coordinate_size(size, Coordinates.ABSOLUTE, box_format)
         if seen != computed:
-            raise ValueError(
+            raise UserError(
                 f"image {number} of {size[0]}x{size[1]} px reaches the model at "
                 f"{seen[0]}x{seen[1]} px, but boxes are computed for "
                 f"{computed[0]}x{computed[1]} px (min_pixels {box_format.min_pixels}, max_pixels "

@@ -1,11 +1,10 @@
-"""How processes start and end: launchers, such as `torchrun --nproc-per-node 8`, and disks."""
+"""How processes are started: launchers, such as `torchrun --nproc-per-node 8`."""
 
 import argparse
 import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +56,3 @@ def parse_launcher(launcher: str) -> Launch:
 def search_path() -> str:
     """PATH with the folder of this Python's own programs (torchrun, accelerate) first."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-
-
-def describe_exit(status: int | None) -> str:
-    """How a process ended; status: of `subprocess`, or 128 + n after signal n, None if unknown."""
-    number = -status if status and status < 0 else (status or 0) - 128
-    if not 0 < number < signal.NSIG:
-        return f"ended with status {'unknown' if status is None else status}"
-    hint = ("; the system ends so what takes too much memory: free some, or ask for more"
-            if number == signal.SIGKILL else "")
-    return f"was ended by signal {number} ({signal.strsignal(number)}){hint}"

@@ -17,8 +17,7 @@ from mig_kit.image_files import LazyImages
 from mig_kit.models.loading import Hardware, Policy, load_policy
 from mig_kit.models.sample_prompts import SampleCache, make_cache, reply_logps
 from mig_kit.sample import Sample
-from mig_kit.serving.server import Question, ServedModel
-from mig_kit.serving.server_process import serve_model
+from mig_kit.serving.server import Question, ServedModel, serve_model
 from mig_kit.serving.stored_replies import count_endings, format_row, load_replies
 from mig_kit.shared_prefix.decoding import fuse_decoding_weights, train_mode_for_4bit_layers
 from mig_kit.shared_prefix.generation import (
@@ -38,18 +37,16 @@ Drawn = tuple[list[str], list[str]]  # replies to a sample, and why each of them
 
 @contextmanager
 def open_policy(model: str | Path, system: str, hardware: Hardware, box_format: BoxFormat,
-                folder: Path, params: SimpleNamespace) -> Iterator[Policy | ServedModel]:
+                params: SimpleNamespace) -> Iterator[Policy | ServedModel]:
     """Opens what draws a model's replies: a policy, or servers if `params.server` names any.
 
-    model: a folder or hub name. system: the model's name in the run. A server that is started here
-    writes its log to folder/server_<system>.log and ends with the context.
+    model: a folder or hub name. system: the model's name in the run.
     """
     if not params.server:
         yield load_policy(model, hardware, box_format)
         release_memory()  # the caller has dropped the policy
         return
-    log = folder / f"server_{system}.log"
-    with serve_model(params.server, params.concurrency, model, system, box_format, log) as served:
+    with serve_model(params.server, params.concurrency, model, system, box_format) as served:
         yield served
 
 
@@ -215,7 +212,7 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
         if cache:
             cache.release()  # so that two models need not be in memory at a time
         release_memory()
-        with open_policy(model, system, hardware, box_format, folder.parent, params) as policy:
+        with open_policy(model, system, hardware, box_format, params) as policy:
             if cache:  # no stage trains the vision tower: all systems see the same
                 cache.serve(policy.model)
             elif isinstance(policy, Policy):

@@ -13,17 +13,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import apply_umask, file_sha256
-from mig_kit.openai_client import RequestFailed
+from mig_kit.common import UserError, apply_umask, file_sha256
+from mig_kit.openai_client import RequestFailed, request_json
 from mig_kit.sample import Sample
-from mig_kit.serving.server import Question, ServedModel, ServedReply, Server
-from mig_kit.serving.server_process import serve_model
+from mig_kit.serving.server import (
+    Question,
+    ServedModel,
+    ServedReply,
+    Server,
+    list_models,
+    serve_model,
+)
 from mig_kit.shared_prefix.generation import SamplingOptions
 from mig_kit.shared_prefix.prompt_cache import Prompt
 
@@ -56,10 +61,12 @@ class ServedRollouts:
         """Draws `group` completions to each prompt, in sequence.
 
         Returns: (token ids of each, their log-probabilities); a cut one has no end token.
-        Raises: RuntimeError for a stale adapter or other prompt ids.
+        Raises: UserError for other prompt ids; RequestFailed with a server's words.
         """
         if self.served is None:
-            self._open(trainer.accelerator)
+            self.served = self.context.enter_context(serve_model(
+                self.params.server, self.params.concurrency, self.model, "sft", self.box_format))
+            self.model_name = self.served.name
         if self.version != trainer.state.global_step + 1:
             self._try_canary(trainer, Question(samples[0], 1, prompts[0].ids.tolist()))
             self._sync(trainer)
@@ -74,25 +81,9 @@ class ServedRollouts:
         return [reply.ids for reply in replies], [reply.logps for reply in replies]
 
     def close(self) -> None:
-        """End a server that this has started."""
+        """End the connections."""
         self.context.close()
         self.served = None
-
-    def _open(self, accelerator: Accelerator) -> None:
-        """Reach the servers; only the first of all processes starts a command."""
-        server = self.params.server
-        if accelerator.is_main_process:
-            self._enter(server)
-            server = " ".join(server.url for server in self.served.servers)
-        server = broadcast_object_list([server])[0]
-        if not accelerator.is_main_process:
-            self._enter(server)
-
-    def _enter(self, server: str) -> None:
-        self.served = self.context.enter_context(serve_model(
-            server, self.params.concurrency, self.model, "sft", self.box_format,
-            self.folder / "server_grpo.log"))
-        self.model_name = self.served.name
 
     def _sync(self, trainer) -> None:
         """Have all servers draw with this update's adapter, named step-<update>-<its hash>."""
@@ -114,7 +105,7 @@ class ServedRollouts:
         self.served.name, self.version = self.adapter, version
 
     def _try_canary(self, trainer, question: Question) -> None:
-        """RuntimeError if an adapter with large weights does not change a server's answer."""
+        """UserError if an adapter with large weights does not change a server's answer."""
         if not trainer.accelerator.is_main_process:
             return
         folder, before = self.folder / "checkpoints" / SERVED_ADAPTERS / "canary", self.adapter
@@ -126,15 +117,13 @@ class ServedRollouts:
         for server in self.served.servers:
             without, with_canary = (self._first_token(server, name)
                                     for name in (self.model_name, self.adapter))
-            if not server.is_alive:
-                continue
             change = abs(with_canary.logps[0] - without.logps[0])
             if with_canary.ids == without.ids and change < LEAST_CHANGE:
                 remedy = ("it has lost them since the last update; start it again, then the stage, "
                           "which goes on from its last checkpoint" if self.version else
                           "its engine has no adapters for this model, so take another version of "
                           "it, or leave server empty")
-                raise RuntimeError(
+                raise UserError(
                     f"the server {server.url} takes adapters and ignores them: one with large "
                     f"weights moved the log-probability of a token by {change:.1g}; {remedy}")
 
@@ -146,36 +135,28 @@ class ServedRollouts:
         save_file(weights, file, {"format": "pt"})
         apply_umask(folder)
 
-    def _first_token(self, server: Server, name: str) -> ServedReply | None:
-        """The likeliest first token of model `name` at `server`; None if the server has died."""
+    def _first_token(self, server: Server, name: str) -> ServedReply:
+        """The likeliest first token of model `name` at `server`."""
         served = replace(self.served, name=name, servers=[server], concurrency=1)
         sampling = SamplingOptions(temperature=0.0, max_new_tokens=1)
-        try:
-            return next(served.ask([self.probe], sampling, with_logps=True))[1][0]
-        except RuntimeError:
-            if server.is_alive:
-                raise
-            return None
+        return next(served.ask([self.probe], sampling, with_logps=True))[1][0]
 
     def _load(self, name: str, path: Path, before: str) -> None:
         """Load an adapter at every server, and unload the one before."""
-        for server in (server for server in self.served.servers if server.is_alive):
+        for server in self.served.servers:
+            listed = list_models(server.client)
             try:
-                listed = server.connection.list_models()
                 if name not in listed:  # a server may have outlived a killed stage
-                    server.connection.post("/load_lora_adapter",
-                                           {"lora_name": name, "lora_path": str(path)})
+                    request_json(server.client, "/load_lora_adapter",
+                                 {"lora_name": name, "lora_path": str(path)})
                 if before in listed:  # unless the server was started again
-                    server.connection.post("/unload_lora_adapter", {"lora_name": before})
+                    request_json(server.client, "/unload_lora_adapter", {"lora_name": before})
             except RequestFailed as failure:
-                if failure.status:
-                    raise RuntimeError(
-                        f"the server {server.url} does not take the adapter {name} ({failure}); "
-                        "vLLM needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, "
-                        f"--enable-lora, --max-lora-rank {self.params.lora_r} or more and this "
-                        "machine's disk") from None
-                server.is_alive = False
-                print(f"the server {server.url} is left out: it does not load {name}", flush=True)
+                raise UserError(
+                    f"the server {server.url} does not take the adapter {name} ({failure}); vLLM "
+                    "needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, --enable-lora, "
+                    f"--max-lora-rank {self.params.lora_r} or more and this machine's "
+                    "disk") from None
 
 
 class StopIfServerIsStale(TrainerCallback):
@@ -185,7 +166,7 @@ class StopIfServerIsStale(TrainerCallback):
         self.differences: deque[float] = deque(maxlen=3)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Raise RuntimeError with one sentence, or do nothing."""
+        """Raise UserError with one sentence, or do nothing."""
         # not logged by updates that learn again from the same replies
         if not logs or DIFFERENCE not in logs:
             return
@@ -194,7 +175,7 @@ class StopIfServerIsStale(TrainerCallback):
         if not is_full or min(self.differences) <= MAX_DIFFERENCE:
             return
         listed = ", ".join(f"{difference:.2g}" for difference in self.differences)
-        raise RuntimeError(
+        raise UserError(
             f"the learner's and the server's log-probabilities of a token were {listed} nats apart "
             f"in the last updates, more than {MAX_DIFFERENCE:g}: the server draws with other "
             "weights, or tells other log-probabilities (vLLM needs --logprobs-mode "

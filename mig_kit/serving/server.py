@@ -1,55 +1,55 @@
-"""Replies of a model that servers hold, for stages 04, 05 and 06.
+"""Replies of a model that servers hold, for stages 04, 05 and 06: one form of request.
 
-Servers share the work, and what a dead one leaves goes to the others. So that they draw as the
-kit's own loop does, a request holds the images as the model sees them and every sampling parameter,
-and prompt ids are compared. Requests have no seed: served replies cannot be repeated to the bit.
+So that servers draw as the kit's own loop does, a request holds the images as the model sees them
+and every sampling parameter, and prompt ids are compared. Requests have no seed: served replies
+cannot be repeated to the bit. What a server refuses is shown in its words.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import UserError
 from mig_kit.image_files import to_data_url
-from mig_kit.models.processors import StillImageProcessor, render_prompt, resize_as_seen
-from mig_kit.openai_client import KEY_VARIABLE, Connection, RequestFailed, iter_results, read_choice
+from mig_kit.models.model_folders import ServedName, check_weights, load_generation_config
+from mig_kit.models.processors import (
+    StillImageProcessor,
+    load_processor,
+    render_prompt,
+    resize_as_seen,
+)
+from mig_kit.openai_client import (
+    RequestFailed,
+    iter_results,
+    open_client,
+    parse_server,
+    read_choice,
+    request_completion,
+    request_json,
+)
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
-from mig_kit.shared_prefix.generation import SamplingOptions, forbidden_token_ids
+from mig_kit.shared_prefix.generation import SamplingOptions, end_token_ids, forbidden_token_ids
 
-ATTEMPTS = 5  # of one request at servers that live
-RETRY_DELAY = 0.5  # seconds per attempt made
-CHECKED_PROMPTS = 8  # of every server, whose ids are compared where none are known
-REFUSED_FIELDS = (400, 422)
-SET_KEY = f"set the environment variable {KEY_VARIABLE}"
-REMEDIES = {401: SET_KEY, 403: SET_KEY, 404: "end its address in /v1"}  # by status
+CHECKED_ANSWERS = 8  # the first ones, whose prompts are compared before any is used
 FACTOR = 28  # images whose sides absolute boxes count are multiples of it, see boxes.smart_resize
 FORBIDDEN_BIAS = -100.0  # the lowest that the API takes
-OF_ONE = ("model", "messages", "temperature", "top_p", "max_tokens", "logit_bias")  # OpenAI's
-# What a request may hold; a server that refuses the first is asked with the next. Only models that
-# the kit cannot load get to the last.
-FORMS = (
-    (),  # all fields that the kit has, vLLM's
-    (*OF_ONE, "n"),
-    OF_ONE,  # one reply a request
-    ("model", "messages", "max_completion_tokens"))  # OpenAI's reasoning models
+LETTERS_PER_TOKEN = 3  # at least, in English
 
 
-@dataclass
-class Server:
-    """One server; form: index in FORMS of the fields that it takes."""
+class Server(NamedTuple):
+    """A server and the names that it lists."""
 
     url: str
-    connection: Connection
-    under_way: int = 0
-    form: int = 0
-    answers: int = 0
-    is_alive: bool = True
-    models: tuple[str, ...] = ()
+    client: object  # openai.OpenAI
+    models: tuple[str, ...]
 
 
 class Question(NamedTuple):
@@ -67,7 +67,7 @@ class ServedReply:
     text: str
     ids: list[int] | None = None  # with the end token; None if the server does not return them
     logps: list[float] | None = None  # log-probability of each id
-    finish_reason: str = ""  # as the server calls it
+    finish_reason: str = ""  # as the server calls it, "length" for a cut one
 
 
 @dataclass
@@ -81,106 +81,42 @@ class ServedModel:
     processor: StillImageProcessor | None
     box_format: BoxFormat
     end_tokens: list[int]  # every token that ends a reply
-    failure: Callable[[], str] = str  # why a server that the stage has started ended, or ""
-    count_lock: Lock = field(default_factory=Lock, repr=False)
-    probe_lock: Lock = field(default_factory=Lock, repr=False)
-    tokenizer_lock: Lock = field(default_factory=Lock, repr=False)  # it serves one thread at a time
+    lock: Lock = field(default_factory=Lock, repr=False)  # the tokenizer serves one thread
 
     def ask(self, questions: Iterable[Question], sampling: SamplingOptions,
             with_logps: bool = False) -> Iterator[tuple[Question, list[ServedReply]]]:
         """Yields every question with its replies, in the order in which servers answer.
 
-        Raises: RuntimeError if an answer cannot be used, or no server is left.
+        Raises: RequestFailed with a server's words; UserError for an answer that cannot be used.
         """
         fields = self.sampling_fields(sampling, with_logps)
-        return iter_results(lambda question: (question, self._draw(question, fields)), questions,
-                            self.concurrency)
 
-    def _draw(self, question: Question, fields: dict) -> list[ServedReply]:
-        """All replies to a question: servers without `n` give one at a time."""
-        body = {"model": self.name, "messages": self.messages(question.sample), **fields}
-        replies: list[ServedReply] = []
-        attempts = 0
-        while len(replies) < question.replies:
-            body["n"] = question.replies - len(replies)
-            server = self._pick()
-            form, with_logps = server.form, "logprobs" in fields
+        def work(numbered: tuple[int, Question]) -> tuple[Question, dict]:
+            number, question = numbered
+            server = self.servers[number % len(self.servers)]
+            body = {"model": self.name, "messages": self.messages(question.sample), **fields}
             try:
-                answer, _ = server.connection.chat(
-                    {name: body[name] for name in FORMS[form] or body if name in body})
+                answer = request_completion(
+                    server.client, body | ({"n": question.replies} if question.replies > 1 else {}))
             except RequestFailed as failure:
-                self._handle_failure(server, form, failure, with_logps)
-                attempts += server.is_alive
-                if attempts >= ATTEMPTS:
-                    raise RuntimeError(f"the server {server.url} failed {ATTEMPTS} times on "
-                                       f"{question.sample.id}; look at its log") from None
-                time.sleep(RETRY_DELAY * attempts)
-                continue
-            finally:
-                with self.count_lock:
-                    server.under_way -= 1
-            with self.count_lock:
-                server.answers += 1
-            answer = answer if isinstance(answer, dict) else {}
-            self._check(server, answer, question, with_logps)
-            try:
-                replies += self.parse_replies(answer, with_logps)[:body["n"]]
-            except ValueError as error:
-                raise RuntimeError(f"the server {server.url} gave {error}") from error
-        return replies
+                raise RequestFailed(f"the server {server.url} answered {failure}",
+                                    failure.status) from None
+            if with_logps and answer.get("model") not in (self.name, None):
+                raise UserError(f"the server {server.url} answered as '{answer['model']}', not as "
+                                f"'{self.name}': its adapter is stale; start it again")
+            if question.prompt_ids is not None or number < CHECKED_ANSWERS:
+                expected = question.prompt_ids or self.prompt_ids(question.sample)
+                check_prompt_ids(answer, expected, question.sample.id, server.url)
+            return question, answer
 
-    def _pick(self) -> Server:
-        """The least busy living server, which now has one more request; RuntimeError if none."""
-        with self.count_lock:
-            alive = [server for server in self.servers if server.is_alive]
-            if alive:
-                server = min(alive, key=lambda server: server.under_way)
-                server.under_way += 1
-                return server
-        reason = self.failure() or "none answers any more"
-        raise RuntimeError("no server is left; what is finished is kept, start the stage again "
-                           f"when a server works: {reason}")
-
-    def _handle_failure(self, server: Server, form: int, failure: RequestFailed,
-                        with_logps: bool) -> None:
-        """Leave a dead server out, or ask with fewer fields; RuntimeError if neither can help."""
-        is_first = server.form > form or not server.answers
-        last_form = 2 if self.processor else 3
-        if failure.is_temporary:
-            self._leave_out_if_dead(server, failure)
-        elif failure.status in REFUSED_FIELDS and is_first and form < last_form and not with_logps:
-            if form == server.form == 2:
-                print(f"the server {server.url} refuses temperature and top_p, and draws with its "
-                      f"own: {failure}", flush=True)
-            server.form = max(server.form, form + 1)
-        else:
-            remedy = REMEDIES.get(failure.status, "this request is not one that it takes")
-            if failure.status == 404:
-                remedy = f"it does not serve '{self.name}' (any more)"
-            raise RuntimeError(f"the server {server.url} answered {failure}; {remedy}") from None
-
-    def _leave_out_if_dead(self, server: Server, failure: RequestFailed) -> None:
-        """Leave the server out with a printed sentence, unless it answers one of three probes."""
-        with self.probe_lock:
-            for wait in (0.2, 1.0, 2.0):
-                if not server.is_alive or server.connection.is_ready():
-                    return
-                time.sleep(wait)
-            server.is_alive = False
-            others = sum(other.is_alive for other in self.servers)
-            print(f"the server {server.url} is left out: {failure}; {others} go on", flush=True)
-
-    def _check(self, server: Server, answer: dict, question: Question, with_logps: bool) -> None:
-        """RuntimeError if another model has answered, or another prompt was read."""
-        answered_by = answer.get("model")
-        if answered_by not in (self.name, None) and with_logps:
-            raise RuntimeError(f"the server {server.url} answered as '{answered_by}', not as "
-                               f"'{self.name}': its adapter is stale; start it again")
-        expected = question.prompt_ids
-        if expected is None and server.answers <= CHECKED_PROMPTS:
-            expected = self.prompt_ids(question.sample)
-        if expected is not None:
-            check_prompt_ids(answer, expected, question.sample.id, server.url)
+        answers = iter_results(work, enumerate(questions), self.concurrency)
+        first = list(islice(answers, CHECKED_ANSWERS))
+        if self.processor is None:
+            check_usage([(question.sample, answer.get("usage")) for question, answer in first],
+                        self.box_format)
+        for part in (first, answers):
+            for question, answer in part:
+                yield question, self.parse_replies(answer, question.replies, with_logps)
 
     def messages(self, sample: Sample) -> list[dict]:
         """The sample's prompt in OpenAI's form; images are PNG of the size that the model sees."""
@@ -205,61 +141,127 @@ class ServedModel:
         if self.processor is None:
             return None
         text = render_prompt(self.processor, sample, self.box_format)
-        with self.tokenizer_lock:
+        with self.lock:
             inputs = self.processor(text=[text], images=list(sample.images) or None)
         return list(inputs["input_ids"][0])
 
     def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
         """The fields of a request that say how to draw; with_logps: ask for log-probabilities."""
+        fields = {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens}
         if self.processor is None:
-            return {"temperature": sampling.temperature, "top_p": sampling.top_p,
-                    "max_tokens": sampling.max_new_tokens,
-                    "max_completion_tokens": sampling.max_new_tokens}
+            return fields
         # all of them, because a server reads a missing one from generation_config.json
         bias = {str(token): FORBIDDEN_BIAS for token in forbidden_token_ids(self.processor)}
-        fields = {
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0,
-            "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-            "max_tokens": sampling.max_new_tokens, "min_tokens": sampling.min_new_tokens,
-            "stop_token_ids": self.end_tokens, "logit_bias": bias, "skip_special_tokens": True,
-            "return_token_ids": True}
+        fields |= {
+            "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0,
+            "min_tokens": sampling.min_new_tokens, "stop_token_ids": self.end_tokens,
+            "logit_bias": bias, "skip_special_tokens": True, "return_token_ids": True}
         return fields | ({"logprobs": True} if with_logps else {})
 
-    def parse_replies(self, answer: dict, with_logps: bool) -> list[ServedReply]:
-        """The replies in a chat completion; ValueError if the completion is incomplete."""
+    def parse_replies(self, answer: dict, count: int, with_logps: bool) -> list[ServedReply]:
+        """The `count` replies of a chat completion; UserError if it lacks some."""
         try:
-            if not answer["choices"]:
-                raise ValueError("an answer without choices is no complete chat completion")
-            return [self._parse_choice(choice, with_logps) for choice in answer["choices"]]
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError("an answer that is no complete chat completion") from error
+            replies = [self._parse_choice(choice, with_logps) for choice in answer["choices"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"the server of {self.name} gave an answer that cannot be read "
+                            f"({error}): {str(answer)[:200]}") from error
+        if len(replies) < count:
+            raise UserError(f"the server of {self.name} gave {len(replies)} of {count} replies; "
+                            "take one that has the API's field n, such as vLLM")
+        return replies[:count]
 
     def _parse_choice(self, choice: dict, with_logps: bool) -> ServedReply:
         ids = choice.get("token_ids") if self.processor else None
         text, reason = read_choice(choice, self.processor.opened_tag if self.processor else "")
         if ids:  # decoded as in the kit's own loop
-            with self.tokenizer_lock:
+            with self.lock:
                 text = self.processor.batch_decode([ids], skip_special_tokens=True)[0]
         if not with_logps:
             return ServedReply(text, ids, finish_reason=reason)
-        if not ids or not choice.get("logprobs"):
-            raise ValueError("an answer without token ids or log-probabilities; stage 05 needs a "
-                             "server that has return_token_ids and logprobs, such as vLLM")
-        logps = [float(token["logprob"]) for token in choice["logprobs"]["content"]]
-        if len(logps) != len(ids):
-            raise ValueError(f"{len(ids)} tokens with {len(logps)} log-probabilities")
+        logps = [float(token["logprob"])
+                 for token in (choice.get("logprobs") or {}).get("content") or ()]
+        if not ids or len(logps) != len(ids):
+            raise ValueError(f"{len(ids or ())} token ids with {len(logps)} log-probabilities; "
+                             "stage 05 needs a server that has return_token_ids and logprobs, such "
+                             "as vLLM")
         return ServedReply(text, ids, logps, reason)
 
 
-def check_prompt_ids(answer: dict, expected: list[int], sample_id: str, url: str) -> None:
-    """RuntimeError if the answer's prompt ids, or their number, are not the kit's `expected`."""
+def check_usage(answers: list[tuple[Sample, dict | None]], box_format: BoxFormat) -> None:
+    """UserError if the servers' counts of prompt tokens say that images or prompts were cut."""
+    counts = [usage.get("prompt_tokens") if isinstance(usage, dict) else None
+              for _, usage in answers]
+    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
+        return  # the server does not count
+    texts = [sum(len(part.get("text", "")) for part in chat_messages(sample, box_format)[0][
+        "content"]) for sample, _ in answers]
+    pixels = [sum(width * height for width, height in sample.sizes) for sample, _ in answers]
+    if all(count <= text / LETTERS_PER_TOKEN for count, text in zip(counts, texts)):
+        raise UserError(f"prompts of {len(answers[0][0].images)} images and {texts[0]} letters "
+                        f"took {counts[0]} tokens, no more than their text: the server drops the "
+                        "images; have it load its vision part, or take another one")
+    if len(counts) > 2 and len({*counts}) == 1 and max(pixels) > 1.2 * min(pixels):
+        raise UserError(f"every prompt took {counts[0]} tokens, whatever its images: the server "
+                        "cuts prompts; raise its context length (num_ctx, --max-model-len)")
+
+
+def check_prompt_ids(answer: dict, expected: list[int] | None, sample_id: str, url: str) -> None:
+    """UserError if the answer's prompt ids, or their number, are not the kit's `expected`."""
     served, usage = answer.get("prompt_token_ids"), answer.get("usage") or {}
     n_served = len(served) if served is not None else usage.get("prompt_tokens")
-    if served == expected or (served is None and n_served in (None, len(expected))):
+    if expected is None or served == expected or (
+            served is None and n_served in (None, len(expected))):
         return
     cause = ("its image settings differ, so serve the model's own folder and set no "
              "--mm-processor-kwargs" if n_served != len(expected) else
              "its chat template or tokenizer differs, so serve the model's own folder and set no "
              "--chat-template")
-    raise RuntimeError(f"the server {url} read other prompt ids than the kit for {sample_id} "
-                       f"({n_served} tokens, the kit has {len(expected)}): {cause}")
+    raise UserError(f"the server {url} read other prompt ids than the kit for {sample_id} "
+                    f"({n_served} tokens, the kit has {len(expected)}): {cause}")
+
+
+def list_models(client) -> tuple[str, ...]:
+    """The names that a server lists: its model's, and its adapters'; RequestFailed for none."""
+    page = request_json(client, "/models")
+    return tuple(str(entry.get("id")) for entry in page.get("data") or ())
+
+
+@contextmanager
+def serve_model(server: str, concurrency: int, model: str | Path, system: str,
+                box_format: BoxFormat) -> Iterator[ServedModel]:
+    """Opens a model on running servers.
+
+    Args:
+        server: their addresses, see `parse_server`.
+        model: a folder, a hub name or a ServedName.
+        system: another name by which a server may serve the model.
+    Raises: UserError if no server lists the model; RequestFailed with a server's words.
+    """
+    processor, end_tokens, is_name = None, [], isinstance(model, ServedName)
+    if not is_name:
+        check_weights(model)  # of the folder that servers hold
+        processor = load_processor(model, box_format)
+        end_tokens = end_token_ids(load_generation_config(model), processor)
+    names = (str(model), str(Path(model).resolve()), system)
+    with ExitStack() as stack:
+        servers = []
+        for url in parse_server(server):
+            client = stack.enter_context(open_client(url))
+            try:
+                models = list_models(client)
+            except RequestFailed as failure:
+                if not is_name or not failure.status:
+                    raise RequestFailed(f"the server {url} lists no models: {failure}",
+                                        failure.status) from None
+                models = (str(model),)  # whose name the user has given
+            servers.append(Server(url, client, models))
+        name = next((name for name in names for server in servers if name in server.models), "")
+        if not name:
+            listed = ", ".join(sorted({model for server in servers for model in server.models}))
+            raise UserError(
+                f"no server serves the model {names[0]}, but only {listed[:300] or 'nothing'}; use "
+                "one of these names, start a server with this folder, or with --served-model-name "
+                f"{names[-1]} where it has another path")
+        yield ServedModel(name, [server for server in servers if name in server.models],
+                          concurrency, processor, box_format, end_tokens)

@@ -17,12 +17,14 @@ import pandas as pd
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, digest_json, write_json, write_json_lines
 from mig_kit.data import own_data
+from mig_kit.image_files import image_digests
 from mig_kit.models import merging
 from mig_kit.models.adapters import describe_adapter
 from mig_kit.models.loading import Hardware
 from mig_kit.models.model_folders import ServedName, find_file
 from mig_kit.models.processors import load_processor, prompt_measure
 from mig_kit.pipeline.run_facts import RunModel
+from mig_kit.pipeline.run_folders import stage_folder
 from mig_kit.pipeline.stage_keys import model_fingerprint
 from mig_kit.prompts import format_question, is_well_formed
 from mig_kit.sample import Sample, read_samples
@@ -34,12 +36,13 @@ from mig_kit.serving import reply_files
 from mig_kit.serving.stored_replies import count_endings, describe_endings
 from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, paired_gap_by_list
-from mig_kit.world.suites import SUITES, suite_title
+from mig_kit.world.suites import OWN, SUITES, suite_title
 
 DRAWN_SIZES = {"eval_seed": 53, "suites": {  # as notebook 06
     name: suite.default for name, suite in SUITES.items()}}
 # what a model is asked with, where neither its run's 06 nor the caller says otherwise
 DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "dtype": "auto"}
+OWN_FILE = "own data (a file)"  # in tables and cards, of questions that may be trained ones
 MODEL = "model"  # what the one system is called
 UNREAD = ("empty", "no box found", "no option chosen")  # problems of replies
 BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
@@ -69,7 +72,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     Args:
         params: as of 06, with 0 replies at temperature 1.
         adapter: a LoRA adapter to merge into the model; four_bit: trained on 4-bit weights.
-    Raises: ValueError if `out` holds replies of another model or to other questions.
+    Raises: UserError if `out` holds replies of another model or to other questions.
     """
     folder, box_format = model.folder, model.box_format
     samples, benchmark = load_questions(task)
@@ -77,7 +80,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
         measure = prompt_measure(folder, box_format)
         for sample in chain(*samples.values()):
             if problem := measure(sample):
-                raise ValueError(f"question {sample.id}: {problem} (--max-pixels)")
+                raise UserError(f"question {sample.id}: {problem} (--max-pixels)")
     described = describe_adapter(adapter) | {"four_bit": four_bit} if adapter else None
     questions = evaluate.digest_questions(samples)
     prompts = [format_question(sample, box_format) for sample in chain(*samples.values())]
@@ -99,10 +102,36 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     write_json_lines(out / "predictions.jsonl", lines)
     files = [reply_files.reply_file(out / "replies", MODEL, suite, "greedy") for suite in samples]
     result = {"model": str(model.folder), "adapter": described, "questions": questions,
+              **_compare_with_run(task, samples, model.run_id),
               "endings": count_endings(*files),
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
     return result
+
+
+def _compare_with_run(task: Task, samples: dict[str, Sequence[Sample]], run_id: str) -> dict:
+    """Of own data: {"held_out": whether these are a run's held-out questions, "trained": how many
+    of them 01 of the model's run gave to training}; {} for other suites.
+    """
+    if task.suite != OWN:
+        return {}
+    is_held_out = task.file.name == "val.parquet" and task.file.parent.name == "01_synthesize"
+    folder = stage_folder("01_synthesize", run_id) if run_id else None
+    trained = {_question_key(sample) for name in ("cot", "rl")
+               if folder and (folder / f"{name}.parquet").is_file()
+               for sample in read_samples(folder / f"{name}.parquet")}
+    count = sum(_question_key(sample) in trained for sample in samples[OWN]) if trained else 0
+    return {"held_out": is_held_out and not count, "trained": count}
+
+
+def _question_key(sample: Sample) -> tuple:
+    return sample.question, sample.options, image_digests(sample.images)
+
+
+def name_suites(by_suite: Mapping[str, dict], result: dict) -> dict[str, dict]:
+    """The same by suite, where own data that are not known to be held out are called so."""
+    return {OWN_FILE if suite == OWN and not result.get("held_out") else suite: summary
+            for suite, summary in by_suite.items()}
 
 
 def _digest_model(folder: str | Path) -> str:
@@ -112,17 +141,17 @@ def _digest_model(folder: str | Path) -> str:
 
 
 def claim_folder(out: Path, settings: dict) -> None:
-    """Write what the replies in `out` follow from; ValueError where what is there differs."""
+    """Write what the replies in `out` follow from; UserError where what is there differs."""
     path = out / "settings.json"
     if not path.is_file():
         for name in ("predictions.jsonl", "eval.json"):
             if (out / name).exists():
-                raise ValueError(f"{out / name} is of no mig-kit eval that could go on, and would "
+                raise UserError(f"{out / name} is of no mig-kit eval that could go on, and would "
                                  "be overwritten; name another --out")
     before = json.loads(path.read_text()) if path.is_file() else settings
     if other := [name for name, value in settings.items() if before.get(name) != value]:
         values = f" ({before.get(other[0])}, now {settings[other[0]]})"
-        raise ValueError(f"{out} holds replies of another evaluation: another "
+        raise UserError(f"{out} holds replies of another evaluation: another "
                          f"{', '.join(other[:3])}{values if len(values) < 60 else ''}; name "
                          "another --out, or delete that folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +159,7 @@ def claim_folder(out: Path, settings: dict) -> None:
 
 
 def load_questions(task: Task) -> tuple[dict[str, Sequence[Sample]], Benchmark | None]:
-    """The samples by suite, and the benchmark if it is a real one; ValueError if there are none."""
+    """The samples by suite, and the benchmark if it is a real one; UserError if there are none."""
     if task.suite in run_benchmark.RUNNABLE:
         benchmark, part = run_benchmark.read_runnable(task.suite, task.file, task.root, task.limit)
         return {task.suite: part}, benchmark
@@ -146,7 +175,7 @@ def load_questions(task: Task) -> tuple[dict[str, Sequence[Sample]], Benchmark |
     else:
         part = list(own_data.iter_samples(task.file, task.root, task.limit or None))
     if not part:
-        raise ValueError(f"{task.file} holds no question; give a file with one a line")
+        raise UserError(f"{task.file} holds no question; give a file with one a line")
     return {part[0].suite: part}, None
 
 
@@ -198,10 +227,10 @@ def judge_benchmark(benchmark: Benchmark, samples: dict[str, list[Sample]],
 
 
 def read_result(folder: Path) -> dict:
-    """eval.json of a finished evaluation; FileNotFoundError where there is none."""
+    """eval.json of a finished evaluation; UserError where there is none."""
     path = folder / "eval.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no eval.json; finish that mig-kit eval first")
+        raise UserError(f"{folder} holds no eval.json; finish that mig-kit eval first")
     return json.loads(path.read_text())
 
 
@@ -223,6 +252,10 @@ def result_tables(results: Mapping[str, dict]) -> list[str]:
         texts.append(f"{first['unread']} of {count} replies name no box or letter that can be read;"
                      " look at predictions.jsonl, and if they are cut, raise --max-new-tokens "
                      f"({first['max_new_tokens']})\n")
+    for name, result in results.items():
+        if result.get("trained"):
+            texts.append(f"{result['trained']} of the questions were given to training by 01 of "
+                         f"the run of {name}: this is no score on held-out questions\n")
     return texts
 
 
@@ -231,7 +264,7 @@ def score_rows(results: Mapping[str, dict]) -> list[dict]:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for name, result in results.items():
         for protocol, by_suite in result["scores"].items():
-            for suite, summary in by_suite.items():
+            for suite, summary in name_suites(by_suite, result).items():
                 for part, text in _suite_cells(suite, summary).items():
                     row = {"percent, greedy": part, "protocol": protocol}
                     rows.setdefault((part, protocol), row)[name] = text
@@ -263,13 +296,13 @@ def _with_interval(value: float | None, interval: Sequence[float] | None) -> str
 def difference_rows(results: Mapping[str, dict]) -> list[dict]:
     """Rows {compared, protocol, suite, points}: the first result less each other, by question.
 
-    Raises ValueError if they did not answer the same questions.
+    Raises UserError if they did not answer the same questions.
     """
     (name, first), *others = results.items()
     rows = []
     for other_name, other in others:
         if first["questions"] != other["questions"]:
-            raise ValueError(f"{name} and {other_name} did not answer the same questions; ask both "
+            raise UserError(f"{name} and {other_name} did not answer the same questions; ask both "
                              "with the same --suite, --limit and files (of drawn ones a run's "
                              "model gets as many as its 06: compare it with RUN/base)")
         for protocol, by_suite in first["scores"].items():
@@ -279,7 +312,8 @@ def difference_rows(results: Mapping[str, dict]) -> list[dict]:
                 groups = [group_by_task(columns["part"], values).values()
                           for values in (gaps, np.array(columns["list"]))]
                 gap = paired_gap_by_list(list(zip(*groups)))
-                title = suite_title(suite) if "free_text" in first["scores"] else suite
+                title = suite_title(*name_suites({suite: {}}, first)) if (
+                    "free_text" in first["scores"]) else suite
                 rows.append({"compared": f"{name} - {other_name}", "protocol": protocol,
                              "suite": title, "points": _with_interval(gap["value"], gap["ci95"])})
     return rows

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from mig_kit.common import PROJECT_ROOT, progress_bar, write_atomically
+from mig_kit.common import PROJECT_ROOT, UserError, progress_bar, write_atomically
 from mig_kit.data import own_data
 from mig_kit.data.records import SkipReport
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, BadImage, ImageStore, LazyImages
@@ -24,7 +24,7 @@ def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, Tabl
 
     They are written to FILE_OF_SET in `folder`, real images as they are to its images/; what a
     killed run completed is read from there. A question with a damaged image is left out and
-    counted. ValueError for a wrong line or a set that stays empty.
+    counted. UserError for a wrong line or a set that stays empty.
     """
     report_file = folder / REPORT_FILE
     files = [report_file, *(folder / file for file in FILE_OF_SET.values())]
@@ -124,11 +124,11 @@ def _advise_shares(p: SimpleNamespace) -> str:
 
 
 def _require_questions(counts: dict[str, int], p: SimpleNamespace, report: SkipReport) -> None:
-    """ValueError if a set stays empty; without a teacher there is no cold-start set."""
+    """UserError if a set stays empty; without a teacher there is no cold-start set."""
     needed = SET_NAMES if p.teacher != "none" else SET_NAMES[1:]
     empty = [name for name in needed if not counts.get(name)]
     if empty:
-        raise ValueError(f"no question fell to {' and '.join(empty)}, with data_shares "
+        raise UserError(f"no question fell to {' and '.join(empty)}, with data_shares "
                          f"{p.data_shares}; {_advise_shares(p)}\n{report.summarize()}")
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.common import progress_bar
+from mig_kit.common import UserError, progress_bar
 from mig_kit.filters import DROP_REASONS
 from mig_kit.sample import Sample, SampleWriter, TableRows, Trace, read_replies
 from mig_kit.world.teacher import write_trace
@@ -51,7 +51,7 @@ def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Tra
                      reasons: Iterable[str]) -> dict:
     """Write the samples whose trace is kept to `path`, and return `count_drops` of all.
 
-    reasons: why a trace is dropped, "" for one to keep. Raises ValueError if none is kept.
+    reasons: why a trace is dropped, "" for one to keep. Raises UserError if none is kept.
     """
     outcomes = []
     rows = zip(samples, traces, reasons, strict=True)
@@ -62,7 +62,7 @@ def keep_good_traces(path: Path, samples: Iterable[Sample], traces: Sequence[Tra
                 writer.write(sample, trace)
         counts = count_drops(outcomes)
         if outcomes and not counts["kept"]:  # raised before the file takes the place of another
-            raise ValueError(_describe_drops(counts))
+            raise UserError(_describe_drops(counts))
     return counts
 
 

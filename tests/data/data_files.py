@@ -5,6 +5,7 @@ import json
 from click.testing import CliRunner
 
 from mig_kit.commands.data import data
+from mig_kit.common import UserError
 from mig_kit.data import own_data
 
 GOOD = {"images": ["a.png", "b.png"], "question": "Find the cup of image 1.", "image": 2,
@@ -26,15 +27,20 @@ def write_lines(folder, *rows, name="data.jsonl"):
     return path
 
 
+def check(path, root):
+    """The problems of each line, as text."""
+    return [list(map(str, line.problems)) for line in own_data.check_file(path, root)]
+
+
 def problems_of(root, row):
     """What is said of a line, "" if it is correct."""
-    ((_, problems),) = own_data.check_file(write_lines(root, row), root)
-    return "; ".join(problems)
+    return "; ".join(check(write_lines(root, row), root)[0])
 
 
 def call(*words):
     """(exit code, everything that a command of `mig-kit data` says)."""
     result = CliRunner().invoke(data, [str(word) for word in words])
-    assert result.exception is None or isinstance(result.exception, ValueError | SystemExit)
-    is_error = isinstance(result.exception, ValueError)
+    assert result.exception is None or isinstance(result.exception, UserError | SystemExit), (
+        result.exception)
+    is_error = isinstance(result.exception, UserError)
     return result.exit_code, result.output + str(result.exception) * is_error

@@ -5,19 +5,17 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from local_server import running_server
 from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat, to_model_box
+from mig_kit.common import UserError
 from mig_kit.data import endpoint
 from mig_kit.data.endpoint import DIRECT_CHOICE_INSTRUCTION, teacher_prompt
-from mig_kit.openai_client import _read_json
 from mig_kit.prompts import format_answer
 from mig_kit.sample import Sample
 from mig_kit.world.suites import iter_free_form
@@ -67,7 +65,7 @@ def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
             teacher_prompt(sample, "direct", BOX_FORMAT) for sample in samples_with_a_repeat]
         assert server.total == 12  # once each, the repeat and the second run included
     assert endpoint.summarize_usage(path) == {
-        "calls": 12, "failed": 0, "attempts": 12, "prompt_tokens": 1200, "completion_tokens": 120,
+        "calls": 12, "failed": 0, "prompt_tokens": 1200, "completion_tokens": 120,
         "without_counts": 0}
     request_traces(server, path, samples, model="other")
     assert server.total == 24  # another model's replies are other replies
@@ -118,7 +116,7 @@ def test_a_reply_has_its_reasoning_or_says_why_it_has_no_text(serve, tmp_path, m
      20)])
 def test_ten_failures_in_a_row_stop_the_run(serve, tmp_path, answer, changes, sentence, total):
     server = serve(lambda nth, body: answer)
-    with pytest.raises(RuntimeError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         request_traces(server, tmp_path / "c", make_samples(30), concurrency=1, **changes)
     assert total <= server.total <= total + 2, "one more call may have begun"
 
@@ -153,7 +151,7 @@ def test_refusals_by_a_server_that_refuses_everything_are_not_kept(serve, tmp_pa
     is_wrong = [True]
     refusal = (400, {"error": "unknown field"})
     server = serve(lambda nth, body: refusal if is_wrong[0] else (200, completion()))
-    with pytest.raises(RuntimeError, match="10 calls in a row failed.*unknown field"):
+    with pytest.raises(UserError, match="10 calls in a row failed.*unknown field"):
         request_traces(server, tmp_path / "c", make_samples(30), concurrency=1)
     # one more may have begun when the tenth was counted
     assert server.total in (10, 11) and endpoint.summarize_usage(tmp_path / "c")["calls"] == 0
@@ -167,7 +165,7 @@ def test_a_refused_key_stops_the_run_and_is_never_written(serve, tmp_path, statu
     monkeypatch.setenv(endpoint.KEY_VARIABLE, "sk-very-secret")
     server = serve(lambda nth, body: (status, {"error": "wrong key sk-very-secret"},
                                       [("Location", "/v2/chat/completions")]))
-    with pytest.raises(RuntimeError, match=endpoint.KEY_VARIABLE) as error:
+    with pytest.raises(UserError, match=endpoint.KEY_VARIABLE) as error:
         request_traces(server, tmp_path / "c", make_samples(3), concurrency=1)
     assert server.total == 1 and "secret" not in str(error.value)
     assert server.headers[0]["authorization"] == "Bearer sk-very-secret"
@@ -180,7 +178,7 @@ def test_the_key_comes_from_its_own_variable_alone_and_is_taken_out_of_replies(
     monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
     server = serve(lambda nth, body: (200, completion("you sent sk-very-secret")))
     request_traces(server, tmp_path / "a", make_samples(1))
-    assert server.total == 2 and "authorization" not in server.headers[-1]
+    assert server.headers[-1]["authorization"] == "Bearer none"
     monkeypatch.setenv(endpoint.KEY_VARIABLE, "sk-very-secret")
     traces, _ = request_traces(server, tmp_path / "b", make_samples(1))
     assert traces[0].text == "you sent ***"
@@ -222,7 +220,7 @@ def test_killed_and_resumed_no_finished_call_is_repeated(serve, tmp_path):
 def test_a_broken_log_is_named(serve, tmp_path):
     server = serve(lambda nth, body: (200, completion()))
     (tmp_path / "c").write_text("[]\n")
-    with pytest.raises(ValueError, match="line 1 is broken"):
+    with pytest.raises(UserError, match="line 1 is broken"):
         request_traces(server, tmp_path / "c", make_samples(1))
     assert server.total == 0
 
@@ -231,7 +229,7 @@ def test_a_broken_log_is_named(serve, tmp_path):
     {"url": "http://name:key@a/v1"}, {"url": "http://a:b/v1"}, {"url": "http://a/v1\n"},
     {"model": ""}])
 def test_settings_that_cannot_be(changes):
-    with pytest.raises(ValueError, match="endpoint_url"):
+    with pytest.raises(UserError, match="endpoint_url"):
         endpoint.Endpoint(**{"url": "http://a/v1", "model": "m", **changes})
 
 
@@ -255,49 +253,28 @@ def test_what_is_sent(serve, tmp_path):
     assert len(images) == len(sample.images)
     assert all(url.startswith("data:image/jpeg;base64,") for url in images)
     without_target = Sample("x", "", "", "", sample.images, "q")
-    with pytest.raises(ValueError, match="has no target"):
+    with pytest.raises(UserError, match="has no target"):
         request_traces(server, tmp_path / "c", [without_target])
     choice = next(iter_free_form("cot", 1))
     assert f"answer is {choice.letter}." in teacher_prompt(choice, "trace", BOX_FORMAT)
     assert teacher_prompt(choice, "direct", BOX_FORMAT).endswith(DIRECT_CHOICE_INSTRUCTION)
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda values: st.lists(values, max_size=3) | st.dictionaries(
-        st.sampled_from(["choices", "message", "content", "usage", "finish_reason",
-                         "prompt_tokens"]), values, max_size=4), max_leaves=12)
-BODIES = (st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode())
-          | VALUES.map(lambda value: json.dumps(
-              {"choices": [{"message": {"content": value}}], "usage": value}).encode()))
-
-
-@settings(max_examples=300, deadline=None)
-@given(BODIES)
-def test_any_answer_is_a_completion_or_none(body):
-    entry = endpoint.parse_completion(_read_json(body))
-    assert entry is None or isinstance(entry["reply"], str) and all(
-        entry[name] is None or entry[name] >= 0 for name in ("prompt_tokens", "completion_tokens"))
-
-
 @pytest.mark.slow
 def test_a_real_server_with_the_tiny_base(tmp_path):
     """`transformers serve` answers with the shipped base; a second run makes no call."""
     from mig_kit.models import loading
-    from mig_kit.serving.server_process import ServerProcess
 
     samples, path = make_samples(3), tmp_path / "calls.jsonl"
     script = Path(__file__).parents[1] / "transformers_server.py"
-    command = f"{sys.executable} {script} {{model}} {{port}}"
-    with closing(ServerProcess(command, loading.TINY_BASE, tmp_path / "log")) as server:
-        server.wait_until_ready(120)
-        teacher = endpoint.Endpoint(server.url, str(loading.TINY_BASE), max_tokens=60,
+    with running_server(sys.executable, script, loading.TINY_BASE) as url:
+        teacher = endpoint.Endpoint(url, str(loading.TINY_BASE), max_tokens=60,
                                     concurrency=2)
         traces, direct = endpoint.request_traces(samples, teacher, path, BOX_FORMAT)
         assert {trace.error for trace in traces} <= {"", "cut at 60 tokens (finish_reason length)"}
         assert any(trace.text for trace in traces)
     usage = endpoint.summarize_usage(path)
-    assert usage["calls"] == usage["attempts"] == 6 and usage["without_counts"] == 0
+    assert usage["calls"] == 6 and usage["without_counts"] == 0
     assert usage["prompt_tokens"] > 6 * 50 and 0 < usage["completion_tokens"] <= 6 * 60
     again, _ = endpoint.request_traces(samples, teacher, path, BOX_FORMAT)  # from the log alone
     assert list(again) == list(traces)

@@ -24,7 +24,7 @@ from mig_kit.prompts import correct_answer
 from mig_kit.training.reward_loading import load_rewards, score_functions
 
 SIZES = ((40, 30), (300, 200), (1600, 900))  # enlarged, nearly kept, shrunk
-FILES = {"verl": ["train.parquet"], "easyr1": ["train.parquet"],
+FILES = {"verl": ["train.parquet"], 
          "swift": ["images", "train.jsonl"], "trl": ["images", "train.jsonl", "train.py"]}
 
 
@@ -88,9 +88,6 @@ def test_rewards_are_the_kits(engine, questions, judged, tmp_path, monkeypatch):
     scores = {
         "verl": lambda: [module.compute_score("mig-kit", reply, text)["score"]
                          for reply, text in zip(replies, facts)],
-        "easyr1": lambda: [row["overall"] for row in module.compute_score(
-            [{"response": reply, "response_length": 9, "ground_truth": text}
-             for reply, text in zip(replies, facts)])],
         "swift": lambda: sum_columns(module, [swift.orms[f"mig_{name}"]()(replies, question=facts)
                                               for name in module.WEIGHTS]),
         "trl": lambda: sum_columns(module, [
@@ -139,7 +136,7 @@ def test_a_run_is_handed_over_with_its_own_values(smoke_runs, tmp_path, monkeypa
     (GOOD, ("--out", "{there}"), "exists; name a new folder"),
     (GOOD, (), "an update takes 16 prompts"),
     (changed(question="Find <image> there.", images=["a.png", "b.png"]), (),
-     "takes such tags out"),
+     "question' holds <image>"),
     (GOOD, ("--profile", "none"), "no profile 'none'"), ("a run", (), "no run 'a run'")])
 def test_what_cannot_be_exported_is_one_sentence(row, words, said, root, tmp_path):
     source = row if isinstance(row, str) else write_lines(root, row, name="few.jsonl")

@@ -1,18 +1,21 @@
-"""Importers: every format by hand, every mistake with its place and remedy."""
+"""Importers: every format by hand, and what is left out with its place and remedy."""
 
 import copy
 import json
 
+import datasets
+import numpy as np
 import pyarrow.parquet
 import pytest
-from click.testing import CliRunner
 from command_line import run_mig_kit
-from data_files import call, write_lines
+from data_files import GOOD, call, check, write_lines
 from PIL import Image
 
-from mig_kit.commands.data import import_command
-from mig_kit.data import importers, line_checks, own_data
-from mig_kit.data.records import ImportRules
+from mig_kit.boxes import BoxFormat, rescale_box, seen_size
+from mig_kit.common import UserError
+from mig_kit.data import importers, own_data
+from mig_kit.data.importers import ImportRules
+from mig_kit.image_files import encode_image
 
 SWIFT = {"messages": [{"role": "system", "content": "You help."},
                       {"role": "user", "content": "<image><image>Find the <ref-object> that is "
@@ -29,37 +32,29 @@ COCO = {"images": [{"id": 1, "file_name": "a.png", "width": 100, "height": 50},
         "categories": [{"id": 5, "name": "cup"}, {"id": 6, "name": "dog"}],
         "annotations": [
             {"id": 1, "image_id": 1, "category_id": 5, "bbox": [10, 10, 20, 30]},
-            {"id": 2, "image_id": 2, "category_id": 5, "bbox": [150, 10, 50.5, 30]},
+            {"id": 2, "image_id": 2, "category_id": 5, "bbox": [150, 10, 50, 30]},
             {"id": 3, "image_id": 2, "category_id": 6, "bbox": [0, 0, 9, 9]},
             {"id": 4, "image_id": 2, "category_id": 6, "bbox": [50, 0, 9, 9]}]}
-REF = {"ref_id": 0, "ann_id": 2, "image_id": 2, "split": "train",
-       "sentences": [{"sent": "the left cup"}, {"sent": "cup by the door"}]}
-VLM_R1 = {"image": "b.png", "normal_caption": "the lady", "solution": [10.5, 20, 60, 90]}
+MGROUNDING = {"images": ["./MGrounding-630k/Group/1.png", "./MGrounding-630k/Group/2.png"],
+              "conversations": [
+                  {"from": "human", "value": "<image>\n<image>\nWhere is "
+                                             "<|object_ref_start|>a kite<|object_ref_end|>?"},
+                  {"from": "gpt", "value": "It's in the second image. "
+                                           "<|box_start|>(316,58),(764,999)<|box_end|>"}]}
 
 
-@pytest.fixture(scope="module")
-def root(root):
-    (root / "coco.json").write_text(json.dumps(COCO))
-    return root
-
-
-def write(root, *records):
-    return write_lines(root, *records, name="in.jsonl")
-
-
-def import_all(root, form, path, coordinates="", padded=False, several="", instances=None):
+def import_all(root, form, *records, path=None, **rules):
     """(lines of own data, sentences); the lines pass the checks of own data."""
     sentences, out = [], root / "out.jsonl"
-    rules = ImportRules(root, coordinates, padded, several, instances)
-    if out != path:
-        out.unlink(missing_ok=True)
-    report = importers.import_file(form, path, out, rules, sentences.append)
-    assert out.exists() == bool(report.kept)
+    path = path or write_lines(root, *records, name="in.jsonl")
+    out.unlink(missing_ok=True)
+    report, _ = importers.import_file(form, path, out, ImportRules(root, **rules), sentences.append)
     lines = []
     if out.exists():
-        assert all(not problems for _, problems in own_data.check_file(out, root))
+        assert not any(check(out, root))
         lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert report.read == len(lines) + len(sentences) and report.kept == len(lines)
+        assert report.kept == len(lines)
+    assert report.read == report.kept + len(sentences)
     return lines, sentences
 
 
@@ -81,29 +76,35 @@ def test_ms_swift(root):
                         {"role": "assistant", "content": "<bbox>"}],
            "images": [{"path": str(root / "b.png")}],
            "objects": {"ref": ["dog"], "bbox": [[0.1, 0.2, 0.3, 0.4]], "bbox_type": "norm1"}}
-    old = {"query": "Find the <ref-object>.", "response": "<bbox>", "images": ["b.png"],
-           "objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}}
-    lines, sentences = import_all(root, "swift", write(root, SWIFT, one, old))
+    lines, sentences = import_all(root, "swift", SWIFT, one)
     assert not sentences and lines[0] == {
         "id": "line-1", "images": ["a.png", "b.png"], "image": 2, "coordinates": "pixels",
         "question": "Find the cup that is like {ref} of the first image.",
         "box": [20, 30, 60, 90], "reference": [0, 0, 10, 10]}
     assert lines[1]["coordinates"] == "normalized_1" and lines[1]["images"] == ["b.png"]
-    assert lines[2]["question"] == "Find the dog." and lines[2]["box"] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("text, box", [
-    ("[10, 30, 60, 90]", [10, 30, 60, 90]),
-    ("It is [10.5,30,60,90].", [10.5, 30, 60, 90]),
-    ("<|object_ref_start|>cup<|object_ref_end|><|box_start|>(10,30),(60,90)<|box_end|>",
-     [10, 30, 60, 90]),
-    ("<ref>cup</ref><box>(10,30),(60,90)</box>", [10, 30, 60, 90]),
-    ("<box>[[10, 30, 60, 90]]</box>", [10, 30, 60, 90]),
-    ('```json\n[{"bbox_2d": [10, 30, 60, 90], "label": "cup"}]\n```', [10, 30, 60, 90])])
-def test_boxes_in_texts(root, text, box):
+def test_boxes_in_several_images_must_all_be_found(root):
+    record = changed(SWIFT, "messages", 2, "content", to="<bbox> and <bbox>")
+    record = changed(record, "messages", 1, "content", to="<image><image>Find every <ref-object>.")
+    (line,), _ = import_all(root, "swift", record, several="all")
+    assert line["targets"] == [{"image": 1, "box": [0, 0, 10, 10]},
+                               {"image": 2, "box": [20, 30, 60, 90]}]
+    for several in ("", "any"):
+        lines, (sentence,) = import_all(root, "swift", record, several=several)
+        assert not lines and "the answer has 2 boxes; add --several any" in sentence
+
+
+@pytest.mark.parametrize("text", [
+    "[10, 30, 60, 90]", "It is [10,30,60,90].", "<ref>cup</ref><box>(10,30),(60,90)</box>",
+    "<|object_ref_start|>cup<|object_ref_end|><|box_start|>(10,30),(60,90)<|box_end|>",
+    "<box>[[10, 30, 60, 90]]</box>",
+    '```json\n[{"bbox_2d": [10, 30, 60, 90], "label": "cup"}]\n```'])
+def test_boxes_of_one_image_in_texts(root, text):
     record = changed(LLAVA, "conversations", 1, "value", to=text)
-    (line,), _ = import_all(root, "llava", write(root, record), "pixels")
-    assert line["box"] == box and line["question"] == "Where is the cup?" and line["image"] == 1
+    (line,), _ = import_all(root, "llava", record, coordinates="pixels")
+    assert line["box"] == [10, 30, 60, 90] and line["image"] == 1
+    assert line["question"] == "Where is the cup?"
 
 
 def of_two_images(*turns):
@@ -113,316 +114,195 @@ def of_two_images(*turns):
                          for role, text in zip(("user", "assistant"), turn)]}
 
 
-def test_conversations_of_several_images_and_turns(root):
-    asked = "<image> and <image>: where in image 2 is the thing at [1, 2, 30, 40] of image 1?"
-    path = root / "array.json"
-    path.write_text(json.dumps([of_two_images(
-        (asked, "In the second image: [10, 20, 30, 40]"), ("What is it?", "A cup."),
-        ("And the dog?", '<answer>{"image": 1, "box": [1,2,9,9]}</answer>'))]))
-    (first, second), sentences = import_all(root, "llava", path, "pixels")
-    assert not sentences and first["id"] == "record-1-turn-1"
-    assert first["question"] == "and image 2: where in image 2 is the thing at {ref} of image 1?"
-    assert (first["image"], first["box"], first["reference"]) == (2, [10, 20, 30, 40],
-                                                                  [1, 2, 30, 40])
-    assert (second["image"], second["box"], second["question"]) == (1, [1, 2, 9, 9], "And the dog?")
-    record = of_two_images(("<image>Where is the dog in image 1?", "[1, 2, 9, 9]"),
-                           ("And in <image>, where is the cat?", "[5, 6, 30, 40]"))
-    (_, later), _ = import_all(root, "llava", write(root, record), "pixels")
-    assert later["question"] == "And in image 2, where is the cat?" and later["image"] == 2
+@pytest.mark.parametrize("answer, number", [
+    ('{"image": 2, "box": [1, 2, 30, 40]}', 2),
+    ('<think>Look.</think><answer>{"image": 1, "box": [1, 2, 30, 40]}</answer>', 1),
+    ("In the second image: [1, 2, 30, 40]", None), ("image 2: [1, 2, 30, 40]", None),
+    ("[1, 2, 30, 40]", None)])
+def test_an_index_says_which_of_several_images_a_box_is_in_and_no_prose_is_read(root, answer,
+                                                                                number):
+    record = of_two_images(("<image> and <image>: where in image 2 is it?", answer))
+    lines, sentences = import_all(root, "llava", record, coordinates="pixels")
+    assert [line["image"] for line in lines] == [number] * bool(number)
+    assert number or "with several images an answer must say which one" in sentences[0]
+    assert not lines or lines[0]["question"] == "and image 2: where in image 2 is it?"
 
 
-@pytest.mark.parametrize("asked, answered, number", [
-    ("Find the cup in image 2.", "[1, 2, 30, 40]", 2),
-    ("Image 2: where is the cup?", "[1, 2, 30, 40]", 2),
-    ("Find it at the left of the second image.", "[1, 2, 30, 40]", 2),
-    ("Find the cup of image 1.", "The cup is at the top of image 2: [1, 2, 30, 40]", 2),
-    ("Find it.", "The cup of image 1 is seen in image 2 at [1, 2, 30, 40]", 2),
-    ("Find the cup of image 1.", "[1, 2, 30, 40]", None),
-    ("Find the object marked in the first image in the other image.", "[1, 2, 30, 40]", None),
-    ("The first image shows a dog. Find this dog in the other picture.", "[1, 2, 30, 40]", None),
-    ("Which thing in image 1 is in both images?", "[1, 2, 30, 40]", None),
-    ("Find it again.", "The cup of image 1 is seen again at [1, 2, 30, 40]", None)])
-def test_an_image_that_only_describes_a_thing_is_not_taken_for_its_place(root, asked, answered,
-                                                                         number):
-    path = write(root, of_two_images((asked, answered)))
-    lines, sentences = import_all(root, "llava", path, "pixels")
-    assert [line["image"] for line in lines] == ([number] if number else [])
-    assert not number == ("it is not said which of the 2 images" in "".join(sentences))
+def test_later_turns_are_left_out_unless_they_stand_alone(root):
+    record = {"image": "b.png", "messages": of_two_images(
+        ("<image>Find the cup.", "[1, 2, 9, 9]"), ("And there?", "[5, 6, 30, 40]"))["messages"]}
+    (line,), (sentence,) = import_all(root, "llava", record, coordinates="pixels")
+    assert line["question"] == "Find the cup." and line["id"] == "line-1-turn-1"
+    assert "may lean on the turns before it; --all-turns takes it" in sentence
+    lines, _ = import_all(root, "llava", record, coordinates="pixels", all_turns=True)
+    assert [line["question"] for line in lines] == ["Find the cup.", "And there?"]
 
 
-def test_what_a_file_says_stands_and_annotations_are_not_overwritten(root):
-    _, (sentence,) = import_all(root, "swift", write(root, SWIFT), "normalized_1000")
-    assert "says that boxes are pixels, and --coordinates normalized_1000" in sentence
-    instances = root / "coco.json"
-    with pytest.raises(ValueError, match="is .*coco.json itself"):
-        importers.import_file("refcoco", write(root, REF), instances,
-                              ImportRules(root, instances=instances), print)
-    assert json.loads(instances.read_text()) == COCO
+@pytest.fixture
+def unpacked(tmp_path):
+    """Images of MGrounding-630k as its archives unpack, below a nested home/."""
+    folder = tmp_path / "home/someone/MGrounding-630k/Group"
+    folder.mkdir(parents=True)
+    for number in (1, 2):
+        Image.new("L", (200 * number, 100)).save(folder / f"{number}.png")
+    return tmp_path
 
 
-def test_boxes_of_the_padded_square(root):
-    """LLaVA-1.5 pads 200 x 100 to 200 x 200, 50 above and below."""
-    (line,), _ = import_all(root, "llava", write(root, LLAVA), "normalized_1", padded=True)
-    assert line["box"] == pytest.approx([20, 10, 60, 100]) and line["coordinates"] == "pixels"
+@pytest.mark.parametrize("answer, sentence", [
+    ("", ""), ("image-2: <|box_start|>(316,58),(764,999)<|box_end|>", ""),
+    ("It looks as in the first image: <|box_start|>(1,2),(3,4)<|box_end|>", "must say which"),
+    ("<|box_start|>(1,2),(3,4)<|box_end|>", "must say which"),
+    ("It's in the second image. <|box_start|>(1,2),(3,4)<|box_end|>, <|box_start|>(5,6),(7,8)"
+     "<|box_end|>", "must say which"), ("A kite.", "no answer with a box"),
+    ("It's in the fifth image. <|box_start|>(1,2),(30,40)<|box_end|>", "there are 2 images"),
+    ("It's in the first image. <|box_start|>(5,2),(5,4)<|box_end|>", "x2 must be greater")])
+def test_mgrounding_names_images_in_its_own_words(unpacked, answer, sentence):
+    record = changed(MGROUNDING, "conversations", 1, "value", to=answer) if answer else MGROUNDING
+    path = unpacked / "in.json"
+    path.write_text(json.dumps([record]))
+    lines, sentences = import_all(unpacked, "mgrounding", path=path)
+    if sentence:
+        assert not lines and sentence in sentences[0]
+        return
+    (sample,) = own_data.iter_samples(unpacked / "out.jsonl", unpacked)
+    assert sample.question == "Where is a kite?" and sample.sizes == [(200, 100), (400, 100)]
+    assert sample.targets[0].image == 2
+    assert sample.targets[0].box == pytest.approx((126.4, 5.8, 305.6, 99.9))
 
 
 def test_coco(root):
-    lines, sentences = import_all(root, "coco", root / "coco.json")
+    path = root / "coco.json"
+    path.write_text(json.dumps(COCO))
+    lines, sentences = import_all(root, "coco", path=path)
     assert [line["question"] for line in lines] == ["Find the cup.", "Find the cup."]
     assert lines[0]["box"] == [10, 10, 30, 40] and lines[0]["id"] == "annotation-1"
-    assert lines[1]["box"] == [150, 10, 200, 40], "half a pixel over the edge is cut"
-    assert sentences == ["annotation 3: the answer has 2 boxes; add --several any if any one of "
-                         "them is correct, --several all if all are to be found, or write one "
-                         "question for each"]
-    lines, sentences = import_all(root, "coco", root / "coco.json", several="any")
-    assert not sentences and lines[2]["boxes"] == [[0, 0, 9, 9], [50, 0, 59, 9]]
-    lines, _ = import_all(root, "coco", root / "coco.json", several="all")
+    assert "the answer has 2 boxes; add --several any" in sentences[0]
+    lines, _ = import_all(root, "coco", path=path, several="any")
+    assert lines[2]["boxes"] == [[0, 0, 9, 9], [50, 0, 59, 9]]
+    lines, _ = import_all(root, "coco", path=path, several="all")
     assert lines[2]["targets"] == [{"image": 1, "box": [0, 0, 9, 9]},
                                    {"image": 1, "box": [50, 0, 59, 9]}]
-    assert "box" in lines[0] and "image" not in lines[2]
-
-
-def test_boxes_in_several_images_must_all_be_found(root):
-    record = changed(SWIFT, "messages", 2, "content", to="<bbox> and <bbox>")
-    record = changed(record, "messages", 1, "content", to="<image><image>Find every <ref-object>.")
-    lines, _ = import_all(root, "swift", write(root, record), several="all")
-    numbers = [number + 1 for number in SWIFT["objects"]["image_id"]]
-    assert lines[0]["targets"] == [{"image": number, "box": box} for number, box
-                                   in zip(numbers, SWIFT["objects"]["bbox"])]
-    assert sorted(numbers) == [1, 2]
-    lines, _ = import_all(root, "swift", write(root, record), several="any")
-    assert [(line["image"], line["box"]) for line in lines] == list(
-        zip(numbers, SWIFT["objects"]["bbox"])), "a question for each image"
-    assert lines[0]["question"] == "Find every cup. Answer for image 1 only."
-
-
-def test_refcoco(root):
-    captioned = changed(COCO, "images", 0, "caption", to="the lady in red")
-    path = root / "mdetr.json"
-    path.write_text(json.dumps(changed(captioned, "annotations", to=COCO["annotations"][:1])))
-    (line,), _ = import_all(root, "coco", path)
-    assert line["question"] == "Find this: the lady in red."
-    lines, _ = import_all(root, "refcoco", write(root, REF, VLM_R1),
-                          instances=root / "coco.json")
-    assert [line["question"] for line in lines] == [
-        "Find this: the left cup.", "Find this: cup by the door.", "Find this: the lady."]
-    assert lines[1]["images"] == ["b.png"] and lines[1]["box"] == [150, 10, 200, 40]
-    assert lines[2]["box"] == [10.5, 20, 60, 90]
-    row = {"question_id": "7", "question": "Describe the area.", "answer": ["cup", "left cup"],
-           "bbox": [10, 20, 30, 40], "segmentation": [1.0], "iscrowd": 0, "file_name": "x_7.jpg",
-           "image": {"bytes": (root / "b.png").read_bytes(), "path": None}}
-    path = root / "val.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
-    lines, _ = import_all(root, "refcoco", path)
-    assert [(line["question"], line["box"]) for line in lines] == [
-        ("Find this: cup.", [10, 20, 40, 60]), ("Find this: left cup.", [10, 20, 40, 60])]
-
-
-@pytest.mark.parametrize("form, record, sentence", [
-    ("swift", changed(SWIFT, "objects", "bbox_type", to="norm1"), "outside 'normalized_1'"),
-    ("swift", b"{", "the line is no JSON object"),
-    ("swift", changed(SWIFT, "images", to=...), "'images' must list 1 to 64 paths"),
-    ("swift", changed(SWIFT, "images", 0, to="http://x/a.png"), "download it and name the file"),
-    ("swift", changed(SWIFT, "images", 0, to="none.png"), "'none.png' is not there"),
-    ("swift", changed(SWIFT, "images", to=["a.png"]), "2 <image> tags and 1 images"),
-    ("swift", changed(SWIFT, "messages", 1, "role", to="tool_call"), "must be of user and assist"),
-    ("swift", changed(SWIFT, "messages", 1, "content", to=None), "must be a text of at most"),
-    ("swift", changed(SWIFT, "messages", 1, "content", to="<image><image>{ref} <bbox>"),
-     "holds {ref}"),
-    ("swift", changed(SWIFT, "messages", 1, "content", to="<image><image><video> <bbox>"),
-     "give the frames as images"),
-    ("swift", changed(SWIFT, "messages", 2, "content", to="Yes."), "boxes more than there are"),
-    ("swift", changed(SWIFT, "objects", to="[]"), "as ms-swift 3 has it"),
-    ("swift", changed(SWIFT, "objects", "image_id", to=...), "it must say which one"),
-    ("swift", changed(SWIFT, "objects", "image_id", to=[0, 2]), "an image that is not there"),
-    ("swift", changed(SWIFT, "objects", "image_id", to=[1, 0]), "must be in the first image"),
-    ("swift", changed(SWIFT, "objects", "bbox_type", to="norm1000"), "use real (pixels) or norm1"),
-    ("swift", changed(SWIFT, "objects", "ref", to=[]), "more <ref-object> in the texts"),
-    ("swift", changed(SWIFT, "objects", "bbox", 1, to=[615, 226]), "must be four numbers"),
-    ("swift", changed(SWIFT, "objects", "bbox", 1, to=[1, 2, 900, 4]), "leaves image 2"),
-    ("llava", changed(LLAVA, "conversations", 1, "value", to="A cup."), "no answer holds a box"),
-    ("llava", changed(LLAVA, "image", to=["a.png", "b.png"]), "1 <image> tags and 2 images"),
-    ("llava", changed(changed(LLAVA, "image", to=["a.png", "b.png"]), "conversations", 0, "value",
-                      to="Where?"), "name it in the answer, as in: image 2"),
-    ("llava", changed(LLAVA, "conversations", 1, "value", to="[1,2,3,4] [5,6,7,8]"),
-     "the answer has 2 boxes; add --several any"),
-    ("llava", changed(LLAVA, "conversations", 1, "value", to="[0.9, 0.1, 0.3, 0.4]"),
-     "x2 must be greater than x1"),
-    ("llava", changed(LLAVA, "conversations", 1, "value", to="[10, 20, 30, 40]"), "outside"),
-    ("llava", changed(LLAVA, "conversations", 0, "value", to="<image>"), "write what is asked"),
-    ("refcoco", REF, "give --instances"),
-    ("refcoco", changed(VLM_R1, "normal_caption", to=3), "a phrase must be a text"),
-    ("refcoco", changed(VLM_R1, "solution", to=[1, 2]), "must be four numbers"),
-    ("refcoco", changed(REF, "sentences", to=[]), "'sentences' must be a list")])
-def test_each_mistake_has_its_line_and_remedy(root, form, record, sentence):
-    lines, sentences = import_all(
-        root, form, write(root, record), "normalized_1" if form == "llava" else "")
-    assert not lines and len(sentences) == 1
-    assert sentences[0].startswith("line 1: ") and sentence in sentences[0]
+    path.write_text(json.dumps(changed(COCO, "categories", 1, "name", to="Cup ")))
+    lines, _ = import_all(root, "coco", path=path, several="any")
+    assert len(lines) == 2 and len(lines[1]["boxes"]) == 3, "categories of one name are one"
 
 
 @pytest.mark.parametrize("path, value, sentence", [
     (("annotations", 0, "bbox"), [1, 2, 3], "annotation 1: 'bbox' must be four numbers"),
-    (("annotations", 0, "bbox"), [1, 2, 0, 4], "annotation 1: 'bbox' is [1, 2, 0, 4]: width and"),
-    (("annotations", 0, "image_id"), 9, "annotation 1: its image 9 is not in 'images'"),
-    (("annotations", 0, "image_id"), [], "annotation 1: 'image_id' and 'category_id' must be ids"),
-    (("annotations", 0), 3, "annotation number 1: an annotation must be an object with an id"),
+    (("annotations", 0, "bbox"), [1, 2, 0, 4], "annotation 1: 'box' is [1.0, 2.0, 1.0, 6.0]: x2"),
+    (("annotations", 0, "image_id"), 9, "annotation 1: its image_id or category_id is not in"),
+    (("annotations", 0), 3, "annotation number 1: an annotation that is no object"),
     (("annotations", 0, "iscrowd"), 1, "annotation 1: a crowd has no single box"),
-    (("annotations", 0, "bbox"), [90, 2, 30, 4], "annotation 1: [90, 2, 120, 6] leaves image 1"),
-    (("categories",), [], "annotation 1: category 5 has no name"),
-    (("images", 0, "file_name"), None, "annotation 1: an image must be named by its path"),
+    (("annotations", 0, "attributes"), {"rotation": 45.0}, "annotation 1: the box is turned"),
+    (("annotations", 0, "bbox"), [90, 2, 30, 4], "annotation 1: [90.0, 2.0, 120.0, 6.0] leaves"),
+    (("images", 0, "width"), 50, "the file says 50x50, the image has 100x50 pixels"),
     (("annotations",), [], "wrong.json: there is no list 'annotations'")])
 def test_each_mistake_of_a_coco_file_has_its_place(root, path, value, sentence):
     (root / "wrong.json").write_text(json.dumps(changed(COCO, *path, to=value)))
-    _, sentences = import_all(root, "coco", root / "wrong.json", several="any")
-    assert any(problem.startswith(sentence) for problem in sentences), sentences
+    _, sentences = import_all(root, "coco", path=root / "wrong.json", several="any")
+    assert any(sentence in problem for problem in sentences), sentences
 
 
-def test_sizes_that_the_file_states_are_those_of_the_upright_images(root):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (100, 50)).save(root / "turned.jpg", exif=exif)
-
-    def import_coco(sides, *boxes):
-        (root / "in.json").write_text(json.dumps({
-            "images": [{"id": 1, "file_name": "turned.jpg", "width": sides[0], "height": sides[1]}],
-            "categories": [{"id": 1, "name": "cup"}],
-            "annotations": [{"id": number, "image_id": 1, "category_id": 1, "bbox": box}
-                            for number, box in enumerate(boxes)]}))
-        return import_all(root, "coco", root / "in.json", several="any")
-
-    lines, (sentence,) = import_coco((100, 50), [1, 2, 30, 4])
-    assert not lines and "says 100x50, the image has 50x100 pixels when it is upright" in sentence
-    for sides in ((50, 100), (50.0, 100.0), (0, 0), (None, None)):
-        ((line,), _) = import_coco(sides, [-0.6, -1, 30, 4])
-        assert line["box"] == [0, 0, 29.4, 3], "cut at every side"
-    lines, (sentence,) = import_coco((50, 100), [1, 2, 30, 4], [0, 0, 1e300, 5])
-    assert not lines and sentence.startswith("annotation 1: 'bbox'"), "not the first of its image"
+def test_half_a_pixel_over_the_edge_is_cut(root):
+    path = root / "edge.json"
+    path.write_text(json.dumps(changed(changed(
+        COCO, "annotations", 0, "bbox", to=[-0.6, -1, 30, 52]), "annotations", to=[
+            {"id": 1, "image_id": 1, "category_id": 5, "bbox": [-0.6, -1, 30, 51.5]}])))
+    (line,), _ = import_all(root, "coco", path=path)
+    assert line["box"] == [0, 0, 29.4, 50]
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"attributes": {"rotation": 45.0}}, "turned by 45"), ({"rotation": 45.0}, "turned by 45"),
-    ({"attributes": {"rotation": "-30"}}, "by -30"), ({"angle": 0.5}, "turned by 0.5"),
-    ({"attributes": {"rotation": 0.0, "angle": "front"}}, "")])
-def test_a_turned_box_is_not_written_upright(root, changes, sentence):
-    annotation = {**COCO["annotations"][0], **changes}
-    (root / "in.json").write_text(json.dumps(changed(COCO, "annotations", to=[annotation])))
-    for form, path in (("coco", root / "in.json"), ("refcoco", write(root, {**REF, "ann_id": 1}))):
-        instances = root / "in.json" if form == "refcoco" else None
-        lines, sentences = import_all(root, form, path, instances=instances)
-        assert bool(sentence) != bool(lines) and sentence in "".join(sentences)
+def test_absolute_boxes_are_of_the_resized_image(root):
+    box_format = BoxFormat(3136, 28 * 28 * 20)
+    seen = seen_size((200, 100), box_format)
+    box = [round(value) for value in rescale_box((20, 30, 60, 90), (200, 100), seen)]
+    record = changed(LLAVA, "conversations", 1, "value", to=json.dumps({"bbox_2d": box}))
+    (line,), _ = import_all(root, "llava", record, coordinates="absolute", box_format=box_format)
+    assert line["box"] == pytest.approx([20, 30, 60, 90], abs=1) and line["coordinates"] == "pixels"
+    (line,), _ = import_all(root, "own", {**GOOD, "box": box}, coordinates="absolute",
+                            box_format=box_format)
+    assert line["box"] == pytest.approx([20, 30, 60, 90], abs=1)
+    code, text = call("import", "own", write_lines(root, {**GOOD, "box": box}), "--coordinates",
+                      "absolute",
+                      "--max-pixels", 28 * 28 * 20, "--out", root / "o.jsonl")
+    assert code == 0 and "1 written" in text
 
 
-def test_one_question_has_one_answer(root):
-    """Categories of one name, and an image that is listed twice, are one question."""
-    for key, value in (("categories", [{"id": 5, "name": "cup"}, {"id": 6, "name": "Cup "}]),
-                       ("images", [{"id": 1, "file_name": "b.png"}, COCO["images"][1]])):
-        (root / "in.json").write_text(json.dumps(changed(COCO, key, to=value)))
-        lines, sentences = import_all(root, "coco", root / "in.json")
-        questions = [(line["images"][0], line["question"].lower()) for line in lines]
-        assert len(set(questions)) == len(questions) and "has" in "".join(sentences)
-        lines, _ = import_all(root, "coco", root / "in.json", several="any")
-        assert max(len(line.get("boxes", [])) for line in lines) == 3 - (key == "images")
+@pytest.mark.parametrize("form, record, sentence", [
+    ("swift", b"{", "the line is no JSON object"),
+    ("swift", changed(SWIFT, "images", to=...), "a record without images"),
+    ("swift", changed(SWIFT, "images", 0, to="http://x/a.png"), "an image is an address; download"),
+    ("swift", changed(SWIFT, "images", 0, to="none.png"), "'none.png' is not there"),
+    ("swift", changed(SWIFT, "images", to=["a.png"]), "2 <image> tags and 1 images"),
+    ("swift", changed(SWIFT, "messages", 1, "role", to="tool_call"), "other turns than of user"),
+    ("swift", changed(SWIFT, "messages", 2, "content", to="Yes."), "more boxes in 'objects' than"),
+    ("swift", changed(SWIFT, "objects", to="[]"), "as ms-swift 3 has it"),
+    ("swift", changed(SWIFT, "objects", "image_id", to=...), "must say which image each box is in"),
+    ("swift", changed(SWIFT, "objects", "image_id", to=[0, 2]), "there are 2 images"),
+    ("swift", changed(SWIFT, "objects", "image_id", to=[1, 0]), "not in the first image"),
+    ("swift", changed(SWIFT, "objects", "bbox_type", to="norm1000"), "another bbox_type"),
+    ("swift", changed(SWIFT, "objects", "ref", to=[]), "more <ref-object> in the texts"),
+    ("swift", changed(SWIFT, "objects", "bbox", 1, to=[1, 2, 900, 4]), "leaves image 2"),
+    ("swift", {"problem": "Find it.", "answer": "x"}, "a record without images"),
+    ("llava", changed(LLAVA, "conversations", 1, "value", to="A cup."), "no answer with a box"),
+    ("llava", changed(LLAVA, "conversations", 1, "value", to="[10, 20, 30, 40]"), "outside"),
+    ("llava", changed(LLAVA, "conversations", 0, "value", to="<image>"), "'question'"),
+    ("llava", {"images": ["a.png"], "problem": "Find it."}, "a line of own data is {")])
+def test_each_mistake_has_its_line_and_remedy(root, form, record, sentence):
+    coordinates = "normalized_1" if form == "llava" else ""
+    lines, (said,) = import_all(root, form, record, coordinates=coordinates)
+    assert not lines and said.startswith("line 1: ") and sentence in said
 
 
-def test_one_split_is_taken(root, tmp_path):
-    refs = [changed(REF, "split", to=split) for split in ("train", "val", "testA", "Train", None)]
-    talks = [{**LLAVA, "id": split, "split": split} for split in ("train", "test")]
-    verl = [{"images": ["b.png"], "problem": "<image>Find it.", "answer": "[1, 2, 30, 40]",
-             "extra_info": {"split": split}} for split in ("train", "val")]
-    coco = changed(changed(COCO, "annotations", to=COCO["annotations"][:2]), "images", to=[
-        {**image, "split": split} for image, split in zip(COCO["images"], ("train", "val"))])
-    for form, rows, n, kept, more in (
-            ("refcoco", refs, 10, 6, ["--instances", root / "coco.json"]),
-            ("coco", [coco], 2, 1, []), ("verl", verl, 2, 1, ["--coordinates", "pixels"]),
-            ("llava", talks, 2, 1, ["--coordinates", "normalized_1"])):
-        words = (form, write(root, *rows), "--out", tmp_path / "o.jsonl", *more)
-        code, text = call("import", *words)
-        assert f"{n} questions read, {kept} written" in text and f"{n - kept} left out" in text
-        assert "  of the split '" in text and "takes: " in text
-        code, text = call("import", *words, "--split", "val")
-        assert (code == 0) == (form != "llava") and "split 'train', which --split train" in text
+@pytest.mark.parametrize("question, stripped", [
+    ("<image>\n<image>\nFind it.", "Find it."), ("Find it. <image><image>", "Find it."),
+    ("Is the cup of <image> in <image>?", "Is the cup of image 1 in image 2?")])
+def test_tags_of_images_become_words(root, question, stripped):
+    (line,), _ = import_all(root, "own", {**GOOD, "question": question})
+    assert line["question"] == stripped
 
 
-@pytest.mark.parametrize("question, is_kept", [
-    ("And in the other image?", False), ("Where is it in image 2?", False), ("Is it here?", False),
-    ("Where is that?", False), ("Find the same one again.", False), ("Give me its box.", False),
-    ("Please provide the bounding box coordinates.", False), ("What about image 2?", False),
-    ("Where else?", False), ("Find another cup.", False), ("它在哪里?", False),
-    ("Find the red cup in image 2.", True), ("And the dog?", True), ("狗在哪里?", True),
-    ("Now find the cat in the second picture.", True), ("The man with his dog", True),
-    ("Provide the coordinate of the region this sentence describes: left cup", True),
-    ("Which dog in image 2 is like the cup of the other image?", True)])
-def test_a_later_turn_that_leans_on_history_is_left_out(root, question, is_kept):
-    record = of_two_images(("Find the cup in image 1.", "In image 1: [1, 2, 9, 9]"),
-                           (question, "In image 2: [5, 6, 30, 40]"))
-    lines, sentences = import_all(root, "llava", write(root, record), "pixels")
-    assert len(lines) == 1 + is_kept and lines[0]["question"] == "Find the cup in image 1."
-    assert is_kept or "a later turn leans on the turns before it" in sentences[0]
+def test_one_split_is_taken(root):
+    rows = [{**LLAVA, "split": split} for split in ("train", "val", "Train", None)]
+    lines, sentences = import_all(root, "llava", *rows, coordinates="normalized_1")
+    assert len(lines) == 3 and "of the split 'val'" in sentences[0]
+    assert len(import_all(root, "llava", *rows, coordinates="normalized_1", split="")[0]) == 4
 
 
-@pytest.mark.parametrize("text, is_refused", [
-    ("Boxes are y first.", True), ("Answer with [ymin, xmin, ymax, xmax].", True),
-    ("Write each box as (x, y, w, h)", True), ("Give box_2d.", True),
-    ("Use yxyx.", True), ("(top, left, bottom, right)", True),
-    ("Boxes are [x1, y1, x2, y2] in 0 to 1000.", False),
-    ("Give (x1, y1), (x2, y2): top-left, bottom-right corner in pixels, of width and height.",
-     False)])
-def test_what_a_system_turn_says_of_boxes_is_not_lost(root, text, is_refused):
-    turns = [{"from": "system", "value": text}, *LLAVA["conversations"]]
-    path = write(root, changed(LLAVA, "conversations", to=turns),
-                 {**LLAVA, "id": 8, "system": text})
-    code, said = call("import", "llava", path, "--coordinates", "normalized_1",
-                      "--out", root / "o.jsonl")
-    words = ("the boxes are not written as x1, y1, x2, y2" if is_refused else "remark: 2 questions "
-             f"have a system turn that says how boxes are written ('{text[:20]}")
-    assert words in said and code == is_refused
-
-
-@pytest.mark.parametrize("form, path, rules, sentence", [
-    ("llava", "in.jsonl", {}, "give --coordinates"),
-    ("swift", "in.jsonl", {"coordinates": "pixels", "padded": True}, "add --coordinates norm"),
-    ("swift", "out.jsonl", {}, "name another file"),
-    ("coco", "coco.json", {"coordinates": "pixels"}, "the format coco says what its boxes are"),
-    ("mgrounding", "in.json", {"several": "all"}, "leave --several out"),
-    ("coco", "coco.json", {"instances": "coco.json"}, "--instances is for the format refcoco")])
-def test_rules_that_do_not_go_together(root, form, path, rules, sentence):
-    for name in ("out.jsonl", path):
-        (root / name).touch()
-    rules = {name: root / value if name == "instances" else value for name, value in rules.items()}
-    with pytest.raises(ValueError) as error:
-        import_all(root, form, root / path, **rules)
-    assert sentence in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"[", b"[{}, ", b"\xef\xbb\xbf[]", b"[1e999999]", b"",
-                                     b"[" * 3000, b'{"images": [', b'{"annotations": [{"id": NaN}'])
-def test_broken_files_end_with_a_sentence(root, content):
-    (root / "broken.json").write_bytes(content)
-    for form in importers.FORMATS:
-        lines, sentences = import_all(root, form, root / "broken.json",
-                                      "pixels" if form in ("swift", "llava", "verl") else "")
-        assert not lines and all(": " in sentence for sentence in sentences)
+def test_tables_with_images_in_them(tmp_path):
+    content = [encode_image(Image.new("RGB", (100, 100), colour)) for colour in ("red", "blue")]
+    features = datasets.Features({
+        "images": datasets.List(datasets.Image()), "question": datasets.Value("string"),
+        "image": datasets.Value("int32"), "box": datasets.List(datasets.Value("float32")),
+        "coordinates": datasets.Value("string"), "letter": datasets.Value("string")})
+    row = {**GOOD, "images": [{"bytes": image, "path": None} for image in content], "letter": None}
+    table = datasets.Dataset.from_list([row, {**row, "question": "Find the dog."}], features)
+    table.to_parquet(tmp_path / "train.parquet")
+    code, text = call("import", "own", tmp_path / "train.parquet", "--out", tmp_path / "mine.jsonl")
+    assert code == 0 and "2 questions read, 2 written" in text, text
+    assert len(list((tmp_path / "mine_images").iterdir())) == 2
+    sample, _ = own_data.iter_samples(tmp_path / "mine.jsonl", tmp_path)
+    assert sample.targets == ((2, (10, 20, 60, 90)),) and sample.id == "row-1"
+    assert np.array(sample.images[0])[0, 0].tolist() == [255, 0, 0]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(
+        [{**row, "images": [{"bytes": b"no", "path": None}]}]), tmp_path / "bad.parquet")
+    _, text = call("import", "own", tmp_path / "bad.parquet", "--out", tmp_path / "bad.jsonl")
+    assert "the bytes of an image are none" in text
 
 
 def test_the_command(root, tmp_path):
-    choices = {option.name: option.type for option in import_command.params}
-    assert tuple(choices["form"].choices) == importers.FORMATS
-    assert set(choices["coordinates"].choices) == set(line_checks.LIMITS)
-    path = write(root, SWIFT, b"{", SWIFT)
-    result = run_mig_kit("data", "import", "swift", str(path), "--out", str(tmp_path / "own.jsonl"))
+    path, out = write_lines(root, SWIFT, b"{", SWIFT), tmp_path / "own.jsonl"
+    result = run_mig_kit("data", "import", "swift", str(path), "--out", str(out))
     assert result.returncode == 0 and "line 2: the line is no JSON object" in result.stdout
     assert "3 questions read, 2 written to" in result.stdout and "1 left out" in result.stdout
     assert f"(image root: {root})" in result.stdout
-
-    def call(form, out):
-        result = CliRunner().invoke(import_command, [form, str(path), "--out", str(out)])
-        return result.output + str(result.exception)
-
-    assert "give --coordinates" in call("llava", tmp_path / "b.jsonl")
-    assert "is in no folder that exists" in call("swift", tmp_path / "no" / "b")
-    path, old = write(root, b"{"), tmp_path / "old.jsonl"
-    old.write_text("kept")
-    for out in (tmp_path / "new.jsonl", old):
-        assert "nothing written, 1 left out" in call("swift", out)
-    assert old.read_text() == "kept" and not (tmp_path / "new.jsonl").exists()
+    assert "give --coordinates" in call("import", "llava", path, "--out", out)[1]
+    assert "in no folder that exists" in call("import", "swift", path, "--out", out / "no" / "b")[1]
+    with pytest.raises(UserError, match="name another file"):
+        importers.import_file("swift", path, path, ImportRules(root), print)
+    out.write_text("kept")
+    assert "nothing written, 1 left out" in call(
+        "import", "swift", write_lines(root, b"{"), "--out", out)[1]
+    assert out.read_text() == "kept" and not (tmp_path / "own.jsonl.tmp").exists()
+    (root / "cut.json").write_text("[{}, ")
+    assert "is cut or no JSON" in call("import", "swift", root / "cut.json", "--out", out)[1]

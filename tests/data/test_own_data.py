@@ -1,17 +1,21 @@
 """Own data: what each mistake is called, on which line, and the reader under fuzz."""
 
+import csv
 import json
 import os
 import tracemalloc
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from command_line import run_mig_kit
-from data_files import CHOICE, GOOD, call, changed, write_lines
+from data_files import CHOICE, GOOD, call, changed, check, problems_of, write_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mig_kit.data import line_checks, own_data
+from mig_kit.common import UserError
+from mig_kit.data import own_data
 from mig_kit.data.inspection import write_preview
 
 
@@ -22,7 +26,7 @@ def test_a_correct_file_and_its_samples_in_all_coordinates(root):
                 boxes=[[0, 0, 500, 1000], [500, 0, 1000, 1000]]),
         changed(coordinates="normalized_1", box=[0, 0, 0.5, 1], question="Like {ref}?",
                 reference=[0, 0, 0.5, 1]))
-    assert [problems for _, problems in own_data.check_file(path, root)] == [[], [], []]
+    assert check(path, root) == [[], [], []]
     first, second, third = own_data.iter_samples(path, root)
     assert first.targets == ((2, (10.0, 20.0, 60.0, 90.0)),) and first.id == "line-1"
     assert second.targets == ((2, (0.0, 0.0, 100.0, 100.0)), (2, (100.0, 0.0, 200.0, 100.0)))
@@ -39,9 +43,6 @@ def asking_all(*targets, **keys):
 
 
 NOTHING = changed(image=None, box=...)
-TAGS_OF_BOXES = ["Find <bbox>.", "Find <ref-object>.", "<ref>cup</ref>", "Find <obj_2>.",
-                 "Find {bbox}.", "<video>Find it.", "Find <BBOX>."]
-CONTROL_TOKENS = ["<|im_start|>", "<|image_pad|>", "<|endoftext|>", "<|box_start|>"]
 
 
 def test_none_one_or_several_boxes(root):
@@ -49,148 +50,126 @@ def test_none_one_or_several_boxes(root):
         root, GOOD, asking_all((1, [0, 0, 500, 1000]), (2, [0, 0, 500, 1000]),
                                coordinates="normalized_1000"),
         NOTHING, changed(image=None, box=..., coordinates=...),
-        changed(image=None, box=None, question="Like {ref}?", reference=[1, 2, 3, 4]),
+        changed(image=None, box=..., question="Like {ref}?", reference=[1, 2, 3, 4]),
         asking_all(), asking_all(coordinates=...), asking_all((2, [1, 2, 3, 4])))
-    assert all(not problems for _, problems in own_data.check_file(path, root))
+    assert check(path, root) == [[]] * 8
     samples = list(own_data.iter_samples(path, root))
     assert all(sample.find_all for sample in samples)  # else the prompt would tell the number
     assert [len(sample.targets) for sample in samples] == [1, 2, 0, 0, 0, 0, 0, 1]
     assert samples[1].targets == ((1, (0, 0, 50, 50)), (2, (0, 0, 100, 100)))
-    (first,) = own_data.iter_samples(path, root, limit=1)
-    assert first.find_all and first.targets == ((2, (10, 20, 60, 90)),)
+    assert "7 of 8 questions list 'targets' or say that no image answers, so all questions" in (
+        call("check", path)[1])
     path = write_lines(root, GOOD, changed(task="targets or null"))
     assert not any(sample.find_all for sample in own_data.iter_samples(path, root))
     alternatives = changed(box=..., boxes=[[1, 2, 3, 4]])
-    path = write_lines(root, alternatives, NOTHING)
-    problems = dict(own_data.check_file(path, root))
-    assert "other lines ask for all boxes; write 'targets'" in problems[1][0] and not problems[2]
-    path = write_lines(root, alternatives, GOOD)
-    assert not any(problems for _, problems in own_data.check_file(path, root))
+    first, second = check(write_lines(root, alternatives, NOTHING), root)
+    assert "other lines ask for all boxes; write 'targets'" in first[0] and not second
 
 
-@pytest.mark.parametrize("row,sentence", [
-    (asking_all(image=1), "'image' does not go with 'targets'"),
-    (changed(image=None), "'box' does not go with 'targets' or with 'image': null"),
-    (asking_all((3, [1, 2, 3, 4])), "'targets' number 1: 'image' is 3, but there are 2"),
-    (asking_all((1, [1, 2, 3, 4]), (0, [1, 2, 3, 4])), "number 2: 'image' must be the number"),
-    (asking_all((1, [1, 2, 3, 4]), (1, [1, 2, 3, 4])), "'targets' number 2 is there twice"),
-    (asking_all((1, [5, 2, 3, 4])), "the box of 'targets' number 1 is [5, 2, 3, 4]: x2 must be"),
-    (asking_all((1, "here")), "the box of 'targets' number 1 must be four numbers"),
+def test_null_is_absent_and_whole_numbers_are_whole(root):
+    """As pandas and datasets write rows of several kinds."""
+    columns = dict.fromkeys(("image", "box", "boxes", "targets", "options", "letter", "reference",
+                             "coordinates", "reply", "id"))
+    path = write_lines(root, columns | GOOD | {"image": 2.0}, columns | CHOICE)
+    assert check(path, root) == [[], []]
+    first, second = own_data.iter_samples(path, root)
+    assert first.targets[0].image == 2 and type(first.targets[0].image) is int
+    assert second.letter == "B" and not first.find_all
+    row = columns | {"images": ["a.png"], "question": "Find it."}
+    assert '"targets": [] says that nothing in the images answers' in problems_of(root, row)
+    first, second = check(write_lines(root, columns | GOOD, row), root)
+    assert not first and second, "one missing value does not change the other questions"
+
+
+@pytest.mark.parametrize("row, sentence", [
+    (asking_all(image=1), "'image' goes with 'box'"),
+    (asking_all((3, [1, 2, 3, 4])), "'targets' number 1 is in image 3, but there are 2 images"),
+    (asking_all((1, [1, 2, 3, 4]), (1, [1, 2, 3, 4])), "'targets' holds a box twice"),
+    (asking_all((1, [5, 2, 3, 4])), "the box of 'targets' number 1 is [5.0, 2.0, 3.0, 4.0]: x2"),
+    (asking_all((1, "here")), "'targets' number 1 'box': Input should be a valid tuple"),
     (asking_all((1, [1, 2, 300, 4])), "leaves image 1, which is 100x50"),
-    (asking_all(targets=None), "'targets' must be a list"),
-    (asking_all(targets=[{"image": 1, "box": [1, 2, 3, 4], "x": 1}]), "'targets' must be a list"),
-    (asking_all(*[(1, [1, 2, 3, 4])] * 101), "holds 101 boxes; an answer has at most 100"),
-    (asking_all((1, [1, 2, 3, 4]), coordinates=...), "'coordinates' is missing"),
-    (changed(image=None, box=..., coordinates=..., question="{ref}", reference=[1, 2, 3, 4]),
-     "'coordinates' is missing"),
-    (b"", "the line is empty; delete it"),
-    (b"{", "no JSON object"),
-    (b"\xff{}", "not UTF-8"),
-    (b"[" * 20000, "no JSON object"),
-    (b'{"images": 1' + b"1" * 5000 + b"}", "no JSON object"),
+    (asking_all(targets=[{"image": 1, "box": [1, 2, 3, 4], "x": 1}]), "unknown key 'targets'"),
+    (asking_all((1, [1, 2, 3, 4]), coordinates=...), "'coordinates' says what boxes are measured"),
+    (b"", "no JSON object"), (b"{", "no JSON object"), (b"\xff{}", "no JSON object"),
+    (b"[" * 20000, "no JSON object"), (b"3", "no JSON object"),
     (b'{"x": "' + b"y" * (1 << 20) + b'"}', "longer than"),
-    (changed(box=...), "give either 'box' or 'boxes'"),
-    (changed(boxes=[[1, 2, 3, 4]]), "give either 'box' or 'boxes'"),
-    (changed(coordinates=...), "'coordinates' is missing"),
-    (changed(coordinates="0-1"), "'coordinates' must be one of pixels, normalized_1000"),
-    (changed(coordinates=[]), "'coordinates' must be one of"),
-    (changed(quesion="x"), "did you mean 'question'"),
-    (changed(zzz=1), "unknown key 'zzz'"),
-    (changed(images="a.png"), "'images' must be"),
-    (changed(question=" "), "'question' must"),
-    (changed(question="\ud83d"), "'question' holds half an emoji, \\ud83d, which no"),
-    (changed(reply="a\0"), "'reply' holds the character \\u0000"),
-    (changed(id="\ude00"), "'id' holds half an emoji"),
-    (changed(images=["a.png", "\ud83d.png"]), "the path of an image holds half an emoji"),
-    (changed(image=0), "from 1; null says that no image shows it"),
-    (changed(box="[1, 2, 3, 4]"), "four numbers [x1, y1, x2, y2], not text in quotes"),
-    (changed(box=["one", 2, 3, 4]), "four numbers [x1, y1, x2, y2], not text in quotes"),
-    (changed(image=3), "there are 2 images"),
-    (changed(image="2.5"), "from 1"),
-    (changed(box=[1, 2, 3]), "four numbers"),
-    (changed(box=[1, 2, 3, True]), "four numbers"),
-    (changed(box=[1, 2, 3, float("nan")]), "four numbers"),
-    (changed(box=[60, 20, 10, 90]), "x2 must be greater"),
+    (changed(box=...), "give one of 'box', 'boxes', 'targets' and 'options'"),
+    (changed(boxes=[[1, 2, 3, 4]]), "this line has box and boxes"),
+    (changed(coordinates=...), "'coordinates' says what boxes are measured in"),
+    (changed(coordinates="0-1"), "'coordinates': Input should be 'pixels', 'normalized_1000' or"),
+    (changed(quesion="x"), "did you mean 'question'"), (changed(zzz=1), "unknown key 'zzz'"),
+    (changed(images="a.png"), "'images': Input should be a valid list"),
+    (changed(images=[]), "'images': List should have at least 1 item"),
+    (changed(question=" "), "'question'"), (changed(question="\ud83d"), "'question'"),
+    (changed(image=0), 'from 1; "targets": [] says that no image answers'),
+    (changed(image=3), "'box' is in image 3, but there are 2 images"),
+    (changed(image="2.5"), "'image'"), (changed(box=[1, 2, 3]), "'box'"),
+    (changed(box="[1, 2, 3, 4]"), "a box is four numbers [x1, y1, x2, y2]"),
+    (changed(box=[1, 2, 3, float("nan")]), "'box' number 4: Input should be a finite number"),
+    (changed(box=[60, 20, 10, 90]), "x2 must be greater than x1 and y2 than y1 (is it x, y, width"),
     (changed(box=[0.1, 0.2, 0.5, 0.6]), "are the coordinates 'normalized_1'?"),
     (changed(coordinates="normalized_1"), "outside 'normalized_1'"),
     (changed(coordinates="normalized_1000", box=[1, 2, 3, 1001]), "outside 'normalized_1000'"),
-    (changed(box=[1, 2, 300, 4]), "leaves image 2"),
-    (changed(box=[-1, 2, 3, 4]), "outside 'pixels'"),
-    (changed(box=..., boxes=[]), "list of boxes"),
-    (changed(box=..., boxes=[[1, 2, 3, 4], 5]), "'boxes' number 2 must be four numbers"),
-    (changed(id=""), "'id' must be printable"),
-    (changed(id="\x1b[2J"), "'id' must be printable"),
-    (changed(task=7), "'task' must be printable"),
-    (changed(reply=" "), "'reply' must be text"),
-    (changed(question="{ref}"), "go together"),
-    (changed(reference=[1, 2, 3, 4]), "go together"),
-    (changed(question="{ref}", reference=[1, 2, 3]), "'reference' must be four numbers"),
+    (changed(box=[1, 2, 300, 4]), "leaves image 2"), (changed(box=[-1, 2, 3, 4]), "outside 'pix"),
+    (changed(box=..., boxes=[]), "'boxes': List should have"),
+    (changed(id="\x1b[2J"), "'id': the text must be printable"), (changed(task=7), "'task'"),
+    (changed(question="{ref}"), "go together"), (changed(reference=[1, 2, 3, 4]), "go together"),
     (changed(question="{ref}", reference=[1, 2, 103, 40]), "leaves image 1"),
     (changed(images=["a.png", "none.png"]), "is not there"),
     (changed(images=["a.png", "broken.png"]), "no readable image"),
     (changed(images=["a.png", "../b.png"]), "below the image root; write it relative to the root, "
                                             "with / and without '..'"),
     (changed(images=["a.png", "long.png"]), "up to 200 to 1"),
+    (changed(images=["a.png", {"bytes": "aGk="}]), "an image is in the file itself; mig-kit data"),
+    (changed(images=["a.png", "data:image/png;base64,aGk="]), "an image is in the file itself"),
+    (changed(images=["a.png", "https://x.org/a.png"]), "an image is an address; download it"),
+    (changed(images=["a.png", "file:///etc/passwd"]), "'/etc/passwd' is not below the image root"),
+    *((changed(question=f"Find {tag} it."), f"holds {tag}") for tag in (
+        "<image>", "<image_1>", "<bbox>", "<ref>", "<video>", "<|im_start|>", "<img src='a.png'>",
+        "<image 2>", "</box>", "<BBOX>")),
+    (changed(reply="<|im_end|>"), "'reply' holds <|im_end|>"),
+    ({"messages": []}, "mig-kit data import swift or llava FILE --out OUT"),
     *((changed(CHOICE, **changes), sentence) for changes, sentence in (
         ({"letter": "C"}, "'letter' must be that of the correct option, A to B"),
-        ({"letter": 1}, "A to B"), ({"letter": ...}, "'letter' is missing"),
-        ({"options": ...}, "'options' is missing"), ({"options": ["a"]}, "a list of 2 to 8 texts"),
-        ({"options": list("abcdefghi")}, "2 to 8"),
-        ({"options": ["a", " "]}, "'options' number 2 must be text"),
+        ({"letter": "I"}, "'letter'"), ({"letter": ...}, "'options' and 'letter' go together"),
+        ({"options": ["a"]}, "'options': List should have at least 2"),
+        ({"options": list("abcdefghi")}, "'options': List should have at most 8"),
         ({"options": ["a", "<|im_end|>"]}, "'options' number 2 holds <|im_end|>"),
         ({"options": ["a  b", "a b"]}, "are the same; no letter is the correct one"),
-        ({"box": [1, 2, 3, 4]}, "'box' does not go with 'options'"),
-        ({"coordinates": "pixels"}, "'coordinates' and 'reference' go together"))),
-    *((changed(row, images=[]), "'images' is empty; questions are divided into sets, and read "
-       "together, by their images: leave those without one out") for row in (
-           GOOD, CHOICE, {"question": "Is it?", "image": None})),
-    *((changed(images=["a.png", image]), sentence) for image, sentence in (
-        ({"bytes": "aGk="}, "an image is in the file itself; mig-kit data import own"),
-        ("data:image/png;base64,aGk=", "an image is in the file itself; mig-kit data import own"),
-        ("https://x.org/a.png", "an image is an address; download it, and give the path"),
-        ("file:///etc/passwd", "'/etc/passwd' is not below the image root"),
-        ("sub\\c.jpg", "with / and without '..'"), ("A.PNG", "'A.PNG' is not there"),
-        ({"path": None}, "'images' must be a list of 1 to 64 paths"),
-        (None, "'images' must be a list of 1 to 64 paths"))),
-    *((changed(image=image), "from 1") for image in ("2nd", True, "NaN", "2\u001f")),
-    *((changed(box=box), "must be four numbers") for box in (
-        "10,20,60,90", ["10px", 20, 60, 90], ["1_0", 20, 60, 90])),
-    *((changed(question=question), "write {ref} for the box 'reference', else take it out")
-      for question in TAGS_OF_BOXES),
-    *((changed(**{key: f"Find {token} it."}), f"'{key}' holds {token}")
-      for token in CONTROL_TOKENS for key in ("question", "reply")),
-    *((row, "mig-kit data import") for row in (
-        {"images": ["a.png"], "annotations": [], "categories": []}, {"sentences": [], "ann_id": 1},
-        {"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [0]}},
-        {"question": "x", "answer": ["a cup"], "bbox": [1, 2, 3, 4]},
-        {"image": "a.png", "normal_caption": "x", "solution": [1, 2, 3, 4]})),
-    (changed(images=[{"bytes": "A" * (1 << 20)}, "b.png"]),
-     "put one question on a line, and images into files of their own"),
-])
+        ({"options": ["B. a dog", "A. a cup"]}, "which one 'letter' means is unclear"),
+        ({"options": ["B", "A"]}, "which one 'letter' means is unclear"),
+        ({"question": "What is it? A. a cup B. a dog"}, "take them out of the question"),
+        ({"box": [1, 2, 3, 4]}, "this line has box and options"),
+        ({"coordinates": "pixels"}, "'coordinates' says what boxes are measured in")))])
 def test_each_mistake_has_its_sentence_and_line(root, row, sentence):
     path = write_lines(root, GOOD, row, GOOD)
-    problems = dict(own_data.check_file(path, root))
-    assert list(problems) == [1, 2, 3] and not problems[1] and not problems[3]
-    assert any(sentence in problem for problem in problems[2]), problems[2]
-    with pytest.raises(ValueError, match="line 2"):
+    first, wrong, last = check(path, root)
+    assert not first and not last and any(sentence in problem for problem in wrong), wrong
+    with pytest.raises(UserError, match="line 2"):
         list(own_data.iter_samples(path, root))
+
+
+@pytest.mark.parametrize("options", [["A. a cup", "B. a dog"], ["(A) a cup", "(B) a dog"],
+                                     ["a) a cup", "b) a dog"]])
+def test_options_with_letters_of_their_own_have_them_once(root, options):
+    path = write_lines(root, {**CHOICE, "options": options})
+    (sample,) = own_data.iter_samples(path, root)
+    assert sample.options == ("a cup", "a dog") and sample.letter == "B"
+    assert "1 questions have options that begin with letters" in call("check", path)[1]
+    path = write_lines(root, {**CHOICE, "options": ["A cup", "1. a dog"]})
+    assert next(own_data.iter_samples(path, root)).options == ("A cup", "1. a dog")
 
 
 def test_multiple_choice(root):
     with_reference = {**CHOICE, "question": "What is at {ref}?", "reference": [0, 0, 0.5, 1],
                       "coordinates": "normalized_1"}
     path = write_lines(root, CHOICE, with_reference)
-    assert [problems for _, problems in own_data.check_file(path, root)] == [[], []]
+    assert check(path, root) == [[], []]
     plain, referring = own_data.iter_samples(path, root)
     assert plain.options == ("a cup", "a dog") and plain.letter == "B" and plain.targets == ()
     assert referring.reference == (0.0, 0.0, 50.0, 50.0)
     assert write_preview(own_data.iter_samples(path, root), root / "choice.html") == 2
-    page = (root / "choice.html").read_text()
-    assert "What is it? A. a cup B. a dog (correct: B)" in page
-
-
-def test_a_model_obeys_the_control_tokens_that_are_refused(processor):
-    assert set(CONTROL_TOKENS) <= processor.tokenizer.get_vocab().keys()
+    assert "What is it? A. a cup B. a dog (correct: B)" in (root / "choice.html").read_text()
 
 
 def test_images_that_are_cut_short_are_found(root):
@@ -201,16 +180,38 @@ def test_images_that_are_cut_short_are_found(root):
         (root / f"cut.{suffix}").write_bytes(content[:len(content) * 2 // 3])
     path = write_lines(root, changed(images=["cut.png", "b.png"]),
                        changed(images=["b.png", "cut.jpg"]), GOOD)
-    problems = [problems for _, problems in own_data.check_file(path, root)]
-    assert problems == [["image 1: 'cut.png' is cut or broken; copy it again"],
-                        ["image 2: 'cut.jpg' is cut or broken; copy it again"], []]
+    assert check(path, root) == [["image 1: 'cut.png' is cut or broken; copy it again"],
+                                 ["image 2: 'cut.jpg' is cut or broken; copy it again"], []]
 
 
 def test_all_mistakes_of_a_line_and_ids_there_twice(root):
     path = write_lines(root, changed(id="line-2"), GOOD,
-                       changed(image=9, coordinates="px", question=""))
-    problems = dict(own_data.check_file(path, root))
-    assert problems[2] == ["id 'line-2' is there twice"] and len(problems[3]) == 3
+                       changed(image="x", coordinates="px", question=""))
+    _, second, third = check(path, root)
+    assert second == ["id 'line-2' is there twice"] and len(third) == 3
+
+
+def test_tables_of_own_data(root):
+    path = root / "list.json"
+    path.write_text(json.dumps([GOOD, CHOICE]))
+    assert check(path, root) == [[], []]
+    path = root / "table.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*GOOD, "options", "letter"])
+        writer.writeheader()
+        for row in (GOOD, CHOICE):
+            writer.writerow({key: json.dumps(value) if isinstance(value, list) else value
+                             for key, value in row.items()})
+    assert check(path, root) == [[], []]
+    assert [sample.id for sample in own_data.iter_samples(path, root)] == ["row-1", "row-2"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD, CHOICE]), root / "t.parquet")
+    assert "mig-kit data import own" in call("check", root / "t.parquet")[1]
+    for name, content in (("a.jsonl.gz", b"\x1f\x8b"), ("a.pkl", b"\x80\x04"), ("b.json", b"\0")):
+        (root / name).write_bytes(content)
+        code, text = call("check", root / name)
+        assert code == 1 and f"{name} is neither JSON in UTF-8 nor parquet nor CSV" in text
+    path.with_name("wide.json").write_text(json.dumps(GOOD, indent=1))
+    assert "one JSON object over several lines" in call("check", root / "wide.json")[1]
 
 
 def test_a_line_of_any_length_takes_bounded_memory(root, tmp_path):
@@ -221,7 +222,7 @@ def test_a_line_of_any_length_takes_bounded_memory(root, tmp_path):
             file.write(b"x" * (1 << 20))
         file.write(b"\n" + json.dumps(GOOD).encode())
     tracemalloc.start()
-    problems = [problems for _, problems in own_data.check_file(path, root)]
+    problems = check(path, root)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [bool(sentences) for sentences in problems] == [True, False] and peak < 8 << 20
@@ -238,7 +239,8 @@ ROWS = st.fixed_dictionaries(
     {"images": st.lists(PATHS, min_size=1, max_size=3) | VALUES,
      "question": st.sampled_from(["Find it.", "As {ref}?"]) | VALUES,
      "image": st.integers(0, 3) | st.none() | VALUES,
-     "coordinates": st.sampled_from([*line_checks.LIMITS, "0-1000", "absolute"]) | VALUES},
+     "coordinates": st.sampled_from(["pixels", "normalized_1000", "normalized_1", "0-1000"])
+     | VALUES},
     optional={"options": st.lists(st.text(max_size=5), max_size=9) | VALUES,
               "letter": st.sampled_from("ABCI") | VALUES, "reply": VALUES,
               "box": BOXES, "boxes": st.lists(BOXES, max_size=3) | VALUES, "reference": BOXES,
@@ -256,15 +258,14 @@ def test_any_line_is_a_sample_inside_the_rules_or_has_sentences(root, line):
     path = root / "fuzz.jsonl"
     path.write_bytes(line)
     try:
-        results = list(own_data.check_file(path, root))
-    except ValueError as error:  # it begins as a file of another kind does
+        problems = [problem for problems in check(path, root) for problem in problems]
+    except UserError as error:  # it begins as a file of another kind does
         assert str(path) in str(error) and line[:2] not in (b'{"', b"[{")
         return
-    problems = [problem for _, problems in results for problem in problems]
-    assert all(isinstance(problem, str) and problem for problem in problems)
+    assert all(problems)
     try:
         samples = list(own_data.iter_samples(path, root))
-    except ValueError:
+    except UserError:
         assert problems
         return
     assert not problems
@@ -287,12 +288,11 @@ def test_preview_draws_boxes_and_escapes_text(root, tmp_path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Find\nit (correct: 1 drawn" in text
     assert text.count('<img alt="" src="data:image/png;base64,') == 2
     assert "default-src 'none'; img-src data:" in text
-    with pytest.raises(ValueError, match="must end in .html"):
+    with pytest.raises(UserError, match="must end in .html"):
         write_preview(own_data.iter_samples(path, root), tmp_path / "p.png")
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="the file is empty, or has no"):
+    with pytest.raises(UserError, match="no question to draw"):
         write_preview(own_data.iter_samples(path, root), page)
-    assert list(tmp_path.iterdir()) == [page]
 
 
 def test_the_commands(root, tmp_path):
@@ -300,12 +300,12 @@ def test_the_commands(root, tmp_path):
     result = run_mig_kit("data", "check", str(path))
     assert result.returncode == 1 and not result.stderr
     assert "14 lines, 2 correct, 12 wrong" in result.stdout
-    assert "line 2: 'image' is 7, but there are 2 images" in result.stdout
-    code, text = call("preview", path, "--out", tmp_path / "a.html")
-    assert code == 1 and "2 questions drawn, 12 wrong left out" in text and "line 12:" not in text
-    path = write_lines(root, GOOD)
-    assert call("check", path, "--root", root)[0] == 0
-    assert "1 questions drawn" in call("preview", path, "--out", tmp_path / "a.html")[1]
+    assert "line 2: 'box' is in image 7, but there are 2 images" in result.stdout
+    assert "12 of 14 lines are refused for one reason: an image that is not there" in result.stdout
+    code, text = call("check", path, "--out", tmp_path / "out.jsonl")
+    assert "nothing is written" in text and not (tmp_path / "out.jsonl").exists()
+    assert "2 questions drawn" in call("preview", path, "--out", tmp_path / "a.html")[1]
+    assert call("check", write_lines(root, GOOD), "--root", root)[0] == 0
     for name in ("train", "held", "none"):
         (tmp_path / name).mkdir()
     Image.open(root / "b.png").save(tmp_path / "train" / "x.png")
@@ -336,12 +336,16 @@ def test_check_reads_replies_and_writes_the_correct_lines(root):
     assert "is FILE itself" in call("check", path, "--out", path)[1]
 
 
-def test_a_missing_root_is_one_sentence_and_a_run_counts_the_wrong_lines(root, tmp_path):
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    path = write_lines(folder, *[GOOD] * 30)
-    code, text = call("check", path)
-    assert code == 1 and text.count("is not there") == 2 and "with --root (line 1: " in text
+def test_a_run_counts_the_wrong_lines(root):
     path = write_lines(root, GOOD, changed(image=0), GOOD, changed(box=[1, 2]))
-    with pytest.raises(ValueError, match="has 2 wrong of 4 lines; line 2: 'image' must be"):
+    with pytest.raises(UserError, match="has 2 wrong of 4 lines; line 2: 'image' is the number"):
         own_data.require_correct_lines(path, root)
+
+
+def test_long_prompts_are_named(root):
+    long = {**GOOD, "question": "Find the cup. " * 3000}
+    path = write_lines(root, GOOD, long, CHOICE)
+    assert call("check", path)[0] == 0, "no model is asked"
+    code, text = call("check", path, "--profile", "tiny")
+    assert code == 1 and text.startswith("line 2: the prompt takes ") and "3 lines, 2" in text
+    assert "and the model reads 4096; shorten the question, take fewer images, or" in text

@@ -8,11 +8,13 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat, Coordinates, seen_size
+from mig_kit.common import UserError
 from mig_kit.models import loading, sample_prompts
-from mig_kit.models.model_folders import load_config
+from mig_kit.models.model_folders import check_model_folder, load_config
 from mig_kit.pipeline.stage_params import MODELS
 from mig_kit.prompts import chat_messages
 from mig_kit.training import resuming
@@ -38,10 +40,10 @@ def test_lora_lands_on_what_is_asked_for(lora_targets, names, random_model):
     assert len(adapted) == 2 * len(names)
     del model.base_model.model.model.language_model.layers[1]
     model.peft_config["default"].target_modules = loading.LORA_TARGETS["all"]
-    with pytest.raises(ValueError, match=f"LoRA is on {len(names)} projections, expected 7"):
+    with pytest.raises(UserError, match=f"LoRA is on {len(names)} projections, expected 7"):
         loading.check_adapters(model)
     elsewhere = LoraConfig(r=4, target_modules=["q_proj", "gate_proj"])
-    with pytest.raises(ValueError, match="outside the language model"):
+    with pytest.raises(UserError, match="outside the language model"):
         loading.check_adapters(get_peft_model(model.unload(), elsewhere))
 
 
@@ -71,10 +73,9 @@ def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
 @pytest.mark.parametrize(("file", "content", "sentence"), [
     ("preprocessor_config.json", None, "preprocessor_config.json"),
     ("config.json", b'{"model_type": "llama"}', "is a llama; .* --server URL .* mig-kit score"),
-    ("tokenizer.json", None, "has no tokenizer.json; copy it"),
+    ("tokenizer.json", None, "tokenizer.json is missing; hf download or copy it again"),
     ("tokenizer.json", b"{", "the tokenizer of .* cannot be read .*; copy tokenizer.json and"),
     ("config.json", b"{", "config.json' is not a valid JSON file.*; copy it from the model"),
-    ("model.safetensors", b"\x09", "model.safetensors is cut or broken .*; copy it again"),
     ("chat_template.jinja", None, "has no chat template; copy chat_template.jinja or .json"),
     ("chat_template.jinja", b"{% for", "chat template fails with TemplateSyntaxError: .*; copy"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "leaves images out; copy chat_template")])
@@ -87,33 +88,96 @@ def test_a_damaged_model_folder_is_one_sentence_before_its_weights_are_read(
     if b"llama" in (content or b""):
         (folder / "tokenizer.json").unlink()  # which nobody should have to find first
     monkeypatch.setattr(loading, "load_model", None)
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+    with pytest.raises(UserError, match=sentence):
         loading.load_policy(folder, float32, BoxFormat())
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "model-00002-of-00002.safetensors",
                                      "tokenizer.json"])
-def test_a_download_that_was_cut_is_named(missing, random_folder, tmp_path):
+def test_a_folder_that_lacks_a_file_is_named(missing, random_folder, tmp_path):
     folder = shutil.copytree(random_folder, tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match="no model folder"):
-        loading.check_model_folder(tmp_path / "none" / "model")
-    downloads = folder / ".cache" / "huggingface" / "download"
-    downloads.mkdir(parents=True)
-    (downloads / "a.incomplete").touch()
-    loading.check_model_folder(folder)  # another attempt's, of a download that was finished
+    with pytest.raises(UserError, match="no model folder"):
+        check_model_folder(tmp_path / "none" / "model")
     if (folder / missing).is_file():
         (folder / missing).unlink()
+        (folder / "pytorch_model.bin").touch()
     else:
         (folder / "model.safetensors.index.json").write_text(json.dumps(
             {"weight_map": {"a": "model.safetensors", "b": missing}}))
-    sentence = r"is not complete, \S+ is missing; hf download or copy it again"
-    with pytest.raises(FileNotFoundError, match=sentence):
-        loading.check_model_folder(folder)
-    downloads.joinpath("a.incomplete").unlink()
-    if missing == "model.safetensors":
-        (folder / "pytorch_model.bin").touch()
-        with pytest.raises(FileNotFoundError, match="only safetensors weights are loaded"):
-            loading.check_model_folder(folder)
+    with pytest.raises(UserError, match=f"is not complete, {missing} is missing; hf download or"):
+        check_model_folder(folder)
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_value(word, value):
+    """A change that puts a value into the first tensor with this word in its name."""
+    def change(tensors):
+        next(tensor for name, tensor in tensors.items() if word in name).view(-1)[0] = value
+        return tensors
+
+    return change
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (with_value("layers.1.post_attention_layernorm", float("nan")),
+     "not finite: .*layers.1.post_attention_layernorm.weight holds NaN"),
+    (with_value("visual.merger", float("inf")), "not finite: .*visual.merger"),
+    (with_value("layers.1.mlp.down_proj", 1e30), "numbers beyond 1e.06"),
+    (lambda tensors: {name: tensor for name, tensor in tensors.items() if "visual" not in name},
+     "lack .* tensors, the first is model.visual"),
+    (lambda tensors: {name: tensor for name, tensor in tensors.items()
+                      if name not in ("model.norm.weight", "model.language_model.norm.weight")},
+     "lack 1 tensors, the first is model.language_model.norm.weight; copy or save"),
+    (lambda tensors: {name.replace("q_proj.weight", "q_proj.base_layer.weight"): tensor
+                      for name, tensor in tensors.items()},
+     "self_attn.q_proj.weight; they hold .*q_proj.base_layer.weight instead")])
+def test_weights_that_are_not_whole_or_not_finite_are_refused(change, sentence, random_folder,
+                                                              float32, tmp_path):
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    loading.load_model(folder, float32)
+    change_weights(folder, change)
+    with pytest.raises(UserError, match=sentence):
+        loading.load_model(folder, float32)
+
+
+def test_a_cut_file_and_a_head_that_is_neither_tied_nor_there(random_folder, float32, tmp_path):
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="lack 1 tensors, the first is lm_head.weight"):
+        loading.load_model(folder, float32)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(UserError, match="is cut or broken"):
+        loading.load_model(folder, float32)
+
+
+@pytest.mark.parametrize(("file", "sentence"), [
+    ("adapter_model.safetensors", "holds adapter_model.safetensors beside full weights"),
+    ("adapter_config.json", "holds adapter_config.json beside full weights"),
+    ("model-00001-of-00001.safetensors", "holds two sets of weights")])
+def test_a_folder_holds_one_model(file, sentence, random_folder, float32, tmp_path):
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    shutil.copyfile(folder / "model.safetensors", folder / file)
+    with pytest.raises(UserError, match=sentence):
+        loading.load_model(folder, float32)
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (lambda text: text.replace("add_generation_prompt", "false"),
+     "ignores add_generation_prompt, so that no prompt asks for a reply"),
+    (lambda text: text.replace("<|im_end|>", "<|vision_end|>"),
+     "ends a reply with <.vision_end.>, and its generation_config.json and tokenizer end one at")])
+def test_a_template_asks_for_a_reply_that_ends(change, sentence, random_folder, tmp_path):
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    path = folder / "chat_template.jinja"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=sentence):
+        loading.load_processor(folder, BoxFormat())
 
 
 def test_an_adapters_folder_names_the_command_that_asks_it(random_folder, tmp_path):
@@ -122,8 +186,8 @@ def test_an_adapters_folder_names_the_command_that_asks_it(random_folder, tmp_pa
     (tmp_path / "adapter" / "adapter_config.json").write_text(
         '{"base_model_name_or_path": "../merged"}')
     command = f"mig-kit eval --model {base} --adapter {tmp_path / 'adapter'} "
-    with pytest.raises(FileNotFoundError, match=f"not a model; merge it .*, or ask: {command}"):
-        loading.check_model_folder(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"not a model; merge it .*, or ask: {command}"):
+        check_model_folder(tmp_path / "adapter")
 
 
 def test_a_relative_folder_starts_at_the_project(monkeypatch, tmp_path):
@@ -144,7 +208,7 @@ def test_hardware_says_why_and_is_what_was_asked_for(random_folder, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, error, sentence in ((["fp8"], ValueError, "auto, float32 or bfloat16"),
                                    (["auto", "tpu"], ValueError, "auto, cuda or cpu"),
-                                   (["auto", "cuda"], RuntimeError, "sees no GPU")):
+                                   (["auto", "cuda"], UserError, "sees no GPU")):
         with pytest.raises(error, match=sentence):
             loading.choose_hardware(*words)
 
@@ -203,7 +267,7 @@ def test_the_shipped_base_is_small_and_whole(processor):
 def test_relatives_load_in_normalized_coordinates_only(family, projections, relatives, float32,
                                                         samples):
     folder = relatives[family]
-    with pytest.raises(ValueError, match="set the parameter coordinates to normalized_1000"):
+    with pytest.raises(UserError, match="set the parameter coordinates to normalized_1000"):
         loading.load_processor(folder, box_format=BoxFormat())
     processor = loading.load_processor(folder, NORMALIZED)
     side = processor.image_processor.patch_size * processor.image_processor.merge_size

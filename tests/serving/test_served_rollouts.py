@@ -12,6 +12,7 @@ from trl import GRPOConfig
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import UserError
 from mig_kit.models import loading
 from mig_kit.sample import write_samples
 from mig_kit.serving.served_rollouts import DIFFERENCE, StopIfServerIsStale
@@ -176,7 +177,7 @@ def test_an_option_that_no_request_holds_is_refused(make_served, monkeypatch, op
 def test_a_stale_or_ignored_adapter_is_noticed_before_the_first_update(make_served, changed, fault,
                                                                        sentence):
     trainer, server = make_served(lambda body, answer: answer | changed, fault=fault)
-    with pytest.raises(RuntimeError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         trainer.train()
     assert trainer.state.global_step == 0 and updates(server) == []
 
@@ -188,7 +189,7 @@ def test_a_server_that_loses_its_adapters_is_noticed_before_the_next_update(make
         return answer
 
     trainer, server = make_served(lose)
-    with pytest.raises(RuntimeError, match="it has lost them since the last update; start it"):
+    with pytest.raises(UserError, match="it has lost them since the last update; start it"):
         trainer.train()
     assert trainer.state.global_step == 2 and updates(server) == ["1", "2"]
 
@@ -196,7 +197,7 @@ def test_a_server_that_loses_its_adapters_is_noticed_before_the_next_update(make
 def test_a_server_with_old_weights_ends_the_run_and_a_new_one_goes_on(make_served, tmp_path):
     changes = {"max_steps": 12, "learning_rate": 0.1}
     trainer, _ = make_served(fault="keeps weights", **changes)
-    with pytest.raises(RuntimeError, match="more than 0.15: the server draws with other weights"):
+    with pytest.raises(UserError, match="more than 0.15: the server draws with other weights"):
         resuming.train_or_resume(trainer, tmp_path)
     rows = grpo.training_curves(trainer.state.log_history)
     assert abs(rows[0]["ratio"] - 1) < 1e-3
@@ -212,7 +213,7 @@ def test_a_server_with_old_weights_ends_the_run_and_a_new_one_goes_on(make_serve
     ((0.3, 0.15, 0.3, 0.3), False), ((0.006, 0.017, 0.01), False)])
 def test_only_three_updates_in_sequence_that_are_apart_end_a_run(differences, ends):
     callback = StopIfServerIsStale()
-    with pytest.raises(RuntimeError, match="last checkpoint") if ends else nullcontext():
+    with pytest.raises(UserError, match="last checkpoint") if ends else nullcontext():
         for difference in differences:
             callback.on_log(None, None, None, {"loss": 0.1, DIFFERENCE: difference})
             callback.on_log(None, None, None, {"loss": 0.1})  # learns again from these

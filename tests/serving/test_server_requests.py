@@ -3,6 +3,7 @@
 import pytest
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import UserError
 from mig_kit.serving.server import ServedModel, ServedReply
 from mig_kit.shared_prefix.generation import SamplingOptions
 
@@ -30,10 +31,10 @@ def test_every_sampling_parameter_is_said(served):
 def test_replies_are_read_from_ids_where_there_are_any(served):
     ids = served.processor.tokenizer.encode("Find it.") + [2]
     answer = {"choices": [choice("as the server has it", ids), choice("text alone")]}
-    assert served.parse_replies(answer, with_logps=False) == [
+    assert served.parse_replies(answer, 2, with_logps=False) == [
         ServedReply("Find it.", ids), ServedReply("text alone")]
     logps = [-0.5] * len(ids)
-    assert served.parse_replies({"choices": [choice("", ids, logps)]}, with_logps=True) == [
+    assert served.parse_replies({"choices": [choice("", ids, logps)]}, 1, with_logps=True) == [
         ServedReply("Find it.", ids, logps)]
 
 
@@ -45,16 +46,14 @@ def test_replies_are_read_from_ids_where_there_are_any(served):
 def test_a_reply_begins_with_what_its_prompt_has_opened(served, monkeypatch, message, text):
     monkeypatch.setattr(served.processor, "opened_tag", "<think>\n")
     answer = {"choices": [{"message": message}]}
-    assert served.parse_replies(answer, with_logps=False) == [ServedReply(text)]
+    assert served.parse_replies(answer, 1, with_logps=False) == [ServedReply(text)]
 
 
 @pytest.mark.parametrize(("answer", "with_logps", "sentence"), [
-    ({}, False, "no complete chat completion"),
-    ({"choices": None}, False, "no complete chat completion"),
-    ({"choices": [{}]}, False, "no complete chat completion"),
-    ({"choices": [choice(None)]}, False, "without a text"),
+    ({"choices": [{}]}, False, "cannot be read .an answer without a text"),
+    ({"choices": [choice(None)]}, False, "without a text"), ({"choices": []}, False, "0 of 1"),
     ({"choices": [choice("a")]}, True, "return_token_ids and logprobs, such as vLLM"),
-    ({"choices": [choice("a", [7, 2], [-1.0])]}, True, "2 tokens with 1 log-probabilities")])
+    ({"choices": [choice("a", [7, 2], [-1.0])]}, True, "2 token ids with 1 log-probabilities")])
 def test_other_answers_are_refused(served, answer, with_logps, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        served.parse_replies(answer, with_logps)
+    with pytest.raises(UserError, match=sentence):
+        served.parse_replies(answer, 1, with_logps)

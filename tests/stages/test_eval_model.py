@@ -15,8 +15,10 @@ from teacher_server import TeacherServer, completion
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.commands import ask
+from mig_kit.common import UserError
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.prompts import format_answer
+from mig_kit.sample import Sample, read_samples, write_samples
 from mig_kit.score.run_benchmark import RUNNABLE
 from mig_kit.stages import eval_model
 from mig_kit.stats import gap_interval_by_list
@@ -160,12 +162,12 @@ def test_replies_about_other_pictures_are_not_taken(own_task, evaluate, tmp_path
     rewrite(tmp_path / "grey", "grey")
     rewrite(tmp_path, "grey")
     for task in (grey, own_task):
-        with pytest.raises(ValueError, match="holds replies of another evaluation: another "
+        with pytest.raises(UserError, match="holds replies of another evaluation: another "
                                              "questions; name another --out"):
             evaluate(task)
     rewrite(tmp_path, "white")
     assert evaluate(own_task) == result
-    with pytest.raises(ValueError, match="did not answer the same questions"):
+    with pytest.raises(UserError, match="did not answer the same questions"):
         eval_model.difference_rows({"white": result, "grey": evaluate(grey, "out 2")})
 
 
@@ -174,7 +176,7 @@ def test_the_refusal_names_what_differs(tmp_path):
     eval_model.claim_folder(tmp_path / "out", settings)
     eval_model.claim_folder(tmp_path / "out", settings)
     sentence = r"evaluation: another max_pixels, questions \(401408, now 50000\); name another"
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         eval_model.claim_folder(tmp_path / "out",
                                 settings | {"max_pixels": 50000, "questions": "b" * 64})
 
@@ -221,21 +223,14 @@ def test_a_server_gives_the_same_replies(own_task, random_policy, evaluate, tmp_
 
 
 ANSWER = f"<answer>{format_answer(1, (11, 33, 333, 667))}</answer>"
-REFUSALS = {(): {"temperature", "top_p", "max_tokens", "n"},
-            ("n",): {"temperature", "top_p", "max_tokens"},
-            ("temperature", "max_tokens"): {"max_completion_tokens"}}
-
-
 @pytest.fixture
 def serve():
-    """Call it with messages, by turns, and refused fields: a server, and words for mig-kit eval."""
+    """Call it with messages, by turns: a server, and words for mig-kit eval."""
     servers = []
 
-    def start(*messages, refused=(), name="vision:7b"):
+    def start(*messages, name="vision:7b"):
         def plan(nth, body):
-            if names := [name for name in refused if name in body]:
-                return 400, {"error": {"message": f"Unsupported parameter: '{names[0]}'"}}
-            answer = completion()
+            answer = completion(prompt_tokens=300 + len(server.bodies))
             message, choice = messages[len(server.bodies) % len(messages)], answer["choices"][0]
             choice.update(message=message, finish_reason=message.get("ends", "stop"))
             return 200, answer
@@ -254,21 +249,37 @@ def ask_own(task, out, *words):
                        *words)
 
 
-@pytest.mark.parametrize("refused", REFUSALS)
-def test_a_model_of_any_family_answers_through_its_server(refused, serve, own_task, tmp_path):
+def test_a_model_of_any_family_answers_through_its_server(serve, own_task, tmp_path):
     messages = [{"reasoning_content": "Look.", "content": ANSWER},
                 {"content": f"So.</think>{ANSWER}"}, {"content": f"<think>So.</think>{ANSWER}"}]
-    server, words = serve(*messages, refused=refused)
+    server, words = serve(*messages)
     result = ask_own(own_task, tmp_path / "out", *words, "--coordinates", "normalized_1000")
     assert result.returncode == 0, result.stderr
+    assert "own data (a file)" in result.stdout and "held out" not in result.stdout
     own = read_scores(tmp_path / "out")["strict"]["own"]
     assert own["score"] == 100
     assert [part["format"] for part in own["tasks"].values()] == [100]
-    fields = set(server.bodies[-1]) - {"model", "messages"}
-    assert fields == REFUSALS[refused]
-    assert ("refuses temperature" in result.stdout) == ("temperature" in refused)
+    assert set(server.bodies[-1]) == {"model", "messages", "temperature", "max_tokens"}
     assert ask_own(own_task, tmp_path / "out", *words, "--coordinates",
                    "absolute").stderr.count("another coordinates") == 1
+
+
+def test_questions_of_the_training_are_counted_and_not_called_held_out(tmp_path, monkeypatch):
+    image = Image.new("RGB", (60, 40), "red")
+    asked = [Sample(str(number), "own", "own", "train", (image,), f"Find {number}.")
+             for number in range(3)]
+    folder = tmp_path / "runs" / "mine" / "01_synthesize"
+    folder.mkdir(parents=True)
+    for name, part in (("rl", asked[:2]), ("val", asked[2:])):
+        write_samples(folder / f"{name}.parquet", part)
+    samples, file = {"own": read_samples(folder / "rl.parquet")}, tmp_path / "a.jsonl"
+    facts = eval_model._compare_with_run(eval_model.Task("own", file), samples, "mine")
+    assert facts == {"held_out": False, "trained": 2}
+    samples = {"own": read_samples(folder / "val.parquet")}
+    task = eval_model.Task("own", folder / "val.parquet")
+    assert eval_model._compare_with_run(task, samples, "mine") == {"held_out": True, "trained": 0}
+    assert list(eval_model.name_suites({"own": {}}, {"held_out": True})) == ["own"]
+    assert list(eval_model.name_suites({"own": {}}, facts)) == ["own data (a file)"]
 
 
 def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(serve, own_task, tmp_path):
@@ -313,7 +324,7 @@ def test_what_a_servers_model_cannot_be_asked_with(words, sentence, serve, own_t
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"images": None}, "line 4: 'images' is missing"),
+    ({"images": None}, "line 4: 'images' is missing; a line of own data is"),
     ({"question": "Where? " * 5000, "id": "long"},  # which more tokens for replies would not mend
      "question long: the prompt takes [0-9]+ tokens, 6 of them for images, and the model reads "
      "4096; shorten")])
@@ -322,14 +333,14 @@ def test_a_wrong_question_leaves_no_folder_behind(change, sentence, own_task, ev
     line = json.loads(right.splitlines()[0]) | {"id": "w"} | change
     line = {name: value for name, value in line.items() if value is not None}
     own_task.file.write_text(right + json.dumps(line) + "\n")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         evaluate(own_task)
     assert not (tmp_path / "out").exists()
 
 
 def test_files_of_ones_own_are_not_overwritten(tmp_path):
     (tmp_path / "predictions.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match="is of no mig-kit eval that could go on"):
+    with pytest.raises(UserError, match="is of no mig-kit eval that could go on"):
         eval_model.claim_folder(tmp_path, {"model": "m"})
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
@@ -351,7 +362,7 @@ def test_a_runs_box_format_is_not_changed(monkeypatch):
     for options, name, own in (((None, None, 50000), "max_pixels", 401408),
                                (("normalized_1000", None, None), "coordinates", "absolute")):
         sentence = f"model has the {name} {own}; leave --{name.replace('_', '-')} out, or name the"
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             ask.find_model("mine", *options)
 
 

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mig_kit.common import UserError
-from mig_kit.common import PROJECT_ROOT
+from mig_kit.common import PROJECT_ROOT, UserError
 from mig_kit.stages import evaluated_runs
 from mig_kit.stages.evaluated_runs import read_recorded
 
