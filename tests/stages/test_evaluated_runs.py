@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mig_kit.common import PROJECT_ROOT
+from mig_kit.common import PROJECT_ROOT, UserError
 from mig_kit.stages import evaluated_runs
 from mig_kit.stages.evaluated_runs import read_recorded
 
@@ -44,7 +44,7 @@ def test_other_scores_are_named_with_a_reason(machine, reason, published, monkey
 
 def test_why_scores_cannot_be_compared_is_said(published, monkeypatch):
     def refuse(groups):
-        raise ValueError("the runs answered other questions")
+        raise UserError("the runs answered other questions")
 
     monkeypatch.setattr(evaluated_runs, "load_groups", refuse)
     assert evaluated_runs.compare_with_readme("default") == (
