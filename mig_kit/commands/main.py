@@ -165,7 +165,7 @@ def params_command(stage: str, profile: str) -> None:
               help="Whose scores are compared; sft_long: the SFT models of the control runs that "
                    "06 had (control_run).")
 @click.option("--format", "form", default="md", show_default=True,
-              type=click.Choice(["md", "csv", "latex"]))
+              type=click.Choice(["md", "csv"]))
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),
               help="Draw the scores here: a .png, .pdf or .svg.")
 @click.option("--differences", is_flag=True,

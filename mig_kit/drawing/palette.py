@@ -19,8 +19,8 @@ SIDE_COLOURS = {"stock": "#999999", "kit": "#0072B2"}
 PIECE_COLOURS = {
     "kept": CORRECT, "correct": CORRECT,
     "loose box": "#56B4E9", "wrong object": PREDICTED, "wrong image": "#F0E442",
-    "wrong option": "#B5679A", "no answer": "#4D4D4D", "wrong number of boxes": "#E69F00",
-    "wrongly none": "#BBBBBB", "box where none is": "#009E73",
+    "wrong option": "#B5679A", "no answer": "#4D4D4D", "wrong list of boxes": "#E69F00",
+    "box where none is": "#009E73",
     "below min_pass_rate": PREDICTED, "above max_pass_rate": "#F0E442",
     "method": "#F0E442", "finding": "#E69F00", "evidence": CORRECT}
 OTHER_COLOURS = ("#E69F00", "#56B4E9", PREDICTED, "#F0E442", "#B5679A", "#009E73", "#4D4D4D",

@@ -24,9 +24,6 @@ from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 METHOD = ("Intervals: Student's t over samples, over runs too where a group has several; of one "
           "run's score Jeffreys' over samples.")
 REASONING = ("truth", "grounded", "coverage")  # of `evaluate.summarize_reasoning`
-# system -> columns of its table: what is known of each run, and the heading
-FACTS = {"grpo": {"tokens": "tokens", "minutes": "minutes"},
-         "sft_long": {"minutes": "minutes to GRPO", "control_minutes": "minutes of control SFT"}}
 
 
 class _Scope(NamedTuple):
@@ -48,8 +45,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
     Returns: {"reference", "system", "rows", "runs", "notes"}. A row has group, suite, figure (a
         score "grpo", a gap "grpo-sft", a difference "vs NAME", or one of these with a
         name of REASONING), value, low and high (percent or points, unrounded), runs, over (what the
-        interval is over), improvement (probability, of "vs NAME" with several runs a side), by_run,
-        and is_same (of differences: both sides answer the same questions correctly).
+        interval is over), improvement (probability, of "vs NAME" with several runs a side), by_run.
     Raises: UserError if a run has no such model; as `load_groups`.
     """
     reference = reference or next(iter(groups))
@@ -57,7 +53,10 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
         raise UserError(f"there is no group '{reference}' to compare with; the groups are "
                         f"{', '.join(groups)}")
     samples, runs = load_groups(groups)
-    _require_system(system, groups, runs)
+    if without := [run.run_id for members in runs.values() for run in members
+                   if system not in run.correct]:
+        raise UserError(f"these runs have no {SYSTEM_LABELS[system]} model; leave them out, or "
+                        f"compare the GRPO models: {', '.join(without)}")
     scopes, rows, facts = _scopes(samples), [], []
     for name, members in runs.items():
         for suite, scope in scopes.items():
@@ -68,26 +67,10 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
         others = None if name == reference else (reference, runs[reference])
         rows += [row for suite in samples for row in _reasoning_rows(name, members, suite, others)]
         facts += [{"group": name, "run": run.run_id, "data_seed": run.data_seed, "seed": run.seed,
-                   "tokens": run.tokens, "minutes": run.minutes,
-                   "control_minutes": run.control.get("minutes", np.nan), "git": run.git,
+                   "tokens": run.tokens, "minutes": run.minutes, "git": run.git,
                    "machine": run.machine} for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
             "notes": list_notes(runs, reference, system)}
-
-
-def _require_system(system: str, groups: dict[str, list[str]],
-                    runs: dict[str, list[EvaluatedRun]]) -> None:
-    """UserError that names the runs without such a model."""
-    without = [member for name, members in groups.items()
-               for member, run in zip(members, runs[name]) if system not in run.correct]
-    if not without:
-        return
-    reason = ("no cold start; leave them out, or compare the GRPO models"
-              if system == "sft" else
-              "no control run; leave them out, or evaluate a branch: mig-kit run 06 --from RUN "
-              "--run-id NAME -p control_run CONTROL, with the other parameters of their 06")
-    raise UserError(f"these runs have no {SYSTEM_LABELS[system]} model, for they had "
-                    f"{reason}: {', '.join(without)}")
 
 
 def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
@@ -119,9 +102,7 @@ def _group_rows(group: str, runs: list[EvaluatedRun], suite: str, scope: _Scope)
             figures[f"{after}-{before}"] = [a - b for a, b in zip(figures[after], figures[before])]
     return [{"group": group, "suite": suite, "figure": figure,
              **_estimate(values, scope.clusters, is_gap=figure not in SYSTEMS), "runs": len(runs),
-             "improvement": None, "by_run": _by_run(values),
-             "is_same": figure not in SYSTEMS and not np.any(np.hstack(values))}
-            for figure, values in figures.items()]
+             "improvement": None, "by_run": _by_run(values)} for figure, values in figures.items()]
 
 
 def _reasoning_rows(group: str, runs: list[EvaluatedRun], suite: str,
@@ -150,8 +131,7 @@ def _reasoning_rows(group: str, runs: list[EvaluatedRun], suite: str,
                 low, high = np.clip([low, high], 0 if figure in SYSTEMS else -100, 100).tolist()
                 rows.append({"group": group, "suite": suite, "figure": f"{figure} {name}",
                              "value": values.mean(), "low": low, "high": high, "over": "runs",
-                             "runs": len(values), "improvement": None, "by_run": values.tolist(),
-                             "is_same": not values.any()})
+                             "runs": len(values), "improvement": None, "by_run": values.tolist()})
     return rows
 
 
@@ -193,10 +173,8 @@ def _difference_row(system: str, group: tuple[str, list[EvaluatedRun]],
         estimate, by_run = _estimate(gaps, scope.clusters), _by_run(gaps)
     else:
         estimate, by_run = _estimate(values, scope.clusters, others=other_values), []
-        gaps = [a[:, None] - b for a, b in zip(values, other_values)]  # of any two runs
     return {"group": name, "suite": suite, "figure": f"vs {other_name}", **estimate,
-            "runs": len(pairs) or len(runs), "improvement": improvement, "by_run": by_run,
-            "is_same": not any(np.any(part) for part in gaps)}
+            "runs": len(pairs) or len(runs), "improvement": improvement, "by_run": by_run}
 
 
 def scope_title(suite: str) -> str:
@@ -229,18 +207,18 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
 
 
 def _wide_frame(rows: list[dict], figure: str, runs: list[dict] | None = None) -> pd.DataFrame:
-    """A line per group, a column per suite; with runs also FACTS of the system, means over runs."""
+    """A line per group, a column per suite; with runs also the tokens and minutes of GRPO."""
     lines: dict[str, dict] = {}
     for row in rows:
         if row["figure"] != figure:
             continue
         line = lines.setdefault(row["group"], {"group": row["group"], "runs": row["runs"]})
         line[scope_title(row["suite"])] = _cell(row)
-    if runs and figure in FACTS:
-        facts = pd.DataFrame(runs).groupby("group")[list(FACTS[figure])].mean()
-        for group, line in lines.items():
-            line |= {word: f"{facts.loc[group, name]:.0f}" for name, word in FACTS[figure].items()}
-    return pd.DataFrame(list(lines.values()))
+    table = pd.DataFrame(list(lines.values()))
+    if runs and figure == "grpo":
+        facts = pd.DataFrame(runs).groupby("group")[["tokens", "minutes"]].mean()
+        return table.join(facts.map("{:.0f}".format), on="group")
+    return table
 
 
 def _cell(row: dict) -> str:
@@ -249,8 +227,6 @@ def _cell(row: dict) -> str:
                         for name in ("value", "low", "high"))
     if np.isnan(row["low"]):
         return f"{value} (one list of images)"
-    if row["is_same"]:
-        return "+0.0 (same questions correct)"
     chance = "" if row["improvement"] is None else f"; {row['improvement']:.2f}"
     return f"{value} ({low} to {high}{chance})"
 
@@ -292,20 +268,13 @@ def figure_rows(result: dict, differences: bool = False) -> list[dict]:
 
 
 def render_table(result: dict, form: str = "md") -> str:
-    """The comparison as Markdown, as LaTeX (needs booktabs), or all rows unrounded as CSV."""
+    """The comparison as Markdown, or all rows unrounded as CSV."""
     if form == "csv":
         table = pd.DataFrame(result["rows"])
         table["by_run"] = table["by_run"].map(lambda values: "; ".join(map(repr, values)))
-        is_difference = table["figure"].str.startswith("vs ")
-        table.insert(3, "system", np.where(is_difference, result["system"], ""))
-        facts = pd.DataFrame(result["runs"]).groupby("group").agg(
-            dict.fromkeys(("tokens", "minutes", "control_minutes"), "mean")
-            | dict.fromkeys(("git", "machine"), lambda words: "; ".join(words.unique())))
-        return table.join(facts, on="group").to_csv(index=False)
-    parts = [f"% {title}\n{frame.to_latex(index=False, escape=True)}" if form == "latex" else
-             f"{title}\n\n{_markdown(frame)}\n" for title, frame in table_frames(result).items()]
-    notes = [f"% {note}" if form == "latex" else note for note in (METHOD, *result["notes"])]
-    return "\n".join([*parts, *notes]).strip()
+        return table.to_csv(index=False)
+    parts = [f"{title}\n\n{_markdown(frame)}\n" for title, frame in table_frames(result).items()]
+    return "\n".join([*parts, METHOD, *result["notes"]]).strip()
 
 
 def _markdown(frame: pd.DataFrame) -> str:

@@ -4,7 +4,6 @@ A recorded run is a JSON file of some kilobytes that takes the place of the run'
 answers were correct, and how the run was made.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,9 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
 from mig_kit.pipeline import store
-from mig_kit.pipeline.run_facts import changed_params, model_digest
+from mig_kit.pipeline.run_facts import changed_params
 from mig_kit.pipeline.run_folders import RECIPE, format_run_command
 from mig_kit.sample import Sample
+from mig_kit.serving.stored_replies import load_replies
 from mig_kit.stages import evaluate
 from mig_kit.world.suites import suite_title
 
@@ -57,20 +57,14 @@ def load_groups(groups: dict[str, list[str]]) -> tuple[
     Raises: UserError for a run without a finished 06, and if runs answered different
     questions, or others than are drawn now, or if a model was trained again since.
     """
-    members = [run for group in groups.values() for run in group]
-    params = {run: read_recorded(run).params if is_recorded(run) else
-              _sample_params(_require_evaluation(run)["params"]) for run in members}
-    for name in SAMPLE_PARAMS:
-        by_run = {run: values[name] for run, values in params.items()}
-        if any(value != by_run[members[0]] for value in by_run.values()):
-            values = ", ".join(f"{run} {value}" for run, value in by_run.items())
+    asked = {run: _asked(run) for group in groups.values() for run in group}
+    first, params = next(iter(asked.items()))
+    for name, value in params.items():
+        if any(of_run[name] != value for of_run in asked.values()):
+            values = ", ".join(f"{run} {of_run[name]}" for run, of_run in asked.items())
             raise UserError(f"the runs were not evaluated on the same samples: {name} is {values}")
-    if len({_held_out_part(run) for run in members}) > 1:
-        raise UserError("the runs were not scored on the same held-out part of own data: "
-                        f"{', '.join(members)}; compare runs of one 01_synthesize")
-    first, first_params = next(iter(params.items()))
-    samples = (evaluate.draw_test_samples(first_params) if is_recorded(first)
-               else evaluate.load_test_samples(first, first_params))
+    samples = (evaluate.draw_test_samples(params) if is_recorded(first)
+               else evaluate.load_test_samples(first, params))
     runs = {name: [_load_run(run, samples) for run in group] for name, group in groups.items()}
     loaded = [run for group in runs.values() for run in group]
     now = evaluate.digest_questions(samples) if any(run.questions for run in loaded) else {}
@@ -83,14 +77,10 @@ def load_groups(groups: dict[str, list[str]]) -> tuple[
     return samples, runs
 
 
-def _sample_params(params: dict) -> dict:
-    """What decides which questions a run answered; params: of its 06."""
-    drawn = {name: size for name, size in params["suites"].items() if size}
-    return {name: params[name] for name in SAMPLE_PARAMS} | {"suites": drawn}
-
-
-def _require_evaluation(run_id: str) -> dict:
-    """The record of the run's 06, if its scores are of its models as they are now."""
+def _asked(run_id: str) -> dict:
+    """What decides which questions a run answered: SAMPLE_PARAMS, and the file of own data."""
+    if is_recorded(run_id):
+        return read_recorded(run_id).params | {"own data": ""}
     command = format_run_command("06_evaluate", run_id)
     record = store.load_record("06_evaluate", run_id)
     if record is None:
@@ -98,31 +88,20 @@ def _require_evaluation(run_id: str) -> dict:
     if replaced := store.find_replaced_input("06_evaluate", run_id):
         raise UserError(f"the scores of run '{run_id}' are of a model before {replaced} was "
                         f"run again; run: {command}")
-    control = record.get("control", {})
-    now = model_digest(control["run_id"]) if control else ""
-    if now and now != control["model"]:
-        raise UserError(f"run '{run_id}' was evaluated beside an earlier model of its control run "
-                        f"'{control['run_id']}'; run its 06 again, or bring that model back")
-    return record
+    held_out = (store.load_record("01_synthesize", run_id)["outputs"]["val.parquet"]
+                if evaluate.has_own_data(run_id) else "")
+    return _sample_params(record["params"]) | {"own data": held_out}
 
 
-def _held_out_part(run_id: str) -> str | None:
-    """Digest of the file with a run's held-out own data; None for a run without own data."""
-    if is_recorded(run_id) or not evaluate.has_own_data(run_id):
-        return None
-    return store.load_record("01_synthesize", run_id)["outputs"]["val.parquet"]
+def _sample_params(params: dict) -> dict:
+    """SAMPLE_PARAMS of the parameters of 06."""
+    drawn = {name: size for name, size in params["suites"].items() if size}
+    return {name: params[name] for name in SAMPLE_PARAMS} | {"suites": drawn}
 
 
 def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
     if is_recorded(run_id):
-        run = read_recorded(run_id)
-        for by_suite in run.correct.values():
-            for suite, part in samples.items():
-                bits = by_suite.get(suite, "")
-                if len(bits) != len(part) or set(bits) - {"0", "1"}:
-                    raise UserError(f"{run_id} does not fit the suite {suite} of {len(part)} "
-                                    "questions; make it again with mig-kit record")
-        return run
+        return read_recorded(run_id)
     record = store.load_record("06_evaluate", run_id)
     stages = {stage: store.load_record(stage, run_id) or {} for stage in RECIPE[1:6]}
     trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
@@ -139,8 +118,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         run_id, synthesized.get("seed", seed), seed, correct,
         float(np.mean(lengths)) if lengths else float("nan"),
         sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
-        record.get("git", ""), record.get("machine", ""),
-        _sample_params(params),
+        record.get("git", ""), record.get("machine", ""), _sample_params(params),
         trained.get("start_from", "merged"), control, record.get("questions", {}),
         changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
@@ -151,13 +129,8 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
                  box_format: BoxFormat) -> str:
     folder = store.stage_folder("06_evaluate", run_id) / "replies"
-    lines = (folder / f"{system}_{suite}_greedy.jsonl").read_text().splitlines()
-    replies = {row["id"]: row["replies"][0] for row in map(json.loads, lines)}
-    if missing := [sample.id for sample in samples if sample.id not in replies]:
-        raise UserError(f"run '{run_id}' lacks {system}'s replies to {len(missing)} samples, such "
-                        f"as {missing[0]}; add --force and run: "
-                        f"{format_run_command('06_evaluate', run_id)}")
-    return "".join(str(int(evaluate.reply_is_correct(replies[sample.id], sample, box_format)))
+    replies = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
+    return "".join(str(int(evaluate.reply_is_correct(replies[sample.id][0], sample, box_format)))
                    for sample in samples)
 
 
@@ -192,76 +165,46 @@ def read_recorded(path: str) -> EvaluatedRun:
     if file is None:
         raise UserError(f"there is no recorded run {path}; make one with mig-kit record")
     try:
-        return TypeAdapter(EvaluatedRun).validate_python(json.loads(file.read_text()))
+        return TypeAdapter(EvaluatedRun).validate_json(file.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    except ValueError as error:
-        problem = str(error)
-    raise UserError(f"{path} is no recorded run ({problem}); make it again with mig-kit record")
+        raise UserError(f"{path} is no recorded run; make one with mig-kit record") from error
 
 
 def pair_runs(runs: Sequence[EvaluatedRun],
               others: Sequence[EvaluatedRun]) -> list[tuple[EvaluatedRun, EvaluatedRun]]:
-    """The (run, other) pairs that share a seed of 01, else those that share a seed of 05.
+    """The (run, other) pairs that share a seed of 01, which decides the traces.
 
-    Exactly one run of each group must have the seed. The seed of 01 goes first because it decides
-    the traces, which move a score most. A single pair counts only if each group is one run.
+    Exactly one run of each group must have the seed. A single pair counts only if each group is
+    one run.
     """
-    for name in ("data_seed", "seed"):
-        by_seed, others_by_seed = (_unique_by_seed(group, name) for group in (runs, others))
-        pairs = [(run, others_by_seed[seed]) for seed, run in by_seed.items()
-                 if seed in others_by_seed]
-        if len(pairs) > 1 or (pairs and len(runs) == len(others) == 1):
-            return pairs
-    return []
+    by_seed, others_by_seed = (_unique_by_seed(group) for group in (runs, others))
+    pairs = [(run, others_by_seed[seed]) for seed, run in by_seed.items() if seed in others_by_seed]
+    return pairs if len(pairs) > 1 or len(runs) == len(others) == 1 else []
 
 
-def _unique_by_seed(runs: Sequence[EvaluatedRun], name: str) -> dict[int, EvaluatedRun]:
-    """Seed -> the run that has it, of the seeds that one run alone has; name: of the field."""
-    counts = Counter(getattr(run, name) for run in runs)
-    return {getattr(run, name): run for run in runs if counts[getattr(run, name)] == 1}
+def _unique_by_seed(runs: Sequence[EvaluatedRun]) -> dict[int, EvaluatedRun]:
+    """Seed of 01 -> the run that has it, of the seeds that one run alone has."""
+    counts = Counter(run.data_seed for run in runs)
+    return {run.data_seed: run for run in runs if counts[run.data_seed] == 1}
 
 
 def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str) -> list[str]:
-    """Sentences on what the intervals do not cover, and on pairs; runs: of each group."""
-    others = runs[reference]
-    pairs = {name: pair_runs(members, others) for name, members in runs.items()
-             if name != reference}
+    """Sentences that keep a reader from too sure a conclusion; runs: of each group."""
+    seeds = {name: {run.data_seed for run in members} for name, members in runs.items()}
     groups = {  # a sentence -> the groups that it is about
         "One run each: {}. The intervals of their scores are over test samples alone; another seed "
         "may move a score by more.":
             [name for name in runs if len(runs[name]) == 1 and system != "base"],
-        "Some runs share a control run, whose SFT model is counted as often. The interval counts "
-        "them as independent and says too little about another such model: {}.":
-            [name for name in runs if system == "sft_long"
-             and _repeat([run.control["model"] for run in runs[name]])],
-        "Some runs have the same seed of 01, so they may share a cold start. The interval counts "
-        "them as independent and says too little about other cold starts: {}.":
-            [name for name in runs if system != "base"
-             and _repeat([run.data_seed for run in runs[name] if "sft" in run.correct])],
-        f"Differences to {reference} are over the pairs of runs with the same seed; the column "
-        "runs says how many. Scores and the probability of improvement are over all runs, so a "
-        "difference need not be that of the two scores: {}.":
-            [name for name in pairs
-             if pairs[name] and not len(pairs[name]) == len(runs[name]) == len(others)],
-        f"Paired with {reference} by the seed of 05, for those of 01 differ. The difference also "
-        "holds what another cold start does: {}.":
-            [name for name in pairs
-             if any(run.data_seed != other.data_seed for run, other in pairs[name])],
-        f"Compared with {reference} by sample alone, for fewer than two pairs of runs have the "
-        "same seed, each in exactly one run of its group. The difference also holds what another "
-        "seed does; compare a branch with its own source to leave that out: {}.":
-            [name for name in pairs if not pairs[name]]}
+        "Runs with the same seed of 01 may share a cold start, and are counted as independent: "
+        "{}.":
+            [name for name in runs if len(seeds[name]) < len(runs[name]) and system != "base"],
+        f"Compared with {reference} by sample alone, for no two pairs of runs have a seed of 01 "
+        "that is theirs alone: {}. The difference also holds what another seed does.":
+            [name for name in runs
+             if name != reference and not pair_runs(runs[name], runs[reference])]}
     notes = [text.replace("{}", ", ".join(names)) for text, names in groups.items() if names]
-    notes += [f"{note}." for members in runs.values() for run in members for note in run.stale]
-    if len({run.git for members in runs.values() for run in members}) > 1:
-        notes.append("The runs were evaluated at different commits.")
-    return notes
-
-
-def _repeat(values: list) -> bool:
-    return len(set(values)) < len(values)
+    return notes + [f"{note}." for members in runs.values() for run in members
+                    for note in run.stale]
 
 
 def compare_with_readme(run_id: str) -> str:

@@ -5,7 +5,6 @@ The page needs no other file and holds no script; all texts of models and data a
 
 import base64
 import io
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,21 +19,20 @@ from mig_kit.boxes import BoxFormat, iou
 from mig_kit.drawing.palette import PREDICTED, SYSTEM_COLOURS, SYSTEM_LABELS, text_colour
 from mig_kit.drawing.pictures import SYSTEM_MARKS, draw_sample, draw_systems
 from mig_kit.prompts import format_question, parse_boxes, parse_reply, reply_boxes_in_original
-from mig_kit.rewards import image_set_iou, is_correct, reply_iou, weakest_iou
+from mig_kit.rewards import is_correct, reply_iou
 from mig_kit.sample import Sample
 from mig_kit.serving.stored_replies import load_replies
 from mig_kit.stages import tables
 from mig_kit.training.reward_loading import Score
-from mig_kit.world.suites import OWN, is_on_target, list_object_boxes, suite_title, task_title
+from mig_kit.world.suites import OWN, is_on_target, list_object_boxes, suite_title
 
 SYSTEMS = ("base", "sft", "start", "grpo")
 RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
 OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option", "no answer",
-            "wrong number of boxes", "wrongly none", "box where none is")
+            "wrong list of boxes", "box where none is")
 LOOSE_IOU = 0.1  # from here on a box of own data, whose objects are not known, counts as loose
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
-FILTERS = {"suite": "suite", "task": "task", "kind": "before, then after RL", "outcome": "GRPO"}
 
 _templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
                                 autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -52,7 +50,7 @@ def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
 
 
 def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat) -> str:
-    """One of OUTCOMES; the last three are of questions for all boxes.
+    """One of OUTCOMES.
 
     A box in the correct image with IoU under 0.5 is a "loose box" if it overlaps the target more
     than any other object, else a "wrong object". Of own data it is loose from LOOSE_IOU on.
@@ -61,7 +59,7 @@ def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat) -> str:
     if is_correct(reply, sample, box_format):
         return "correct"
     if sample.find_all:
-        return _classify_list(reply, sample, box_format)
+        return "no answer" if parse_boxes(reply) is None else "wrong list of boxes"
     if sample.options:
         return "wrong option" if answer.letter else "no answer"
     if answer.box is None:
@@ -76,22 +74,6 @@ def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat) -> str:
         nearest = max(targets, key=lambda target: iou(box, target))
         is_loose = is_on_target(box, nearest, list_object_boxes(sample.spec)[answer.image - 1])
     return "loose box" if is_loose else "wrong object"
-
-
-def _classify_list(reply: str, sample: Sample, box_format: BoxFormat) -> str:
-    """One of OUTCOMES for a reply to a question for all boxes that is not correct."""
-    boxes = parse_boxes(reply)
-    if boxes is None:
-        return "no answer"
-    if not boxes:
-        return "wrongly none"
-    if not sample.targets:
-        return "box where none is"
-    if image_set_iou(reply, sample) < 1:
-        return "wrong image"
-    if len(boxes) != len(sample.targets):
-        return "wrong number of boxes"
-    return "loose box" if weakest_iou(reply, sample, box_format) > 0 else "wrong object"
 
 
 def count_outcomes(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
@@ -116,16 +98,10 @@ def pick_gallery(samples: Sequence[Sample], before: dict[str, str], after: dict[
                       for replies in (before, after)) for sample in samples]
     table = pd.DataFrame({"kind": [KINDS[outcome] for outcome in outcomes],
                           "task": [sample.task for sample in samples]})
-    of_one_task = -(-per_kind // max(1, table["task"].nunique()))
-    gallery, shown = [], Counter()
-    for kind in KINDS.values():
-        part = table[table["kind"] == kind]
-        part = part.assign(place=part.groupby("task").cumcount(), shown=part["task"].map(shown))
-        ranked = part[part["place"] < of_one_task].sort_values(["place", "shown"], kind="stable")
-        picked = ranked[:per_kind]
-        shown.update(picked["task"])
-        gallery += [(kind, samples[row]) for row in picked.index]
-    return gallery
+    table["place"] = table.groupby(["kind", "task"]).cumcount()
+    ranked = table.sort_values("place", kind="stable")
+    return [(kind, samples[row]) for kind in KINDS.values()
+            for row in ranked.index[ranked["kind"] == kind][:per_kind]]
 
 
 def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems: Iterable[str],
@@ -147,30 +123,18 @@ def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems:
 
 def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
                  box_format: BoxFormat, scores: dict[str, Score]) -> Markup:
-    """Cards of (kind, sample) pairs below filters, which are style sheets; replies: by sample id.
-
-    scores: the rewards to show, of `reward_loading.score_functions`; {} for none.
-    """
-    last = list(replies.values())[-1]
-    labels = [{"suite": suite_title(sample.suite), "task": task_title(sample.task),
-               "kind": kind, "outcome": classify_outcome(last[sample.id], sample, box_format)}
-              for kind, sample in gallery]
-    groups = {name: list(dict.fromkeys(row[name] for row in labels)) for name in FILTERS}
-    used = {name: values for name, values in groups.items() if len(values) > 1}
-    cards = []
-    for (kind, sample), row in zip(gallery, labels):
-        classes = " ".join(f"{name}-{values.index(row[name])}" for name, values in used.items())
-        by_system = {system: by_id[sample.id] for system, by_id in replies.items()
-                     if sample.id in by_id}
-        cards.append(sample_card(sample, by_system, box_format, scores, kind, classes))
-    return macros.filters(used, FILTERS) + Markup("").join(cards)
+    """Cards of (kind, sample) pairs; replies: per system by sample id; scores: as `sample_card`."""
+    return Markup("").join(
+        sample_card(sample, {system: by_id[sample.id] for system, by_id in replies.items()
+                             if sample.id in by_id}, box_format, scores, kind)
+        for kind, sample in gallery)
 
 
 def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
-                scores: dict[str, Score], kind: str = "", classes: str = "") -> Markup:
+                scores: dict[str, Score], kind: str = "") -> Markup:
     """One sample as a picture with all boxes, and a line for each system's reply.
 
-    kind: the card's heading. classes: CSS classes that the page's filters select.
+    kind: the card's heading. scores: the rewards to show, of `reward_loading.score_functions`.
     """
     rows = [_reply_row(system, reply, sample, box_format, scores)
             for system, reply in replies.items()]
@@ -179,8 +143,8 @@ def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
                draw_sample(sample, next(iter(replies.values())), box_format, 150))
     outcomes = "; ".join(f"{row['system']}: {row['outcome']}" for row in rows)
     alt = f"{len(sample.sizes)} images with the target and the boxes of the replies. {outcomes}"
-    return macros.card(sample, suite_title(sample.suite), classes, kind, question,
-                       image_tag(picture, alt), rows)
+    return macros.card(sample, suite_title(sample.suite), kind, question, image_tag(picture, alt),
+                       rows)
 
 
 def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
@@ -236,12 +200,6 @@ def render_page(title: str, sections: list[tuple[str, Markup]], facts: str = "",
     return str(macros.page(title, sections, facts, outcome)) + "\n"
 
 
-def _caption(name: str, has_sft: bool) -> str:
-    """A caption of the template, without its sentences on SFT where the run has none."""
-    sentences = re.split(r"(?<=\.) ", macros.captions[name])
-    return " ".join(text for text in sentences if has_sft or "SFT" not in text)
-
-
 def _alternative_text(picture: plt.Figure | Image) -> str:
     """What a picture shows, for readers who do not see it; of a figure its title."""
     if isinstance(picture, Image):
@@ -257,19 +215,18 @@ def report_sections(metrics: dict, figures: Mapping[str, plt.Figure | Image | No
         metrics: of stage 06.
         figures: by the names of their captions; a figure that is missing or None is left out.
         gallery: HTML of `gallery_html`.
-        rows: of the tables "changed", "ood", "rewards" and "stages".
+        rows: of the tables "changed", "ood" and "stages".
     """
     systems = metrics["systems"]
-    has_sft = "sft" in systems
 
     def table(rows: list[dict], caption: str) -> Markup:
         html = html_table(rows)
-        return html and macros.captioned(html, _caption(caption, has_sft))
+        return html and macros.captioned(html, macros.captions[caption])
 
     def images(*names: str) -> Markup:
         return Markup("").join(
             macros.captioned(image_tag(figures[name], _alternative_text(figures[name])),
-                             _caption(name, has_sft))
+                             macros.captions[name])
             for name in names if figures.get(name))
 
     main_suite = next(iter(systems["grpo"]))
@@ -278,8 +235,7 @@ def report_sections(metrics: dict, figures: Mapping[str, plt.Figure | Image | No
         ("What differs from the default profile, or from the run that this one stands on",
          html_table(rows["changed"])),
         ("Your data: the held-out part",
-         table(tables.held_out_rows(systems), "held_out")
-         + table(tables.own_data_rows(metrics["deltas"]), "gains")),
+         table(tables.own_data_rows(metrics["deltas"]), "gains")),
         ("The paper's claims and this run (points)", table(tables.claim_rows(metrics), "claims")),
         (f"Scores on {drawn}, greedy (percent)",
          html_table(tables.score_rows(systems)) + images("suites")),
@@ -291,8 +247,8 @@ def report_sections(metrics: dict, figures: Mapping[str, plt.Figure | Image | No
          table(tables.box_rows(systems), "boxes")),
         (f"{suite_title(main_suite)}, per task", images("tasks", "outcomes")),
         ("Is the reasoning true? (greedy, percent)", images("reasoning")),
-        ("Training", images("loss", "grpo") + html_table(rows["rewards"])),
+        ("Training", images("loss", "grpo")),
         ("What the replies become while RL trains", images("shares", "rollouts")),
-        ("Data", images("flow", "dropped", "difficulty")),
+        ("Data", images("flow", "dropped")),
         ("How this run was made", html_table(rows["stages"])),
-        ("Gallery", gallery and macros.folded(_caption("gallery", has_sft), gallery))]
+        ("Gallery", gallery and macros.folded(macros.captions["gallery"], gallery))]

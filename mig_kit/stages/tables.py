@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import pandas as pd
 
 from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
@@ -14,9 +13,8 @@ from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS, NEEDS
 from mig_kit.pipeline.store import load_record
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
-from mig_kit.stats import group_by_task, paired_gap_by_list, share_interval_by_list
+from mig_kit.stats import group_by_task, paired_gap_by_list
 from mig_kit.world.suites import OWN, suite_title, task_title
-from mig_kit.world.tasks import count_listed_objects
 
 # Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
 # with a 7B model (arXiv 2507.00748 v2; v3 has +4.41 over seven benchmarks out of domain).
@@ -79,15 +77,6 @@ def own_data_rows(deltas: dict) -> list[dict]:
     """`difference_rows` of the held-out part of own data alone; [] for a run without own data."""
     return difference_rows({pair: {OWN: by_suite[OWN]} for pair, by_suite in deltas.items()
                             if OWN in by_suite})
-
-
-def held_out_rows(systems: dict) -> list[dict]:
-    """A row per system on the held-out part of own data, in percent; systems: of 06's metrics."""
-    return [{"system": SYSTEM_LABELS[system], "questions": result["n"],
-             "correct": result["score"], "95 %": result["ci95"], "right image": result["image"],
-             "well formed": result["format"], "at temperature 1": result["sampled"]}
-            for system, by_suite in systems.items() for suite, result in by_suite.items()
-            if suite == OWN]
 
 
 def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
@@ -223,19 +212,6 @@ def stage_rows(records: dict[str, dict]) -> list[dict]:
     return [*rows, {"stage": "together", "minutes": f"{total:.1f}"}]
 
 
-def reward_rows(curves: list[dict], params: dict, span: int = 10) -> list[dict]:
-    """A row per reward of 05: its weight, its mean over the first and the last `span` updates."""
-    rows = []
-    for reference in params["rewards"]:
-        name = reference.rpartition(":")[2]
-        values = [row[name] for row in curves if row.get(name) is not None]
-        first, last = (float(np.mean(part)) if part else None
-                       for part in (values[:span], values[-span:]))
-        rows.append({"reward": reference, "weight": params["reward_weights"].get(name, 1.0),
-                     f"first {span} updates": first, f"last {span} updates": last})
-    return rows
-
-
 def sample_counts(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
     """How many traces 01 kept and dropped, and candidates 04, by reason; metrics: by stage."""
     traces = metrics["01_synthesize"]["traces"]
@@ -244,24 +220,6 @@ def sample_counts(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
     for counts in metrics["04_rejection_sampling"]["why"].values():
         candidates.update(counts)
     return {"traces": {"kept": traces["kept"], **dropped}, "candidates": dict(candidates)}
-
-
-def pass_rate_by_difficulty(rates: dict[str, float], samples: list[Sample],
-                            bins: int = 5) -> list[dict]:
-    """Mean pass rate by number of objects in a question's images, in `bins` parts of like size.
-
-    rates: by sample id, 0..1. Only samples whose notes list their images are counted.
-    """
-    table = pd.DataFrame([(count_listed_objects(sample.notes), rates[sample.id])
-                          for sample in samples if sample.notes and sample.id in rates],
-                         columns=["objects", "rate"])
-    if table.empty:
-        return []
-    parts = table.groupby(pd.qcut(table["objects"], bins, duplicates="drop"), observed=True)
-    return [{"objects": f"{part['objects'].min()} to {part['objects'].max()}, n = {len(part)}",
-             "pass rate": part["rate"].mean(),
-             "ci95": share_interval_by_list([(part["rate"].to_numpy(), np.arange(len(part)))])}
-            for _, part in parts]
 
 
 def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]]) -> str:

@@ -71,11 +71,6 @@ def names_in_note(note: str) -> list[str]:
     return note.partition(": ")[2].removesuffix(".").split(", ")
 
 
-def count_listed_objects(notes: Sequence[str]) -> int:
-    """How many objects the notes of a sample list, over all images."""
-    return sum(len(names_in_note(note)) for note in notes)
-
-
 def shuffle_options(rng: random.Random, correct: str, wrong: list[str]) -> dict:
     """{"options", "letter"} of a `SampleSpec`: options in random order, and the correct letter."""
     return letter_options(rng.sample([correct, *wrong], 1 + len(wrong)), correct)

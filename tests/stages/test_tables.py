@@ -6,7 +6,6 @@ from mig_kit.drawing import plots
 from mig_kit.stages import tables
 from mig_kit.training.reward_loading import correct_reply
 from mig_kit.world.suites import SUITES, make_suite
-from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
 GAP = {"value": 9.5, "ci95": [7.0, 12.0], "sampled": 11.0}
@@ -90,16 +89,9 @@ def test_rows_of_suites_and_differences():
 
 
 def test_the_held_out_part_of_own_data():
-    suite = {"score": 40.0, "ci95": [30.0, 50.0], "sampled": None, "n": 60, "image": 90.0,
-             "format": 100.0}
-    systems = {"base": {"own": suite, "mmiu": suite}, "grpo": {"own": suite | {"score": 62.5}}}
-    rows = tables.held_out_rows(systems)
-    assert [(row["system"], row["questions"], row["correct"]) for row in rows] == [
-        ("base", 60, 40.0), ("GRPO", 60, 62.5)]
     deltas = {"grpo-base": {"own": GAP, "blink": GAP}}
     assert tables.own_data_rows(deltas) == [
         {"compared": "GRPO over base", "own data (held out)": "▲ +9.5 (+7.0 to +12.0)"}]
-    assert tables.held_out_rows(evaluated_systems()) == []
     assert tables.claim_rows({"deltas": deltas}) == [], "the claims are about other questions"
 
 
@@ -123,23 +115,6 @@ def test_where_samples_went_adds_up():
     assert tables.sample_counts(metrics) == {
         "traces": {"kept": 8, "dropped: format": 2},
         "candidates": {"kept": 5, "below min_pass_rate": 1}}
-
-
-def test_difficulty_counts_every_sample_once():
-    samples = [make_sample("diff", "val", i) for i in range(40)]
-    rows = tables.pass_rate_by_difficulty({s.id: i / 40 for i, s in enumerate(samples)}, samples)
-    assert sum(int(row["objects"].split(" = ")[1]) for row in rows) == 40
-    assert all(0 <= row["ci95"][0] <= row["pass rate"] <= row["ci95"][1] <= 1 for row in rows)
-    assert tables.pass_rate_by_difficulty({"x": 0.5}, []) == [], "own data lists nothing"
-
-
-def test_rewards_are_a_table():
-    curves = [{"step": i, "box": float(i), "center": None, "choice": 1.0} for i in range(20)]
-    params = {"rewards": ["box", "<b>.py:center", "choice"], "reward_weights": {"box": 2.0}}
-    rows = tables.reward_rows(curves, params)
-    assert rows[0] == {"reward": "box", "weight": 2.0, "first 10 updates": 4.5,
-                       "last 10 updates": 14.5}
-    assert rows[1]["first 10 updates"] is None and rows[2]["weight"] == 1.0
 
 
 def test_the_outcome_is_one_sentence():
