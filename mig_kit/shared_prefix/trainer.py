@@ -199,10 +199,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         when = "the first batch" if is_first else f"update {step}"
         if self.args.should_log:
             print(f"self-check at {when}: by how much passes differ from stock TRL's: " + ", ".join(
-                f"{what} {gap:.1e} (of {limit} allowed)" for what, (gap, limit) in checks.items())
+                f"{what} {where} {gap:.1e} (of {limit} allowed)"
+                for what, where, gap, limit in checks)
                 + f"; {time.perf_counter() - start:.1f} s", flush=True)
-        wrong = [f"{what} at {when} are {gap:.2g} from stock TRL's, more than {limit}; training "
-                 "goes on with stock passes" for what, (gap, limit) in checks.items()
+        wrong = [f"{what} at {when} are {gap:.2g} from stock TRL's {where}, more than {limit}; "
+                 "training goes on with stock passes" for what, where, gap, limit in checks
                  if not gap <= limit]  # NaN, too
         if reason := gather_reason(self.accelerator, "".join(wrong[:1])):
             self._stop_sharing(reason)
