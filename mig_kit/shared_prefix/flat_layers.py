@@ -12,23 +12,14 @@ import torch
 from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
+from mig_kit.shared_prefix.groups import Group, attend_groups, places, scored_places
+
 BLOCK = 192  # tokens of a prompt whose scores are computed at a time
 # Longer rows are padded at their end to a multiple of it, and states that are asked for to one of
 # its quarter: oneDNN compiles a kernel for every new shape, which takes longer than to run it.
 STEP = 256
+LONG_REPLY = 128  # tokens; longer ones attend by a fused kernel
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-
-
-class Group(NamedTuple):
-    """Tokens of a prompt, and of its completions behind it, each of which sees it and itself."""
-
-    prompt: int
-    completions: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Of the prompt and all completions."""
-        return self.prompt + sum(self.completions)
 
 
 def can_read_flat(model) -> bool:
@@ -98,8 +89,7 @@ def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.
     added behind the first layers, (image tokens, hidden) each, where is_image (tokens,) is true.
     keys_and_values: gets those of each layer, (tokens, kv_heads, width) each.
     """
-    asked_for = torch.cat([torch.arange(first + group.prompt - 1, first + group.tokens)
-                           for first, group in _places(groups)])
+    asked_for = scored_places(groups)
     tokens, count, last = len(embeds), len(asked_for), len(language.layers) - 1
     padding = STEP - tokens % STEP if tokens > STEP else 0
     if count > STEP:
@@ -124,14 +114,6 @@ def read_flat(language: torch.nn.Module, embeds: torch.Tensor, positions: torch.
     return _norm(language.norm, hidden[:count])
 
 
-def _places(groups: Sequence[Group]) -> Iterator[tuple[int, Group]]:
-    """Each group and the index of its first token."""
-    first = 0
-    for group in groups:
-        yield first, group
-        first += group.tokens
-
-
 def _run_layer(layer: torch.nn.Module, hidden: torch.Tensor, cosines: torch.Tensor,
                sines: torch.Tensor, groups: Sequence[Group], chosen: torch.Tensor | None,
                keys_and_values: list | None) -> torch.Tensor:
@@ -152,7 +134,8 @@ def _run_layer(layer: torch.nn.Module, hidden: torch.Tensor, cosines: torch.Tens
     if keys_and_values is not None:
         keys_and_values.append((k[:tokens], v[:tokens]))
     with torch.autocast("cpu", enabled=False):
-        mixed = _Attention.apply(q, k, v, attention.scaling, groups, chosen is not None)
+        mixed = (_attend_long(q, k, v, attention.scaling, groups) if has_long_replies(groups) else
+                 _Attention.apply(q, k, v, attention.scaling, groups, chosen is not None))
     if chosen is not None:
         hidden, mixed = hidden[chosen], mixed[chosen]
     hidden = hidden + _project(mixed, count, attention.o_proj)[0]
@@ -301,6 +284,21 @@ def _turn(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor,
     return (heads * cosines[:, None]).addcmul_(heads.roll(half, -1), sines[:, None], value=sign)
 
 
+def has_long_replies(groups: Sequence[Group]) -> bool:
+    """Would the weights that `_Attention` keeps need more memory than the layer?"""
+    return any(len(group.completions) > 1 and max(group.completions) > LONG_REPLY
+               for group in groups)
+
+
+def _attend_long(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
+                 groups: Sequence[Group]) -> torch.Tensor:
+    """`_Attention` that keeps no weights; rows of padding, at the end, are 0."""
+    tokens = sum(group.tokens for group in groups)
+    rows = (heads[None, :tokens].transpose(1, 2) for heads in (q, k, v))
+    mixed = attend_groups(None, *rows, None, groups, scale)[0][0].flatten(1)
+    return pad(mixed, (0, 0, 0, len(q) - tokens))
+
+
 class _Attention(torch.autograd.Function):
     """q (tokens, heads, width); k, v (tokens, kv_heads, width) -> (tokens, heads * width)."""
 
@@ -334,7 +332,7 @@ class _Attention(torch.autograd.Function):
 
 def _parts(groups: Sequence[Group], only_asked_for: bool) -> Iterator:
     """What attends together: blocks of a prompt, or its last token alone; its completions."""
-    for first, group in _places(groups):
+    for first, group in places(groups):
         is_single = len(group.completions) == 1  # it simply goes on where its prompt ends
         prompt_end = first + group.prompt
         end = first + group.tokens if is_single else prompt_end

@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from mig_kit.shared_prefix.flat_layers import Group, can_read_flat, read_flat
+from mig_kit.shared_prefix.flat_layers import can_read_flat, read_flat
+from mig_kit.shared_prefix.groups import Group
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
 
 # Rows are padded to multiples of so many tokens: where every batch has sizes of its own, the heap

@@ -75,13 +75,15 @@ def load_image_prompts(model, args) -> ImagePrompts | None:
 def describe_image(image, image_processor) -> tuple[bytes, tuple[int, int]]:
     """(digest, (width, height)) of an image as the processor reads it, before it resizes it.
 
-    Whatever their mode, palette or type, images with equal digests have equal pixel values.
+    Whatever their mode, palette or type, images with equal digests have equal pixel values, and the
+    processor had the same settings.
     """
     pixels = image_processor.process_image(image, do_convert_rgb=image_processor.do_convert_rgb)
     pixels = np.ascontiguousarray(np.moveaxis(np.asarray(pixels), 0, -1))
     key = f"{pixels.shape} {pixels.dtype}".encode()
-    digest = hashlib.blake2b(pixels, digest_size=16, key=key).digest()
-    return digest, (pixels.shape[1], pixels.shape[0])
+    digest = hashlib.blake2b(pixels, digest_size=16, key=key)
+    digest.update(repr(sorted(image_processor.to_dict().items())).encode())
+    return digest.digest(), (pixels.shape[1], pixels.shape[0])
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from mig_kit.shared_prefix import obstacles
 from mig_kit.shared_prefix.decoding import evaluation_mode
 from mig_kit.shared_prefix.generation import (
+    SamplingOptions,
     draw_uniforms,
     generate_rollouts,
-    read_sampling_options,
 )
 from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
@@ -39,6 +39,7 @@ from mig_kit.shared_prefix.prompt_cache import (
 )
 
 IMAGE_COLUMNS = ("images", "image")
+BUCKET = 2**23  # numbers of gradients that are averaged in one message
 IMAGES = "images of the row"  # column that takes a row's images past TRL's processor
 
 
@@ -47,16 +48,26 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     Arguments, data sets, rewards and logged figures are TRL's. What cannot be shared (another
     family of models, a trained vision tower, tools) is left to stock TRL, with a warning that says
-    why. A step holds groups of like lengths; TRL mixes the completions of an update. The decoder
-    never draws vision tokens. The same seed, step, draw and row give the same tokens.
+    why; the metric `shared` is 1 or 0. A step holds groups of like lengths; TRL mixes the
+    completions of an update. The decoder never draws vision tokens. The same seed, step, draw and
+    row give the same tokens.
 
     Args:
         micro_completions: Completions whose graph is kept at a time, or 0 for those of a step.
             Fewer need less memory and one more forward pass.
+        strict: Raise ValueError where a warning would say that prompts are not shared, or that
+            others draw completions.
+        check_every: Updates after which the self-check is repeated; 0: only at the first batch of a
+            training, resumed or not, and two updates later.
     """
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
-                 processing_class=None, *others, micro_completions: int = 0, **kwargs):
+                 processing_class=None, *others, micro_completions: int = 0, strict: bool = False,
+                 check_every: int = 0, **kwargs):
+        self.strict, self.check_every = strict, check_every
+        self.unshared = obstacles.find_early_obstacle(model, args)
+        if self.unshared:  # before a model is loaded that may need more memory
+            self._warn(f"prompts are not shared: {self.unshared}")
         if processing_class is None:
             processing_class = load_image_prompts(model, args)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
@@ -67,27 +78,45 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.sources: dict[int, PromptSource] = {}  # prompts of the batch under way, by number
         self.training_numbers: set[int] = set()  # those that evaluation must not drop
         self.draws = Counter()  # by global step, and whether it was for training
-        self.is_checked, self.first_check = False, -1  # global step of the first self-check
-        self.unshared = obstacles.find_obstacle(self) or obstacles.find_trained_tower(self.model)
+        # global steps of the first self-check and of the last
+        self.is_checked, self.first_check, self.last_check = False, -1, -1
         if self.unshared:
-            warnings.warn(f"prompts are not shared: {self.unshared}", stacklevel=2)
+            return
+        self.unshared = obstacles.find_obstacle(self)
+        if self.unshared:
+            self._warn(f"prompts are not shared: {self.unshared}")
             return
         # bfloat16 products over float32 weights
         self.autocasts = self.args.bf16 and unwrap_peft(self.model).dtype == torch.float32
         self.cache = self._make_cache()
-        self.unsupported_sampling = obstacles.find_sampling_obstacle(self)
-        if self.unsupported_sampling and not self.use_vllm:
-            warnings.warn(f"completions are drawn by transformers, prompt by prompt: "
-                          f"{self.unsupported_sampling}; updates share prompts", stacklevel=2)
+        self.unsupported_sampling = ""
+        self._find_sampling_obstacle()
         if self.args.per_device_train_batch_size % self.num_generations:
             warnings.warn(f"a step of {self.args.per_device_train_batch_size} completions splits "
                           "groups, and each part reads its prompt again; set per_device_train_"
                           "batch_size to a multiple of num_generations", stacklevel=2)
 
+    def _warn(self, text: str) -> None:
+        if self.strict:
+            raise ValueError(f"{text}; strict=False goes on all the same")
+        warnings.warn(text, stacklevel=3)
+
     def _stop_sharing(self, reason: str) -> None:
         """Go on as stock TRL, which draws again what was drawn for shared passes."""
         self.unshared, self._buffered_inputs = reason, None
-        warnings.warn(f"prompts are not shared: {reason}", stacklevel=2)
+        self._warn(f"prompts are not shared: {reason}")
+
+    def _find_sampling_obstacle(self) -> None:
+        """Look for options that the decoder lacks, which a callback may have set."""
+        before = self.unsupported_sampling
+        self.unsupported_sampling = obstacles.find_sampling_obstacle(self)
+        if self.unsupported_sampling not in ("", before):
+            self._warn(f"completions are drawn by transformers, prompt by prompt: "
+                       f"{self.unsupported_sampling}; updates share prompts")
+
+    def draws_elsewhere(self) -> bool:
+        """Does vLLM or transformers draw the completions?"""
+        return self.use_vllm or bool(self.unsupported_sampling)
 
     def _make_cache(self) -> PromptCache:
         """The cache of prompts and image features for the whole training."""
@@ -129,6 +158,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             self.sources = {number: self.sources[number] for number in kept}
             rows = [move_images(row) for row in inputs]
             self._check_sharing([row["prompt"] for row in rows])
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["shared"].append(float(not self.unshared))
         if self.unshared:
             return super()._generate_and_score_completions(inputs)
         output = super()._generate_and_score_completions(rows)
@@ -139,32 +170,59 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return output
 
     def _check_sharing(self, prompts: list) -> None:
-        """Stop sharing if passes are not stock TRL's, at the first draw or two updates later."""
-        if reason := obstacles.find_trained_tower(self.model):
-            self._stop_sharing(reason)
+        """Stop sharing if passes are not stock TRL's, or would not be cheaper."""
+        reason = obstacles.find_late_obstacle(self.model) or self._find_mixed_group(prompts)
+        if reason := gather_reason(self.accelerator, reason):  # processes go on alike
+            return self._stop_sharing(reason)
+        self._find_sampling_obstacle()
         step, is_first = self.state.global_step, self.first_check < 0
-        if self.unshared or self.is_checked or not is_first and step < self.first_check + 2:
+        is_due = not self.is_checked and (is_first or step >= self.first_check + 2)
+        if self.check_every and not is_first and step >= self.last_check + self.check_every:
+            is_due = True
+        if not is_due:
             return
-        self.is_checked, self.first_check = not is_first, step
+        if is_first:
+            self.first_check = step
+        self.is_checked, self.last_check = not is_first, step
         start = time.perf_counter()
-        sources = dict(self._read_prompts([prompts[row]
-                                           for row in self._find_group_starts(len(prompts))]))
+        starts = self._find_group_starts(len(prompts))
+        sources = dict(self._read_prompts([prompts[row] for row in starts]))
+        prompt_of = dict(zip(sources, [prompts[row] for row in starts]))
         self.sources.update(sources)
         self._prompts_of(list(sources))  # all at once, as the draw would read them
         first = next(iter(sources))
         others = sorted(sources, key=lambda number: (
             number == first, sources[number].digests() == sources[first].digests()))
-        gaps, limit = obstacles.compare_with_stock(self, [first, others[0]])
-        gaps = self.accelerator.gather(gaps[None]).amax(0).tolist()  # processes go on alike
+        checks = obstacles.compare_with_stock(
+            self, [first, others[0]], lambda numbers: self._tokenize_as_stock(
+                [prompt_of[number] for number in numbers], numbers))
         when = "the first batch" if is_first else f"update {step}"
         if self.args.should_log:
-            print(f"self-check at {when}: log-probabilities differ from stock TRL's by "
-                  f"{gaps[0]:.1e}, the decoder's choices by {gaps[1]:.1e} (allowed: {limit}); "
-                  f"{time.perf_counter() - start:.1f} s", flush=True)
-        for gap, what in zip(gaps, ("log-probabilities", "the decoder's choices")):
-            if not gap <= limit and not self.unshared:  # NaN, too
-                self._stop_sharing(f"{what} at {when} are {gap:.2g} from stock TRL's, more than "
-                                   f"{limit}; training goes on with stock passes")
+            print(f"self-check at {when}: by how much passes differ from stock TRL's: " + ", ".join(
+                f"{what} {where} {gap:.1e} (of {limit} allowed)"
+                for what, where, gap, limit in checks)
+                + f"; {time.perf_counter() - start:.1f} s", flush=True)
+        wrong = [f"{what} at {when} are {gap:.2g} from stock TRL's {where}, more than {limit}; "
+                 "training goes on with stock passes" for what, where, gap, limit in checks
+                 if not gap <= limit]  # NaN, too
+        if reason := gather_reason(self.accelerator, "".join(wrong[:1])):
+            self._stop_sharing(reason)
+
+    def _find_mixed_group(self, prompts: list) -> str:
+        """Why the first row of a group cannot stand for all, or ""."""
+        starts = self._find_group_starts(len(prompts))
+        for start, end in zip(starts, [*starts[1:], len(prompts)]):
+            for prompt in prompts[start + 1:end]:
+                if is_same(prompt, prompts[start]):
+                    continue
+                (_, own), (_, first) = self._read_prompts([prompt, prompts[start]])
+                if own.key != first.key:
+                    return ("the rows of a group have different prompts or images, as augmentation "
+                            "or another sampler gives them; prepare images before, once a row")
+        return ""
+
+    def _tokenize_as_stock(self, prompts: list, numbers: Sequence[int]) -> tuple:
+        return super()._tokenize_prompts(prompts)
 
     def _stock_inputs(self, numbers: Sequence[int]) -> tuple[list[list[int]], list | None, dict]:
         """What TRL's `_tokenize_prompts` makes of these prompts: ids, images and further inputs."""
@@ -203,7 +261,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields,
                                                  num_generations, has_tool_images)
         numbers = [number for number, in prompt_ids]
-        if self.use_vllm or self.unsupported_sampling:
+        if self.draws_elsewhere():
             ids, images, fields = self._stock_inputs(numbers)
             # vLLM puts as many tokens as an image needs in the place of each one that it is given
             if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
@@ -213,7 +271,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _draw_completions(self, numbers: list[int], group: int) -> list[list[int]]:
         """Token ids of a completion to each of this process's rows; numbers: of their prompts."""
-        accelerator, length, count = self.accelerator, self.max_completion_length, len(numbers)
+        accelerator, count, config = self.accelerator, len(numbers), self.generation_config
+        sampling = SamplingOptions(config.temperature, config.top_p, config.max_new_tokens,
+                                   config.min_new_tokens
+                                   or self.model.generation_config.min_new_tokens or 0)
         draw = self.state.global_step, self.model.training
         seed = self.args.seed * 1_000_003 + self.state.global_step
         # a step's first draw adds 0; the factor fits in 32 bits, all that a CPU's generator reads
@@ -221,7 +282,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.draws = Counter({draw: self.draws[draw] + 1})
         # one draw for all processes, so that N of them draw what one would
         n_groups = -(-count * accelerator.num_processes // group)
-        uniforms = draw_uniforms(seed, n_groups, group, length).flatten(0, 1)
+        uniforms = draw_uniforms(seed, n_groups, group, sampling.max_new_tokens).flatten(0, 1)
         starts = self._find_group_starts(count)
         ends = [*starts[1:], count]
         most = max(end - start for start, end in zip(starts, ends))
@@ -230,8 +291,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         with evaluation_mode(model):
             rollouts = generate_rollouts(
                 model, self.processor, self._prompts_of([numbers[row] for row in starts]), most,
-                read_sampling_options(self.args),
-                uniforms[accelerator.process_index * count + rows], self.autocasts)
+                sampling, uniforms[accelerator.process_index * count + rows], self.autocasts)
         return [completion for rollout, start, end in zip(rollouts, starts, ends)
                 for completion in rollout[:end - start]]
 
@@ -282,7 +342,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return logps, entropies
 
     def _get_dataloader(self, dataset, *args, **kwargs):  # decodes a row's images once
-        if isinstance(dataset, Dataset):
+        # a row that a transform makes may be another one each time
+        if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
             dataset = RowsOnce(dataset)
         return super()._get_dataloader(dataset, *args, **kwargs)
 
@@ -319,15 +380,53 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
 
 def average_gradients(model: torch.nn.Module, processes: int) -> None:
-    """Give every trained parameter its mean gradient over all processes, 0 where one has none."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
+    """Give every trained parameter its mean gradient over all processes, 0 where one has none.
+
+    Adapters that are not active have none, so that weight decay leaves them alone.
+    """
+    inactive = [f".{name}." for name in getattr(model, "peft_config", {})
+                if name not in model.active_adapters]
+    gradients = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or any(part in name for part in inactive):
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        if processes > 1:
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= processes
+        gradients.append(parameter.grad)
+    if processes == 1:
+        return
+    bucket: list[torch.Tensor] = []
+    for gradient, following in zip(gradients, [*gradients[1:], None]):
+        bucket.append(gradient)
+        if (following is None or following.dtype != gradient.dtype
+                or sum(part.numel() for part in bucket) >= BUCKET):
+            _average(bucket, processes)
+            bucket = []
+
+
+def _average(gradients: list[torch.Tensor], processes: int) -> None:
+    """Replace gradients of one dtype by their means over all processes, in one message."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= processes
+    for gradient, mean in zip(gradients, flat.split([part.numel() for part in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def gather_reason(accelerator, reason: str) -> str:
+    """The first reason of any process, or ""."""
+    if accelerator.num_processes == 1:
+        return reason
+    return next(filter(None, gather_object([reason])), "")
+
+
+def is_same(left, right) -> bool:
+    """Are two prompts equal, with the very same images?"""
+    if isinstance(left, (list, dict)) and type(left) is type(right) and len(left) == len(right):
+        pairs = (zip(left, right) if isinstance(left, list) else
+                 ((value, right.get(name)) for name, value in left.items()))
+        return all(is_same(*pair) for pair in pairs)
+    return left is right or isinstance(left, (str, int)) and left == right
 
 
 class RowsOnce:
@@ -338,6 +437,10 @@ class RowsOnce:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        """The row at `index`, decoded anew."""
+        return self.dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """The rows at `indices`; equal ones share their images and nothing else."""
@@ -360,8 +463,9 @@ def move_images(row: dict) -> dict:
 
 
 def restore_images(row: dict) -> dict:
-    """A row of `move_images` with its columns of images, as rewards take them."""
-    return {name: value for name, value in row.items() if name != IMAGES} | row.get(IMAGES, {})
+    """A row of `move_images` with copies of its columns of images, which rewards may change."""
+    others = {name: value for name, value in row.items() if name != IMAGES}
+    return others | deepcopy(row.get(IMAGES, {}))
 
 
 def list_images(row: dict) -> list:

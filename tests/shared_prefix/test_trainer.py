@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -139,9 +140,10 @@ def force_completions(stock, own):
 
 
 def logged(trainer):
-    """The log of the updates, without times."""
+    """The log of the updates, without times and what stock TRL does not log."""
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    return [{name: value for name, value in row.items() if "time" not in name} for row in rows]
+    return [{name: value for name, value in row.items() if "time" not in name and name != "shared"}
+            for row in rows]
 
 
 def trained_parameters(trainer):
@@ -249,9 +251,10 @@ def test_it_draws_and_evaluates_on_its_own(random_folder, processor, tmp_path, c
     trainer.train()
     history = trainer.state.log_history
     assert any("eval_reward" in row for row in history) and not trainer.unshared
-    lines = re.findall(r"self-check at the first batch: .* by (\S+), .* by (\S+) "
-                       r"\(allowed: 0.0001\)", capsys.readouterr().out)
-    assert len(lines) == 1 and max(map(float, lines[0])) < 1e-4
+    line, = re.findall("self-check at the first batch: .*", capsys.readouterr().out)
+    gaps = re.findall(r"(log-probabilities|choices|gradients).*? (\S+) \(of (\S+) allowed", line)
+    assert len(gaps) == 5 and all(float(gap) < float(limit) for _, gap, limit in gaps)
+    assert {row["shared"] for row in history if "loss" in row} == {1}
 
 
 @pytest.mark.parametrize(("settings", "reason"), [
@@ -353,27 +356,21 @@ def test_what_cannot_be_shared_is_left_to_stock_trl(random_folder, random_model,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["padded rows", "rows one behind the other", "states"])
+@pytest.mark.parametrize("kind", ["own layers", "flat layers", "states"])
 def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch, kind):
-    """In padded rows, as on a GPU; in flat ones, as on a CPU; and through states of attention."""
+    """In the model's layers, as on a GPU; in flat ones, as on a CPU; in states of attention."""
     _, own = make_pair(max_steps=1, gradient_checkpointing=True,
                        family="qwen3_5" if kind == "states" else "")
-    allowed, read_flat = logprobs._PackedRows.is_allowed, logprobs.read_flat
+    pack = logprobs._pack_completions
 
-    def leak(rows):
-        order = torch.arange(rows.ids.shape[1])
-        return allowed(rows) | ((order[:, None] >= order) & (rows.part >= 0)[:, None])
+    def leak(*arguments):  # replies go on one behind the other
+        packed = pack(*arguments)
+        return replace(packed, groups=[group._replace(completions=(sum(group.completions),))
+                                       for group in packed.groups])
 
-    def leak_flat(language, embeds, positions, groups, *others):
-        merged = [group._replace(completions=(sum(group.completions),)) for group in groups]
-        return read_flat(language, embeds, positions, merged, *others)
-
-    if kind == "states":
-        monkeypatch.setattr(logprobs, "has_linear_attention", lambda model: False)
-    else:
-        monkeypatch.setattr(logprobs, "can_read_flat", lambda model: kind != "padded rows")
-        monkeypatch.setattr(logprobs._PackedRows, "is_allowed", leak)
-        monkeypatch.setattr(logprobs, "read_flat", leak_flat)
+    monkeypatch.setattr(logprobs, "_pack_completions", leak)
+    if kind == "own layers":
+        monkeypatch.setattr(logprobs, "can_read_flat", lambda model: False)
     own._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
     with pytest.warns(UserWarning, match="prompts are not shared: log-probabilities at the first"):
         own.train()
