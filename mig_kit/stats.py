@@ -87,22 +87,6 @@ def _clusters_of_variance(clusters: np.ndarray) -> float:
     return float(squares.sum() ** 2 / np.sum(squares ** 2))
 
 
-def _weigh_correlations(groups: Groups) -> np.ndarray:
-    """(17,) posterior of CORRELATIONS; outcomes are beta-binomial within a cluster."""
-    spreads = (1 / CORRELATIONS - 1)[:, None]
-    logs = np.log(np.where(CORRELATIONS < 0.01, 0.2, 0.05))  # independent: one chance in five
-    means = (np.arange(40)[:, None, None] + 0.5) / 40
-    for values, clusters in groups:
-        _, places = np.unique(clusters, return_inverse=True)
-        counts = np.c_[np.bincount(places, weights=values), np.bincount(places)]
-        (correct, total), repeats = (part.T for part in
-                                     np.unique(counts, axis=0, return_counts=True))
-        first, second = means * spreads, (1 - means) * spreads
-        each = betaln(first + correct, second + total - correct) - betaln(first, second)
-        logs += logsumexp(each @ repeats, axis=0)
-    return softmax(logs)
-
-
 def _resample_means(groups: Groups) -> np.ndarray:
     """(RESAMPLES,) unweighted means of the tasks' means, of clusters drawn with replacement.
 
