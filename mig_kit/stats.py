@@ -1,16 +1,17 @@
-"""Statistics of every score: means over tasks, intervals over samples and seeds, and pass@k."""
+"""Statistics of every score: means over tasks, intervals over samples and seeds, and pass@k.
+
+Intervals of scores are a bootstrap over lists of images or, where few lists differ, exact.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import betainc, betaln, logsumexp, softmax
-from scipy.stats import binomtest
+from scipy.stats import beta, norm
 from scipy.stats import t as student_t
 
-# of two outcomes about the same images, as `share_interval_by_list` considers them
-CORRELATIONS = np.r_[1e-6, (np.arange(16) + 0.5) / 16]
+RESAMPLES = 1000
+FEW, FEW_LISTS = 10, 20  # of the rarer outcome, and of lists, below which an interval is exact
 
 # (values, clusters) of each task, (n,) each; a cluster's number says which images a question shows,
 # so that questions about the same images have the same
@@ -25,7 +26,7 @@ def group_by_task(tasks: Iterable[str], values: np.ndarray) -> dict[str, np.ndar
     return {task: values[task_rows] for task, task_rows in rows.items()}
 
 
-def ratio_interval(parts: np.ndarray, totals: np.ndarray, resamples: int = 2000) -> list[float]:
+def ratio_interval(parts: np.ndarray, totals: np.ndarray) -> list[float]:
     """95 % interval [low, high] of sum(parts) / sum(totals), (n,) float each.
 
     Percentile bootstrap over the n cases, in which totals that are all 0 count as 0. If all cases
@@ -36,18 +37,20 @@ def ratio_interval(parts: np.ndarray, totals: np.ndarray, resamples: int = 2000)
         return share_interval(0, 0)
     if len(set(ratios)) == 1:
         return share_interval_by_list([(ratios, np.arange(len(ratios)))])
-    draws = np.random.default_rng(0).integers(0, len(parts), (resamples, len(parts)))
+    draws = np.random.default_rng(0).integers(0, len(parts), (RESAMPLES, len(parts)))
     sums = totals[draws].sum(1)
-    ratios = np.divide(parts[draws].sum(1), sums, out=np.zeros(resamples), where=sums != 0)
+    ratios = np.divide(parts[draws].sum(1), sums, out=np.zeros(RESAMPLES), where=sums != 0)
     return [float(value) for value in np.percentile(ratios, [2.5, 97.5])]
 
 
-def share_interval(count: int, total: int) -> list[float]:
-    """Exact 95 % interval [low, high] of count / total (Clopper, Pearson); [0, 1] for total 0."""
-    if not total:
-        return [0.0, 1.0]
-    interval = binomtest(int(count), int(total)).proportion_ci(0.95, "exact")
-    return [float(interval.low), float(interval.high)]
+def share_interval(count: float, total: float) -> list[float]:
+    """Exact 95 % interval [low, high] of count / total (Clopper, Pearson); [0, 1] for total 0.
+
+    Numbers that are not whole are those of as many independent answers as lists are worth.
+    """
+    low = beta.ppf(0.025, count, total - count + 1) if count > 0 else 0.0
+    high = beta.ppf(0.975, count + 1, total - count) if count < total else 1.0
+    return [float(low), float(high)]
 
 
 def mean_interval(values: np.ndarray) -> list[float]:
@@ -78,89 +81,95 @@ def _cluster_errors(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     return residuals / np.sqrt(1 - counts / len(values))
 
 
-def _count_effective_clusters(clusters: np.ndarray) -> float:
-    """(sum of sizes)^2 / sum of squared sizes: the number of clusters, if they were equal."""
-    sizes = np.unique(clusters, return_counts=True)[1].astype(float)
-    return len(clusters) ** 2 / np.sum(sizes ** 2)
-
-
 def _clusters_of_variance(clusters: np.ndarray) -> float:
     """How many clusters of equal size would estimate the variance as well (Satterthwaite 1946)."""
     squares = np.unique(clusters, return_counts=True)[1].astype(float) ** 2
     return float(squares.sum() ** 2 / np.sum(squares ** 2))
 
 
-def _weigh_correlations(groups: Groups) -> np.ndarray:
-    """(17,) posterior of CORRELATIONS; outcomes are beta-binomial within a cluster."""
-    spreads = (1 / CORRELATIONS - 1)[:, None]
-    logs = np.log(np.where(CORRELATIONS < 0.01, 0.2, 0.05))  # independent: one chance in five
-    means = (np.arange(40)[:, None, None] + 0.5) / 40
-    for values, clusters in groups:
-        _, places = np.unique(clusters, return_inverse=True)
-        counts = np.c_[np.bincount(places, weights=values), np.bincount(places)]
-        (correct, total), repeats = (part.T for part in
-                                     np.unique(counts, axis=0, return_counts=True))
-        first, second = means * spreads, (1 - means) * spreads
-        each = betaln(first + correct, second + total - correct) - betaln(first, second)
-        logs += logsumexp(each @ repeats, axis=0)
-    return softmax(logs)
+def _resample_means(groups: Groups) -> np.ndarray:
+    """(RESAMPLES,) unweighted means of the tasks' means, of clusters drawn with replacement.
+
+    Clusters are drawn among those that the same tasks have, so that no task is ever empty.
+    """
+    names, places = np.unique(np.concatenate([clusters for _, clusters in groups]),
+                              return_inverse=True)
+    sums, counts, start = *np.zeros((2, len(names), len(groups))), 0
+    for task, (values, _) in enumerate(groups):
+        rows = places[start:start + len(values)]
+        sums[:, task] = np.bincount(rows, values, len(names))
+        counts[:, task] = np.bincount(rows, minlength=len(names))
+        start += len(values)
+    _, kinds = np.unique(counts > 0, axis=0, return_inverse=True)
+    parts = [np.flatnonzero(kinds.ravel() == kind) for kind in range(kinds.max() + 1)]
+    rng, means, size = np.random.default_rng(0), [], max(1, (1 << 18) // len(names))
+    for first in range(0, RESAMPLES, size):
+        repeats = min(size, RESAMPLES - first)
+        drawn = np.hstack([part[rng.integers(0, len(part), (repeats, len(part)))]
+                           for part in parts]) + len(names) * np.arange(repeats)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=repeats * len(names)).reshape(repeats, -1)
+        means.append(np.mean(times @ sums / (times @ counts), axis=1))
+    return np.concatenate(means)
+
+
+def _degrees(groups: Groups) -> float:
+    """The degrees of freedom of the variance between clusters."""
+    return max(1.0, sum(_clusters_of_variance(clusters) for _, clusters in groups) - len(groups))
+
+
+def _bootstrap_interval(groups: Groups) -> list[float]:
+    """Percentile bootstrap over clusters, widened as Student's t is, which few clusters need."""
+    mean, degrees = macro_mean([values for values, _ in groups]), _degrees(groups)
+    wider = student_t.ppf(0.975, degrees) / norm.ppf(0.975) * (1 + 1 / degrees) ** 0.5
+    bounds = np.percentile(_resample_means(groups), [2.5, 97.5])
+    return [float(mean + wider * (bound - mean)) for bound in bounds]
 
 
 def share_interval_by_list(groups: Groups) -> list[float]:
     """95 % interval [low, high] of the unweighted mean of the tasks' shares of correct answers.
 
-    Jeffreys' interval for as many independent answers as have the mean's variance; if all or none
-    are correct, Clopper and Pearson's over the clusters. [0, 1] for one cluster of mixed outcomes.
+    Bootstrap over clusters. With few clusters, few correct or few wrong it is the exact interval
+    (Clopper, Pearson) of as many independent answers as have the bootstrap's variance (Korn and
+    Graubard 1998), and of all clusters if all are alike. [0, 1] for one cluster of mixed outcomes.
 
     Args:
         groups: (values in 0..1, clusters) of each task.
     """
-    all_clusters = np.concatenate([clusters for _, clusters in groups])
-    mean, count = macro_mean([values for values, _ in groups]), len(np.unique(all_clusters))
+    mean = macro_mean([values for values, _ in groups])
+    count = len(np.unique(np.concatenate([clusters for _, clusters in groups])))
     if mean in (0, 1):
-        return share_interval(int(mean) * count, count)
+        return share_interval(mean * count, count)
     if count == 1:
         return [0.0, 1.0]
-    variances = np.zeros(len(CORRELATIONS))
-    for values, clusters in groups:
-        share = (values.sum() + mean) / (len(values) + 1)  # a small task may have all correct
-        cluster_size = len(values) / _count_effective_clusters(clusters)
-        variances += share * (1 - share) / (len(values) / (1 + (cluster_size - 1) * CORRELATIONS))
-    sizes = mean * (1 - mean) * (len(groups) / _shared_cluster_factor(groups)) ** 2 / variances
-    # averaged over how much outcomes may correlate within a cluster
-    chances = _weigh_correlations(groups) if count < len(all_clusters) else CORRELATIONS < 0.01
-
-    def excess(bound: float, tail: float) -> float:
-        return float(chances @ betainc(sizes * mean + 0.5, sizes * (1 - mean) + 0.5, bound)) - tail
-
-    return [brentq(excess, 0, 1, tail) for tail in (0.025, 0.975)]
+    total, degrees = sum(len(values) for values, _ in groups), _degrees(groups)
+    variance = float(_resample_means(groups).var()) * (1 + 1 / degrees)
+    size = min(total, mean * (1 - mean) / variance) if variance else total
+    if size * min(mean, 1 - mean) < FEW or count < FEW_LISTS:
+        ratio = student_t.ppf(0.975, total - 1) / student_t.ppf(0.975, degrees)
+        return share_interval(mean * size * ratio ** 2, size * ratio ** 2)
+    return [min(max(bound, 0.0), 1.0) for bound in _bootstrap_interval(groups)]
 
 
 def gap_interval_by_list(groups: Groups) -> list[float]:
     """95 % interval [low, high] of the unweighted mean of the tasks' differences (-1..1).
 
-    Student's t over the clusters. If the differences do not vary, the largest share of other
-    clusters, and the largest difference, that the sample leaves possible. [-1, 1] for one cluster.
+    Bootstrap over clusters; if few clusters differ at all, from the exact intervals of the shares
+    that are won and lost. [-1, 1] for one cluster.
 
     Args:
         groups: (differences, clusters) of each task.
     """
-    all_clusters = np.concatenate([clusters for _, clusters in groups])
-    if len(np.unique(all_clusters)) == 1:
+    values, clusters = (np.concatenate(part) for part in zip(*groups))
+    names, places = np.unique(clusters, return_inverse=True)
+    if len(names) == 1:
         return [-1.0, 1.0]
-    mean = macro_mean([values for values, _ in groups])
-    variance = sum(float(np.sum(_cluster_errors(values, clusters) ** 2))
-                   for values, clusters in groups if len(np.unique(clusters)) > 1)
-    if not variance:
-        unseen = share_interval(0, len(np.unique(all_clusters)))[1]
-        return [mean - unseen * (mean + 1), mean + unseen * (1 - mean)]
-    size = len(groups) ** 2 / sum(1 / len(values) for values, _ in groups)
-    # where almost nothing differs, as if four questions did (one in five of few)
-    least = min(4, size / 5) * (len(groups) / size) ** 2
-    degrees = sum(_count_effective_clusters(clusters) for _, clusters in groups) - len(groups)
-    error = max(variance, least) ** 0.5 * _shared_cluster_factor(groups) / len(groups)
-    half = float(student_t.ppf(0.975, max(1, degrees))) * error
-    return [max(-1.0, mean - half), min(1.0, mean + half)]
+    if np.sum(np.bincount(places, np.abs(values)) > 0) >= FEW:
+        low, high = _bootstrap_interval(groups)
+        return [max(-1.0, low), min(1.0, high)]
+    won, lost = (macro_mean([np.maximum(sign * part, 0) for part, _ in groups]) for sign in (1, -1))
+    (won_low, won_high), (lost_low, lost_high) = (share_interval(share * len(names), len(names))
+                                                  for share in (won, lost))
+    return [won_low - lost_high, won_high - lost_low]
 
 
 def paired_gap_by_list(groups: Groups, is_same: bool = False) -> dict:
@@ -173,19 +182,6 @@ def paired_gap_by_list(groups: Groups, is_same: bool = False) -> dict:
     interval = [0.0, 0.0] if is_same else gap_interval_by_list(groups)
     return {"value": to_percent(macro_mean([gaps for gaps, _ in groups])),
             "ci95": [to_percent(bound) for bound in interval]}
-
-
-def _shared_cluster_factor(groups: Groups) -> float:
-    """By how much clusters that several tasks share widen the average's standard error, >= 1."""
-    errors: dict = defaultdict(list)
-    for values, clusters in groups:
-        names = np.unique(clusters)
-        if len(names) > 1:
-            for name, error in zip(names, _cluster_errors(values, clusters)):
-                errors[name].append(error)
-    separate = sum(error ** 2 for parts in errors.values() for error in parts)
-    together = sum(sum(parts) ** 2 for parts in errors.values())
-    return max(1.0, float(together / separate) ** 0.5) if separate else 1.0
 
 
 def pass_at_k(correct: int, total: int, k: int) -> float:

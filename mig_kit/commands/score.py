@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.common import write_json, write_json_lines
+from mig_kit.common import UserError, write_json, write_json_lines
 
 
 @click.command("score")
@@ -29,6 +29,8 @@ from mig_kit.common import write_json, write_json_lines
               help="Order of a box's four numbers, if not x1, y1, x2, y2: yxyx (Gemini) or xywh.")
 @click.option("--compare-coordinates", type=click.Choice([name.value for name in Coordinates]),
               help="Coordinates of the second model's boxes, if not those of the first.")
+@click.option("--compare-box-order", type=click.Choice(["xyxy", "yxyx", "xywh"]),
+              help="Order of the second model's numbers, if not that of the first.")
 @click.option("--images", type=click.Path(),
               help="The folder of the images, where their sizes are needed.")
 @click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(1),
@@ -41,8 +43,8 @@ from mig_kit.common import write_json, write_json_lines
               help="Write one line per question here: its value, the image and box that were read, "
                    "and why none was; with --compare also win, loss or tie.")
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
-                  compare_coordinates: str | None, out: str | None, items: str | None,
-                  min_pixels: int, max_pixels: int, **rules) -> None:
+                  compare_coordinates: str | None, compare_box_order: str | None, out: str | None,
+                  items: str | None, min_pixels: int, max_pixels: int, **rules) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """
@@ -51,37 +53,36 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     from mig_kit.score.records import read_records
     from mig_kit.score.result import paired_difference, score_markdown, summarize
 
-    if compare_coordinates and not compare:
-        raise ValueError("--compare-coordinates is about the predictions of --compare; add that, "
-                         "or leave it out")
+    if (compare_coordinates or compare_box_order) and not compare:
+        raise UserError("--compare-coordinates and --compare-box-order are about the predictions "
+                        "of --compare; add that, or leave them out")
     for written, also in ((out, items), (items, None)):
         target = Path(written or ".").resolve()
         if written and (target.is_dir() or not target.parent.is_dir()):
-            raise ValueError(f"{written} cannot be written; name a file in a folder that exists")
+            raise UserError(f"{written} cannot be written; name a file in a folder that exists")
         if written and any(Path(other).resolve() in (target, *target.parents) for other in filter(
                 None, (annotations, predictions, compare, also))):
-            raise ValueError(f"{written} is given twice, or lies in a folder that is read, and "
+            raise UserError(f"{written} is given twice, or lies in a folder that is read, and "
                              "would be overwritten; write to a file elsewhere")
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     if name == "own":
         for number, line in enumerate(read_records(annotations), 1):
             if problems := own_data.find_problems(line):
-                raise ValueError(f"{annotations} line {number}: {problems[0]} (mig-kit data check "
+                raise UserError(f"{annotations} line {number}: {problems[0]} (mig-kit data check "
                                  f"{annotations} lists every line)")
     header, scored = protocols.score_files(name, annotations, predictions, box_format, **rules)
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
     other = None
     if compare:
-        rules["coordinates"] = compare_coordinates or rules["coordinates"]
+        rules |= {"coordinates": compare_coordinates or rules["coordinates"],
+                  "box_order": compare_box_order or rules["box_order"]}
         _, other = protocols.score_files(name, annotations, compare, box_format, **rules)
         summary = summarize(other)
         result["compare"] = {
             "predictions": Path(compare).name,
             **{part: summary[part] for part in ("tasks", "avg", "problems")},
             "difference": paired_difference(
-                scored, other, summary == summarize(scored)
-                and read_records(predictions, may_be_empty=True) == read_records(
-                    compare, may_be_empty=True))}
+                scored, other, protocols.is_same_read(scored, other, name, header["protocol"]))}
         result["remarks"] += [f"{Path(compare).name}: {remark}" for remark in other.remarks
                               if remark not in scored.remarks]
     if items:

@@ -12,6 +12,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from mig_kit.boxes import Box, Coordinates
+from mig_kit.common import UserError
 from mig_kit.image_files import BadImage, is_regular_file, read_size, resolve_under_root
 from mig_kit.score.image_names import ORDINALS, find_names
 
@@ -25,6 +26,15 @@ TARGETS = {"region": 1, "view_diff": 2, "refer_grounding": 2, "reasoning": 2, "c
 VERSIONS = {"lisa": {200: "val", 779: "test"},
             "ref_l4": {7231: "val", 38110: "test", 45341: "all"}}  # by the number of items
 BLINK_VAL_ITEMS = 1901
+# What the letters of BLINK's tasks stand for where it is the same in every question.
+_LATTER_TWO = ("the second image", "the third image")
+BLINK_CHOICES = {
+    "Art_Style": _LATTER_TWO, "Jigsaw": _LATTER_TWO, "Visual_Similarity": _LATTER_TWO,
+    "Multi-view_Reasoning": ("left", "right"), "Spatial_Relation": ("yes", "no"),
+    "Relative_Depth": ("A is closer", "B is closer"),
+    "Relative_Reflectance": ("A is darker", "B is darker", "About the same"),
+    "Forensic_Detection": ("the first image", "the second image", "the third image",
+                           "the fourth image")}
 MMIU_TASKS = 60  # names in the authors' file, of the 52 tasks that the paper counts
 # benchmark -> how many items its paper counts, of which another number may be a part or another
 # release; MMIU: arXiv 2408.02718, MC-Bench: 2410.12332
@@ -80,19 +90,19 @@ def is_four_numbers(values) -> bool:
 
 
 def _read_fields(record: dict, index: int, benchmark: str, **kinds) -> list:
-    """The fields of item `index` by name; ValueError for a missing one or one of another type."""
+    """The fields of item `index` by name; UserError for a missing one or one of another type."""
     for name, kind in kinds.items():
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
-            raise ValueError(f"item {index} of the {benchmark} annotations has no usable '{name}'; "
-                             f"is this the {benchmark} file?")
+            raise UserError(f"item {index} of the {benchmark} annotations has no usable '{name}'; "
+                            f"is this the {benchmark} file?")
     return [record[name] for name in kinds]
 
 
 def _to_box(values, index: int, benchmark: str) -> Box:
-    """A JSON value as a box; ValueError if it is none."""
+    """A JSON value as a box; UserError if it is none."""
     if not is_four_numbers(values):
-        raise ValueError(f"item {index} of the {benchmark} annotations has no box of four numbers; "
-                         f"is this the {benchmark} file?")
+        raise UserError(f"item {index} of the {benchmark} annotations has no box of four numbers; "
+                        f"is this the {benchmark} file?")
     return tuple(map(float, values))
 
 
@@ -116,12 +126,12 @@ def read_mig_bench(records: list[dict]) -> Benchmark:
         task, question, images = _read_fields(record, index, "MIG-Bench", task=str, question=str,
                                               images=list)
         if task not in MIG_BENCH_TASKS:
-            raise ValueError(f"item {index} has task '{task}', which MIG-Bench does not have; its "
-                             f"tasks are {', '.join(MIG_BENCH_TASKS)}")
+            raise UserError(f"item {index} has task '{task}', which MIG-Bench does not have; its "
+                            f"tasks are {', '.join(MIG_BENCH_TASKS)}")
         target, is_stated = _mig_bench_target(task, question, str(record.get("additional_info")))
         if len(images) < (target or 1) or not all(isinstance(name, str) for name in images):
-            raise ValueError(f"item {index} of MIG-Bench asks for image {target} of {len(images)}; "
-                             "is the file complete?")
+            raise UserError(f"item {index} of MIG-Bench asks for image {target} of {len(images)}; "
+                            "is the file complete?")
         items.append(BenchmarkItem(index, "", task, question, tuple(images), box, coordinates,
                                    target, is_stated))
     version, counts = ("revised", REVISED_TASKS) if is_revised else ("original", MIG_BENCH_TASKS)
@@ -169,8 +179,8 @@ def read_revos(records: list[dict]) -> Benchmark:
             record, index, "ReVOS-grounding", frames=list, bbox_list=list, video_id=str | int,
             question=str)
         if len(frames) < 3 or not all(type(place) is int and place >= 0 for place in frames):
-            raise ValueError(f"item {index} of the ReVOS-grounding annotations needs three frame "
-                             "numbers")
+            raise UserError(f"item {index} of the ReVOS-grounding annotations needs three frame "
+                            "numbers")
         box = None
         if len(boxes) >= 3 and boxes[2]:
             box = tuple(float(int(v)) for v in _to_box(boxes[2], index, "ReVOS-grounding"))
@@ -208,21 +218,21 @@ def read_blink(records: list[dict]) -> Benchmark:
         answer, name = _read_fields(record, index, "BLINK", answer=str, idx=str)
         letter = re.fullmatch(r"\(?([A-Z])\)?", answer.strip())
         if not letter:
-            raise ValueError(f"item {index} of the BLINK annotations has answer '{answer}'; "
-                             "scoring needs the letters of the validation set")
+            raise UserError(f"item {index} of the BLINK annotations has answer '{answer}'; "
+                            "scoring needs the letters of the validation set")
         task = record.get("task", record.get("sub_task", "_".join(name.split("_")[1:-1])))
         if not task or not isinstance(task, str):
-            raise ValueError(f"item {index} of the BLINK annotations has no 'task' or 'sub_task', "
-                             f"and its idx '{name}' names none, as val_Jigsaw_1 does; is this the "
-                             "BLINK file?")
+            raise UserError(f"item {index} of the BLINK annotations has no 'task' or 'sub_task', "
+                            f"and its idx '{name}' names none, as val_Jigsaw_1 does; is this the "
+                            "BLINK file?")
         last_letters[task] = max(last_letters[task], letter[1])
         question = str(record.get("question") or record.get("prompt", ""))
         items.append(BenchmarkItem(index, name, task, question, _text_list(record.get("images")),
                                    letter=letter[1], choices=_text_list(record.get("choices"))))
     names = Counter(item.id for item in items)
     if twice := next((name for name, count in names.items() if count > 1), ""):
-        raise ValueError(f"the BLINK annotations have idx '{twice}' twice; give each question once "
-                         "(one model's file, not several joined)")
+        raise UserError(f"the BLINK annotations have idx '{twice}' twice; give each question once "
+                        "(one model's file, not several joined)")
     items = [replace(item, options=ascii_uppercase[:len(item.choices) or ascii_uppercase.index(
         last_letters[item.task]) + 1]) for item in items]
     is_val = len(items) == BLINK_VAL_ITEMS and all(name.startswith("val_") for name in names)
@@ -254,8 +264,8 @@ def read_mmiu(records: list[dict]) -> Benchmark:
                                    options=ascii_uppercase[:len(choices)] or MMIU_OPTIONS,
                                    choices=choices))
     if not items:
-        raise ValueError("no item of the MMIU annotations has an output, the correct letter; give "
-                         "the file that has them")
+        raise UserError("no item of the MMIU annotations has an output, the correct letter; give "
+                        "the file that has them")
     has_all_tasks = len({item.task for item in items}) == MMIU_TASKS
     is_complete = has_all_tasks and (len(records) == PAPER_COUNTS["mmiu"] or None)
     return Benchmark("mmiu", "", tuple(items), is_complete, tuple(left_out))
@@ -295,12 +305,12 @@ def resolve_image_path(root: str | Path, name: str) -> Path:
 def read_image_sizes(names: Iterable[str], root: str | Path | None) -> dict[str, tuple[int, int]]:
     """Image name -> upright (width, height), from the headers of the files below the root.
 
-    Raises ValueError listing what is missing, refused or no image; for no names it needs no root.
+    Raises UserError listing what is missing, refused or no image; for no names it needs no root.
     """
     names = dict.fromkeys(names)
     if names and root is None:
-        raise ValueError("these boxes need the images' sizes; pass --images FOLDER, which image "
-                         "names are relative to")
+        raise UserError("these boxes need the images' sizes; pass --images FOLDER, which image "
+                        "names are relative to")
     sizes, missing, broken = {}, [], []
     for name in names:
         path = resolve_image_path(root, name)
@@ -316,8 +326,8 @@ def read_image_sizes(names: Iterable[str], root: str | Path | None) -> dict[str,
     for problem, failed in (("images are missing", missing),
                             ("files are no readable images", broken)):
         if failed:
-            raise ValueError(f"{len(failed)} {problem} below {root} (first: "
-                             f"{', '.join(failed[:3])}); download them or correct --images")
+            raise UserError(f"{len(failed)} {problem} below {root} (first: "
+                            f"{', '.join(failed[:3])}); download them or correct --images")
     return sizes
 
 

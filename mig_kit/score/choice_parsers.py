@@ -1,328 +1,130 @@
-"""Letters of multiple-choice questions, read from any model's free text.
+"""Letters of multiple-choice questions, where a reply says explicitly which option it chooses.
 
-The last explicit conclusion ("Answer: B", "I choose B", a last line "B") goes before all that the
-text discusses. Options count by letter ("(B)", "Point B") and by their words ("yes", "the third
-image"). All functions take any string; none raises.
+A short list of rules, tried in order. What no rule reads is unread: it counts wrong, is counted,
+and a judge may be asked (judge.py). All functions take any string; none raises.
 """
 
+import json
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable
-from itertools import takewhile
-from string import ascii_uppercase
 
-from mig_kit.score.annotations import BenchmarkItem
-from mig_kit.score.image_names import NUMBER_WORDS, ORDINALS
-from mig_kit.score.official import last_answer_block
+from mig_kit.score.official import last_answer_block, parse_blink_letter, shown_text
 
-# What the letters of BLINK's tasks stand for where it is the same in every question.
-_LATTER_TWO = ("the second image", "the third image")
-BLINK_CHOICES = {
-    "Art_Style": _LATTER_TWO, "Jigsaw": _LATTER_TWO, "Visual_Similarity": _LATTER_TWO,
-    "Multi-view_Reasoning": ("left", "right"), "Spatial_Relation": ("yes", "no"),
-    "Relative_Depth": ("A is closer", "B is closer"),
-    "Relative_Reflectance": ("A is darker", "B is darker", "About the same"),
-    "Forensic_Detection": ("the first image", "the second image", "the third image",
-                           "the fourth image")}
-CONCLUSION, ONLY_ONE, WORDS, FIRST = WAYS = (  # how a letter is read
-    "by a conclusion", "as the only option named", "by an option's words",
-    "by the first or last mention")
-
-# In the working text an option is ‹B› where its letter names it and «B» where its words do.
-_OPTION = "[\u2039\xab]([A-Z])[\u203a\xbb]"
-_PLAIN = str.maketrans("\u3010\u3011\u2018\u2019\u201c\u201d\u300c\u300d\u2039\u203a\xab\xbb",
-                       "[]''\"\"[]    ")
-_FOREIGN = {"\u5de6": "left", "\u53f3": "right", "\u306f\u3044": "yes", "\u662f": "yes",
-            "\u3044\u3044\u3048": "no", "\u5426": "no"}  # Chinese and Japanese
-_ALONE = r"(?=[^\w\n]{0,9}[A-Z][^\w\n]{0,9}$)"
-# Tokens of chat templates, other ways to write "Answer:", letters alone in marks, and emphasis.
-_REWRITES = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), new) for pattern, new in (
-    (r"<\|?(?:im_start|start_header_id|start_of_turn)\|?>\s?(?:assistant|model)?", "\n"),
-    (r"\bn/a\b", "none"),
-    (r"\((?-i:[A-Z])(?:\s?[-,/|\u2013]\s?(?-i:[A-Z])){1,9}\)(?=\W{0,3}[:=])", ""),
-    (r"\b(?:confidence|certainty|grade|difficulty|(?:second|third|alternative) (?:choice|option"
-     r"|guess))\W{1,3}(?:is )?\W?[a-z\d.%]+", ""),
-    (r"\\boxed|<(?:\|begin_of_box\||answer)>", "\nAnswer: "),
-    (r"(?:\u7b54\u6848|\u7b54\u3048|\u6b63\u89e3)(?:\u662f|\u4e3a|\u306f)?", "\nAnswer: "),
-    (r"\u6211?\u9009(?:\u62e9)?", "I choose "),
-    (r"</?\|?[a-z][a-z_]{1,30}\|?>|(?-i:</?[bis]>)|\[/?INST\]|[\xa0\u200b]", " "),
-    (r"\\[a-z]{2,12}(?=\s?\{)|\\(?=[()\[\]])", ""),
-    (rf"^\s{{0,3}}#{{1,6}}{_ALONE}|(?:[=-]>|[\u21d2\u2192]){_ALONE}", "\nAnswer: "),
-    (r"[*_`\"'$\[{(<]{1,8}\s?([A-Z])\s?[.:!]?\s?[*_`\"'$\]})>]{1,8}(?!\w)",
-     lambda match: f"({match[1].upper()})"),
-    (r"(\b(?:answer|option|choice)\W{1,3}(?:(?:is|would be)\W{1,3})?)([a-z])(?=[.,;!)]|\s*$)",
-     lambda match: f"{match[1]}({match[2].upper()})"),
-    (r"(?<=[\u3040-\u9fff])(?=[A-Z]\b)|(?<=\b[A-Z])(?=[\u3040-\u9fff])", " "),
-    (r"[*`]+(?=\S)|(?<=\S)[*`]+", ""),
-    (r"\bright(?= (?:answer|option|choice|one)\b)|(?<=\bis )right(?=[.,!]|\s*$)", "correct"),
-    (r"^[^\w\n]{0,3}(?-i:[a-z])(?=\W*\Z)", lambda match: match[0].upper()))]
-_LABEL = (r"(?:[Pp]oints?|[Bb]ox(?:es)?|[Oo]ptions?|[Pp]ictures?|[Ii]mages?|[Cc]hoices?"
-          r"|[Cc]ircles?|[Ll]etter)")
-_VERB = (r"(?:is|has|was|does|seems|appears|looks|more|and|or|in|on|to|corresponds|matches|because"
-         r"|since|as|for|shows|would|must|with|the|an?|it)")
-# "A" is an article where it begins a sentence and a word follows, but no verb
-_NAMED_OPTION = re.compile(
-    r"\(([A-Z])\)"
-    rf"|\b(?:{_LABEL}|[Aa]nswers?(?: is|:)?)\s+\"?([A-Z])\b(?!(?<=A)\s\xab)"
-    rf"|(?<![\w'$\\.\xab])(A)(?=\s+(?:{_VERB}\b|[-([])|\s*[),:;.!?\"|/=\u2192\u2013\u2014\u3002]"
-    r"|-\s|\s*\n|\s*$)"
-    r"|(?<=[a-z,)\u3040-\u9fff] )(A)(?![\w'-])"
-    r"|(?<![\w'$\\.\xab])(I)(?=\s+(?:is\b|\()|\s*[).:,;\n]|\s*$)"
-    r"|(?<![\w'$\\.\xab])([B-HJ-Z])(?![\w'$]|\.\w)")
-_ARTICLE = re.compile(rf"^(?:the|an?)\s+(?!{_VERB}\b)", re.IGNORECASE)
-
-# An explicit conclusion is a cue with an option in its place: after "the answer is", before "is
-# correct", right after "therefore"; or a line that is an option, or ends in ": B" or "is B".
-_SIGN = "[^\\w\u2039\xab]"
-_REST = "[^\u2039\xab.!?\n]"  # of a sentence, without options
-_TURNED = (r"\b(?:not?|cannot|none|neither|less|unlikely|between|among|both|because|since|while"
-           r"|but|if|unlike|like|than)\b|n't")
-_GAP = rf"(?:(?!{_TURNED})(?:{_REST}|\.(?=\w))){{0,80}}?"
-_TO_LINK = rf"(?:(?!{_TURNED}|\b(?:and|that|which)\b|[:=]){_REST}){{0,80}}?"
-_LINK = (r"(?:\b(?:is|(?:would|must|should|will|could|might|has to|can only) be|seems|remains)\b"
-         r"|'s\b|[:=]|\s[\u2013\u2014-]\s)")
-_OTHER = rf"\s*(?:the )?(?:{_LABEL}\s)?{_OPTION}"
-_ALSO = r"(?:\s*(?:[/&|]|,? ?\b(?:and|or|nor)\b)|,)"
-_GOOD = r"(?:correct|final|best|most (?:appropriate|suitable|likely|accurate|plausible))"
-_CUE = re.compile(
-    r"(?P<noun>(?<![a-z])(?<!to )(?:answer|choice|prediction|conclusion|selection|verdict|decision"
-    rf"|response|solution|(?:option|letter)(?={_SIGN}{{0,2}}[:=])|{_GOOD})"
-    r"(?![a-z]| (?:choice|option)s))"
-    r"|(?P<verb>\b(?:I|we)(?:'d|'ll|'m)?(?: (?:would|will|can|might|am|must|should|thus|therefore"
-    r"|have)){0,3} (?:choose|chosen|select|pick|go(?:ing)? (?:with|for)|say|conclude|suggest"
-    r"|lean(?:ing)?(?: to(?:wards?)?)?|opt for|vote for|settle (?:on|for)|answer|guess)\b"
-    r"|\b(?:preference for|I prefer|go(?:ing)? with)\b)"
-    r"|(?P<turn>\b(?:therefore|thus|hence|consequently|in conclusion|based on)\b)"
-    r"|(?P<it>\b(?:so|actually|overall|left|leav(?:es|ing)"
-    r"|it(?:'s| is| (?:must|has to|can only|would) be))(?![a-z]))", re.IGNORECASE)
-_FILLED = (rf"{_SIGN}{{1,3}}(?:(?:it|us|with|this|that|the|must|has|to|is|be|option|image|choice"
-           rf"|point|box|letter|most|likely){_SIGN}{{1,3}}){{0,6}}{_OPTION}"
-           rf"(?={_SIGN}*$|\s*[.!;)\n\u2013\u2014-]|,? (?:because|since|as|for)\b)")
-_AFTER_CUE = {kind: re.compile(pattern, re.IGNORECASE | re.MULTILINE) for kind, pattern in {
-    "noun": rf"(?:{_TO_LINK}{_LINK}{_SIGN}{{0,8}}{_GAP}|[\s:*#_-]{{0,6}}\n{_SIGN}{{0,6}})"
-            rf"{_OPTION}", "verb": rf"(?:{_GAP}|:{_SIGN}{{0,8}}){_OPTION}",
-    "turn": _FILLED, "it": _FILLED}.items()}
-_BEFORE_CUE = re.compile(
-    rf"{_OPTION}(?:(?!{_TURNED}){_REST}){{0,60}}?(?:\b(?:is|be|as|remains|seems|making it|makes it)"
-    r"|'s)(?: to be)?(?: (?:the|my|our|an?|indeed|clearly|thus|therefore|most|likely|probably|only"
-    r"|single|final))* $", re.IGNORECASE)
-_BOTH = re.compile(rf"{_OPTION}{_ALSO} ?(?:the )?(?:{_LABEL} )?$")
-_SUPPOSED = re.compile(r"\b(?:if|whether|suppose|assum\w+|imagine)(?: \w+){0,2}? ?$", re.IGNORECASE)
-_REFUSED = re.compile(
-    rf"{_TO_LINK}(?:{_LINK}|\bcan(?:not|'t)){_SIGN}{{0,8}}(?:\w+ )?(?:none|neither|nothing"
-    r"|impossible|(?:be )?determined|un(?:clear|known)|[A-Z](?=\W{0,3}$))\b", re.I | re.M)
-_OR_ANOTHER = re.compile(
-    rf"(?:(?:(?!{_TURNED})[^\u2039\xab.,;:!?\n]){{0,40}}?\bor\b|{_ALSO}){_OTHER}"
-    rf"(?={_SIGN}*$|\s*[.,!/&)\n\xab]|\s*(?:and|or)\b)", re.MULTILINE)
-_DENIED = re.compile(
-    r"(?i:\b(?:not|neither|nor|cannot|rather than|instead of|unlike|except|than|among|between)\b"
-    rf"|n't)(?:\s(?:be|the|just|only|both|either|{_LABEL}))*\s?{_OPTION}"
-    rf"(?:(?:,{_OTHER}){{0,9}}{_ALSO}{_OTHER})?(?P<but>,? but\b)?")
-_NEXT_LINE = re.compile(rf".*\w.*\n{_SIGN}*{_OPTION}")
-_SAME = re.compile("(\u2039.\u203a)[^\\w\n\u2039\xab]{0,3}(?:(?:the|an?) )?\xab.\xbb"
-                   "|\xab.\xbb[^\\w\n\u2039\xab]{0,3}(\u2039.\u203a)")
-_LINE = re.compile(
-    rf"(?:{_SIGN}{{0,9}}|[^\u2039\xab]{{0,200}}?(?P<link>{_LINK}){_SIGN}{{0,8}})(?:{_LABEL}\s)?"
-    rf"{_OPTION}(?P<end>{_SIGN}*$|(?(link)(?!)|[\s.),\u2013\u2014-]{{1,4}})"
-    r"(?!.*\b(?:is|are|was|has|have|does|shows?|looks?|appears?|seems?)\b)"
-    r"(?:[^\u2039\xab\n]|[\u2039\xab]\2.){1,80}$)")
-_NEGATES = re.compile(r"\b(?:not|less|none|neither|cannot|nor)\b|n't\b", re.IGNORECASE)
-_REFUSES_ALL = re.compile(
-    r"\b(?:none of (?:the|these|those|them)\b(?! other| rest| remaining)"
-    r"|(?:there is|there's) no (?:correct|suitable|valid|matching|appropriate)"
-    r"|no (?:correct|suitable|valid) (?:answer|choice|option)|neither (?:of|option|image)"
-    r"|(?:cannot|can't|unable to|not possible to) (?:\w+ly )?(?:determine|assist|help|choose|select"
-    r"|identify|provide))\b", re.IGNORECASE)
-_CONCLUDES = re.compile(_CUE.pattern.partition("|(?P<it>")[0], re.IGNORECASE)
-_MOST_CUES = 200  # of conclusions that are looked at, from the last
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-_COUNTS = {str(number): word for number, word in enumerate(NUMBER_WORDS, 1)}
-_COUNTS |= {word: number for number, word in _COUNTS.items()}
-
-
-def parse_blink_letter(text: str, valid: str) -> str:
-    """The only "(B)" among white space, of the text or of its last paragraph; "" if undecided.
-
-    Source: zeyofu/BLINK_Benchmark, eval/test_benchmark.py, analyze_answer; it then asks a model.
-    """
-    for part in (text, text.split("\n\n")[-1]):
-        words = part.split()
-        letters = [letter for letter in valid if f"({letter})" in words]
-        if len(letters) == 1:
-            return letters[0]
-    return ""
-
-
-def mark_options(text: str, choices: tuple[str, ...]) -> str:
-    """The text with every option that its words name as "\xabB\xbb", longest words first.
-
-    "image 3" and "third one" name "the third image" if no option has these words, "four" names "4".
-    "yes" and "no" count only where a sentence begins with them, or after "is" or "be".
-    """
-    options = [(letter, _ARTICLE.sub("", words.strip().strip(".")).lower())
-               for letter, words in zip(ascii_uppercase, choices)]
-    for pattern_of in (_own_words, _other_words):
-        by_pattern = {pattern_of(words): f"\xab{letter}\xbb" for letter, words in options}
-        for pattern in sorted(filter(None, by_pattern), key=len, reverse=True):
-            text = re.sub(pattern, by_pattern[pattern], text, flags=re.IGNORECASE)
-    return text
-
-
-def _own_words(words: str) -> str:
-    """A regular expression for an option's own words; "" for one that only its letter names."""
-    if words in ("yes", "no"):
-        return (r"(?:(?<=\bis )|(?<=\bbe )|(?<=: )|(?<![^.!?\s]\s)(?<![^.!?\s]))"
-                rf"[\"']?{words}\b(?! [a-z])")
-    if not words or len(words) == 1 and words.isalpha():
-        return ""
-    end = r"(?!\w|\.\d)" if words in _COUNTS else r"(?!\w)"
-    return r"(?<![\w.])" + r"\s+".join(map(re.escape, words.split())) + end
-
-
-def _other_words(words: str) -> str:
-    """A regular expression for other words that say the same; "" where there are none."""
-    if words in _COUNTS:
-        return rf"(?<![\w.]){_COUNTS[words]}(?!\w|\.\d)"
-    place = re.fullmatch(rf"({'|'.join(ORDINALS)}) (?:image|picture|photo)"
-                         r"|(?:image|picture|photo) (\d)", words)
-    if not place:
-        return ""
-    number = ORDINALS.index(place[1]) + 1 if place[1] else int(place[2])
-    return (rf"\b(?:the )?(?:{ORDINALS[number - 1]}|{number}(?:st|nd|rd|th)) "
-            rf"(?:image|picture|photo|one)\b|\b(?:image|picture|photo) ?#?{number}\b")
+_LABEL = r"(?i:option|choice|point|box|picture|letter)"
+_SIGNS = r"[\s*_`\"'$(\[{:=]{0,9}"
+# "answer is X", "choice: X", \boxed{X}; "X is the answer"; a last sentence that ends in "is X"
+_CONCLUSION = re.compile(
+    rf"(?:\b(?i:(?:answer|choice|option)[*_\"')\]]{{0,4}}(?:\s+is\b|\s*[:=]"
+    rf"|\s[^.!?:=\n]{{1,40}}?\bis\b))|\\boxed(?=\{{)){_SIGNS}(?:\\\w{{1,9}}\{{)?"
+    rf"(?:{_LABEL}\s+)?{_SIGNS}(?P<letter>[A-Z])(?![\w'-])"
+    r"|\b(?P<subject>[A-Z])[)*\"']{0,4} is (?:the )?(?:\w{1,20} )?(?:answer|choice|option)\b")
+_END = re.compile(r"\bis:?\s+(?:\w{1,20}\s+)?\W{0,4}(?P<letter>[A-Z])\b\W{0,9}\Z")
+_ANOTHER = re.compile(r"(?:[,/&]|\b(?:or|and|nor)\b)\s*(?:the\s+)?(?:\w+\s+)?\W{0,2}([A-Z])\b")
+_DENIES = re.compile(r"\b(?:not?|nor|neither|never|cannot|unless|except|unlike|if)\b|n't", re.I)
+_OF_ANOTHER = re.compile(r"\b(?:wrong|incorrect|first|second|other|another|alternative"
+                         r"|runner\S*)\b", re.IGNORECASE)
+_DECIDES = re.compile(r"\b(?:answer|choice|correct|right|best)\b", re.IGNORECASE)
+_LINE = re.compile(r"[\s*_>#-]*(?:\(([A-Z])\)|([A-Z])(?:[).:*]|(?=\s*$)))[\s*_.:]*(.{0,60})$")
+_MARK = re.compile(r"\(([A-Z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*")
+_NAMED = re.compile(rf"[\"']([A-Z])[\"']|\b{_LABEL}\s+([A-Z])\b(?!')")
+_SENTENCE = re.compile(r"(?<!\d)[.!?](?=\s|$)\s*(?=\S)|\n+")
 
 
 def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (),
                 is_blink: bool = False) -> tuple[str, str]:
-    """The option that a free text settles on, by rules of ours.
-
-    BLINK's and MMIU's authors ask another model instead.
+    """The option that a reply explicitly chooses, and the rule that reads it, by rules of ours.
 
     Args:
-        text: only its last <answer> block is read or, without one, what follows </think>.
-        valid: the options' letters.
-        choices: what the letters stand for.
-        is_blink: without an explicit conclusion, BLINK's own rule is tried before the kit's.
-    Returns: (letter, one of WAYS), or ("", "") if the text names no option, several without
-        choosing, or refuses them all.
+        text: only its last <answer> block is read or, without one, what follows the reasoning.
+        valid, choices: the options' letters, and what they stand for.
+        is_blink: whether BLINK's own rule is tried.
+    Returns: (letter, rule), or ("", "") for a reply that is not read.
     """
     block = last_answer_block(text)
-    final = text.rpartition("</think>")[2] if block is None else block
-    plain = _FOREIGN.get(final.strip(), unicodedata.normalize("NFKC", final).translate(_PLAIN))
-    for pattern, new in _REWRITES:
-        plain = pattern.sub(new, plain)
-    plain = _SAME.sub(r"\1\2", _mark_letters(mark_options(plain, choices), valid))
-    marked = _DENIED.sub(lambda match: "" if match["but"] else "not it", plain)
-    if (conclusion := _find_conclusion(marked)) is not None:
-        return conclusion, conclusion and CONCLUSION
-    if is_blink and (letter := parse_blink_letter(final, valid)):
-        return letter, ONLY_ONE
-    return ("", "") if _REFUSES_ALL.search(marked) else _read_loosely(marked)
+    final = shown_text(text) if block is None else block
+    if (value := _json_answer(final)) is not None:
+        final, is_blink = value, False
+    letter = is_blink and parse_blink_letter(final, valid)
+    if letter and _letters(_MARK, final.split("\n\n")[-1], valid) <= {letter}:
+        return letter, "BLINK's own rule"
+    plain = unicodedata.normalize("NFKC", final)
+    for rule, read in (("a conclusion", _conclude), ("a line", _read_lines),
+                       ("an option's words", _read_words), ("the only option marked", _read_mark)):
+        if (letter := read(plain, valid, choices)) is not None:
+            return (letter, rule) if letter else ("", "")
+    return "", ""
 
 
-def parse_choice_letter(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = ()) -> str:
-    """The letter of read_choice."""
-    return read_choice(text, valid, choices)[0]
-
-
-def _mark_letters(text: str, valid: str) -> str:
-    """The text with every option that its letter names as "\u2039B\u203a"."""
-    def mark(match: re.Match) -> str:
-        before, letter, _ = match[0].rpartition(match[match.lastindex])
-        return match[0] if letter not in valid else f"{before.strip('(')}\u2039{letter}\u203a"
-
-    return _NAMED_OPTION.sub(mark, text)
-
-
-def _find_conclusion(text: str) -> str | None:
-    """The letter of the last explicit conclusion, "" if it refuses or leaves several; else None."""
-    lines = [line for line in text.split("\n") if re.search(r"\w", line)] or [""]
-    sentence = _LINE.match(_SENTENCE_END.split(lines[-1].strip())[-1])
-    if letter := (_lone_letter(lines[::-1], -1)
-                  or sentence and not re.search(r"\w", sentence["end"]) and sentence[2]):
-        return letter
-    for cue in list(_CUE.finditer(text))[:-1 - _MOST_CUES:-1]:
-        if (letter := _conclude(text, cue)) is not None:
-            return letter
-    return _lone_letter(lines, 1) or None
-
-
-def _lone_letter(lines: list[str], step: int) -> str:
-    """The option that the first line is, unless it ends a list of options, in steps of `step`."""
-    run = list(takewhile(bool, map(_LINE.match, lines)))
-    letters = [match[2] for match in run]
-    if not letters[1:] or ord(letters[1]) != ord(letters[0]) + step or letters[0] in letters[1:]:
-        return "".join(letters[:1])
-    has_words, is_list = (re.search(r"\w", match["end"]) for match in run[:2])
-    return letters[0] if is_list and not has_words else ""
-
-
-def _conclude(text: str, cue: re.Match) -> str | None:
-    """What _find_conclusion says of one cue."""
-    before, rest = text[max(0, cue.start() - 200):cue.start()], text[cue.end():cue.end() + 400]
-    if cue["noun"] and (match := _BEFORE_CUE.search(before)):
-        prefix = before[:match.start()]
-        return None if _SUPPOSED.search(prefix) or _BOTH.search(prefix) else match[1]
-    match = _AFTER_CUE[cue.lastgroup].match(rest)
-    if not match:
-        return "" if cue["noun"] and _REFUSED.match(rest) else None
-    following = _NEXT_LINE.match(rest, match.end())
-    is_list = "\n" in match[0] and following and ord(following[1]) == ord(match[1]) + 1
-    if is_list or _SUPPOSED.search(before):
+def _json_answer(text: str) -> str | None:
+    try:
+        value = json.loads(text[text.index("{"):text.rindex("}") + 1])
+    except (ValueError, RecursionError):
         return None
-    other = _OR_ANOTHER.match(rest, match.end())
-    if not other or other[1] == match[1]:
-        return match[1]
-    return "" if cue["noun"] else None
+    return next((str(value[key]) for key in ("answer", "choice") if key in value), None)
 
 
-def _read_loosely(text: str) -> tuple[str, str]:
-    """By the only option, by the last sentence that concludes, or by the first or last sentence."""
-    def options(part: str) -> list[str]:
-        return list(dict.fromkeys(re.findall(_OPTION, part)))
-
-    letters = options(text)
-    if len(letters) <= 1:
-        return "".join(letters), letters and (ONLY_ONE if "\u2039" in text else WORDS) or ""
-    sentences = [part for part in _SENTENCE_END.split(text) if part.strip(" \n*-.")]
-    concluding = [part for part in sentences
-                  if _CONCLUDES.search(part) and 1 <= len(options(part)) <= 2]
-    if concluding:
-        return options(concluding[-1])[0], CONCLUSION
-    ends = [part for part in (sentences[0], sentences[-1])
-            if len(options(part)) == 1 and not _NEGATES.search(part)]
-    return (options(ends[0])[0], FIRST) if ends else ("", "")
+def _letters(pattern: re.Pattern, text: str, valid: str) -> set[str]:
+    return {next(filter(None, found)) for found in pattern.findall(text)} & set(valid)
 
 
-def count_ways(items: list[BenchmarkItem], lines: list[dict | None]) -> str:
-    """A sentence: how many letters of the lines' replies are read in which of WAYS."""
-    counts = Counter(read_item(item, line["response"])[1]
-                     for item, line in zip(items, lines, strict=True) if line)
-    return f"Letters read {', '.join(f'{way}: {counts[way]:,}' for way in WAYS)}."
+def _turns(rest: str, letter: str, valid: str) -> bool:
+    """Whether a later sentence speaks of another option as the answer."""
+    return any(_DECIDES.search(part) and set(re.findall(r"\b[A-Z]\b", part)) & set(valid) - {letter}
+               for part in re.split(r"[.!?]\s|\n", rest))
 
 
-def read_item(item: BenchmarkItem, response: str) -> tuple[str, str]:
-    """`read_choice` of a reply to an item; items with an id are BLINK's."""
-    choices = BLINK_CHOICES.get(item.task.replace(" ", "_"), ()) if item.id else ()
-    return read_choice(response, item.options, item.choices or choices, bool(item.id))
+# Each rule gives a letter, "" where it leaves open which, None where there is nothing of its kind.
+def _conclude(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
+    if not (found := [*_CONCLUSION.finditer(text)] or [*_END.finditer(text)]):
+        return None
+    match, (start, end) = found[-1].groupdict(""), found[-1].span()
+    letter = match["letter"] or match["subject"]
+    said = re.split(r"[.!?\n]", text[max(0, start - 200):start])[-1] + found[-1][0]
+    after = re.split(r"[.!?\n]", text[end:end + 200])[0]
+    last = _read_line(text.strip().split("\n")[::-1], valid)
+    is_open = (letter not in valid or last not in ("", letter) or _DENIES.search(said)
+               or _OF_ANOTHER.search(said) or _turns(text[end:], letter, valid)
+               or set(_ANOTHER.findall(after)) & set(valid) - {letter})
+    return "" if is_open else letter
 
 
-def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, problem) by the letter that the free text settles on."""
-    letter, _ = read_item(item, response)
-    return float(letter == item.letter), "" if letter else "no option chosen"
+def _read_line(lines: list[str], valid: str) -> str:
+    """The option that the first line is, with or without its words, unless the next is another."""
+    here, beside = ([*map(_LINE.match, filter(str.strip, lines)), None, None])[:2]
+    letter = here and (here[1] or here[2]) or " "
+    is_list = beside and letter not in beside.groups() or here and re.search(r"[A-Z][).:]", here[3])
+    return letter if letter in valid and not is_list else ""
 
 
-def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, problem): the last <answer> must hold the letter and nothing else."""
-    block = last_answer_block(response)
-    if block is None:
-        return 0.0, "no <answer> block"
-    letter = block.strip().strip("()[].")
-    is_option = len(letter) == 1 and letter in item.options
-    return float(letter == item.letter), "" if is_option else "no single letter in <answer>"
+def _read_lines(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
+    lines = text.strip().split("\n")
+    first, last = _read_line(lines, valid), _read_line(lines[::-1], valid)
+    if not (letter := last or first):
+        return None
+    is_open = first not in ("", letter) or _letters(_MARK, lines[-1], valid) - {letter} or (
+        not last and _turns(text.strip().partition("\n")[2], letter, valid))
+    return "" if is_open else letter
 
 
-CHOICE_JUDGES: dict[str, Callable[[BenchmarkItem, str], tuple[float, str]]] = {
-    "official": official_choice, "strict": strict_choice}
+def _read_words(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
+    """The reply, its first or last sentence is an option's words; "A is closer" may go on."""
+    words = [re.sub(r"^the |[^\w ]", "", choice.strip().lower()) for choice in choices]
+    sentences = [re.sub(r"^the |[^\w ]", "", part.strip().lower())
+                 for part in (text, *_SENTENCE.split(text.strip()))]
+    is_short = len(sentences) == 2 and all(len(word) > 3 and word.isalpha() for word in words)
+    found = set()
+    for sentence in (sentences[0], sentences[1], sentences[-1]):
+        said = [place for place, word in enumerate(words)
+                if re.search(rf"\b{re.escape(word)}\b", sentence)]
+        if len(said) == 1 and (sentence == words[said[0]] or not _DENIES.search(sentence) and (
+                is_short or re.match(rf"(?:\w+ )?{re.escape(words[said[0]])}\b", sentence)
+                and re.match(r"[a-z] ", words[said[0]]))):
+            found.add(valid[said[0]])
+    return found.pop() if len(found) == 1 else None
+
+
+def _read_mark(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
+    found = _letters(_MARK, text, valid)
+    if not any(re.match(r"[A-Z] ", choice) for choice in choices):  # points of "A is closer"
+        found |= _letters(_NAMED, text, valid)
+    return found.pop() if len(found) == 1 and not _DENIES.search(text) else None

@@ -7,6 +7,7 @@ image without an entry has no box, which is an answer, so nothing can be missing
 import contextlib
 import io
 import itertools
+import json
 from collections import Counter, defaultdict
 from collections.abc import Container
 
@@ -16,6 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
+from mig_kit.common import UserError
 from mig_kit.score.annotations import is_four_numbers, is_number
 from mig_kit.score.result import Scored
 
@@ -23,14 +25,14 @@ ODINW_THRESHOLDS = {"ap": None, "ap50": 0, "ap75": 5}  # places in COCO's ten Io
 
 
 def load_coco(annotations: dict, name: str) -> COCO:
-    """The annotations as a COCO index; ValueError, naming the benchmark, for a missing part."""
+    """The annotations as a COCO index; UserError, naming the benchmark, for a missing part."""
     parts = ("images", "annotations", "categories")
     if not isinstance(annotations, dict) or not all(
             isinstance(annotations.get(part), list)
             and all(isinstance(entry, dict) and isinstance(entry.get("id"), (int, str))
                     for entry in annotations[part]) for part in parts):
-        raise ValueError(f"the {name} annotations need the lists {', '.join(parts)}, each entry "
-                         "with an id; give the benchmark's COCO-style JSON file")
+        raise UserError(f"the {name} annotations need the lists {', '.join(parts)}, each entry "
+                        "with an id; give the benchmark's COCO-style JSON file")
     images, categories = ({entry["id"] for entry in annotations[part]}
                           for part in ("images", "categories"))
     boxes = []
@@ -42,9 +44,9 @@ def load_coco(annotations: dict, name: str) -> COCO:
                 and _is_among(entry.get("category_id"), categories)
                 and isinstance(box["id"], int) and is_number(box["area"])
                 and box["iscrowd"] in (0, 1)):
-            raise ValueError(f"annotation {entry['id']} of {name} needs a whole number as id, the "
-                             "image_id and category_id of an image and a category, a bbox of four "
-                             "numbers, a number as area and 0 or 1 as iscrowd")
+            raise UserError(f"annotation {entry['id']} of {name} needs a whole number as id, the "
+                            "image_id and category_id of an image and a category, a bbox of four "
+                            "numbers, a number as area and 0 or 1 as iscrowd")
         boxes.append(box)
     categories = [{"name": str(entry["id"]), **entry} for entry in annotations["categories"]]
     coco = COCO()
@@ -61,23 +63,27 @@ def _is_among(value, ids: Container) -> bool:
 def validate_detections(predictions: list[dict], coco: COCO, source: str) -> list[dict]:
     """The fields that count of the predictions, with the annotations' own ids (3 for "3").
 
-    Raises: ValueError that lists unknown images or categories, or names a malformed entry.
+    Raises: UserError that lists unknown images or categories, or names a malformed entry.
     """
     for number, entry in enumerate(predictions, 1):
         if not (is_four_numbers(entry.get("bbox")) and is_number(entry.get("score"))):
-            raise ValueError(f'entry {number} of {source} needs "bbox", four numbers x, y, width, '
-                             'height in pixels, and "score"')
+            raise UserError(f'entry {number} of {source} needs "bbox", four numbers x, y, width, '
+                            'height in pixels, and "score"')
     ids_by_field = {"image_id": {str(image): image for image in coco.imgs},
                     "category_id": {str(category): category for category in coco.cats}}
     for field, ids in ids_by_field.items():
         unknown = sorted({str(entry.get(field)) for entry in predictions} - set(ids))
         if unknown:
-            raise ValueError(f"{source} has {len(unknown)} values of {field} that the annotations "
-                             f"do not know ({', '.join(unknown[:10])}); use the ids of the "
-                             "annotation file")
+            raise UserError(f"{source} has {len(unknown)} values of {field} that the annotations "
+                            f"do not know ({', '.join(unknown[:10])}); use the ids of the "
+                            "annotation file")
     return [{"bbox": list(entry["bbox"]), "score": entry["score"],
              **{field: ids[str(entry[field])] for field, ids in ids_by_field.items()}}
             for entry in predictions]
+
+
+def _sort_detections(entries: list[dict]) -> tuple[str, ...]:
+    return tuple(sorted(json.dumps(entry, sort_keys=True) for entry in entries))
 
 
 def load_detections(coco: COCO, predictions: list[dict]) -> COCO:
@@ -125,8 +131,8 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
     AP is the mean over IoU 0.5:0.95; the benchmark's is the mean over its 13 or 35 data sets.
     """
     coco = load_coco(annotations, "OdinW")
-    detections = load_detections(coco, validate_detections(predictions, coco, source))
-    evaluation = run_coco_eval(coco, detections)
+    entries = validate_detections(predictions, coco, source)
+    evaluation = run_coco_eval(coco, load_detections(coco, entries))
     names = _category_names(coco)
     tasks, precisions = [], {}
     # catIds are sorted, as the results are; the file's order may be another.
@@ -137,13 +143,13 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
             tasks += [names[category]] * len(coco.getAnnIds(catIds=[category]))
             precisions[names[category]] = values
     if not precisions:
-        raise ValueError("the OdinW annotations hold no boxes; give the file with annotations")
+        raise UserError("the OdinW annotations hold no boxes; give the file with annotations")
     average = {metric: np.mean([values[metric] for values in precisions.values()])
                for metric in ODINW_THRESHOLDS}
     aggregates = {name: {metric: 100 * float(value) for metric, value in values.items()}
                   for name, values in [("avg", average), *precisions.items()]}
     return Scored(tuple(tasks), {}, True, np.array([]), aggregates=aggregates,
-                  remarks=_id_remarks(annotations))
+                  remarks=_id_remarks(annotations), detections=_sort_detections(entries))
 
 
 def _category_names(coco: COCO) -> dict:
@@ -187,6 +193,7 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
     files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
     return Scored(tasks, {"accuracy": accuracy}, False, accuracy,
                   aggregates=aggregates, remarks=_id_remarks(annotations),
+                  detections=_sort_detections(entries),
                   lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
 
 
@@ -201,8 +208,8 @@ def _styled_pairs(coco: COCO) -> list[tuple[tuple, str]]:
     if described and Counter(image for pair, _ in described for image in pair) == Counter(images):
         return described
     if described or len(images) % 2:
-        raise ValueError("the MC-Bench descriptions do not pair every image exactly once; "
-                         "give the complete annotation file")
+        raise UserError("the MC-Bench descriptions do not pair every image exactly once; "
+                        "give the complete annotation file")
     return [(pair, "all") for pair in zip(images[0::2], images[1::2])]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mig_kit.boxes import Box, Coordinates
+from mig_kit.common import UserError
 from mig_kit.score.annotations import BenchmarkItem, is_four_numbers
 
 # Boxes as the authors' scripts read them.
@@ -27,7 +28,12 @@ MIG_BENCH_PATTERNS = (
 _WHOLE_PAIR = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 _MAX_DIGITS = 300  # a number of more digits is none that a float can hold
 
-_HIDDEN = re.compile(r"<(think|tool_call)>.*?(?:</\1>|\Z)", re.DOTALL)
+_HIDDEN = re.compile(r"<(think|seed:think|tool_call)>.*?(?:</\1>|\Z)"
+                     r"|<\|channel\|>analysis.*?(?:<\|channel\|>final<\|message\|>|\Z)", re.DOTALL)
+# where a model runs on after its turn, and what a chat template writes before it
+_RUN_ON = re.compile(r"<\|(?:im_end|eot_id|end|return|endoftext)\|>|</s>|<end_of_turn>"
+                     r"|\n\W*(?:Question|Human|User)\s*:")
+_OPENING = re.compile(r"\s*(?:<s>|<\|\w{1,20}\|>(?:assistant)?|assistant\s*\n)")
 TOOL_CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
@@ -92,8 +98,14 @@ def parse_normalized_pair(text: str) -> Box | None:
 
 
 def shown_text(text: str) -> str:
-    """The text without its <think> and <tool_call> blocks, from the last </think> on."""
-    return _HIDDEN.sub(" ", text).rpartition("</think>")[2]
+    """The model's own turn, without its reasoning and <tool_call> blocks, up to where it runs on.
+
+    Reasoning that never closes is no answer.
+    """
+    text = re.split(r"</(?:seed:)?think>", _HIDDEN.sub(" ", text))[-1]
+    while opening := _OPENING.match(text):
+        text = text[opening.end():]
+    return _RUN_ON.split(text)[0]
 
 
 def last_answer_block(text: str) -> str | None:
@@ -102,6 +114,19 @@ def last_answer_block(text: str) -> str | None:
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     return text[start + len("<answer>"):end] if start >= 0 else None
+
+
+def parse_blink_letter(text: str, valid: str) -> str:
+    """The only "(B)" among white space, of the text or of its last paragraph; "" if undecided.
+
+    Source: zeyofu/BLINK_Benchmark, eval/test_benchmark.py, analyze_answer; it then asks a model.
+    """
+    for part in (text, text.split("\n\n")[-1]):
+        words = part.split()
+        letters = [letter for letter in valid if f"({letter})" in words]
+        if len(letters) == 1:
+            return letters[0]
+    return ""
 
 
 def script_iou(answer: Box, box: Box | None, added: float = 0.0) -> float:
@@ -166,7 +191,7 @@ def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
                 source: str) -> tuple[np.ndarray, list[str]]:
     """((n,) IoU, a problem or "" each) of each line's "pred_bbox"; None counts 0 and as missing.
 
-    Raises: ValueError, with the predictions' name `source`, for a malformed line.
+    Raises: UserError, with the predictions' name `source`, for a malformed line.
     """
     boxes = []
     for item, line in zip(items, lines, strict=True):
@@ -175,8 +200,8 @@ def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
             continue
         box, written_as = line["pred_bbox"], line.get("format")
         if not is_four_numbers(box) or written_as not in ("xyxy", "xywh"):
-            raise ValueError(f'{source}: the line of {item.name} needs "pred_bbox", four numbers, '
-                             'and "format", xyxy or xywh')
+            raise UserError(f'{source}: the line of {item.name} needs "pred_bbox", four numbers, '
+                            'and "format", xyxy or xywh')
         x, y, third, fourth = box
         boxes.append([x, y, x + third, y + fourth] if written_as == "xywh" else box)
     values = ref_l4_ious(np.array([item.box for item in items]), np.array(boxes))

@@ -10,19 +10,13 @@ from mig_kit.prompts import LETTERS, NO_BOX, is_well_formed, parse_boxes, parse_
 from mig_kit.rewards import image_set_iou, is_correct
 from mig_kit.sample import Sample
 from mig_kit.score.annotations import Benchmark, BenchmarkItem
-from mig_kit.score.choice_parsers import parse_choice_letter
+from mig_kit.score.choice_parsers import read_choice
 from mig_kit.score.official import last_answer_block, shown_text
-from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes
+from mig_kit.score.reply_boxes import UNREAD, parse_named_boxes
 
 # An image of a thousand pixels a side is in 0 to 1000 what it is in pixels, so that nothing is
 # converted: boxes count as they are written.
 AS_WRITTEN = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
-_NONE = re.compile(
-    r"(?!.*\b(?:but|except|only|than)\b)\W*(?:(?:so|(?:the )?answer(?: is)?|there (?:is|are)"
-    r"|i (?:see|find))"
-    r"\b\W*)?(?:none|nothing|neither|null|n/a|not (?:present|found|visible|there)"
-    r"|no (?:such|image|picture|object|box|match|one)\w*)\b[^\d.\[\]{}]{0,80}\W*",
-    re.IGNORECASE | re.DOTALL)
 UNIT_IMAGE = EncodedImage(b"", (1000, 1000))
 
 
@@ -55,26 +49,25 @@ def read_own(records: list[dict]) -> Benchmark:
 
 
 def read_freely(reply: str, sample: Sample) -> str:
-    """The reply in the kit's answer format if its text names a box or a letter, else unchanged.
+    """The reply in the kit's answer format if it states a box or a letter, else unchanged.
 
-    A box without an image is in the question's only image. If the question has several images and
-    asks for all boxes, one box without an image leaves the reply unchanged.
+    It is read as `strict` reads an <answer>, with or without one. A box without an image is in the
+    question's only image. A question for all boxes has NO_BOX in place of "none".
     """
     if is_well_formed(reply, sample) or sample.find_all and parse_boxes(reply) is not None:
         return reply
     if sample.options:
         letters = LETTERS[:len(sample.options)]
-        answer = parse_choice_letter(reply, letters, tuple(sample.options))
+        answer = read_choice(reply, letters, tuple(sample.options))[0]
     else:
-        named = (parse_named_boxes(reply) if sample.find_all
-                 else [parse_named_box(reply, len(sample.images))])
         only_image = 1 if len(sample.images) == 1 else None
-        named = dict.fromkeys((image or only_image, box) for image, box in named)
-        is_open = any(None in pair for pair in named)
+        named = dict.fromkeys((image or only_image, box)
+                              for image, box in parse_named_boxes(reply))
+        is_open = any(image is None for image, _ in named) or len(named) > 1 and not sample.find_all
         answer = "" if is_open else ", ".join(json.dumps({"image": image, "box": box})
                                               for image, box in named)
-        if sample.find_all and not named and _NONE.fullmatch(
-                last_answer_block(reply) or shown_text(reply)):
+        said = last_answer_block(reply) or shown_text(reply)
+        if sample.find_all and not named and said.strip(" .").lower() in ("none", "nothing"):
             answer = NO_BOX
     text = re.sub("</?(?:think|answer)>", " ", reply).strip()
     return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply
@@ -84,7 +77,8 @@ def judge_own(item: OwnItem, reply: str, protocol: str, coordinates: Coordinates
               box_format: BoxFormat, sizes: dict[str, tuple[int, int]]) -> tuple[float, str]:
     """(1 or 0, problem) of a reply; sizes: of the images, if coordinates are converted.
 
-    protocol: strict reads the kit's answer format alone, free_text a box or letter in any text.
+    protocol: strict reads the kit's answer format alone, free_text a reply that states its box or
+        letter in another.
     """
     def convert(image: int, box: Box) -> Box:
         size = sizes.get(item.images[image - 1], (1, 1))
@@ -99,10 +93,9 @@ def judge_own(item: OwnItem, reply: str, protocol: str, coordinates: Coordinates
     answer, boxes = parse_reply(text), parse_boxes(text)
     problem = ""
     if item.letter:
-        problem = "" if answer.letter else "no option chosen"
+        problem = "" if answer.letter else UNREAD
     elif (boxes if item.find_all else answer.box) is None:
-        is_free = protocol == "free_text" and parse_named_boxes(reply)
-        problem = "no image named" if is_free else "no box found"
+        problem = UNREAD
     elif item.find_all and len(boxes) != len(item.targets):
         problem = "another number of boxes than there are"
     elif not item.find_all and not image_set_iou(text, sample):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, iou, rescale_box
+from mig_kit.common import UserError
 from mig_kit.image_files import is_regular_file
 from mig_kit.score import coco, official
 from mig_kit.score.annotations import (
@@ -25,19 +26,11 @@ from mig_kit.score.annotations import (
     read_image_sizes,
     resolve_image_path,
 )
-from mig_kit.score.choice_parsers import CHOICE_JUDGES, count_ways
-from mig_kit.score.convert_boxes import (
-    SIZE_KEYS,
-    Y_FIRST_KEY,
-    has_bracketed_box,
-    largest_coordinate,
-    reorder_boxes,
-    to_official_line,
-    wrap_native_json,
-)
+from mig_kit.score.convert_boxes import BOX_ORDERS, rewrite_boxes, to_official_line
+from mig_kit.score.letters import CHOICE_JUDGES, read_item, read_strictly
 from mig_kit.score.own import judge_own, read_own
 from mig_kit.score.records import align_predictions, read_json, read_records
-from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes, parse_strict_answer
+from mig_kit.score.reply_boxes import BOX, parse_named_boxes, parse_strict_answer
 from mig_kit.score.result import Scored, headline_average
 
 CHOICE_BENCHMARKS = ("blink", "mmiu")
@@ -49,9 +42,8 @@ NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
 
 BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4", "own")
-POOR, MUCH = 0.5, 0.1  # an average that other coordinates might explain, and a gain that is said
-NEARLY_ALL = 0.95  # of the replies, by which the others are judged
-SMALL, FEW = 900, 10  # a largest coordinate that 0..1000 hardly has, of how many replies
+POOR, MUCH = 0.5, 0.1  # an average that another frame might explain, and a gain that is said
+MEANT = 0.05  # of the boxes, by which a frame may be meant
 CELL_LIMIT = 32767  # characters that a spreadsheet's cell can hold
 CUT = f"cut at {CELL_LIMIT:,} characters, as a spreadsheet does"
 WITHIN_ONE = "box within 0 to 1, where larger numbers were expected"
@@ -82,7 +74,7 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
     """
     if item.box is None:
         return 0.0, official.NO_BOX_ANNOTATED
-    answer = parse_strict_answer(response, item.target is not None, len(item.images))
+    answer = parse_strict_answer(response)
     if answer.box is None:
         return 0.0, answer.problem
     problem = image_problem(item, answer.image)
@@ -143,7 +135,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         coordinates: of the replies' boxes; `official` first converts all but 0..1000.
         images: the folder of the images, if their sizes are needed.
         box_order: one of BOX_ORDERS, or None if the user did not say.
-    Raises: ValueError for missing, doubled or unknown items, and what the protocol cannot use.
+    Raises: UserError for missing, doubled or unknown items, and what the protocol cannot use.
     """
     items, is_choice = list(benchmark.items), benchmark.name in CHOICE_BENCHMARKS
     converts = (protocol == "official" and not is_choice
@@ -151,20 +143,20 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     judges_boxes = benchmark.name == "ref_l4" and protocol == "official"
     field = "pred_bbox" if judges_boxes and not converts else "response"
     if field == "pred_bbox" and predictions and field not in predictions[0]:
-        raise ValueError(f"Ref-L4's own script takes boxes, so {source} needs lines "
-                         '{"id": ..., "pred_bbox": [x1, y1, x2, y2], "format": "xyxy"}; for free '
-                         "text say --coordinates absolute or pixels, or use --protocol strict")
+        raise UserError(f"Ref-L4's own script takes boxes, so {source} needs lines "
+                        '{"id": ..., "pred_bbox": [x1, y1, x2, y2], "format": "xyxy"}; for free '
+                        "text say --coordinates absolute or pixels, or use --protocol strict")
     lines = align_predictions(benchmark.items, predictions, field, source, allow_missing,
                               benchmark.left_out)
     aggregates, remarks = {}, ()
     if field == "response" and not is_choice:
-        remarks = _box_order_remarks(lines, protocol, box_order)
-        lines = [line and line | {"response": reorder_boxes(line["response"], box_order)}
-                 for line in lines]
+        if box_order not in (None, "xyxy"):
+            remarks = (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
+            lines = [line and line | {"response": rewrite_boxes(
+                line["response"], BOX_ORDERS[box_order])} for line in lines]
     if is_choice:
         values, problems = judge_all(items, lines, CHOICE_JUDGES[protocol])
         metrics = {"accuracy": values}
-        remarks = (count_ways(items, lines),) if protocol == "official" else ()
     elif benchmark.name == "own":
         sizes = read_image_sizes((
             name for item in items if _needs_conversion(item.coordinates, coordinates)
@@ -189,8 +181,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
             aggregates = {"avg": official.class_averages(items, values)}
         else:
             judge = official.official_iou if protocol == "official" else (
-                lambda item, reply: strict_iou(item, wrap_native_json(reply), coordinates,
-                                               box_format))
+                lambda item, reply: strict_iou(item, reply, coordinates, box_format))
             values, problems = judge_all(items, lines, judge)
         metrics = official.ref_l4_metrics(values) if benchmark.name == "ref_l4" else {
             **{f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)},
@@ -207,35 +198,50 @@ def item_rows(scored: Scored, name: str, protocol: str, other: Scored | None = N
     Args:
         other: a second model's scores; adds its value as "other", and "result": win, loss or tie.
     Returns: {"index", "id", "task", "value": IoU, or 1 for a correct reply, "image", "box": as
-    read, None if not read, "problem"}. Multiple choice has the correct "letter" for image and box.
-    Raises: ValueError for benchmarks that take COCO results.
+    read, None if unread, "rule": that read them, "problem"}. Multiple choice has the correct
+    "letter" and the letter that was "read" for image and box.
+    Raises: UserError for benchmarks that take COCO results.
     """
     if not scored.judged:
-        raise ValueError(f"--items needs one reply a question; {name} takes lists of boxes")
+        raise UserError(f"--items needs one reply a question; {name} takes lists of boxes")
     rows = []
     for (item, line, problem), value in zip(scored.judged, scored.values):
         row = {"index": item.index, "id": item.id, "task": item.task, "value": float(value)}
-        reply = line and line.get("response")
-        if item.letter:
-            row |= {"letter": item.letter}
-        elif reply is None:
-            row |= {"image": None, "box": line and line["pred_bbox"]}
-        elif name == "own":
-            named = parse_named_boxes(reply)
-            image, box = named[0] if len(named) == 1 else parse_named_box(reply, len(item.images))
-            row |= {"image": image, "box": [box for _, box in named] if item.find_all else box}
-        elif protocol == "strict":
-            answer = parse_strict_answer(wrap_native_json(reply), item.target is not None,
-                                         len(item.images))
-            row |= {"image": answer.image, "box": answer.box}
-        else:
-            row |= {"image": None, "box": official.read_official_box(item)(reply)}
-        rows.append(row | {"problem": problem})
+        rows.append(row | _what_was_read(item, line, name, protocol) | {"problem": problem})
     if other:
         metric, values = next(iter(scored.metrics.items()))
         for row, value, gap in zip(rows, other.values, values - other.metrics[metric]):
             row |= {"other": float(value), "result": ("tie", "win", "loss")[int(np.sign(gap))]}
     return rows
+
+
+def is_same_read(first: Scored, second: Scored, name: str, protocol: str) -> bool:
+    """Whether the same was read in every item of two systems' replies."""
+    if not first.judged:
+        return first.detections == second.detections
+    return item_rows(first, name, protocol) == item_rows(second, name, protocol)
+
+
+def _what_was_read(item: BenchmarkItem, line: dict | None, name: str, protocol: str) -> dict:
+    """The letter, or the image and the box, and the rule that read it; "" and None if unread."""
+    reply = line and line.get("response")
+    if item.letter:
+        read = read_strictly if protocol == "strict" else read_item
+        letter, rule = read(item, reply or "")
+        return {"letter": item.letter, "read": letter, "rule": (line or {}).get("judge", rule)}
+    if reply is None:
+        return {"image": None, "box": line and line["pred_bbox"], "rule": "pred_bbox"}
+    if name == "own":
+        named = parse_named_boxes(reply)
+        image, box = named[0] if len(named) == 1 else (None, None)
+        return {"image": image, "box": [box for _, box in named] if item.find_all else box,
+                "rule": "a statement" if named else ""}
+    if protocol == "strict":
+        answer = parse_strict_answer(reply)
+        return {"image": answer.image, "box": answer.box,
+                "rule": "a statement" if answer.box else ""}
+    box = official.read_official_box(item)(reply)
+    return {"image": None, "box": box, "rule": "the authors' rule" if box else ""}
 
 
 def _convert_lines(benchmark: Benchmark, lines: list[dict | None], coordinates: Coordinates,
@@ -261,23 +267,6 @@ def _needs_conversion(first: Coordinates, second: Coordinates) -> bool:
     return first != second and not {first, second} <= NORMALIZED
 
 
-def _box_order_remarks(lines: list[dict | None], protocol: str,
-                       box_order: str | None) -> tuple[str, ...]:
-    """Sentences on replies whose keys do not say x1, y1, x2, y2, and on what was made of them."""
-    if box_order not in (None, "xyxy"):
-        bare = sum(line is not None and not has_bracketed_box(line["response"]) for line in lines)
-        more = f" {bare} replies have no box in brackets and were left as they are." if bare else ""
-        return (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.{more}",)
-    replies = [line["response"] for line in lines if line]
-    y_first = 0 if box_order else sum(bool(Y_FIRST_KEY.search(reply)) for reply in replies)
-    sized = 0 if protocol == "official" else sum(bool(SIZE_KEYS.search(reply)) for reply in replies)
-    remarks = ((y_first, f'Replies with "box_2d", in which Gemini writes y first: {y_first}. They '
-                         "were read x first: say --box-order yxyx, or xyxy if x comes first."),
-               (sized, f"Replies with x, y, width and height: {sized}. x and y were read as the "
-                       "upper left corner."))
-    return tuple(remark for count, remark in remarks if count)
-
-
 def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat,
                 protocol: str = "", coordinates: str = Coordinates.NORMALIZED_1000,
                 images: str | None = None, allow_missing: bool = False,
@@ -285,19 +274,19 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
     """({"benchmark", "version", "complete", "protocol"}, Scored) from files.
 
     protocol: "" for the first of PROTOCOLS. Other arguments and raises: see `score_predictions`;
-    also ValueError for an unknown benchmark or protocol.
+    also UserError for an unknown benchmark or protocol.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"no benchmark '{name}'; the benchmarks are {', '.join(PROTOCOLS)}")
+        raise UserError(f"no benchmark '{name}'; the benchmarks are {', '.join(PROTOCOLS)}")
     protocol, measure = protocol or PROTOCOLS[name][0], Coordinates(coordinates)
     if protocol not in PROTOCOLS[name]:
-        raise ValueError(f"{name} has no protocol '{protocol}'; its protocols are "
-                         f"{', '.join(PROTOCOLS[name])}")
+        raise UserError(f"{name} has no protocol '{protocol}'; its protocols are "
+                        f"{', '.join(PROTOCOLS[name])}")
     is_converted = measure != Coordinates.NORMALIZED_1000
     if name not in BOX_BENCHMARKS and (box_order or is_converted):
         option = "--box-order" if box_order else f"--coordinates {coordinates}"
-        raise ValueError(f"{option} is for boxes in replies, which {', '.join(BOX_BENCHMARKS)} "
-                         "have; leave it out")
+        raise UserError(f"{option} is for boxes in replies, which {', '.join(BOX_BENCHMARKS)} "
+                        "have; leave it out")
     header = {"benchmark": name, "version": "", "complete": None, "protocol": protocol}
     source = Path(predictions).name
     if name in ("mc_bench", "odinw"):
@@ -315,50 +304,46 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
 
     scored = score_in(measure)
     if name in BOX_BENCHMARKS and not is_converted and "pred_bbox" not in records[0]:
-        remarks = scored.remarks + _coordinate_remarks(benchmark, records, scored, score_in, images,
-                                                       box_order)
-        scored = replace(scored, remarks=remarks)
+        scored = replace(scored, remarks=scored.remarks + _frame_remarks(
+            benchmark, records, scored, score_in, images, box_order))
     is_complete = False if "missing" in scored.problems else benchmark.complete
     return header | {"version": benchmark.version, "complete": is_complete}, scored
 
 
-def _coordinate_remarks(benchmark: Benchmark, records: list[dict], scored: Scored,
-                        score_in: Callable[..., Scored], images: str | None,
-                        box_order: str | None) -> tuple[str, ...]:
-    """What other coordinates or another order of the numbers would score, as far as is known."""
-    average = headline_average(scored)
-    extents = sorted(filter(None, map(largest_coordinate, (
-        str(record.get("response")) for record in records))))
-    largest = extents[-1] if extents else 0
-    limit = next((limit for limit in (1, 100) if extents
-                  and extents[int(NEARLY_ALL * (len(extents) - 1))] <= limit), 0)
-    within = f"{'' if largest <= limit else 'nearly '}all boxes lie within 0 to {limit}"
+def _frame_remarks(benchmark: Benchmark, records: list[dict], scored: Scored,
+                   score_in: Callable[..., Scored], images: str | None,
+                   box_order: str | None) -> tuple[str, ...]:
+    """What the boxes' numbers tell of their frame, and the one that fits best, if better."""
+    found = [BOX.search(str(record.get("response"))) for record in records]
+    extents = np.array([max(map(float, filter(None, match.groups()))) for match in found if match])
+    if not len(extents):
+        return ()
+    average, within = headline_average(scored), int(np.sum(extents <= 1))
     names = {name for item in benchmark.items if item.size is None for name in item.images}
     has_sizes = not names or images is not None and all(
         is_regular_file(resolve_image_path(images, name)) for name in names)
-    guesses = []  # (what is said before the two scores, after them, coordinates, order)
-    if limit == 1:
-        return tuple(f"{within}: --coordinates normalized_1 would score {100 * other:.2f} instead "
-                     f"of {100 * average:.2f}." for other in [headline_average(
-                         score_in(Coordinates.NORMALIZED_1))] if other > average)
-    if average >= POOR:
-        return ()
-    if limit == 100 and box_order is None:
-        guesses += [(f"Read as percent ({within})", "multiply them by 10",
-                     Coordinates.NORMALIZED_1000, "percent")]
-    if box_order is None:
-        guesses += [(f"Read as {order}", f"say --box-order {order}", Coordinates.NORMALIZED_1000,
-                     order) for order in ("yxyx", "xywh")]
-    if has_sizes:
-        guesses += [(f"Read as {measure.description}", f"say --coordinates {measure}", measure,
-                     box_order) for measure in (Coordinates.PIXELS, Coordinates.ABSOLUTE)]
+    frames = [(Coordinates.NORMALIZED_1, box_order)] * (within >= MEANT * len(extents))
+    if average < POOR and within < len(extents) / 2:
+        frames += [(Coordinates.NORMALIZED_1000, order) for order in ("yxyx", "xywh")
+                   if box_order is None]
+        frames += [(Coordinates(measure), box_order) for measure in ("pixels", "absolute")
+                   if has_sizes]
+    scores = [(headline_average(score_in(*frame)), frame) for frame in frames]
+    best, (measure, order) = max(scores, key=lambda pair: pair[0], default=(0.0, ("", "")))
     remarks = []
-    for before, after, measure, order in guesses:
-        other = headline_average(score_in(measure, order))
-        if other > average + MUCH:
-            remarks.append(f"{before}, the boxes would score {100 * other:.2f} instead of "
-                           f"{100 * average:.2f}: if they are, {after}.")
-    if not remarks and images is None and names and 1 < largest <= SMALL and len(records) >= FEW:
-        remarks.append(f"No box reaches beyond {largest:.0f}: if these are pixels of small "
-                       "pictures, add --images FOLDER to see what they would score as pixels.")
+    if within >= MEANT * len(extents) and within < len(extents):
+        remarks.append(f"{within:,} of {len(extents):,} boxes lie within 0 to 1, the others do "
+                       "not: the file mixes two frames, so write all boxes in one.")
+    if best > average + (0 if within == len(extents) else MUCH):
+        option = (f"--coordinates {measure}" if measure != Coordinates.NORMALIZED_1000
+                  else f"--box-order {order}")
+        reason = "All boxes lie within 0 to 1: with" if within == len(extents) else "With"
+        remarks.append(f"{reason} {option} they would score {100 * best:.2f} instead of "
+                       f"{100 * average:.2f}.")
+    elif average < POOR and names and images is None and not within:
+        reach = float(np.quantile(extents, 1 - MEANT))
+        if reach <= 900 or np.mean(extents > 1000) >= MEANT:
+            remarks.append(f"{100 - 100 * MEANT:.0f} % of the boxes reach no further than "
+                           f"{reach:.0f}: if these are pixels, add --images FOLDER to see what "
+                           "they would score.")
     return tuple(remarks)

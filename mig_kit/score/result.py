@@ -14,6 +14,7 @@ import yaml
 from mig_kit.score.annotations import MIG_BENCH_TASKS, PAPER_COUNTS
 from mig_kit.stats import gap_interval_by_list, group_by_task, macro_mean, share_interval_by_list
 
+NOT_READ = ("unread", "no <answer> block", "no single letter in <answer>")
 MEANT_SHARE = 0.1  # of replies with boxes in other coordinates, above which all may be meant so
 
 
@@ -31,6 +32,7 @@ class Scored:
     lists: tuple[Hashable, ...] = ()  # (n,) keys, equal for the same images; () if none are
     remarks: tuple[str, ...] = ()  # sentences on what the protocol did
     judged: tuple[tuple, ...] = ()  # (item, line as read or None, problem) each; () for AP
+    detections: tuple[str, ...] = ()  # of AP: every box with its image, category and score, sorted
 
 
 def averaged_groups(scored: Scored) -> list[np.ndarray]:
@@ -52,6 +54,16 @@ def headline_average(scored: Scored) -> float:
     return macro_mean([values[places] for places in averaged_groups(scored)])
 
 
+def unread_bound(scored: Scored) -> dict:
+    """{"unread": how many replies no rule reads, "at_most": percent if all of them are right}."""
+    unread = np.array([problem in NOT_READ for _, _, problem in scored.judged], dtype=bool)
+    if not unread.any():
+        return {"unread": 0}
+    values = np.where(unread, 1.0, next(iter(scored.metrics.values())))
+    best = macro_mean([values[places] for places in averaged_groups(scored)])
+    return {"unread": int(unread.sum()), "at_most": _percent(best)}
+
+
 def _percent(value: float) -> float:
     return 100 * float(value) + 0.0  # never -0.0
 
@@ -59,9 +71,9 @@ def _percent(value: float) -> float:
 def summarize(scored: Scored) -> dict:
     """The scores in percent, not rounded.
 
-    Returns: {"n", "lists", "tasks", "avg", "problems", "remarks"}. "tasks" has {"n", "lists",
-        metrics, "ci95"} for each task, "avg" the metrics and "ci95"; "lists" is the number of
-        different lists of images, "ci95" the first metric's `stats.share_interval_by_list`.
+    Returns: {"n", "lists", "tasks", "avg", "problems", "remarks"} and `unread_bound`. "tasks" has
+        {"n", "lists", metrics, "ci95"} for each task, "avg" the metrics and "ci95"; "lists" is the
+        number of different lists of images, "ci95" of the first metric.
     """
     headline = next(iter(scored.metrics.values()), None)
     lists = number_lists(scored)
@@ -82,13 +94,13 @@ def summarize(scored: Scored) -> dict:
         average["ci95"] = [_percent(bound) for bound in interval]
     average |= scored.aggregates.get("avg", {})
     return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks, "avg": average,
-            "problems": scored.problems, "remarks": list(scored.remarks)}
+            "problems": scored.problems, **unread_bound(scored), "remarks": list(scored.remarks)}
 
 
 def paired_difference(first: Scored, second: Scored, is_same: bool = False) -> dict:
     """Paired difference first - second in points: {metric: {"value", "ci95"}}, not rounded.
 
-    is_same: the replies are the same, so the interval is [0, 0]. AP has no interval.
+    is_same: the same was read in every item, so the interval is [0, 0]. AP has no interval.
     """
     lists = number_lists(first)
     differences = {}
@@ -172,12 +184,16 @@ def table_notes(result: dict, published: list[dict]) -> list[str]:
         notes.append(f"The questions are about {result['lists']} lists of images. Intervals are "
                      "over lists, because questions about the same images are not independent.")
     if "ci95" in result["avg"]:
-        notes.append("Intervals are Jeffreys', or exact if all or none is correct; those of "
-                     "differences are Student's t.")
+        notes.append("Intervals are a bootstrap over lists, and exact where few replies differ.")
+    if result.get("unread"):
+        headline, asks = next(iter(result["avg"])), judges_letters and "judge" not in result
+        notes.append(f"{result['unread']:,} of {answered:,} replies unread "
+                     f"({100 * result['unread'] / max(answered, 1):.1f} %): "
+                     f"{result['avg'][headline]:.1f}, at most {result['at_most']:.1f}"
+                     f"{' with a judge (--judge URL --judge-model NAME)' if asks else ''}.")
     notes += result["remarks"]
     if judges_letters:
-        notes.append("Letters are read from the text alone; the authors ask another model if the "
-                     "text is not itself an option"
+        notes.append("The authors ask another model which option a text means"
                      + (', and count an empty choice as correct and leave out "GPT error".'
                         if benchmark == "mmiu" else "."))
     notes += ["{system}: {source}.".format(**row) for row in published if "doubt" not in row]
@@ -190,8 +206,6 @@ def table_notes(result: dict, published: list[dict]) -> list[str]:
                      "pixels of the resized image (Qwen2.5-VL), with the --min-pixels and "
                      "--max-pixels that its processor had, or pixels for those of the original; "
                      "both with --images.")
-    if is_usual("within 0 to 1") and not any("normalized_1" in note for note in notes):
-        notes.append("For boxes in 0 to 1 say --coordinates normalized_1.")
     return notes + (_comparison_notes(result) if "compare" in result else [])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box
+from mig_kit.common import UserError
 from mig_kit.image_files import EncodedImage, LazyImages, is_regular_file, read_size
 from mig_kit.sample import Sample, Target
 from mig_kit.score.annotations import READERS, Benchmark, BenchmarkItem, resolve_image_path
@@ -26,7 +27,7 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
                   limit: int = 0) -> tuple[Benchmark, list[Sample]]:
     """A benchmark of RUNNABLE and its items as samples; limit: items per task, 0 for all.
 
-    Raises ValueError for items without images, multiple choice without options, and missing images;
+    Raises UserError for items without images, multiple choice without options, and missing images;
     BadImage for a file that is no image.
     """
     benchmark = READERS[name](read_records(annotations))
@@ -38,22 +39,22 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
                             items=tuple(benchmark.items[row] for row in chosen))
     without_images = [item.name for item in benchmark.items if not item.images]
     if without_images:
-        raise ValueError(f"{len(without_images)} items of {annotations} name no images (first: "
-                         f"{', '.join(without_images[:3])}); give every record its \"images\", "
-                         "a list of file names below the image root")
+        raise UserError(f"{len(without_images)} items of {annotations} name no images (first: "
+                        f"{', '.join(without_images[:3])}); give every record its \"images\", "
+                        "a list of file names below the image root")
     without_options = [item.name for item in benchmark.items
                        if item.letter and not 2 <= len(item.choices) <= 8]
     if without_options:
-        raise ValueError(f"{len(without_options)} multiple-choice items of {annotations} have no 2 "
-                         f"to 8 options that can be read (first: {', '.join(without_options[:3])});"
-                         ' write BLINK\'s as a list, "choices", and MMIU\'s as "A: ... B: ..."')
+        raise UserError(f"{len(without_options)} multiple-choice items of {annotations} have no 2 "
+                        f"to 8 options that can be read (first: {', '.join(without_options[:3])});"
+                        ' write BLINK\'s as a list, "choices", and MMIU\'s as "A: ... B: ..."')
     names = dict.fromkeys(name for item in benchmark.items for name in item.images)
     paths = {name: resolve_image_path(root, name) for name in names}
     missing = [name for name, path in paths.items() if not is_regular_file(path)]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(paths)} images are missing below {root} (first: "
-                         f"{', '.join(missing[:3])}); download and unpack them, or correct "
-                         "--images")
+        raise UserError(f"{len(missing)} of {len(paths)} images are missing below {root} (first: "
+                        f"{', '.join(missing[:3])}); download and unpack them, or correct "
+                        "--images")
     images = {name: EncodedImage(path, read_size(path)) for name, path in paths.items()}
     return benchmark, [to_sample(item, benchmark.name,
                                  LazyImages(tuple(images[name] for name in item.images)))

@@ -7,7 +7,7 @@ from mig_bench_records import prediction_lines, run_score, write_lines
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, smart_resize
-from mig_kit.score.convert_boxes import convert_exactly, convert_reply, wrap_native_json
+from mig_kit.score.convert_boxes import convert_exactly, rewrite_boxes
 
 SIZES = {"a.png": (400, 200), "b.png": (1200, 900), "c.png": (90, 90)}
 TARGET = (0.1, 0.2, 0.5, 0.6)  # in the second image
@@ -88,38 +88,24 @@ def test_two_models_may_answer_in_different_coordinates(folder):
     assert "mean_iou, replies.jsonl minus units.jsonl: +0.00 points" in table
 
 
-def test_every_box_is_converted_in_place_and_the_authors_rule_picks():
+def test_every_box_is_rewritten_and_the_authors_rule_picks():
     text = "First [100,50,200,100], <box>0 0 400 200</box> and ( -3 , 0 ) , (7.5,1.25); [1, 2, 3]."
-    expected = ("First (250,250),(500,500), (0,0),(1000,1000) and (0,0),(19,6); [1, 2, 3].")
-    assert convert_reply(text, (400, 200)) == expected
-    assert convert_reply("[[100,50],[200,100]]", (400, 200)) == "(250,250),(500,500)"
-    assert convert_reply("[450, 0, 500, 1]", (400, 200)) == "(1125,0),(1250,5)", "not cut"
-    in_place = ("First [250,250,500,500], <box>0 0 1000 1000</box> and ( 0 , 0 ) , (19,6); "
-                "[1, 2, 3].")
-    assert convert_reply(text, (400, 200), in_place=True) == in_place
+
+    def halve(*values):
+        return tuple(float(value) / 2 for value in values)
+
+    assert rewrite_boxes(text, halve) == (
+        "First [50.0,25.0,100.0,50.0], <box>0.0 0.0 200.0 100.0</box> and ( -1.5 , 0.0 ) , "
+        "(3.75,0.625); [1, 2, 3].")
+    assert rewrite_boxes("[[4,2],[8,6]]", halve, in_place=False) == "(2.0,1.0),(4.0,3.0)"
     huge = f"[1,2,3,{'9' * 400}]"
-    assert convert_reply(huge, (400, 200)) == huge
-
-
-BLOCK = '```json\n[{"bbox_2d": [1, 2, 30, 40], "label": "cup"}]\n```'
-
-
-@pytest.mark.parametrize("reply", [
-    "It is [1,2,3,4].", "```json\n[1,2,3,4]\n```", '```json\n[{"bbox_2d": [1,2,3,4]\n```',
-    'See [{"bbox_2d": [1, 2, 3, 4]}]', "", "[" * 100000 + '"bbox_2d"', f"{BLOCK} or {BLOCK}",
-    f"<answer>(1,2),(3,4)</answer> {BLOCK}",
-    '<tool_call>[{"bbox_2d": [1, 2, 30, 40]}]</tool_call>'])
-def test_one_fenced_block_alone_is_the_answer_with_the_words_around_it(reply):
-    assert wrap_native_json(reply) == reply
-    answer = f"In image 2:\n{BLOCK}\nI am sure."
-    assert wrap_native_json(f"<think>[{BLOCK}]</think>{answer}") == f"<answer>{answer}</answer>"
+    assert rewrite_boxes(huge, halve) == huge
 
 
 @pytest.mark.parametrize("answer,target,expected", [
     ("image 2: [-1, 0, 309, 154]", 2, "image 2: (0.0000,0.0000),(1000.0000,500.0000)"),
     # what reaches further is left for the scorer to refuse
     ("image 2: [-2, 0, 308, 154]", 2, "image 2: (-6.4935,0.0000),(1000.0000,500.0000)"),
-    ("In image 1 and image 2: [0, 0, 154, 308]", None, "(0.0000,0.0000),(500.0000,1000.0000)"),
     ("In image 1 and image 2: [0, 0, 154, 308]", 2, "In image 1 and image 2: [0, 0, 154, 308]")])
 def test_strict_boxes_in_pixels_are_cut_by_a_pixel_and_converted(answer, target, expected):
     reply = convert_exactly(f"<answer>{answer}</answer>", [(308, 308)] * 2, target, BoxFormat())

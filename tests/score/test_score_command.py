@@ -54,13 +54,15 @@ def test_letters_by_the_kits_rule_are_called_so(files):
     output = run_score(files, "mmiu", records=[record], replies=["**A**"]).output
     assert "protocol official (letters by the kit's own rule), 1 items." in output
     assert 'count an empty choice as correct and leave out "GPT error".' in output
-    assert "Letters read by a conclusion: 1, as the only option named: 0, by an option's" in output
+    assert "unread" not in output
+    output = run_score(files, "mmiu", records=[record] * 2, replies=["**A**", "Hm."]).output
+    assert "1 of 2 replies unread (50.0 %): 50.0, at most 100.0 with a judge (--judge" in output
 
 
 def test_items_say_what_became_of_each_question(files):
     """A reply that reads well, one without a box; the second model's are the other way round."""
     (files / "two.json").write_text(json.dumps(mig_records()[:1] * 2))
-    replies = ["<answer>image two: [100, 100, 500, 500]</answer>",
+    replies = ["<answer>image 2: [100, 100, 500, 500]</answer>",
                "<answer>Image C: [1, 2, 3, 4]</answer>"]
     for name, texts in (("a", replies), ("b", replies[::-1])):
         write_lines(files / f"{name}.jsonl", prediction_lines(texts))
@@ -69,17 +71,17 @@ def test_items_say_what_became_of_each_question(files):
                          annotations="two.json").exception
     read, unread = map(json.loads, (files / "i.jsonl").read_text().splitlines())
     assert read == {"index": 0, "id": "", "task": "common_object", "value": 1.0, "image": 2,
-                    "box": [100, 100, 500, 500], "problem": "", "other": 0.0, "result": "win"}
-    assert (unread["box"], unread["problem"], unread["result"]) == (None, "image not read", "loss")
+                    "box": [100, 100, 500, 500], "rule": "a statement", "problem": "",
+                    "other": 0.0, "result": "win"}
+    assert (unread["box"], unread["problem"], unread["result"]) == (None, "unread", "loss")
     refused = run_score(files, *words, str(files / "a.jsonl"), annotations="two.json")
     assert "is given twice" in str(refused.exception)
 
 
 @pytest.mark.parametrize("protocol", ["official", "strict"])
 @pytest.mark.parametrize("scale,order,sentence", [
-    (0.001, (0, 1, 2, 3), "all boxes lie within 0 to 1: --coordinates normalized_1 would score"),
-    (0.1, (0, 1, 2, 3), "Read as percent (all boxes lie within 0 to 100), the boxes would"),
-    (1, (1, 0, 3, 2), "Read as yxyx, the boxes would score 100.00 instead of 0.00")])
+    (0.001, (0, 1, 2, 3), "All boxes lie within 0 to 1: with --coordinates normalized_1 they"),
+    (1, (1, 0, 3, 2), "With --box-order yxyx they would score 100.00 instead of 0.00.")])
 def test_other_units_and_orders_are_said_to_be_worth_more(files, protocol, scale, order, sentence):
     record = mig_records()[4] | {"answer": [.1, .6, .3, .9]}
     box = [round(scale * (100, 600, 300, 900)[place], 1 + (scale < .1)) for place in order]
@@ -95,7 +97,7 @@ def test_what_the_compared_file_lacks_is_said(files):
     part = run_score(files, "mig-bench", "--compare", str(files / "part.jsonl"), "--allow-missing")
     assert "Replies of part.jsonl, missing: 5." in part.output
     alone = run_score(files, "mig-bench", "--compare-coordinates", "pixels")
-    assert "add that, or leave it out" in str(alone.exception)
+    assert "add that, or leave them out" in str(alone.exception)
 
 
 def test_command_writes_the_result(files):
@@ -150,33 +152,49 @@ def test_pixels_of_small_pictures_are_said_to_be_worth_more(files, protocol):
     words = ("mig_bench", "--protocol", protocol)
     settings = {"records": [record] * 12, "replies": ["<answer>(64,48),(192,144)</answer>"] * 12}
     result = run_score(files, *words, **settings)
-    assert "No box reaches beyond 192: if these are pixels of small pictures, add --images" in (
+    assert "95 % of the boxes reach no further than 192: if these are pixels, add --images" in (
         result.output)
     result = run_score(files, *words, "--images", str(files), **settings)
     assert "| avg | 12 | 0.00 |" in result.output
-    assert ("Read as pixels of the original image, the boxes would score 100.00 instead of 0.00: "
-            "if they are, say --coordinates pixels.") in result.output
+    assert ("With --coordinates pixels they would score 100.00 instead of 0.00."
+            in result.output)
     result = run_score(files, *words, "--images", str(files), "--coordinates", "pixels", **settings)
     assert "| avg | 12 | 100.00 |" in result.output and "would score" not in result.output
 
 
 @pytest.mark.parametrize("protocol", ["official", "strict"])
-def test_a_key_that_is_y_first_by_convention_asks_for_the_order(files, protocol):
-    reply = '```json\n[{"box_2d": [0, 0, 1000, 400], "label": "dog"}]\n```'
-    words = ("mig_bench", "--protocol", protocol)
-    settings = {"records": mig_records()[4:5] * 2, "replies": [reply] * 2}
-    result = run_score(files, *words, **settings)
-    assert ('Replies with "box_2d", in which Gemini writes y first: 2. They were read x first: '
-            "say --box-order yxyx") in result.output
-    answers = []
-    for order in ("xyxy", "yxyx", "xywh"):
-        result = run_score(files, *words, "--box-order", order, **settings)
-        assert "Gemini" not in result.output
-        assert ("rewritten as x1, y1, x2, y2" in result.output) == (order != "xyxy")
-        answers.append([line for line in result.output.splitlines() if line.startswith("|")])
-    assert answers[0] == answers[1] == answers[2], "0.4 of the image either way"
-    refused = run_score(files, "blink", "--box-order", "yxyx", **settings)
+def test_the_order_of_the_numbers_is_the_users_to_say(files, protocol):
+    """A file in which Gemini writes y first, and of its rival x first."""
+    reply = '<answer>{{"image": 1, "box_2d": {}}}</answer>'.format
+    record = mig_records()[4] | {"answer": [.1, .6, .3, .9]}
+    write_lines(files / "x_first.jsonl", prediction_lines([reply([100, 600, 300, 900])] * 2))
+    result = run_score(files, "mig_bench", "--protocol", protocol, "--box-order", "yxyx",
+                       "--compare", str(files / "x_first.jsonl"), "--compare-box-order", "xyxy",
+                       records=[record] * 2, replies=[reply([600, 100, 900, 300])] * 2)
+    assert "| avg | 2 | 100.00 |" in result.output and "+0.00 points" in result.output
+    assert "rewritten as x1, y1, x2, y2" in result.output
+    refused = run_score(files, "blink", "--box-order", "yxyx", records=[record], replies=[""])
     assert "--box-order is for boxes in replies" in str(refused.exception)
+
+
+def test_a_file_of_two_frames_is_said_to_be_one(files):
+    record = mig_records()[4] | {"answer": [.1, .6, .3, .9]}
+    replies = ["<answer>(100,600),(300,900)</answer>", "<answer>(0.1,0.6),(0.3,0.9)</answer>"]
+    output = run_score(files, "mig_bench", "--protocol", "strict", records=[record] * 20,
+                       replies=replies * 10).output
+    assert "10 of 20 boxes lie within 0 to 1, the others do not: the file mixes two" in output
+    assert "would score" not in output
+
+
+def test_the_same_replies_in_another_order_differ_by_exactly_0(files):
+    records = mig_records()[4:5] * 3
+    replies = ["(0,0),(900,900)", "(0,0),(1000,200)", "nothing"]
+    write_lines(files / "turned.jsonl", [
+        {**line, "response": line["response"] + " "}
+        for line in prediction_lines(replies)[::-1]])
+    output = run_score(files, "mig_bench", "--compare", str(files / "turned.jsonl"),
+                       records=records, replies=replies).output
+    assert "+0.00 points (+0.00 to +0.00), paired." in output
 
 
 def test_replies_that_hold_no_answer_are_counted_apart(files):
@@ -190,7 +208,6 @@ def test_replies_that_hold_no_answer_are_counted_apart(files):
         assert "Replies, empty: 1." in output
         assert "Replies, cut at 32,767 characters, as a spreadsheet does: 1." in output
     assert "Replies, box inside a <tool_call>, scored all the same: 1." in official
-    for sentence in ("Replies, no <answer> block: 1.", "Replies with x, y, width and height: 1. x",
-                     "Replies, ambiguous: several images: 1."):
+    for sentence in ("Replies, no <answer> block: 1.", "Replies, unread: 2."):
         assert sentence in strict
-    assert "| avg | 5 | 20.00 |" in strict
+    assert "| avg | 5 | 0.00 |" in strict

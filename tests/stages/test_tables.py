@@ -36,7 +36,7 @@ def test_out_of_domain_by_hand():
     assert first == {
         "suite": "LISA-like (drawn)", "base": "100.0", "SFT": "0.0", "GRPO": "25.0",
         "SFT over base": "-100.0 (-100.0 to +20.5)",  # four are few
-        "GRPO over SFT": "+25.0 (-54.6 to +100.0)", "GRPO over base": "-75.0 (-100.0 to +4.6)"}
+        "GRPO over SFT": "+25.0 (-59.6 to +80.6)", "GRPO over base": "-75.0 (-99.4 to +40.8)"}
     assert second["suite"] == "unseen things (drawn)"
     assert second["GRPO over base"] == "+0.0 (-60.2 to +60.2)", "none of four differs, so few may"
 
