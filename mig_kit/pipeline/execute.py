@@ -165,12 +165,12 @@ def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) 
                                    cwd=str(NOTEBOOKS), kernel_manager_class=ThisPython,
                                    extra_arguments=["--log-level=CRITICAL"])
     except (PapermillExecutionError, DeadKernelError) as error:
-        lines.set(stage, "failed")
         kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))
+        lines.set(stage, "failed", f"the notebook is {kept}")
         if isinstance(error, DeadKernelError):
             raise UserError(f"the kernel of {stage} died, often because memory ran out; give the "
                             "same command, which goes on where it stopped") from None
         if error.ename == UserError.__name__:
             raise UserError(f"{stage}: {error.evalue}") from None
-        sys.exit(f"{error}\nmig-kit: {stage} failed; the notebook is {kept}")
+        sys.exit(str(error).rstrip())  # a traceback, with the user's own line last
     output.replace(folder / f"{stage}.ipynb")
