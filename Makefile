@@ -52,7 +52,7 @@ executed: setup
 
 lab: export GOMP_SPINCOUNT := 1000
 lab: setup
-	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(if $(PORT),--no-browser --port $(PORT) --ServerApp.port_retries=0)
+	$(BIN)/jupyter lab notebooks --config .ci/jupyter_server_config.py $(if $(filter 0,$(shell id -u)),--allow-root) $(if $(PORT),--no-browser --port $(PORT) --ServerApp.port_retries=0)
 
 setup: $(VENV)/done
 	@$(if $(filter setup,$(MAKECMDGOALS)),echo $(NEXT))

@@ -7,12 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 from command_line import describe_files, output_of
+from jupyter_server.services.contents.largefilemanager import LargeFileManager
+from traitlets.config.loader import PyFileConfigLoader
 from try_blocks import read_blocks
 
+from mig_kit.common import NOTEBOOKS, PROJECT_ROOT
 from mig_kit.pipeline import execute, store
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -93,3 +97,17 @@ def run_command(command, root, *more):
     assert words[:2] == ["mig-kit", "run"]
     words = ["smoke" if word == "default" else word for word in words[1:]]
     output_of(*words, "--profile", "smoke", *more, MIG_KIT_RUNS=str(root))
+
+
+@pytest.mark.parametrize("stage", RECIPE)
+def test_a_notebook_that_jupyterlab_opens_and_saves_is_as_git_holds_it(stage, tmp_path):
+    """`make lab` starts it with this configuration."""
+    config = PyFileConfigLoader(str(PROJECT_ROOT / ".ci" / "jupyter_server_config.py"))
+    path = shutil.copy(NOTEBOOKS / f"{stage}.ipynb", tmp_path)
+    manager = LargeFileManager(root_dir=str(tmp_path), config=config.load_config())
+    model = manager.get(f"{stage}.ipynb")
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    model["content"]["metadata"] = {  # as JupyterLab sends it back
+        "kernelspec": kernel, "language_info": {"name": "python", "version": "3.99"}}
+    manager.save(model, f"{stage}.ipynb")
+    assert Path(path).read_bytes() == (NOTEBOOKS / f"{stage}.ipynb").read_bytes()
