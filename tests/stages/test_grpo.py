@@ -134,7 +134,7 @@ overlong = get_soft_overlong_punishment(6, 4)
 def shortest(completions, **kwargs):
     lengths = [len(c[0]["content"]) for c in completions]
     return [float(n == min(lengths)) for n in lengths]
-async def ids(completions, completion_ids, images, **kwargs):
+def ids(completions, completion_ids, images, **kwargs):
     return [len(i) + image[0].width / 7 if len(image) > 2 else None
             for i, image in zip(completion_ids, images)]
 class Judge:
