@@ -71,10 +71,9 @@ def split_function_name(text: str) -> tuple[Path, str]:
 
 
 def suggest_word(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
-    """"did you mean 'NAME'?" for the word nearest by letters, initials or a part, or ""."""
+    """"did you mean 'NAME'?" for the word nearest by letters or that holds it, or ""."""
     words = sorted(words)
     near = difflib.get_close_matches(word, words, 1, cutoff) or [
-        name for name in words if word == "".join(part[0] for part in name.split("_") if part)] or [
         name for name in words if len(word) > 3 and word in name]
     return f"did you mean '{near[0]}'?" if near else ""
 

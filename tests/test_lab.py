@@ -32,7 +32,7 @@ ERRORS = ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
 KERNEL_NAME = ".jp-NotebookPanel-toolbar .jp-Toolbar-kernelName:not(:has-text('No Kernel'))"
 IDLE = ".jp-Notebook-ExecutionIndicator[data-status='idle']"
 EXPLORER = ".widget-interact"
-EXPLORERS = re.compile(r"widgets\.(?:explore_box|browse_gallery)\(")
+EXPLORERS = re.compile(r"widgets\.explore_box\(")
 
 
 def prepare(stage, run_id, path):

@@ -5,7 +5,6 @@ Targets are solid, boxes of replies dashed, the reference dotted, to tell them a
 
 import textwrap
 from collections.abc import Sequence
-from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -36,25 +35,19 @@ DASHES, SHORT_DASHES, DOTS = (12, 7), (6, 5), (3, 4)  # stroke and space, pixels
 SOLID = (100_000, 0)
 TOKENS_WIDTH, TOKENS_LINE = 760, 26  # of a picture of tokens, and of one of its lines, pixels
 STYLES = {True: (CORRECT, DASHES), False: (PREDICTED, SHORT_DASHES)}  # by whether it is correct
-# The dashes of a system's boxes, its letter and, as `Stroke` has it, the corner that holds it.
-SYSTEM_MARKS = {"base": (DOTS, "b", (0, 0)), "sft": (SHORT_DASHES, "S", (1, 0)),
-                "grpo": (DASHES, "G", (1, 1)), "sft_long": (SHORT_DASHES, "L", (0, 1)),
-                "start": (SHORT_DASHES, "R", (0, 1))}
+# the dashes of a system's boxes and its letter
+SYSTEM_MARKS = {"base": (DOTS, "b"), "sft": (SHORT_DASHES, "S"), "grpo": (DASHES, "G"),
+                "sft_long": (SHORT_DASHES, "L"), "start": (SHORT_DASHES, "R")}
 
 
 class Stroke(NamedTuple):
-    """A box to draw on image number `image`, in its original pixels.
-
-    letter: stands at the corner, which is a (share of width, share of height); without a corner
-    in a row beside all boxes, which hides none of them.
-    """
+    """A box to draw on image number `image`, in its original pixels, and its letter."""
 
     image: int
     box: Box
     colour: str
     dashes: tuple[int, int]
     letter: str = ""
-    corner: tuple[float, float] | None = (0, 0)
 
 
 def _draw_dashed(pen: ImageDraw.ImageDraw, stroke: Stroke, size: tuple[int, int]) -> None:
@@ -105,7 +98,7 @@ def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) ->
     strokes = []
     for place, reply in enumerate(replies):
         style = STYLES[is_correct(reply, sample, box_format)]
-        strokes += [Stroke(image, box, *style, str(place + 1), None)
+        strokes += [Stroke(image, box, *style, str(place + 1))
                     for image, box in reply_boxes_in_original(sample, reply, box_format)]
     return draw_boxes(sample, strokes, _fit_height(sample, 300))
 
@@ -134,51 +127,32 @@ def draw_boxes(sample: Sample, strokes: list[Stroke], height: int) -> Image.Imag
 
 
 def _draw_letters(pen: ImageDraw.ImageDraw, strokes: list[Stroke], size: tuple[int, int]) -> None:
-    """Letters in squares: at a corner of their box, or in a row, each with a line to its box."""
+    """Letters in a row beside all boxes, which hides none of them, each with a line to its box."""
     side, step = 15, 19
-    squares = [(*(min(max(low + share * (high - low) - side * (1 - share), 0), limit - side)
-                  for low, high, share, limit in zip(stroke.box[:2], stroke.box[2:],
-                                                     stroke.corner, size)), stroke)
-               for stroke in strokes if stroke.letter and stroke.corner]
-    row = sorted((stroke for stroke in strokes if stroke.letter and not stroke.corner),
+    row = sorted((stroke for stroke in strokes if stroke.letter),
                  key=lambda stroke: stroke.box[0] + stroke.box[2])
-    top, bottom = (f((stroke.box[side] for stroke in row), default=0)
-                   for f, side in ((min, 1), (max, 3)))
+    if not row:
+        return
+    top, bottom = min(stroke.box[1] for stroke in row), max(stroke.box[3] for stroke in row)
     is_below = bottom + step + side < size[1]
     y = bottom + step if is_below else max(0, top - step - side)
-    middle = sum(stroke.box[0] + stroke.box[2] for stroke in row) / (2 * len(row) or 1)
+    middle = sum(stroke.box[0] + stroke.box[2] for stroke in row) / (2 * len(row))
     x = max(0, min(middle - step * len(row) / 2, size[0] - step * len(row)))
     for place, stroke in enumerate(row):
         end = (stroke.box[0] + stroke.box[2]) / 2, stroke.box[3 if is_below else 1]
         pen.line((x + place * step + side / 2, y + side / 2, *end), fill=stroke.colour)
-        squares.append((x + place * step, y, stroke))
-    for x, y, stroke in squares:
-        pen.rectangle((x, y, x + side - 1, y + side - 1), fill=stroke.colour)
-        pen.text((x + side / 2, y + side / 2), stroke.letter, fill=text_colour(stroke.colour),
+    for place, stroke in enumerate(row):
+        left = x + place * step
+        pen.rectangle((left, y, left + side - 1, y + side - 1), fill=stroke.colour)
+        pen.text((left + side / 2, y + side / 2), stroke.letter, fill=text_colour(stroke.colour),
                  anchor="mm", font=ImageFont.load_default(12))
 
 
 def text_font(size: int, text: str) -> ImageFont.FreeTypeFont:
-    """Pillow's font, or DejaVu or this machine's best match for a text that is not ASCII."""
+    """Pillow's font, or matplotlib's DejaVu for a text that is not ASCII."""
     if text.isascii():
         return ImageFont.load_default(size)
-    return ImageFont.truetype(_find_font(frozenset(map(ord, text))), size - 1)
-
-
-@cache
-def _find_font(letters: frozenset[int]) -> str:
-    first = font_manager.findfont("DejaVu Sans")
-    if letters <= _letters_of(first):
-        return first
-    others = sorted(font.fname for font in font_manager.fontManager.ttflist
-                    if font.style == "normal" and font.weight in (400, "normal", "regular")
-                    and "LastResort" not in font.fname)  # which has a box for each
-    return max([first, *others], key=lambda file: len(letters & _letters_of(file)))
-
-
-@cache
-def _letters_of(file: str) -> frozenset[int]:
-    return frozenset(font_manager.get_font(file).get_charmap())
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size - 1)
 
 
 def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,

@@ -1,11 +1,10 @@
-"""Controls for a live notebook: move a box, leaf through a gallery.
+"""A control for a live notebook: move a box.
 
-In executed copies, where nobody can move a control, the functions return still pictures.
+In executed copies, where nobody can move it, the function returns a still picture.
 """
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 
 import ipywidgets
@@ -52,29 +51,6 @@ def explore_box(sample: Sample, box_format: BoxFormat) -> Image.Image | ipywidge
         image=ipywidgets.Dropdown(options=range(1, len(sample.images) + 1), value=image),
         across=ipywidgets.IntRangeSlider(value=(round(box[0]), round(box[2])), max=width),
         down=ipywidgets.IntRangeSlider(value=(round(box[1]), round(box[3])), max=tall))
-
-
-def browse_gallery(gallery: Sequence[tuple[str, Sample]], replies: dict[str, dict[str, str]],
-                   box_format: BoxFormat) -> Image.Image | ipywidgets.Widget:
-    """Leaf through (kind, sample) pairs; the still picture has the first sample of each kind.
-
-    replies: system -> sample id -> reply. Raises ValueError for an empty gallery.
-    """
-    if not gallery:
-        raise UserError("the gallery is empty; give at least one sample")
-
-    def draw(page: int) -> Image.Image:
-        kind, sample = gallery[page]
-        of_sample = {system: by_id[sample.id] for system, by_id in replies.items()}
-        sheet = pictures.draw_replies(sample, of_sample, box_format, 110)
-        return pictures.stack([pictures.draw_text(f"{sample.task}: {kind}", sheet.width), sheet])
-
-    kinds = [kind for kind, _ in gallery]
-    if not is_live():
-        return pictures.stack([draw(kinds.index(kind)) for kind in dict.fromkeys(kinds)], gap=8)
-    pages = [(f"{page + 1}. {sample.task}: {kind}", page)
-             for page, (kind, sample) in enumerate(gallery)]
-    return ipywidgets.interactive(draw, {"auto_display": True}, page=pages)
 
 
 def _reply_of(sample: Sample, image: int, box: Box, box_format: BoxFormat) -> str:

@@ -166,16 +166,9 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
     drawn_samples = [sample for sample, _ in with_drawn]
     drawn_values = np.array([[reply_is_correct(reply, sample, box_format) for reply in some]
                              for sample, some in with_drawn])
-    drawn_correct = split_by_task(drawn_samples, drawn_values)
-    tasks = {}
-    for task, rows in split_by_task(samples, np.arange(len(samples))).items():
-        tasks[task] = _summarize_task({name: values[rows] for name, values in columns.items()})
-        if task in drawn_correct:
-            correct = drawn_correct[task]
-            tasks[task] |= {"sampled": to_percent(correct.mean()),
-                            f"pass@{correct.shape[1]}": to_percent((correct.sum(1) > 0).mean())}
-    groups = list(zip(split_for_score(samples, columns["correct"]),
-                      split_for_score(samples, columns["lists"])))
+    tasks = {task: _summarize_task({name: values[rows] for name, values in columns.items()})
+             for task, rows in split_by_task(samples, np.arange(len(samples))).items()}
+    groups = _group_with_lists(samples, columns["correct"])
     summary = {"n": len(samples), "score": to_percent(macro_mean([part for part, _ in groups])),
                "ci95": _percents(share_interval_by_list(groups)), "sampled": None,
                "n_sampled": len(drawn_samples), "tasks": tasks}
@@ -323,14 +316,11 @@ def summarize_systems(samples: dict[str, list[Sample]], replies: dict,
 def compare_systems(samples: dict[str, list[Sample]], replies: dict,
                     pairs: list[tuple[str, str]], box_format: BoxFormat) -> dict:
     """"after-before" -> suite -> `paired_difference`, for every (after, before) pair of systems."""
-    deltas = {}
-    for after, before in pairs:
-        deltas[f"{after}-{before}"] = {
-            suite: paired_difference(
-                samples[suite], replies[after][suite]["greedy"], replies[before][suite]["greedy"],
-                replies[after][suite]["drawn"], replies[before][suite]["drawn"], box_format)
-            for suite in samples}
-    return deltas
+    return {f"{after}-{before}": {
+        suite: paired_difference(
+            part, replies[after][suite]["greedy"], replies[before][suite]["greedy"],
+            replies[after][suite]["drawn"], replies[before][suite]["drawn"], box_format)
+        for suite, part in samples.items()} for after, before in pairs}
 
 
 def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import is_async_callable
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import model_folder
@@ -31,7 +30,6 @@ from mig_kit.serving.served_rollouts import (
     ServedRollouts,
     StopIfServerIsStale,
 )
-from mig_kit.serving.stored_replies import draw_first_rollouts
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 from mig_kit.training import resuming
@@ -41,7 +39,7 @@ from mig_kit.training.recipe_trainer import (
     ResumableGRPOTrainer,
     keep_global_state,
 )
-from mig_kit.training.reward_loading import BatchReward, Score, load_rewards, score_functions
+from mig_kit.training.reward_loading import Score, load_rewards, score_functions
 from mig_kit.world.claims import count_claims, read_claims
 from mig_kit.world.teacher import DETAILS, recognize_detail
 
@@ -69,13 +67,8 @@ def _trl_reward(score: Score, samples: Sequence[Sample], logs_details: bool) -> 
         return score.score_batch(replies, answered, completions=completions, sample=sample,
                                  log_metric=log_metric, **given)
 
-    async def score_later(**given) -> list[float | None]:
-        return await score_all(**given)
-
-    is_async = isinstance(score.reward, BatchReward) and is_async_callable(score.reward.function)
-    function = score_later if is_async else score_all
-    function.__name__ = score.name  # TRL logs a reward under its function's name
-    return function
+    score_all.__name__ = score.name  # TRL logs a reward under its function's name
+    return score_all
 
 
 def detail_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
@@ -165,10 +158,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
                         else resuming.lora_config(params.lora_r, lora_targets=params.lora_targets)),
         "callbacks": [resuming.ProgressLines(logged), StopIfNothingLearns(),
                       # draws a few replies before the first update, too
-                      KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe),
-                      resuming.LiveCurves(
-                          training_curves, ("reward", *scores, *DETAILS),
-                          draw=partial(draw_first_rollouts, folder, policy.box_format, samples))]}
+                      KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe)]}
     if params.share_prefix:
         served = None
         if params.server:

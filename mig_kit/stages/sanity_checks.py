@@ -133,28 +133,15 @@ class StopIfNothingLearns(TrainerCallback):
         if "reward" not in logs or is_resumed or len(self.rows) == self.patience:
             return
         self.rows.append(logs)
-        is_last = state.global_step >= state.max_steps
-        if state.is_world_process_zero and (is_last or len(self.rows) == self.patience):
-            self._say_constant_rewards()
         if len(self.rows) == self.patience:
             self._stop_without_task_reward()
             self._stop_without_spread()
             self._stop_without_box_reward()
 
-    def _rewards(self) -> list[str]:
-        return [name.split("/")[1] for name in sorted(self.rows[0])
-                if name.startswith("rewards/") and name.endswith("/mean")]
-
-    def _say_constant_rewards(self) -> None:
-        for name in self._rewards():
-            means, spreads = self._logged(name), self._logged(name, "std")
-            if spreads and max(spreads) < 1e-6 and max(means) - min(means) < 1e-6:
-                print(f"warning: the reward '{name}' was {means[0]:.3f} for every reply of the "
-                      f"first {len(self.rows)} updates: so far nothing is learnt from it",
-                      flush=True)
-
     def _stop_without_task_reward(self) -> None:
-        earned = {name: means for name in self._rewards()
+        names = [name.split("/")[1] for name in sorted(self.rows[0])
+                 if name.startswith("rewards/") and name.endswith("/mean")]
+        earned = {name: means for name in names
                   if name != "format" and (means := self._logged(name))}
         for is_choice in (False, True):  # one kind of question does not speak for another
             names = [name for name in earned if (name == "choice") == is_choice]
@@ -165,11 +152,9 @@ class StopIfNothingLearns(TrainerCallback):
     def _stop_without_spread(self) -> None:
         if not all(row["frac_reward_zero_std"] == 1 for row in self.rows):
             return
-        has_reward = any(row["reward"] for row in self.rows)
-        problem = ("all replies to a prompt earned the same" if has_reward
-                   else "no reply earned anything")
-        raise UserError(f"{problem} in all of the first {self.patience} steps, so nothing can be "
-                        "learnt; look at replies and rewards, or curate prompts with 04")
+        raise UserError("all replies to a prompt earned the same in all of the first "
+                        f"{self.patience} steps, so nothing can be learnt; look at replies and "
+                        "rewards, or curate prompts with 04")
 
     def _stop_without_box_reward(self) -> None:
         boxes, images = self._logged("box"), self._logged("image")
@@ -179,7 +164,7 @@ class StopIfNothingLearns(TrainerCallback):
                 f"{np.mean(images):.0%} of the images were correct; boxes are probably in other "
                 "coordinates: check the parameters coordinates, min_pixels and max_pixels of 01")
 
-    def _logged(self, reward: str, figure: str = "mean") -> list[float]:
-        """A reward's figures; TRL logs None or NaN for a step in which it applies to no sample."""
-        values = [row.get(f"rewards/{reward}/{figure}") for row in self.rows]
+    def _logged(self, reward: str) -> list[float]:
+        """A reward's means; TRL logs None or NaN for a step in which it applies to no sample."""
+        values = [row.get(f"rewards/{reward}/mean") for row in self.rows]
         return [value for value in values if value is not None and not math.isnan(value)]

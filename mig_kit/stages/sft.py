@@ -221,8 +221,7 @@ def sft_trainer(policy: loading.Policy, samples: Sequence[Sample], replies: Sequ
         remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
     config = SFTConfig(**defaults | arguments)
     resuming.use_one_device(config)
-    callbacks = [resuming.ProgressLines(("loss", "mean_token_accuracy")), StopIfNothingLearns(),
-                 resuming.LiveCurves(loss_curve, ("loss", "token_accuracy"))]
+    callbacks = [resuming.ProgressLines(("loss", "mean_token_accuracy")), StopIfNothingLearns()]
     table, cache = sft_table(samples, replies, policy.box_format), make_cache(policy)
     cache.get(samples[:4])  # raises before anything is trained
     trainer = CompletionLossTrainer(

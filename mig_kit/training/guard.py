@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import psutil
 
@@ -43,19 +44,11 @@ def end_with_parent() -> None:
 def end_descendants() -> None:
     """End all processes below this one: SIGTERM, then SIGKILL after GRACE seconds."""
     while processes := psutil.Process().children(recursive=True):
-        for process in processes:
-            _send(process, signal.SIGTERM)
-        _, alive = psutil.wait_procs(processes, timeout=GRACE)
-        for process in alive:
-            _send(process, signal.SIGKILL)
-        psutil.wait_procs(alive, timeout=GRACE)
-
-
-def _send(process: psutil.Process, number: signal.Signals) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:  # it has ended meanwhile
-        pass
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                    process.send_signal(number)
+            _, processes = psutil.wait_procs(processes, timeout=GRACE)
 
 
 def _end_with_caller(caller_ended: threading.Event) -> None:

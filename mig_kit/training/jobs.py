@@ -12,9 +12,8 @@ import shlex
 import subprocess
 import sys
 import traceback
-from collections import deque
 from collections.abc import Callable
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +26,7 @@ from mig_kit.training.resuming import count_processes, last_checkpoint
 
 JOB_FILE = "job.json"
 USER_ERROR = "mig-kit: "
-ERROR_FILES = "error-*.txt"  # in the stage folder: how launched processes ended
-TAIL = 5  # last lines of output that an error quotes if no process has said why it ended
+ERROR_FILE = "error.txt"  # in the stage folder: how the launched process that failed first ended
 
 
 def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
@@ -48,9 +46,7 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
     is_done = path.is_file() and json.loads(path.read_text()).get("done")
     if is_done and last_checkpoint(folder):
         state = _load_state(folder)
-        ended = datetime.fromtimestamp(Path(last_checkpoint(folder)).stat().st_mtime)
-        print(f"this training has ended, and is taken from disk: {state.global_step} updates of "
-              f"{ended:%Y-%m-%d %H:%M}")
+        print(f"this training has ended, and is taken from disk: {state.global_step} updates")
         return state
     launch = plan_launch(params.launcher)
     if launch is None and count_processes() > 1:
@@ -68,9 +64,8 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
         gc.collect()  # a trainer and its model refer to each other
         release_memory()
     else:
-        for error_file in folder.glob(ERROR_FILES):
-            error_file.unlink()
-        run_command(launch.command(folder.resolve()), launch.local, folder)
+        (folder / ERROR_FILE).unlink(missing_ok=True)
+        run_command(launch.command(folder.resolve()), folder, launch.local)
     write_json(path, {**job, "done": True})
     return _load_state(folder)
 
@@ -116,12 +111,12 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def run_command(command: list[str], local: int = 0, folder: Path | None = None) -> None:
+def run_command(command: list[str], folder: Path, local: int = 0) -> None:
     """Run a launcher's command, and print its output as it comes; it ends with this process.
 
     Args:
+        folder: the stage's, in which the process that fails first says why.
         local: processes that it starts here, which share the cores unless OMP_NUM_THREADS is set.
-        folder: the stage's, in which processes that fail say why.
     Raises: RuntimeError with the traceback of the process that failed first, or its UserError.
     """
     threads = {}
@@ -137,26 +132,24 @@ def run_command(command: list[str], local: int = 0, folder: Path | None = None) 
         [sys.executable, "-m", "mig_kit.training.guard", *command], env=environment, text=True,
         errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True)  # an interrupt of the notebook is not the training's
-    tail = deque(maxlen=TAIL)
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
-            tail.append(line)
     finally:
         process.stdin.close()
         process.stdout.close()
         status = process.wait()
     if status:
-        files = sorted(folder.glob(ERROR_FILES), key=lambda path: path.stat().st_mtime) if (
-            folder) else []
-        reason = files[0].read_text() if files else "".join(tail)
+        path = folder / ERROR_FILE
+        reason = path.read_text() if path.is_file() else "its output above says why"
         if reason.startswith(USER_ERROR):
             raise UserError(reason.removeprefix(USER_ERROR))
         raise RuntimeError(f"the launched training ended with exit status {status}:\n{reason}")
 
 
 def record_error(folder: Path, error: Exception) -> None:
-    """Write how this process ended to the stage folder, for `run_command`."""
+    """Write how this process ended to the stage folder, unless another one failed before."""
     text = (f"{USER_ERROR}{error}" if isinstance(error, UserError) else
             "".join(traceback.format_exception(error)))
-    (folder / ERROR_FILES.replace("*", os.environ.get("RANK", "0"))).write_text(text)
+    with suppress(FileExistsError), (folder / ERROR_FILE).open("x") as file:
+        file.write(text)

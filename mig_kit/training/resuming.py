@@ -3,23 +3,17 @@
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from IPython import get_ipython
-from IPython.display import HTML, display
 from peft import LoraConfig
-from PIL.Image import Image
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from transformers.utils.notebook import NotebookProgressCallback
 from trl.trainer.utils import RepeatSampler
 
 from mig_kit.common import UserError, apply_umask
-from mig_kit.drawing import plots
 from mig_kit.models.adapters import record_base
 from mig_kit.models.loading import LORA_SCALE, LORA_TARGETS, Hardware
 
@@ -71,8 +65,7 @@ def tracker_arguments(report_to: str, folder: Path) -> dict:
     stage, run = folder.stem, folder.parent.resolve()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run / "tensorboard" / stage))
     os.environ.setdefault("WANDB_DIR", str(run))
-    return {"report_to": report_to, "project": "mig-kit",
-            "run_name": f"{run.name}/{stage}",  # without an attempt's .new-KEY
+    return {"report_to": report_to, "project": "mig-kit", "run_name": f"{run.name}/{stage}",
             "trackio_static_space_id": False}
 
 
@@ -85,7 +78,7 @@ def use_one_device(config) -> None:
 def train_or_resume(trainer, folder: Path) -> None:
     """Train, from the newest checkpoint under folder/checkpoints if there is one."""
     for callback in (NotebookProgressCallback, PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)  # ProgressLines and LiveCurves say it in fewer lines
+        trainer.remove_callback(callback)  # ProgressLines says it in fewer lines
     trainer.add_callback(SetSamplerEpoch())
     checkpoint = last_checkpoint(folder)
     if checkpoint:
@@ -172,34 +165,29 @@ class SetSamplerEpoch(TrainerCallback):
         batches.sampler.set_epoch(int(state.epoch))
 
 
-RECENT = 12  # steps; how busy the machine was before them says nothing about the time left
-
-
 class ProgressLines(TrainerCallback):
-    """Prints a line at every twentieth of a training, with the time left by its RECENT steps.
+    """Prints a line at every twentieth of a training, with the time left by the steps since.
 
     names: the logged figures to print; steps that do not log the first one are passed over.
     """
 
     def __init__(self, names: tuple[str, ...]):
-        self.names, self.printed_step = names, 0
-        self.ends: deque[tuple[int, float]] = deque(maxlen=RECENT + 1)  # of steps: number, time
+        self.names, self.printed = names, (0, 0.0)  # step and time of the last line
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the clock, so that the first step counts as well."""
-        self.printed_step = state.global_step
-        self.ends.append((state.global_step, time.monotonic()))
+        self.printed = state.global_step, time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Print the step, the named figures and the minutes left."""
-        self.ends.append((state.global_step, time.monotonic()))
-        is_due = state.global_step - self.printed_step >= max(1, state.max_steps // 20)
+        step, start = self.printed
+        is_due = state.global_step - step >= max(1, state.max_steps // 20)
         is_update = bool(logs) and "loss" in logs and self.names[0] in logs
         if not state.is_world_process_zero or not is_update or not is_due:
             return
-        self.printed_step = state.global_step
-        (first, start), (last, end) = self.ends[0], self.ends[-1]
-        minutes = (end - start) / max(1, last - first) * (state.max_steps - last) / 60
+        self.printed = state.global_step, time.monotonic()
+        pace = (self.printed[1] - start) / (state.global_step - step)
+        minutes = pace * (state.max_steps - state.global_step) / 60
         figures = ", ".join(f"{_short_name(name)} {logs[name]:.3f}" for name in self.names
                             if logs.get(name) is not None)
         print(f"step {state.global_step}/{state.max_steps}: {figures}; {minutes:.1f} min left",
@@ -208,39 +196,3 @@ class ProgressLines(TrainerCallback):
 
 def _short_name(name: str) -> str:
     return name.split("/")[-2] if "/" in name else name  # "rewards/box/mean" -> "box"
-
-
-class LiveCurves(TrainerCallback):
-    """Shows curves of the running training in a notebook, at most every `seconds`.
-
-    to_rows: makes rows of the figures `names` of the log history. draw: a picture of rollouts.
-    """
-
-    def __init__(self, to_rows: Callable[[list[dict]], list[dict]], names: tuple[str, ...],
-                 seconds: float = 60, draw: Callable[[], Image | None] = lambda: None):
-        self.to_rows, self.names, self.seconds = to_rows, list(names), seconds
-        self.draw, self.handles, self.drawn_at = draw, [], time.monotonic()
-
-    def on_log(self, args, state, control, **kwargs):
-        """Draw if this is a notebook and it is time."""
-        is_due = time.monotonic() - self.drawn_at >= self.seconds
-        if get_ipython() is None or not is_due:
-            return
-        rows = self.to_rows(state.log_history)
-        if len(rows) < 2:
-            return
-        title = f"step {state.global_step} of {state.max_steps}"
-        figure = plots.plot_curves(rows, self.names, title)
-        shown = [figure, self.draw() or HTML("")]
-        if not self.handles:
-            self.handles = [display(part, display_id=True) for part in shown]
-        else:
-            for handle, part in zip(self.handles, shown):
-                handle.update(part)
-        plots.plt.close(figure)
-        self.drawn_at = time.monotonic()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Clear the curves; the notebook draws the finished ones."""
-        for handle in self.handles:
-            handle.update(HTML(""))

@@ -4,14 +4,12 @@ A completion's way to its reward: TRL calls a function of `grpo.reward_functions
 `Score.score_batch` with the replies of a batch, and that calls a function of `rewards` per reply.
 """
 
-import asyncio
 import inspect
 import math
 import numbers
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -111,8 +109,9 @@ class Score:
         value = _check_value(self.name, self.reward(reply, sample, self.box_format), sample)
         return self._penalise(value, reply, sample)
 
-    def score_batch(self, replies: Sequence[str], samples: Sequence[Sample], **given):
-        """What each reply of a batch earns; of an async BatchReward a coroutine.
+    def score_batch(self, replies: Sequence[str], samples: Sequence[Sample],
+                    **given) -> list[float | None]:
+        """What each reply of a batch earns.
 
         given: TRL's arguments, for a BatchReward, which also gets the columns question, sizes
         ((width, height), pixels), targets ((image number, box), pixels of the original), options,
@@ -121,22 +120,13 @@ class Score:
         if not isinstance(self.reward, BatchReward):
             return list(map(self, replies, samples))
         arguments = given | _batch_columns(samples, self.box_format)
-        values = self.reward.function(**arguments)
-        if inspect.isawaitable(values):
-            return self._await_batch(values, replies, samples)
-        return self._check_batch(values, replies, samples)
-
-    async def _await_batch(self, coming, replies, samples) -> list[float | None]:
-        return self._check_batch(await coming, replies, samples)
-
-    def _check_batch(self, values, replies, samples) -> list[float | None]:
-        values = [value.item() if type(value).__module__ == "torch" else value for value in values]
+        values = [value.item() if type(value).__module__ == "torch" else value
+                  for value in self.reward.function(**arguments)]
         if len(values) != len(replies):
             raise UserError(f"the reward '{self.name}' gave {len(values)} values for "
                             f"{len(replies)} completions")
         # NaN is TRL's None
-        values = [None if value != value else
-                  _check_value(self.name, value, sample)
+        values = [None if value != value else _check_value(self.name, value, sample)
                   for value, sample in zip(values, samples)]
         return list(map(self._penalise, values, replies, samples))
 
@@ -217,11 +207,7 @@ def _try_batch(score: Score, replies: list[str], sample: Sample) -> list[float |
     """What a BatchReward gives a group of replies to one prompt, whose tokens are letters."""
     from transformers import TrainerState
 
-    values = score.score_batch(
+    return score.score_batch(
         replies, [sample] * len(replies), completions=as_completions(replies),
         completion_ids=[[*map(ord, reply), 0] for reply in replies], trainer_state=TrainerState(),
         log_extra=lambda *_: None, log_metric=lambda *_: None)
-    if not inspect.isawaitable(values):
-        return values
-    with ThreadPoolExecutor(1) as pool:  # a notebook's own thread runs a loop already
-        return pool.submit(asyncio.run, values).result()

@@ -10,14 +10,13 @@ from mig_kit.sample import Sample
 from mig_kit.world.tasks import make_sample
 
 FORMAT = BoxFormat()
-ANSWER = '<think>Look.</think><answer>{"image": 2, "box": [10,10,30,30]}</answer>'
 
 
-def make_question(name="a", task="diff"):
+def make_question():
     """Two images of 84 x 84 pixels, which the model sees as they are; the target is in the second.
     """
     images = [Image.new("RGB", (84, 84), colour) for colour in ("white", "grey")]
-    return Sample(id=name, suite="mig_bench", task=task, split="val", images=images,
+    return Sample(id="a", suite="mig_bench", task="diff", split="val", images=images,
                   question="Find it.", targets=((2, (10, 10, 30, 30)),))
 
 
@@ -27,11 +26,8 @@ def live(monkeypatch):
 
 
 def test_a_still_picture_where_nobody_moves_controls():
-    question = make_question()
-    replies = {"SFT": {"a": "nothing"}, "GRPO": {"a": ANSWER}}
-    for picture in (widgets.explore_box(question, FORMAT),
-                    widgets.browse_gallery([("fixed", question)], replies, FORMAT)):
-        assert isinstance(picture, Image.Image) and picture.width <= 900
+    picture = widgets.explore_box(make_question(), FORMAT)
+    assert isinstance(picture, Image.Image) and picture.width <= 900
 
 
 def test_a_notebook_is_live_under_a_server_alone(monkeypatch):
@@ -58,19 +54,6 @@ def test_a_box_that_is_moved_says_what_it_earns(live, monkeypatch):
     assert (across.max, down.max) == (84, 84)
 
 
-def test_a_gallery_page_by_page(live):
-    gallery = [("fixed", make_question("a")), ("fixed", make_question("b", "region")),
-               ("lost", make_question("c"))]
-    replies = {"SFT": dict.fromkeys("abc", "nothing"), "GRPO": dict.fromkeys("abc", ANSWER)}
-    explorer = widgets.browse_gallery(gallery, replies, FORMAT)
-    (pages,), first = explorer.kwargs_widgets, explorer.result.tobytes()
-    assert [name for name, _ in pages.options] == ["1. diff: fixed", "2. region: fixed",
-                                                   "3. diff: lost"]
-    for page in (1, 0):
-        pages.value = page
-        assert (explorer.result.tobytes() == first) == (page == 0)
-
-
 @pytest.mark.parametrize("wanted", [0.1, 0.5, 0.9, 1.0])
 def test_a_box_is_moved_to_the_iou_that_is_asked_for(wanted):
     box = (3, 5, 33, 25)
@@ -90,5 +73,3 @@ def test_what_cannot_be_explored():
     question = make_question()
     with pytest.raises(ValueError, match="has no target"):
         widgets.explore_box(Sample("a", "s", "t", "val", question.images, "?"), FORMAT)
-    with pytest.raises(ValueError, match="gallery is empty"):
-        widgets.browse_gallery([], {}, FORMAT)

@@ -16,13 +16,11 @@ from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou
 from mig_kit.models import loading
-from mig_kit.models.sample_prompts import SampleCache, prompt_source
 from mig_kit.prompts import correct_answer
 from mig_kit.rewards import REWARDS
 from mig_kit.serving import stored_replies
 from mig_kit.shared_prefix import obstacles
 from mig_kit.shared_prefix import trainer as trainer_module
-from mig_kit.shared_prefix.prompt_cache import PromptCache
 from mig_kit.stages import grpo
 from mig_kit.training import recipe_trainer, resuming, reward_loading
 from mig_kit.training.reward_loading import as_completions
@@ -134,7 +132,7 @@ overlong = get_soft_overlong_punishment(6, 4)
 def shortest(completions, **kwargs):
     lengths = [len(c[0]["content"]) for c in completions]
     return [float(n == min(lengths)) for n in lengths]
-async def ids(completions, completion_ids, images, **kwargs):
+def ids(completions, completion_ids, images, **kwargs):
     return [len(i) + image[0].width / 7 if len(image) > 2 else None
             for i, image in zip(completion_ids, images)]
 class Judge:
@@ -361,35 +359,6 @@ def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypa
 
 
 @pytest.mark.slow
-def test_transformers_draws_with_options_that_the_decoder_lacks(tmp_path, make_trainer,
-                                                                monkeypatch):
-    arguments = resuming.trainer_arguments
-    monkeypatch.setattr(resuming, "trainer_arguments", lambda *own, **others: arguments(
-        *own, **others, min_p=0.1))
-    with pytest.warns(UserWarning, match="drawn by transformers, prompt by prompt: min_p"):
-        trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.train()
-    assert trainer.state.global_step == 1
-
-
-@pytest.mark.slow
-def test_the_reference_reads_a_step_of_replies_at_a_time(tmp_path, make_trainer, monkeypatch):
-    trainer = make_trainer(tmp_path, beta=0.1, gradient_accumulation_steps=4, max_steps=1,
-                           gradient_checkpointing=True)
-    stock, rows_with_gradient, rows_without = trainer_module.completion_logps, [], []
-
-    def record_rows(*arguments):
-        rows = rows_with_gradient if torch.is_grad_enabled() else rows_without
-        rows.append(len(arguments[3]))
-        return stock(*arguments)
-
-    monkeypatch.setattr(trainer_module, "completion_logps", record_rows)
-    trainer.is_checked = True
-    trainer.train()
-    assert rows_without == [8] * 4 == rows_with_gradient
-
-
-@pytest.mark.slow
 def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
     """Weights in bfloat16, checkpointed layers, a reference; the adapter learns in float32."""
     as_on_a_gpu = loading.Hardware("cpu", torch.bfloat16, False, "sdpa", "as on a GPU")
@@ -406,18 +375,6 @@ def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     assert any(parameter.any() for name, parameter in trained.items() if "lora_B" in name)
     assert {parameter.dtype for parameter in frozen.values()} == {torch.bfloat16}
-
-
-def test_lost_images_stop_the_rollout(random_model, processor, samples, monkeypatch):
-    cache = SampleCache(random_model, processor, BOX_FORMAT)
-    source = prompt_source(processor, BOX_FORMAT, samples[0])
-    text = source.render().replace("<|image_pad|>", "", 1)
-    with pytest.raises(ValueError, match="image tokens but the images give"):
-        PromptCache.get(cache, [replace(source, render=lambda: text)])
-    no_image = [{"role": "user", "content": "no image here"}]
-    monkeypatch.setattr("mig_kit.models.processors.chat_messages", lambda *_: no_image)
-    with pytest.raises(ValueError, match="has 0 places for its 2 images"):
-        cache.get(samples[:2])
 
 
 def test_curves_hold_every_reward_that_is_logged():

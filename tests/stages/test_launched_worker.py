@@ -151,7 +151,6 @@ def is_saved(folder, update):
 
 def test_a_process_that_fails_says_why_in_the_stage_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
-    monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError):
         launched_worker.main()
-    assert (tmp_path / "error-1.txt").read_text().startswith("mig-kit: there is no ")
+    assert (tmp_path / jobs.ERROR_FILE).read_text().startswith("mig-kit: there is no ")

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.models import sample_prompts
 from mig_kit.prompts import correct_answer
 from mig_kit.serving import reply_files, stored_replies
 from mig_kit.shared_prefix import generation
@@ -91,25 +90,6 @@ def test_batches_side_by_side_give_the_same_replies(tmp_path, random_policy, sam
     assert parallel.read_bytes() == alone.read_bytes()
     after = policy.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def test_prompts_made_ready_before_give_the_same_replies(tmp_path, random_policy, samples,
-                                                         monkeypatch):
-    replies = reply_files.sample_replies(random_policy, samples, tmp_path / "alone.jsonl",
-                                         **OPTIONS)
-    cache = sample_prompts.make_cache(random_policy)
-    greedy = OPTIONS | {"replies": 1, "temperature": 0.0}
-    reply_files.sample_replies(random_policy, samples, tmp_path / "greedy.jsonl", cache=cache,
-                            **greedy)
-    encode = cache._encode
-
-    def refuse(samples):
-        assert not samples, "encoded again"
-        return encode(samples)
-
-    monkeypatch.setattr(cache, "_encode", refuse)
-    assert replies == reply_files.sample_replies(random_policy, samples, tmp_path / "drawn.jsonl",
-                                              cache=cache, **OPTIONS)
 
 
 def test_questions_about_the_same_images_are_asked_together(tmp_path, random_policy, samples,

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from launched import StopAfter, set_random_adapter
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -124,20 +123,6 @@ def test_loss_figures_and_gradients_are_trls(tmp_path, make_trainer, rows, check
 
 
 @pytest.mark.slow
-def test_a_step_with_checkpoints_builds_no_graph_in_the_frozen_tower(load_policy, rows):
-    """What lets checkpointed layers be trained makes the tower's patches require a gradient."""
-    policy, graphs = load_policy(), []
-    policy.model.enable_input_require_grads()
-    tower = unwrap_peft(policy.model).model.visual
-    tower.patch_embed.register_forward_hook(
-        lambda *arguments: graphs.append(arguments[-1].requires_grad))
-    tower.register_forward_hook(
-        lambda *arguments: graphs.append(arguments[-1].pooler_output.requires_grad))
-    loss = policy.model(**collate_as_trl(policy, rows[0][:1], rows[1][:1])).loss
-    assert graphs == [True, False] and loss.requires_grad
-
-
-@pytest.mark.slow
 def test_an_image_goes_through_the_tower_once_and_a_prompt_is_encoded_once(tmp_path, make_trainer,
                                                                           rows):
     trainer = make_trainer(tmp_path, num_train_epochs=3.0, per_device_train_batch_size=5)
@@ -170,17 +155,6 @@ def test_answers_alone_are_learned_without_reasoning(tmp_path, stage_params):
     for sample, reply, answer in zip(*rows[True], rows[False][1]):
         assert answer.startswith("<answer>") and reply.endswith(f"</think>{answer}")
         assert is_correct(answer, sample, BOX_FORMAT), "an answer alone still counts"
-
-
-def test_rows_to_learn_from_are_shuffled_as_datasets_does(tmp_path, stage_params):
-    samples, replies = rows_of_all_tasks(BOX_FORMAT)
-    write_samples(tmp_path / "cot.parquet", samples, [Trace(reply, "", "") for reply in replies])
-    ids = [sample.id for sample in samples]
-    shuffled = Dataset.from_dict({"id": ids}).shuffle(seed=3)["id"][:]
-    for most, expected in ((0, shuffled), (7, shuffled[:7])):
-        rows, _ = sft.read_traces(tmp_path / "cot.parquet",
-                                  stage_params("02_sft", seed=3, max_samples=most))
-        assert [sample.id for sample in rows] == expected
 
 
 def test_like_lengths_are_together_within_an_update_only():
@@ -291,14 +265,6 @@ def test_newest_complete_checkpoint(tmp_path):
     assert resuming.last_checkpoint(tmp_path / "none") is None
 
 
-def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer):
-    changes = {"learning_rate": 3e-4, "warmup_steps": 7, "save_steps": 11, "seed": 5,
-               "lr_scheduler_type": "constant_with_warmup", "num_train_epochs": 3.0}
-    args = make_trainer(tmp_path, **changes).args
-    assert {name: getattr(args, name) for name in changes} == changes and args.data_seed == 5
-    assert not args.gradient_checkpointing, "on a CPU, activations fit"
-
-
 def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path, monkeypatch):
     variables = ("WANDB_DIR", "TENSORBOARD_LOGGING_DIR")
     for name in variables:
@@ -313,19 +279,13 @@ def test_curves_go_to_a_tracker_only_where_one_is_named(tmp_path, monkeypatch):
 
 
 def test_the_time_left_follows_the_last_steps(monkeypatch, capsys):
-    """Ten steps beside a busy process took a minute each; then it ended, and one takes a second."""
+    """Five steps took a minute each, the next five a second."""
     lines, now = resuming.ProgressLines(("loss",)), 0.0
     monkeypatch.setattr(resuming.time, "monotonic", lambda: now)
-    for step in range(1, 41):
-        now += 60.0 if step <= 10 else 1.0
+    lines.on_train_begin(None, SimpleNamespace(global_step=0), None)
+    for step in range(1, 11):
+        now += 60.0 if step <= 5 else 1.0
         state = SimpleNamespace(global_step=step, max_steps=100, is_world_process_zero=True)
         lines.on_log(None, state, None, logs={"loss": 0.5})
-    printed = capsys.readouterr().out.splitlines()
-    assert "step 10/100: loss 0.500; 90.0 min left" in printed
-    assert printed[-1] == "step 40/100: loss 0.500; 1.0 min left"
-    short = resuming.ProgressLines(("loss",))
-    short.on_train_begin(None, SimpleNamespace(global_step=0), None)
-    now += 60.0
-    short.on_log(None, SimpleNamespace(global_step=1, max_steps=3, is_world_process_zero=True),
-                 None, logs={"loss": 0.5})
-    assert capsys.readouterr().out == "step 1/3: loss 0.500; 2.0 min left\n", "after one step"
+    assert capsys.readouterr().out == (
+        "step 5/100: loss 0.500; 95.0 min left\nstep 10/100: loss 0.500; 1.5 min left\n")

@@ -87,12 +87,14 @@ def test_orphans_end_with_the_command(family):
 @pytest.mark.slow
 @pytest.mark.parametrize(("victim", "sentence"), [
     ("caller", ""), ("agent", "RuntimeError: the launched training ended with exit status 137"),
-    ("worker", "ended with exit status 1: a process was ended by signal 9")])
-def test_whoever_of_torchrun_is_killed_leaves_no_process(family, victim, sentence):
+    ("worker", "ended with exit status 1:")])
+def test_whoever_of_torchrun_is_killed_leaves_no_process(family, tmp_path, victim, sentence):
     command, wait_for_ids = family
     launcher = jobs.plan_launch("torchrun --standalone --nproc-per-node 2")
     words = [*launcher.words, *command[1:], "child"]
-    code = f"from mig_kit.training import jobs; jobs.run_command({words!r}, 2)"
+    folder = str(tmp_path)
+    code = ("from pathlib import Path; from mig_kit.training import jobs; "
+            f"jobs.run_command({words!r}, Path({folder!r}), 2)")
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True)
     workers = [psutil.Process(number) for number in wait_for_ids()]
