@@ -5,6 +5,7 @@ sizes and pixels are those of the upright picture, turned as its EXIF orientatio
 """
 
 import base64
+import errno
 import hashlib
 import io
 import os
@@ -74,7 +75,14 @@ def is_lfs_pointer(path: Path) -> bool:
 
 def is_regular_file(path: Path) -> bool:
     """True for a regular file; OSError if the system does not say, for want of rights."""
-    return path.is_file()
+    try:
+        return path.is_file()
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def read_orientation(image: Image.Image) -> int:

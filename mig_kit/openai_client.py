@@ -73,8 +73,8 @@ def request_json(client, path: str, body: dict | None = None) -> object:
                 else client.post(path, cast_to=str, body=body))
     except openai.APIStatusError as error:
         place = error.response.headers.get("location")
-        reason = f"a redirect to {place}" if place else error.response.text
-        raise RequestFailed(f"HTTP {error.status_code}: {reason}", error.status_code) from None
+        text = f"a redirect to {place}" if place else error.response.text
+        raise RequestFailed(f"HTTP {error.status_code}: {text}", error.status_code) from None
     except openai.APIConnectionError as error:
         raise RequestFailed(f"no connection ({error.__cause__ or error})", 0) from None
     try:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import UserError
 from mig_kit.data import own_data
 from mig_kit.image_files import BadImage, open_rgb
 from mig_kit.models import loading
@@ -105,7 +106,7 @@ def test_code_and_pickles_in_a_model_folder_are_not_run(tmp_path, random_folder,
     loading.load_processor(folder, BoxFormat())
     assert not marker.exists()
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="only safetensors"):
+    with pytest.raises(UserError, match="only safetensors"):
         loading.load_model(folder, float32)
     (folder / "model.safetensors").write_bytes(pickle.dumps(Harm(marker)))
     with pytest.raises(Exception, match="(?i)header|safetensor"):
@@ -126,8 +127,7 @@ def test_a_predictions_line_of_a_hundred_megabytes_takes_bounded_memory(tmp_path
 
 @pytest.mark.parametrize(("template", "cause"), [
     ("{{ messages.__class__.__mro__ }}", "SecurityError: access to attribute '__class__' of"),
-    ("{{ raise_exception('no') }}", "TemplateError: no"), ("{% if %}", "TemplateSyntaxError: "),
-    ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero")])
+    ("{{ raise_exception('no') }}", "TemplateError: no"), ("{% if %}", "TemplateSyntaxError: ")])
 def test_a_template_that_the_sandbox_blocks_is_one_sentence(random_folder, tmp_path, template,
                                                             cause):
     folder = shutil.copytree(random_folder, tmp_path / "model")

@@ -12,7 +12,7 @@ from mig_kit.pipeline import store
 GROUND = {"boxes", "stats", "image_files", "common", "openai_client"}
 # a module of the hall -> the modules of the hall that it may import
 HALL = {
-    **{name: {"common"} for name in GROUND - {"common"}}, "common": set(),
+    **{name: {"common"} for name in GROUND},  # its UserError
     "sample": GROUND,
     "prompts": GROUND | {"sample"},
     "rewards": GROUND | {"sample", "prompts"},
@@ -24,7 +24,7 @@ WINGS = {
     "world": set(), "score": set(), "drawing": set(), "shared_prefix": set(),
     "models": {"shared_prefix"}, "serving": {"models", "shared_prefix", "pipeline", "drawing"},
     "training": {"models", "serving", "shared_prefix", "pipeline", "drawing"},
-    "data": {"drawing", "models", "score"}, "pipeline": {"world"},
+    "data": {"drawing", "models"}, "pipeline": {"world"},
     "stages": {"world", "data", *ENGINE, "pipeline", "drawing"},
     "lab": {"stages", "world", "data", *ENGINE, "pipeline", "drawing"},
     "commands": {"lab", "stages", "world", "data", "score", *ENGINE, "pipeline", "drawing"},

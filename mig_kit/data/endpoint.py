@@ -52,10 +52,9 @@ COORDINATES_IN_RULES = {
 DIRECT_INSTRUCTION = ('Do not reason. Reply with nothing but '
                       '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
 DIRECT_CHOICE_INSTRUCTION = "Do not reason. Reply with nothing but the letter in <answer></answer>."
-NO_REPLY = {"failed": "no reply in any attempt"}
 MAX_FAILURES_IN_A_ROW = 10
-REFUSED_REQUEST = (400, 413, 422)  # statuses that speak of this request alone
-TEMPORARY = (408, 409, 429)
+OF_THIS_REQUEST = (400, 408, 409, 413, 422, 429)  # statuses after which another may succeed
+COUNTS = ("prompt_tokens", "completion_tokens")
 FAILURES = ("abort", "error")  # finish_reasons of no reply
 
 
@@ -152,10 +151,10 @@ def read_log(path: Path) -> dict[str, dict]:
 
 
 def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str, dict]:
-    """Make the calls that the log `path` lacks; returns all finished calls by key, as in the log.
+    """Make the calls that the log `path` lacks; returns all calls by key.
 
-    An entry holds the "reply", or "failed" if the server refused this very request. A call that
-    failed for another reason gets no entry and is made again the next time.
+    An entry holds the "reply", and is in the log, or says why the call "failed", and is made again
+    the next time.
 
     Args:
         calls: read as they are needed, `concurrency` at a time.
@@ -166,8 +165,7 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file, open_client(endpoint.url, endpoint.timeout,
                                               endpoint.attempts - 1) as client:
-        log, unwritten = read_log(path), []
-        requested: set[str] = set()
+        log, requested = read_log(path), set()
 
         def iter_new_calls() -> Iterator[Call]:
             for call in calls:
@@ -175,24 +173,17 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
                     requested.add(call.key)
                     yield call
 
-        def work(call: Call) -> tuple[Call, dict, bool]:
-            return call, *_make_call(endpoint, client, call)
+        def work(call: Call) -> tuple[Call, dict]:
+            return call, _make_call(endpoint, client, call)
 
-        results = iter_results(work, iter_new_calls(), endpoint.concurrency)
-        has_replied, failures_in_a_row = False, 0
-        for number, (call, entry, is_final) in enumerate(results, 1):
-            if is_final:
-                log[call.key] = {"key": call.key, "id": call.sample.id, "kind": call.kind,
-                                 "model": endpoint.model, **entry}
-                unwritten.append(json.dumps(log[call.key]) + "\n")
-            has_replied = has_replied or "reply" in entry
-            if has_replied and unwritten:  # a refusal counts once the endpoint is known to work
-                file.write("".join(unwritten).encode())
+        failures_in_a_row = 0
+        for call, entry in iter_results(work, iter_new_calls(), endpoint.concurrency):
+            log[call.key] = {"key": call.key, "id": call.sample.id, "kind": call.kind,
+                             "model": endpoint.model, **entry}
+            if "reply" in entry:
+                file.write((json.dumps(log[call.key]) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
-                unwritten.clear()
-            if number % 100 == 0:
-                print(f"{number} calls finished", flush=True)
             failure = find_failure(entry, endpoint)
             failures_in_a_row = failures_in_a_row + 1 if failure else 0
             if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
@@ -203,28 +194,27 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
     return log
 
 
-def _make_call(endpoint: Endpoint, client, call: Call) -> tuple[dict, bool]:
-    """The entry for the log, and whether it is final; RequestFailed if no call can succeed."""
-    body = {"model": endpoint.model, "temperature": endpoint.temperature,
-            "messages": teacher_messages(call.sample, call.kind, call.box_format),
-            "max_tokens": endpoint.max_tokens}
+def _make_call(endpoint: Endpoint, client, call: Call) -> dict:
+    """The call's entry; RequestFailed if no call can succeed."""
     try:
-        answer = request_completion(client, body)
+        answer = request_completion(client, {
+            "model": endpoint.model, "temperature": endpoint.temperature,
+            "messages": teacher_messages(call.sample, call.kind, call.box_format),
+            "max_tokens": endpoint.max_tokens})
         reply, reason = read_choice(answer["choices"][0])
     except RequestFailed as failure:
-        if 300 <= failure.status < 500 and failure.status not in REFUSED_REQUEST + TEMPORARY:
+        if 300 <= failure.status < 500 and failure.status not in OF_THIS_REQUEST:
             raise RequestFailed(f"the endpoint answered {failure}; check endpoint_url, "
                                 f"endpoint_model and the environment variable {KEY_VARIABLE}",
                                 failure.status) from None
-        return {"failed": str(failure)}, failure.status in REFUSED_REQUEST
+        return {"failed": str(failure)}
     except (ValueError, IndexError, AttributeError, TypeError):
-        return {"failed": "an answer without a reply"}, False
+        return {"failed": "an answer without a reply"}
     if reason in FAILURES:
-        return {"failed": f"a reply that ended with {reason}"}, False
+        return {"failed": f"a reply that ended with {reason}"}
     usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
-    counts = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
     return {"reply": redact(reply, read_api_key()), "finish_reason": reason,
-            **{name: count if type(count) is int else None for name, count in counts.items()}}, True
+            **{name: usage.get(name) for name in COUNTS}}
 
 
 def find_failure(entry: dict, endpoint: Endpoint) -> str:
@@ -260,7 +250,7 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
                 yield call
 
     log = make_calls(endpoint, iter_calls(), path)
-    traces, direct = ([log.get(key, NO_REPLY) for key in keys[kind]] for kind in KINDS)
+    traces, direct = ([log[key] for key in keys[kind]] for kind in KINDS)
     return ([Trace(entry.get("reply", ""), "endpoint", find_failure(entry, endpoint))
              for entry in traces],
             ["" if find_failure(entry, endpoint) else entry["reply"] for entry in direct])
@@ -269,8 +259,6 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
 def summarize_usage(path: Path) -> dict:
     """What the logged calls took; "without_counts": for how many the server gave no counts."""
     entries = read_log(path).values()
-    return {"calls": len(entries), "failed": sum("failed" in entry for entry in entries),
-            **{name: sum(entry.get(name) or 0 for entry in entries)
-               for name in ("prompt_tokens", "completion_tokens")},
-            "without_counts": sum("reply" in entry and entry["prompt_tokens"] is None
-                                  for entry in entries)}
+    return {"calls": len(entries),
+            **{name: sum(entry.get(name) or 0 for entry in entries) for name in COUNTS},
+            "without_counts": sum(entry["prompt_tokens"] is None for entry in entries)}

@@ -57,12 +57,11 @@ def _fits(box: tuple, frame: tuple, margin: float = 0.0) -> bool:
 
 
 class Remarks:
-    """What is to be said of a whole file; in memory are a hash of each box, and each answer."""
+    """What is to be said of a whole file; in memory are each box and each answer."""
 
     def __init__(self) -> None:
         self.n_lines = self.n_boxes = self.n_conflicts = self.n_lettered = self.n_all = 0
         self.refused: Counter[str] = Counter()  # lines, by the reason of a problem
-        self.notes: Counter[str] = Counter()  # what an importer says of so many records
         self.asks_for_all = False
         self.fits, self.furthest = Counter(), Counter()  # boxes, and the share of the frame
         # by frame: log of the chance that boxes of the stated one fit it, and of its areas
@@ -73,7 +72,8 @@ class Remarks:
         self.unnamed: list[str] = []  # questions about images that are not there
         self._conflicts: list[str] = []
         self._answers: dict[int, tuple[str, object]] = {}
-        self._boxes: set[int] = set()
+        self._boxes: set[int] = set()  # of an image each
+        self._numbers: set[tuple] = set()  # boxes whatever their image: only new ones are evidence
 
     def add(self, place: str, line: OwnLine | None, headers: Sequence[ImageHeader | BadImage],
             problems: list[Problem]) -> None:
@@ -99,6 +99,8 @@ class Remarks:
         """Count the frames and orders in which a box, in its `stated` coordinates, fits."""
         size = header.size
         frame = coordinate_size(size, Coordinates(stated), BoxFormat())
+        is_new = box not in self._numbers
+        self._numbers.add(box)
         self.n_boxes += 1
         self.stated[stated] += 1
         self.images.add(size)
@@ -110,8 +112,9 @@ class Remarks:
             self.fits[name] += _fits(box, (width, height), margin=1e-3 * width)
             self.furthest[name] = max(self.furthest[name], box[2] / width, box[3] / height)
             self.area[name] += math.log(width * height)
-            self.chance[name] += sum(math.log(new / old) for new, old
-                                     in zip((width, height), frame) if new < MOST_LIKE * old)
+            self.chance[name] += is_new * sum(
+                math.log(new / old) for new, old in zip((width, height), frame)
+                if new < MOST_LIKE * old)
         for name, to_corners in ORDERS.items():
             self.fits[name] += _fits(to_corners(*box), frame, margin=1.0)
         if header.stored_size != size:
@@ -176,7 +179,7 @@ class Remarks:
             return (f"all {self.n_boxes} boxes are stated as {stated}, and all fit {names[0]}, "
                     f"though the images are {self._describe_sizes()}: if that is their frame, "
                     "convert or state it; look at a few (mig-kit data preview)")
-        if reach < LEAST_FILLED and 2 * self.n_boxes * math.log(reach) < 2 * math.log(LEAST_CHANCE):
+        if reach < LEAST_FILLED and len(self._numbers) * math.log(reach) < math.log(LEAST_CHANCE):
             return (f"none of the {self.n_boxes} boxes, stated as {stated}, reaches beyond "
                     f"{100 * reach:.0f} % of its image's width or height: they may be of smaller "
                     "copies of the images; look at a few (mig-kit data preview)")
@@ -188,8 +191,7 @@ class Remarks:
 
     def sentences(self) -> list[str]:
         """The remarks, each with its evidence; none for most files."""
-        remarks = [f"{count} records {text}" for text, count in self.notes.most_common(SHOWN)]
-        remarks += filter(None, [self.file_fault() or self._frame_remark()])
+        remarks = list(filter(None, [self.file_fault() or self._frame_remark()]))
         if self.turned["images"]:
             n_images, upright, stored = (self.turned[key] for key in ("images", "upright",
                                                                       "stored"))

@@ -18,7 +18,13 @@ from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box
 from mig_kit.common import UserError, write_atomically
 from mig_kit.data.conversations import name_tags, read_record, target_keys
 from mig_kit.data.file_remarks import Remarks
-from mig_kit.data.line_checks import find_file_problems, headers_below, parse_line, simplify
+from mig_kit.data.line_checks import (
+    OwnLine,
+    find_file_problems,
+    headers_below,
+    parse_line,
+    simplify,
+)
 from mig_kit.data.records import (
     Problem,
     SkipReport,
@@ -27,7 +33,7 @@ from mig_kit.data.records import (
     iter_records,
     require,
 )
-from mig_kit.image_files import DECODE_ERRORS, BadImage, ImageHeader, resolve_under_root
+from mig_kit.image_files import DECODE_ERRORS, BadImage, ImageHeader
 
 FORMATS = (
     "own",  # tables of own data whose images are in the file, or whose questions hold <image>
@@ -93,7 +99,6 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, repor
                   remarks: Remarks, on_problem: Callable) -> Iterator[tuple[str, dict]]:
     """(place, line) of every question that passes the checks; folder: for images in the file."""
     read, ids = headers_below(rules.root), set()
-    nested = _mgrounding_folders(rules.root) if form == "mgrounding" else []
     entries = _iter_coco(path, rules) if form == "coco" else _iter_lines_of(form, path, rules)
     for place, record in entries:
         report.read += 1
@@ -102,10 +107,15 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, repor
             if isinstance(record, Problem):
                 raise record
             stated_size = record.pop("stated_size", None)
-            record["images"] = [_image_name(_find_nested(image, nested, rules.root), rules.root,
-                                            folder) for image in record.get("images") or []]
-            record = _convert_boxes(record, rules, read)
+            record["images"] = [_image_name(image, rules.root, folder)
+                                for image in record.get("images") or []]
+            is_absolute = rules.coordinates == Coordinates.ABSOLUTE
+            if rules.coordinates:
+                record["coordinates"] = "pixels" if is_absolute else rules.coordinates
             line, problems = parse_line(record)
+            if line and is_absolute and not problems:
+                record |= _to_pixels(line, read, rules.box_format)
+                line, problems = parse_line(record)
             if line:
                 headers, file_problems = find_file_problems(line, read)
                 problems += file_problems
@@ -133,36 +143,22 @@ def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, repor
         yield place, record
 
 
-def _convert_boxes(record: dict, rules: ImportRules, read: Callable) -> dict:
-    """The record in the coordinates of `rules`; absolute boxes become pixels of the original."""
-    coordinates = rules.coordinates or record.get("coordinates")
-    if coordinates is None:
-        return record
-    record = {**record, "coordinates": str(coordinates)}
-    if coordinates != Coordinates.ABSOLUTE:
-        return record
-    record["coordinates"] = "pixels"
-    line, _ = parse_line(record)
-    headers = [read(name, takes_frames=True) for name in line.images] if line else []
+def _to_pixels(line: OwnLine, read: Callable, box_format: BoxFormat) -> dict:
+    """The keys with boxes of a line in pixels of the resized images, in those of the originals."""
+    def convert(number: int, box: tuple) -> list[float]:
+        header = read(line.images[number - 1], takes_frames=True)
+        if isinstance(header, BadImage):
+            raise header
+        seen = coordinate_size(header.size, Coordinates.ABSOLUTE, box_format)
+        return [round(value, 2) for value in rescale_box(box, seen, header.size)]
 
-    def convert(number: int, box: list) -> list[float]:
-        require(number <= len(headers), "an image that is not there")
-        if isinstance(headers[number - 1], BadImage):
-            raise headers[number - 1]
-        size = headers[number - 1].size
-        seen = coordinate_size(size, Coordinates.ABSOLUTE, rules.box_format)
-        return [round(value, 2) for value in rescale_box(box, seen, size)]
-
-    if line is None:
-        return record
-    if line.box:
-        record["box"] = convert(line.image or 1, line.box)
-    if line.boxes:
-        record["boxes"] = [convert(line.image or 1, box) for box in line.boxes]
-    if line.targets:
-        record["targets"] = [{"image": target.image, "box": convert(target.image, target.box)}
-                             for target in line.targets]
-    return record | ({"reference": convert(1, line.reference)} if line.reference else {})
+    keys = {"box": line.box and convert(line.image, line.box),
+            "boxes": line.boxes and [convert(line.image, box) for box in line.boxes],
+            "targets": line.targets and [
+                {"image": target.image, "box": convert(target.image, target.box)}
+                for target in line.targets],
+            "reference": line.reference and convert(1, line.reference)}
+    return {key: value for key, value in keys.items() if value}
 
 
 def _image_name(image: object, root: Path, folder: Path) -> str:
@@ -193,23 +189,6 @@ def _write_image(content: object, folder: Path) -> Path:
         folder.mkdir(exist_ok=True)
         write_atomically(path, lambda temporary: temporary.write_bytes(content))
     return path
-
-
-def _mgrounding_folders(root: Path) -> list[Path]:
-    """The folders that ./MGrounding-630k may mean: its archives unpack below a nested home/."""
-    nested = [folder for depth in range(5)
-              for folder in sorted(root.glob("home/" + "*/" * depth + "MGrounding-630k"))]
-    return [root / "MGrounding-630k", root, *nested]
-
-
-def _find_nested(image: object, folders: list[Path], root: Path) -> object:
-    """The path below `root` of an image in one of the folders; without folders as it is."""
-    if not folders:
-        return image
-    resolve_under_root(root, str(image))
-    inner = str(image).removeprefix("./").removeprefix("MGrounding-630k/")
-    paths = ((folder / inner).relative_to(root).as_posix() for folder in folders)
-    return next((path for path in paths if (root / path).is_file()), image)
 
 
 def _iter_lines_of(form: str, path: Path, rules: ImportRules

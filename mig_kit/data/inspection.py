@@ -43,8 +43,12 @@ def hash_images(folder: Path, report: SkipReport) -> Hashes:
     The report counts files that cannot be opened.
     """
     names, hashes = [], []
-    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+    for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            if path.is_symlink():
+                report.add("a link to a folder, not looked at", name)
+            continue
         try:
             image = open_rgb(resolve_under_root(folder, name))
         except BadImage as error:

@@ -140,8 +140,8 @@ def test_later_turns_are_left_out_unless_they_stand_alone(root):
 
 @pytest.fixture
 def unpacked(tmp_path):
-    """Images of MGrounding-630k as its archives unpack, below a nested home/."""
-    folder = tmp_path / "home/someone/MGrounding-630k/Group"
+    """Images of MGrounding-630k, unpacked."""
+    folder = tmp_path / "MGrounding-630k/Group"
     folder.mkdir(parents=True)
     for number in (1, 2):
         Image.new("L", (200 * number, 100)).save(folder / f"{number}.png")

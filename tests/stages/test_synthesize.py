@@ -70,7 +70,7 @@ def test_a_truncated_parquet_is_one_sentence(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="run its stage again"):
         read_samples(path)
-    with pytest.raises(FileNotFoundError, match="is missing"):
+    with pytest.raises(ValueError, match="is missing"):
         read_samples(tmp_path / "none.parquet")
 
 
