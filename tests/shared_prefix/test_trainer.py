@@ -790,3 +790,14 @@ def test_weight_decay_leaves_an_adapter_alone_that_is_not_active(random_folder):
     average_gradients(model, 1)
     graded = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert graded and all(".default." in name for name in graded)
+
+
+@pytest.mark.slow
+def test_short_prompts_beside_long_completions_are_left_to_stock_trl(random_folder, processor,
+                                                                      tmp_path):
+    trainer = make_own(random_folder, processor, tmp_path, max_completion_length=2000)
+    prompts = [move_images(row)["prompt"] for row in trainer.train_dataset for _ in range(4)]
+    trainer.model.train()
+    with pytest.warns(UserWarning, match="too short beside completions of up to 2000"):
+        trainer._check_sharing(prompts)
+    assert trainer.unshared
