@@ -162,7 +162,6 @@ def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool
         activations = tokens * (layer_bytes(shape, lora_r) + layer_inputs)
         if load.replies > 1:  # SFT's loss reads all logits at once
             logit_tokens = min(logit_tokens, HEAD_TOKENS)
-            activations += load.prompts * group_tokens**2 * 2  # the mask of who sees whom
     rest = shape.total - shape.linear_weights
     weights = shape.linear_weights * NF4_BYTES + rest * 4 if four_bit else shape.total * 2
     adapter = lora_r * sum(shape.hidden + width for width in shape.list_projections())

@@ -38,7 +38,7 @@ KNOWN_SAMPLING = {"max_new_tokens", "min_new_tokens", "temperature", "top_p", "d
 # models of the 3B's and the 7B's shape differ by 0.02 to 0.06 in the mean.
 LIMITS_FLOAT32, LIMITS_16_BITS = (1e-4, 1e-4, 1e-3), (0.15, 1.0, 0.2)
 CHECKED_TOKENS = 32  # of each completion that the self-check draws
-ADAPTER_STD = 0.05  # of what is all zeros in an adapter, while it is checked
+ADAPTER_STD = 0.2  # of what is all zeros in an adapter, while it is checked
 
 
 def find_early_obstacle(model, args) -> str:
@@ -66,6 +66,8 @@ def find_obstacle(trainer: GRPOTrainer) -> str:
         return f"{family} is none of {', '.join(FAMILIES)}"
     if used:
         return f"{used[0]} adds tokens to completions"
+    if trainer.processor.image_token_id is None:
+        return "the tokenizer lacks the tokens of images; take the model's own"
     if trainer.aux_loss_enabled:
         return ("the load-balancing loss of experts needs whole rows; do without it with "
                 "router_aux_loss_coef 0.0")

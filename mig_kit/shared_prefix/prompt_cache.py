@@ -256,6 +256,12 @@ class PromptCache:
         processor = self.processor
         texts = [source.render() for source in sources]
         digests = [source.digests() for source in sources]
+        for text, row in zip(texts, digests):
+            if text.count(processor.image_token) != len(row):
+                raise ValueError(
+                    f"a prompt's text holds {text.count(processor.image_token)} image tokens but "
+                    f"the images give {len(row)}; give every image of a prompt one place in its "
+                    "text, and take image tokens out of what people wrote")
         self._compute_features(sources, digests)
         grids = [self.images[digest].grid for row in digests for digest in row]
         grid = torch.stack(grids) if grids else None
@@ -263,7 +269,6 @@ class PromptCache:
                         for index in range(len(grids))]
         texts, _ = processor.get_text_with_replacements(texts, image_tokens)
         encoded = [torch.tensor(row) for row in processor.tokenizer(texts)["input_ids"]]
-        self._require_features(encoded, grid)
         if self.check_grids:
             self.check_grids(grid, [size for source in sources for size in source.sizes])
         longest = max(map(len, encoded))
@@ -279,16 +284,6 @@ class PromptCache:
             prefix_length = int(image_columns[-1]) + 1 if len(image_columns) else 0
             self.texts[source.key] = Prompt(own_ids, positions[:, row][:, mask[row].bool()], None,
                                             digests[row], prefix_length)
-
-    def _require_features(self, encoded: list[torch.Tensor], grid: torch.Tensor | None) -> None:
-        """Raise ValueError unless the texts hold as many image tokens as there are features."""
-        n_tokens = sum(int((row == self.processor.image_token_id).sum()) for row in encoded)
-        n_features = (0 if grid is None else
-                      int(grid.prod(-1).sum()) // self.processor.image_processor.merge_size**2)
-        if n_tokens != n_features:
-            raise ValueError(
-                f"the prompts hold {n_tokens} image tokens but the images give {n_features} "
-                "features; give every image of a prompt one place in its text")
 
 
 def _drop_least_recent(kept: OrderedDict, max_bytes: int, count: Callable[..., int]) -> None:
