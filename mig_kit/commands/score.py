@@ -38,13 +38,18 @@ from mig_kit.common import UserError, write_json, write_json_lines
 @click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(1),
               help="The processor's upper limit.")
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
+@click.option("--judge", metavar="URL",
+              help="An OpenAI-compatible server that reads the letters that no rule reads (blink, "
+                   "mmiu); its answers are kept beside the predictions.")
+@click.option("--judge-model", metavar="NAME", help="The judge's name on that server.")
 @click.option("--json", "out", type=click.Path(), help="Write the result here.")
 @click.option("--items", type=click.Path(),
               help="Write one line per question here: its value, the image and box that were read, "
                    "and why none was; with --compare also win, loss or tie.")
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
                   compare_coordinates: str | None, compare_box_order: str | None, out: str | None,
-                  items: str | None, min_pixels: int, max_pixels: int, **rules) -> None:
+                  items: str | None, judge: str | None, judge_model: str | None, min_pixels: int,
+                  max_pixels: int, **rules) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """
@@ -53,6 +58,9 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     from mig_kit.score.records import read_records
     from mig_kit.score.result import paired_difference, score_markdown, summarize
 
+    if bool(judge) != bool(judge_model):
+        raise UserError("--judge URL and --judge-model NAME belong together; give both")
+    rules["judge"] = (judge, judge_model) if judge else None
     if (compare_coordinates or compare_box_order) and not compare:
         raise UserError("--compare-coordinates and --compare-box-order are about the predictions "
                         "of --compare; add that, or leave them out")
@@ -72,6 +80,8 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
                                  f"{annotations} lists every line)")
     header, scored = protocols.score_files(name, annotations, predictions, box_format, **rules)
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
+    if judge_model:
+        result["judge"] = judge_model
     other = None
     if compare:
         rules |= {"coordinates": compare_coordinates or rules["coordinates"],
