@@ -43,6 +43,8 @@ NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
 
 BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4", "own")
+CALIBRATED = ("mig_bench", "lisa", "revos")
+WITH_BLIND_ROWS = (*CALIBRATED, "ref_l4", *CHOICE_BENCHMARKS)
 POOR, MUCH = 0.5, 0.1  # an average that another frame might explain, and a gain that is said
 MEANT = 0.05  # of the boxes, by which a frame may be meant
 CELL_LIMIT = 32767  # characters that a spreadsheet's cell can hold
