@@ -38,21 +38,34 @@ from mig_kit.common import UserError, write_json, write_json_lines
 @click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(1),
               help="The processor's upper limit.")
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
+@click.option("--judge", metavar="URL",
+              help="An OpenAI-compatible server that reads the letters that no rule reads (blink, "
+                   "mmiu); its answers are kept beside the predictions.")
+@click.option("--judge-model", metavar="NAME", help="The judge's name on that server.")
+@click.option("--blind/--no-blind", default=True, show_default=True,
+              help="Beside the model: what answers score that no image is needed for.")
+@click.option("--calibrate", is_flag=True,
+              help="Refit the edges of the boxes on half of the image lists, score the other half.")
 @click.option("--json", "out", type=click.Path(), help="Write the result here.")
 @click.option("--items", type=click.Path(),
               help="Write one line per question here: its value, the image and box that were read, "
                    "and why none was; with --compare also win, loss or tie.")
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
                   compare_coordinates: str | None, compare_box_order: str | None, out: str | None,
-                  items: str | None, min_pixels: int, max_pixels: int, **rules) -> None:
+                  items: str | None, judge: str | None, judge_model: str | None, min_pixels: int,
+                  max_pixels: int, blind: bool, calibrate: bool, **rules) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """
     from mig_kit.data import own_data
-    from mig_kit.score import protocols
+    from mig_kit.score import calibration, protocols
+    from mig_kit.score.blind import blind_summary
     from mig_kit.score.records import read_records
     from mig_kit.score.result import paired_difference, score_markdown, summarize
 
+    if bool(judge) != bool(judge_model):
+        raise UserError("--judge URL and --judge-model NAME belong together; give both")
+    rules["judge"] = (judge, judge_model) if judge else None
     if (compare_coordinates or compare_box_order) and not compare:
         raise UserError("--compare-coordinates and --compare-box-order are about the predictions "
                         "of --compare; add that, or leave them out")
@@ -72,6 +85,17 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
                                  f"{annotations} lists every line)")
     header, scored = protocols.score_files(name, annotations, predictions, box_format, **rules)
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
+    if judge_model:
+        result["judge"] = judge_model
+    if blind and name in protocols.WITH_BLIND_ROWS:
+        result["blind"] = blind_summary(scored)
+    if calibrate:
+        if name not in protocols.CALIBRATED or header["protocol"] != "official":
+            raise UserError(f"--calibrate is for {', '.join(protocols.CALIBRATED)} under the "
+                            "protocol official; leave it out")
+        result["calibration"] = calibration.calibrate(scored)
+        result["remarks"] += calibration.calibration_notes(result["calibration"],
+                                                           result["predictions"])
     other = None
     if compare:
         rules |= {"coordinates": compare_coordinates or rules["coordinates"],
@@ -83,6 +107,10 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
             **{part: summary[part] for part in ("tasks", "avg", "problems")},
             "difference": paired_difference(
                 scored, other, protocols.is_same_read(scored, other, name, header["protocol"]))}
+        if calibrate:
+            result["remarks"] += [
+                *calibration.calibration_notes(calibration.calibrate(other), Path(compare).name),
+                calibration.split_difference(scored, other)]
         result["remarks"] += [f"{Path(compare).name}: {remark}" for remark in other.remarks
                               if remark not in scored.remarks]
     if items:

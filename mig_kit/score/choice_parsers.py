@@ -77,12 +77,12 @@ def _turns(rest: str, letter: str, valid: str) -> bool:
 def _conclude(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     if not (found := [*_CONCLUSION.finditer(text)] or [*_END.finditer(text)]):
         return None
-    match, (start, end) = found[-1].groupdict(""), found[-1].span()
-    letter = match["letter"] or match["subject"]
+    (start, end), letter = found[-1].span(), found[-1][found[-1].lastindex]
     said = re.split(r"[.!?\n]", text[max(0, start - 200):start])[-1] + found[-1][0]
     after = re.split(r"[.!?\n]", text[end:end + 200])[0]
     last = _read_line(text.strip().split("\n")[::-1], valid)
-    is_open = (letter not in valid or last not in ("", letter) or _DENIES.search(said)
+    others = {match[match.lastindex] for match in found} & set(valid) - {letter}
+    is_open = (letter not in valid or last not in ("", letter) or others or _DENIES.search(said)
                or _OF_ANOTHER.search(said) or _turns(text[end:], letter, valid)
                or set(_ANOTHER.findall(after)) & set(valid) - {letter})
     return "" if is_open else letter

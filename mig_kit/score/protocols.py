@@ -27,7 +27,8 @@ from mig_kit.score.annotations import (
     resolve_image_path,
 )
 from mig_kit.score.convert_boxes import BOX_ORDERS, rewrite_boxes, to_official_line
-from mig_kit.score.letters import CHOICE_JUDGES, read_item, read_strictly
+from mig_kit.score.judge import NO_OPTION, Judge, ask_judge
+from mig_kit.score.letters import CHOICE_JUDGES, UNREAD, read_item, read_strictly
 from mig_kit.score.own import judge_own, read_own
 from mig_kit.score.records import align_predictions, read_json, read_records
 from mig_kit.score.reply_boxes import BOX, parse_named_boxes, parse_strict_answer
@@ -42,13 +43,15 @@ NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
 
 BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4", "own")
+CALIBRATED = ("mig_bench", "lisa", "revos")
+WITH_BLIND_ROWS = (*CALIBRATED, "ref_l4", *CHOICE_BENCHMARKS)
 POOR, MUCH = 0.5, 0.1  # an average that another frame might explain, and a gain that is said
 MEANT = 0.05  # of the boxes, by which a frame may be meant
 CELL_LIMIT = 32767  # characters that a spreadsheet's cell can hold
 CUT = f"cut at {CELL_LIMIT:,} characters, as a spreadsheet does"
 WITHIN_ONE = "box within 0 to 1, where larger numbers were expected"
 
-Judge = Callable[[BenchmarkItem, str], tuple[float, str]]
+Rule = Callable[[BenchmarkItem, str], tuple[float, str]]
 
 
 def image_problem(item: BenchmarkItem, image: int | None) -> str:
@@ -107,14 +110,14 @@ def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box 
 
 
 def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
-              judge: Judge) -> tuple[np.ndarray, list[str]]:
+              rule: Rule) -> tuple[np.ndarray, list[str]]:
     """(n,) values and n problems of each line's "response"; a missing or empty reply counts 0."""
     values, problems = [], []
     for item, line in zip(items, lines, strict=True):
         if line is None or not line["response"].strip():
             value, problem = 0.0, "missing" if line is None else "empty"
         else:
-            value, problem = judge(item, line["response"])
+            value, problem = rule(item, line["response"])
         values.append(value)
         problems.append(CUT if problem and line and len(line["response"]) == CELL_LIMIT
                         else problem)
@@ -125,7 +128,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                       box_format: BoxFormat, protocol: str = "official",
                       coordinates: Coordinates = Coordinates.NORMALIZED_1000,
                       images: str | None = None, allow_missing: bool = False,
-                      box_order: str | None = None) -> Scored:
+                      box_order: str | None = None, judge: Judge | None = None) -> Scored:
     """Judge predictions: dicts with "index" or "id", and "response", or logs of other kits.
 
     Args:
@@ -135,6 +138,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         coordinates: of the replies' boxes; `official` first converts all but 0..1000.
         images: the folder of the images, if their sizes are needed.
         box_order: one of BOX_ORDERS, or None if the user did not say.
+        judge: who reads the letters that no rule reads.
     Raises: UserError for missing, doubled or unknown items, and what the protocol cannot use.
     """
     items, is_choice = list(benchmark.items), benchmark.name in CHOICE_BENCHMARKS
@@ -156,6 +160,8 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                 line["response"], BOX_ORDERS[box_order])} for line in lines]
     if is_choice:
         values, problems = judge_all(items, lines, CHOICE_JUDGES[protocol])
+        if judge:
+            lines, remarks = _read_by_judge(judge, items, lines, values, problems)
         metrics = {"accuracy": values}
     elif benchmark.name == "own":
         sizes = read_image_sizes((
@@ -190,6 +196,19 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                   dict(Counter(filter(None, problems))), aggregates,
                   tuple(map(_list_of_images, items)), remarks,
                   tuple(zip(items, lines, problems, strict=True)))
+
+
+def _read_by_judge(judge: Judge, items: list[BenchmarkItem], lines: list[dict | None],
+                   values: np.ndarray, problems: list[str]) -> tuple[list[dict | None], tuple]:
+    """The lines with the letters that the judge reads, and a remark; changes values, problems."""
+    unread = [place for place, problem in enumerate(problems) if problem == UNREAD]
+    letters = ask_judge(judge, [(items[place], lines[place]["response"]) for place in unread])
+    lines = list(lines)
+    for place, letter in zip(unread, letters, strict=True):
+        lines[place] = lines[place] | {"judged": letter, "judge": f"the judge {judge.model}"}
+        values[place], problems[place] = letter == items[place].letter, "" if letter else NO_OPTION
+    return lines, (f"The judge {judge.model} read {len(unread):,} replies that no rule read; its "
+                   f"answers are in {judge.file.name}.",)
 
 
 def item_rows(scored: Scored, name: str, protocol: str, other: Scored | None = None) -> list[dict]:
@@ -228,7 +247,9 @@ def _what_was_read(item: BenchmarkItem, line: dict | None, name: str, protocol: 
     if item.letter:
         read = read_strictly if protocol == "strict" else read_item
         letter, rule = read(item, reply or "")
-        return {"letter": item.letter, "read": letter, "rule": (line or {}).get("judge", rule)}
+        if line and "judge" in line:
+            letter, rule = line["judged"], line["judge"]
+        return {"letter": item.letter, "read": letter, "rule": rule}
     if reply is None:
         return {"image": None, "box": line and line["pred_bbox"], "rule": "pred_bbox"}
     if name == "own":
@@ -270,10 +291,12 @@ def _needs_conversion(first: Coordinates, second: Coordinates) -> bool:
 def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat,
                 protocol: str = "", coordinates: str = Coordinates.NORMALIZED_1000,
                 images: str | None = None, allow_missing: bool = False,
-                box_order: str | None = None) -> tuple[dict, Scored]:
+                box_order: str | None = None, judge: tuple[str, str] | None = None,
+                ) -> tuple[dict, Scored]:
     """({"benchmark", "version", "complete", "protocol"}, Scored) from files.
 
-    protocol: "" for the first of PROTOCOLS. Other arguments and raises: see `score_predictions`;
+    protocol: "" for the first of PROTOCOLS. judge: a server's address and its model's name.
+    Other arguments and raises: see `score_predictions`;
     also UserError for an unknown benchmark or protocol.
     """
     if name not in PROTOCOLS:
@@ -287,6 +310,11 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
         option = "--box-order" if box_order else f"--coordinates {coordinates}"
         raise UserError(f"{option} is for boxes in replies, which {', '.join(BOX_BENCHMARKS)} "
                         "have; leave it out")
+    if judge and (name not in CHOICE_BENCHMARKS or protocol != "official"):
+        raise UserError(f"--judge reads the letters of {', '.join(CHOICE_BENCHMARKS)} under the "
+                        "protocol official; leave it out")
+    file = Path(predictions)
+    asked = judge and Judge(*judge, file.parent / f"{file.name}.judge.jsonl")
     header = {"benchmark": name, "version": "", "complete": None, "protocol": protocol}
     source = Path(predictions).name
     if name in ("mc_bench", "odinw"):
@@ -300,7 +328,7 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
 
     def score_in(measure: Coordinates, order: str | None = box_order) -> Scored:
         return score_predictions(benchmark, records, source, box_format, protocol, measure, images,
-                                 allow_missing, order)
+                                 allow_missing, order, asked)
 
     scored = score_in(measure)
     if name in BOX_BENCHMARKS and not is_converted and "pred_bbox" not in records[0]:

@@ -132,8 +132,9 @@ def score_markdown(result: dict) -> str:
     published = [row for row in rows if "doubt" not in row]
     headline, *others = [name for name in result["avg"] if name != "ci95"]
     has_interval = "ci95" in result["avg"]
-    head = ["task", "n", headline, *["95 %"] * has_interval, *others,
-            *(row["system"] for row in published)]
+    blind = result.get("blind") or {}
+    head = ["task", "n", headline, *["95 %"] * has_interval, *["points over blind"] * bool(blind),
+            *others, *(row["system"] for row in published)]
     lines = [head, ["---"] * len(head)]
     average = {"n": result["n"], **result["avg"]}
     for name, values in [*result["tasks"].items(), ("avg", average)]:
@@ -141,6 +142,7 @@ def score_markdown(result: dict) -> str:
         known = [row["avg"] if name == "avg" else row["tasks"].get(name) for row in published]
         lines.append([name, str(values["n"]), _number(values.get(headline)),
                       *[interval] * has_interval,
+                      *([_with_interval(blind["over"][name])] if blind else ()),
                       *(_number(values.get(metric)) for metric in others), *map(_number, known)])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return "\n".join([table, "", *table_notes(result, rows)])
@@ -148,6 +150,10 @@ def score_markdown(result: dict) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _with_interval(gap: dict) -> str:
+    return f"{gap['value']:+.1f} ({' to '.join(f'{bound:+.1f}' for bound in gap['ci95'])})"
 
 
 def _signed(value: float) -> str:
@@ -191,6 +197,11 @@ def table_notes(result: dict, published: list[dict]) -> list[str]:
                      f"({100 * result['unread'] / max(answered, 1):.1f} %): "
                      f"{result['avg'][headline]:.1f}, at most {result['at_most']:.1f}"
                      f"{' with a judge (--judge URL --judge-model NAME)' if asks else ''}.")
+    if rows := (result.get("blind") or {}).get("rows"):
+        figures = ", ".join(f"{name} {row['avg']:.1f}" for name, row in rows.items())
+        notes.append(f"Answers that no image is needed for score: {figures}. Points over blind are "
+                     "over the best of them in each task; its constants are fitted on the other "
+                     "image lists, so it is a prior of the benchmark, not a model.")
     notes += result["remarks"]
     if judges_letters:
         notes.append("The authors ask another model which option a text means"

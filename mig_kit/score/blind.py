@@ -1,0 +1,129 @@
+"""What needs no image: scores of a constant box, a whole image, another's box, a frequent letter.
+
+No row here is a model that one could submit: the constants are fitted on the benchmark's own other
+image lists, so they tell what its annotations give away.
+"""
+
+from collections import Counter
+
+import numpy as np
+
+from mig_kit.score.annotations import BenchmarkItem
+from mig_kit.score.result import Scored, averaged_groups, number_lists
+from mig_kit.stats import gap_interval_by_list, group_by_task, macro_mean
+
+WHOLE, CONSTANT, OTHER, LETTER = ("whole image", "constant box", "another question's box",
+                                  "most frequent letter")
+FOLDS, GRID, ROUNDS, SEEDS, MOST = 5, 20, 2, 40, 500  # MOST: boxes that a fit looks at
+
+
+def shares_of_image(items: list[BenchmarkItem]) -> np.ndarray:
+    """(n, 4) the items' boxes in 0..1 of their images; NaN for an item without box or size."""
+    limits = {"normalized_1": (1, 1), "normalized_1000": (1000, 1000)}
+    rows = []
+    for item in items:
+        size = limits.get(item.coordinates, item.size)
+        rows.append([np.nan] * 4 if item.box is None or size is None
+                    else np.divide(item.box, (*size, *size)))
+    return np.array(rows, dtype=float).reshape(-1, 4)
+
+
+def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(...) IoU of xyxy boxes (..., 4), broadcast; 0 where one is inverted, empty or NaN."""
+    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(first[..., :2],
+                                                                     second[..., :2])
+    overlap = np.clip(sides, 0, None).prod(-1)
+    areas = [np.clip(boxes[..., 2:] - boxes[..., :2], 0, None).prod(-1)
+             for boxes in (first, second)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = overlap / (areas[0] + areas[1] - overlap)
+    return np.where(np.isfinite(values) & (areas[0] > 0) & (areas[1] > 0), values, 0.0)
+
+
+def fit_constant_box(boxes: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """(4,) the box that most of `boxes` (n, 4), in 0..1, reach the threshold with.
+
+    The best of some of the boxes themselves and their median, then moved edge by edge on a grid.
+    """
+    boxes = boxes[::-(-len(boxes) // MOST)]
+
+    def count(candidates: np.ndarray) -> np.ndarray:
+        ious = pairwise_iou(candidates[:, None], boxes[None])
+        return (ious >= threshold).mean(1) + 1e-3 * ious.mean(1)
+
+    candidates = np.vstack([np.median(boxes, axis=0), boxes[::-(-len(boxes) // SEEDS)],
+                            [0, 0, 1, 1]])
+    best = candidates[np.argmax(count(candidates))]
+    for _ in range(ROUNDS):
+        for edge in range(4):
+            moved = np.tile(best, (GRID + 2, 1))
+            moved[:-1, edge] = np.arange(GRID + 1) / GRID
+            best = moved[np.argmax(count(moved))]
+    return best
+
+
+def blind_values(scored: Scored) -> dict[str, np.ndarray]:
+    """Row -> (n,) values of the headline metric, 0..1, of answers that no image is needed for.
+
+    Constants are fitted task by task on the other four fifths of the image lists, so no item's own
+    list is in its fit; another question's box is the next list's of the task.
+    """
+    items, lists = [item for item, _, _ in scored.judged], number_lists(scored)
+    rows = np.arange(len(items))
+    by_task = group_by_task(scored.tasks, rows)
+    folds = lists % FOLDS
+    if items[0].letter:
+        values = np.zeros(len(items))
+        for places in by_task.values():
+            for fold in range(FOLDS):
+                held, rest = places[folds[places] == fold], places[folds[places] != fold]
+                letters = Counter(items[place].letter for place in rest)
+                letter = letters.most_common(1)[0][0] if letters else ""
+                values[held] = [items[place].letter == letter for place in held]
+        return {LETTER: values}
+    boxes = shares_of_image(items)
+    if np.isnan(boxes).all():
+        return {}
+    guesses = {WHOLE: np.tile([0.0, 0, 1, 1], (len(items), 1)), CONSTANT: np.full_like(boxes, 0),
+               OTHER: np.full_like(boxes, 0)}
+    for places in by_task.values():
+        known = places[np.isfinite(boxes[places]).all(1)]
+        for fold in range(FOLDS):
+            rest = known[folds[known] != fold]
+            if len(rest):
+                guesses[CONSTANT][places[folds[places] == fold]] = fit_constant_box(boxes[rest])
+        ordered = known[np.argsort(lists[known], kind="stable")]
+        after = np.searchsorted(lists[ordered], lists[ordered], "right") % max(1, len(ordered))
+        guesses[OTHER][ordered] = boxes[ordered[after]] * (lists[ordered] != lists[ordered[after]]
+                                                           )[:, None]
+    return {name: (pairwise_iou(guess, boxes) >= 0.5).astype(float)
+            for name, guess in guesses.items()}
+
+
+def blind_summary(scored: Scored) -> dict:
+    """{"rows": row -> {"avg", "tasks"}, "best": task -> row, "over": task or "avg" -> value, ci95}.
+
+    "over" is the model's points over the best blind row of each task, with the interval of the
+    difference.
+    """
+    headline = next(iter(scored.metrics.values()))
+    blind = blind_values(scored)
+    if not blind:
+        return {}
+    lists, best = number_lists(scored), np.zeros(len(headline))
+    by_task = group_by_task(scored.tasks, np.arange(len(headline)))
+    summary = {"rows": {name: {
+        "avg": 100 * macro_mean([values[places] for places in averaged_groups(scored)]),
+        "tasks": {task: 100 * float(values[places].mean()) for task, places in by_task.items()}}
+        for name, values in blind.items()}, "best": {}, "over": {}}
+    for task, places in by_task.items():
+        name = max(blind, key=lambda name: blind[name][places].mean())
+        summary["best"][task], best[places] = name, blind[name][places]
+    gaps = headline - best
+    for name, groups in [*((task, [places]) for task, places in by_task.items()),
+                         ("avg", averaged_groups(scored))]:
+        parts = [(gaps[places], lists[places]) for places in groups]
+        summary["over"][name] = {
+            "value": 100 * macro_mean([part for part, _ in parts]),
+            "ci95": [100 * bound for bound in gap_interval_by_list(parts)]}
+    return summary

@@ -1,0 +1,87 @@
+"""Letters that no rule reads, from a chat model, as BLINK's and MMIU's authors get theirs.
+
+Only unread replies are sent. The answers are kept in a file beside the predictions, a line each as
+it comes, so none is asked twice, be it after a kill.
+"""
+
+import json
+import os
+import re
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from mig_kit.common import UserError, digest_json, iter_lines, progress_bar
+from mig_kit.openai_client import (
+    Connection,
+    RequestFailed,
+    iter_results,
+    parse_server,
+    read_api_key,
+)
+from mig_kit.score.annotations import BLINK_CHOICES, BenchmarkItem
+
+THREADS, TIMEOUT, RETRIES = 8, 120.0, 3
+NO_OPTION = "no option chosen, says the judge"
+PROMPT = """A model was asked a multiple-choice question. Which option does its reply choose?
+
+Question: {question}
+Options:
+{options}
+
+Reply:
+{reply}
+
+Answer with the letter of the option alone, or Z if the reply chooses none."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """url: of an OpenAI-compatible server; model: its name there; file: where answers are kept."""
+
+    url: str
+    model: str
+    file: Path
+
+
+def judge_prompt(item: BenchmarkItem, reply: str) -> str:
+    """What the judge is asked about a reply."""
+    choices = item.choices or BLINK_CHOICES.get(item.task.replace(" ", "_"), ())
+    options = "\n".join(f"({letter}) {words}".strip() for letter, words in zip(
+        item.options, choices or [""] * len(item.options)))
+    return PROMPT.format(question=item.question or item.task, options=options, reply=reply)
+
+
+def ask_judge(judge: Judge, unread: list[tuple[BenchmarkItem, str]]) -> list[str]:
+    """The letter that the judge reads in each (item, reply), "" where it reads none.
+
+    Raises: UserError for a server that does not answer; what it answered before is kept.
+    """
+    prompts = [judge_prompt(item, reply) for item, reply in unread]
+    keys = [digest_json([judge.model, prompt]) for prompt in prompts]
+    answers = {}
+    if judge.file.exists():
+        answers = {record["key"]: record["answer"] for record in (
+            json.loads(line) for _, line in iter_lines(judge.file) if line and line[-1:] == b"}")}
+    todo = {key: prompt for key, prompt in zip(keys, prompts) if key not in answers}
+    url, = parse_server(judge.url)[:1]
+    with closing(Connection(url, read_api_key(), TIMEOUT)) as connection, \
+            judge.file.open("a", encoding="utf-8") as file:
+        def ask(pair: tuple[str, str]) -> tuple[str, str]:
+            answer, _ = connection.chat({"model": judge.model, "temperature": 0, "messages": [
+                {"role": "user", "content": pair[1]}]}, RETRIES)
+            return pair[0], str(answer["choices"][0]["message"]["content"])
+
+        try:
+            for key, answer in progress_bar(iter_results(ask, todo.items(), THREADS), "judge",
+                                            total=len(todo), disable=not todo):
+                file.write(json.dumps({"key": key, "model": judge.model, "answer": answer}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                answers[key] = answer
+        except RequestFailed as failure:
+            raise UserError(f"the judge at {judge.url} does not answer ({failure}); give the same "
+                            f"command again: what it has said is kept in {judge.file}") from None
+    letters = [re.fullmatch(r"\W*([A-Z])\W*", answers[key]) for key in keys]
+    return [letter[1] if letter and letter[1] in item.options else ""
+            for letter, (item, _) in zip(letters, unread, strict=True)]

@@ -1,0 +1,84 @@
+"""A judge reads what no rule reads: held by a server that answers as BLINK's authors' model did."""
+
+import json
+
+import pytest
+from local_server import IS_JSON, LocalServer
+from mig_bench_records import BLINK_FILES, needs_data, run_score, write_lines
+
+from mig_kit.score import annotations, judge, letters
+from mig_kit.score.records import read_records
+
+PUBLISHED = {"GPT4V": 51.14, "MiniGPT-4-v2": 34.23, "llava_v1.5_7b": 37.13, "cogvlm-chat": 41.54,
+             "flamingov2": 39.18}
+
+
+class Authors:
+    """Answers each prompt by the released letter of its reply; fails after `limit` requests."""
+
+    def __init__(self, letters_by_prompt, limit=10 ** 9):
+        self.letters, self.asked, self.limit = letters_by_prompt, [], limit
+        self.server = LocalServer(self.respond)
+
+    def respond(self, path, headers, body):
+        prompt = body["messages"][0]["content"]
+        self.asked.append(prompt)
+        if len(self.asked) > self.limit:
+            return 400, {"error": {"message": "no credit"}}, IS_JSON
+        return 200, {"choices": [{"message": {"content": self.letters[prompt]},
+                                  "finish_reason": "stop"}]}, IS_JSON
+
+
+def command(folder, path, server, *words):
+    return run_score(folder, "blink", "--judge", server.url, "--judge-model", "mock", *words,
+                     annotations=path.name, predictions=path.name)
+
+
+@needs_data
+@pytest.mark.parametrize("source", BLINK_FILES, ids=lambda path: path.stem)
+def test_with_the_authors_letters_averages_are_the_published_ones(source, tmp_path):
+    path = tmp_path / source.name
+    path.write_bytes(source.read_bytes())
+    records = read_records(path)
+    items = annotations.read_blink(records).items
+    pairs = [(item, record["full_prediction"]) for item, record in zip(items, records)]
+    authors = Authors({judge.judge_prompt(*pair): record["prediction"]
+                       for pair, record in zip(pairs, records)})
+    try:
+        result = command(tmp_path, path, authors.server, "--json", tmp_path / "o.json",
+                         "--items", tmp_path / "i.jsonl")
+        assert result.exit_code == 0, result.exception
+        average = json.loads((tmp_path / "o.json").read_text())["avg"]["accuracy"]
+        assert average == pytest.approx(PUBLISHED[source.stem.removeprefix("val_")], abs=0.1)
+        unread = {judge.judge_prompt(*pair) for pair in pairs if not letters.read_item(*pair)[0]
+                  and pair[1].strip()}
+        assert set(authors.asked) == unread and len(authors.asked) == len(unread)
+        rows = read_records(tmp_path / "i.jsonl")
+        assert sum(row["rule"] == "the judge mock" for row in rows) >= len(unread)
+        command(tmp_path, path, authors.server)
+        assert len(authors.asked) == len(unread), "nothing is asked twice"
+    finally:
+        authors.server.stop()
+
+
+def test_answers_that_came_before_a_failure_are_kept(tmp_path):
+    path = write_lines(tmp_path / "p.jsonl", [
+        {"idx": f"val_T_{n}", "task": "T", "answer": "(B)", "full_prediction": f"Hm, {n}."}
+        for n in range(20)])
+    items = annotations.read_blink(read_records(path)).items
+    by_prompt = {judge.judge_prompt(item, f"Hm, {n}."): "B" for n, item in enumerate(items)}
+    failing, whole = Authors(by_prompt, limit=5), Authors(by_prompt)
+    try:
+        refused = command(tmp_path, path, failing.server)
+        assert "does not answer (HTTP 400: no credit); give the same command" in str(
+            refused.exception)
+        kept = len((tmp_path / "p.jsonl.judge.jsonl").read_text().splitlines())
+        result = command(tmp_path, path, whole.server)
+        assert "| avg | 20 | 100.00 |" in result.output and "unread" not in result.output
+        assert 1 <= kept == 20 - len(whole.asked)
+    finally:
+        failing.server.stop()
+        whole.server.stop()
+    alone = run_score(tmp_path, "blink", "--judge", "http://x/v1", annotations="p.jsonl",
+                      predictions="p.jsonl")
+    assert "belong together" in str(alone.exception)
