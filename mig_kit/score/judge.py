@@ -12,13 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mig_kit.common import UserError, digest_json, iter_lines, progress_bar
-from mig_kit.openai_client import (
-    Connection,
-    RequestFailed,
-    iter_results,
-    parse_server,
-    read_api_key,
-)
+from mig_kit.openai_client import RequestFailed, ask, iter_results, open_client, parse_server
 from mig_kit.score.annotations import BLINK_CHOICES, BenchmarkItem
 
 THREADS, TIMEOUT, RETRIES = 8, 120.0, 3
@@ -65,15 +59,13 @@ def ask_judge(judge: Judge, unread: list[tuple[BenchmarkItem, str]]) -> list[str
             json.loads(line) for _, line in iter_lines(judge.file) if line and line[-1:] == b"}")}
     todo = {key: prompt for key, prompt in zip(keys, prompts) if key not in answers}
     url, = parse_server(judge.url)[:1]
-    with closing(Connection(url, read_api_key(), TIMEOUT)) as connection, \
+    with closing(open_client(url, TIMEOUT, RETRIES)) as client, \
             judge.file.open("a", encoding="utf-8") as file:
-        def ask(pair: tuple[str, str]) -> tuple[str, str]:
-            answer, _ = connection.chat({"model": judge.model, "temperature": 0, "messages": [
-                {"role": "user", "content": pair[1]}]}, RETRIES)
-            return pair[0], str(answer["choices"][0]["message"]["content"])
+        def answer_of(pair: tuple[str, str]) -> tuple[str, str]:
+            return pair[0], ask(client, judge.model, pair[1], temperature=0)
 
         try:
-            for key, answer in progress_bar(iter_results(ask, todo.items(), THREADS), "judge",
+            for key, answer in progress_bar(iter_results(answer_of, todo.items(), THREADS), "judge",
                                             total=len(todo), disable=not todo):
                 file.write(json.dumps({"key": key, "model": judge.model, "answer": answer}) + "\n")
                 file.flush()
