@@ -12,7 +12,6 @@ from mig_kit.data.inspection import find_near_duplicates, hash_images
 from mig_kit.data.records import SkipReport, iter_entries
 from mig_kit.image_files import BadImage, EncodedImage, open_rgb, read_size
 from mig_kit.models.model_folders import check_model_folder
-from mig_kit.score.records import read_records
 from mig_kit.world.tasks import make_sample
 
 
@@ -95,7 +94,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
     for name in ("a.png", "a.jsonl", "model/model.safetensors", "model/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(pointer)
-    for read in (lambda: read_size(tmp_path / "a.png"), lambda: read_records(tmp_path / "a.jsonl"),
+    for read in (lambda: read_size(tmp_path / "a.png"),
                  lambda: list(iter_entries(tmp_path / "a.jsonl")),
                  lambda: check_model_folder(tmp_path / "model")):
         with pytest.raises(ValueError, match="is a Git LFS pointer.*run git lfs pull"):
