@@ -1,4 +1,4 @@
-"""Stock TRL and the shared-prefix trainer on your own table: three updates each.
+"""Stock TRL and the shared-prefix trainer on your own table: whole steps, five of each.
 
     python -m mig_kit.shared_prefix.compare questions.jsonl --model Qwen/Qwen2.5-VL-3B-Instruct
 
@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, process_time
 from zlib import crc32
 
 import numpy as np
@@ -25,6 +25,8 @@ from mig_kit.shared_prefix.obstacles import LANGUAGE_LAYERS
 from mig_kit.shared_prefix.prompt_cache import load_image_prompts
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
 
+STEPS = 5
+
 
 def arbitrary_reward(completions: list, **columns) -> list[float]:
     """A number from 0 to 1 for each text, so that a group's rewards differ."""
@@ -34,13 +36,13 @@ def arbitrary_reward(completions: list, **columns) -> list[float]:
 def measure_training(is_shared: bool, options: Namespace, folder: str, completions: list) -> tuple:
     """Train one side. completions: of each step, for stock TRL to learn from.
 
-    Returns (completions, seconds, gradients) of each step, the process's or GPU's peak in MiB, and
-    why prompts are not shared, or "".
+    Returns completions, (wall, CPU) seconds and gradients of each step, the process's or GPU's peak
+    in MiB, and why prompts are not shared, or "".
     """
     args = GRPOConfig(
         folder, num_generations=options.group, per_device_train_batch_size=options.group,
         max_completion_length=options.tokens, generation_kwargs={"min_new_tokens": options.tokens},
-        max_steps=3, learning_rate=1e-4, logging_strategy="no", save_strategy="no",
+        max_steps=STEPS, learning_rate=1e-4, logging_strategy="no", save_strategy="no",
         report_to="none", bf16=torch.cuda.is_available() and not options.float32)
     args._n_gpu = min(1, args.n_gpu)  # TRL refuses several in one process
     trainer = (SharedPrefixGRPOTrainer if is_shared else GRPOTrainer)(
@@ -57,12 +59,12 @@ def measure_training(is_shared: bool, options: Namespace, folder: str, completio
         return learned[-1], None
 
     def train_and_record(*arguments):
-        start = perf_counter()
+        start, cpu_start = perf_counter(), process_time()
         loss = train(*arguments)
         gradients.append(np.concatenate([
             parameter.grad.flatten().float().cpu().numpy() for parameter
             in trainer.model.parameters() if parameter.grad is not None]))
-        seconds.append(perf_counter() - start)
+        seconds.append((perf_counter() - start, process_time() - cpu_start))
         return loss
 
     trainer._generate_single_turn, trainer.training_step = draw_and_replace, train_and_record
@@ -91,15 +93,17 @@ def main(words: list[str] | None = None) -> None:
             completions, *side = process.submit(measure_training, is_shared, options, folder,
                                                 completions).result()
             sides.append(side)
-    gap = max(np.linalg.norm(own - stock) / np.linalg.norm(stock)
+    gap = max(np.linalg.norm(own - stock) / (np.linalg.norm(stock) or 1)
               for own, stock in zip(*(gradients for _, gradients, *_ in sides)))
-    print(f"{'':14}   step 1   step 2   step 3   peak memory")
+    print("whole steps, wall (CPU) seconds" + "".join(
+        f"{f'step {step + 1}':>18}" for step in range(STEPS)) + "   peak memory")
     for name, (seconds, _, mib, _) in zip(("stock TRL", "shared prompts"), reversed(sides)):
-        print(f"{name:14}" + "".join(f"{value:7.2f} s" for value in seconds) + f"{mib:10.0f} MiB")
+        print(f"{name:31}" + "".join(f"{wall:8.2f} ({cpu:6.2f})" for wall, cpu in seconds)
+              + f"{mib:10.0f} MiB")
     if reason := sides[0][-1]:
         print(f"prompts were NOT shared, both sides are stock TRL: {reason}")
     print(f"largest difference of gradients: {gap:.1e} of their norm; steps 1 and 3 of shared "
-          "prompts include its self-check")
+          "prompts include its self-check, steps 2, 4 and 5 are those of a training")
 
 
 if __name__ == "__main__":
