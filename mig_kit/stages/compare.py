@@ -22,7 +22,7 @@ from mig_kit.stages.tables import CLAIMS
 from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
 METHOD = ("Intervals: Student's t over samples, over runs too where a group has several; of one "
-          "run's score Jeffreys' over samples.")
+          "run's score a bootstrap over lists, exact where few differ.")
 REASONING = ("truth", "grounded", "coverage")  # of `evaluate.summarize_reasoning`
 
 
