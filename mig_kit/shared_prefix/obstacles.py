@@ -38,7 +38,7 @@ KNOWN_SAMPLING = {"max_new_tokens", "min_new_tokens", "temperature", "top_p", "d
 # models of the 3B's and the 7B's shape differ by 0.02 to 0.06 in the mean.
 LIMITS_FLOAT32, LIMITS_16_BITS = (1e-4, 1e-4, 1e-3), (0.15, 1.0, 0.2)
 CHECKED_TOKENS = 32  # of each completion that the self-check draws
-ADAPTER_STD = 0.05  # of what is all zeros in an adapter, while it is checked
+ADAPTER_STD = 0.5  # times sqrt(rank), of an adapter's zeros while it is checked
 
 
 def find_early_obstacle(model, args) -> str:
@@ -140,8 +140,8 @@ def _checking_mode(model: torch.nn.Module) -> Iterator[None]:
              if parameter.requires_grad and not parameter.any()]
     with evaluation_mode(model):
         for parameter in blank:
-            values = torch.randn(parameter.shape, generator=generator) * ADAPTER_STD
-            parameter.data.copy_(values)
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(values * ADAPTER_STD / parameter.shape[-1] ** 0.5)
         try:
             yield
         finally:
