@@ -64,7 +64,7 @@ def _json_answer(text: str) -> str | None:
 
 
 def _letters(pattern: re.Pattern, text: str, valid: str) -> set[str]:
-    return {next(filter(None, found)) for found in pattern.findall(text)} & set(valid)
+    return {next(filter(None, match)) for match in pattern.findall(text)} & set(valid)
 
 
 def _turns(rest: str, letter: str, valid: str) -> bool:
@@ -75,15 +75,15 @@ def _turns(rest: str, letter: str, valid: str) -> bool:
 
 # Each rule gives a letter, "" where it leaves open which, None where there is nothing of its kind.
 def _conclude(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
-    if not (found := [*_CONCLUSION.finditer(text)] or [*_END.finditer(text)]):
+    if not (matches := [*_CONCLUSION.finditer(text)] or [*_END.finditer(text)]):
         return None
-    (start, end), letter = found[-1].span(), found[-1][found[-1].lastindex]
-    said = re.split(r"[.!?\n]", text[max(0, start - 200):start])[-1] + found[-1][0]
+    (start, end), letter = matches[-1].span(), matches[-1][matches[-1].lastindex]
+    sentence = re.split(r"[.!?\n]", text[max(0, start - 200):start])[-1] + matches[-1][0]
     after = re.split(r"[.!?\n]", text[end:end + 200])[0]
     last = _read_line(text.strip().split("\n")[::-1], valid)
-    others = {match[match.lastindex] for match in found} & set(valid) - {letter}
-    is_open = (letter not in valid or last not in ("", letter) or others or _DENIES.search(said)
-               or _OF_ANOTHER.search(said) or _turns(text[end:], letter, valid)
+    others = {match[match.lastindex] for match in matches} & set(valid) - {letter}
+    is_open = (letter not in valid or last not in ("", letter) or others or _DENIES.search(sentence)
+               or _OF_ANOTHER.search(sentence) or _turns(text[end:], letter, valid)
                or set(_ANOTHER.findall(after)) & set(valid) - {letter})
     return "" if is_open else letter
 
@@ -112,19 +112,19 @@ def _read_words(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     sentences = [re.sub(r"^the |[^\w ]", "", part.strip().lower())
                  for part in (text, *_SENTENCE.split(text.strip()))]
     is_short = len(sentences) == 2 and all(len(word) > 3 and word.isalpha() for word in words)
-    found = set()
+    letters = set()
     for sentence in (sentences[0], sentences[1], sentences[-1]):
-        said = [place for place, word in enumerate(words)
-                if re.search(rf"\b{re.escape(word)}\b", sentence)]
-        if len(said) == 1 and (sentence == words[said[0]] or not _DENIES.search(sentence) and (
-                is_short or re.match(rf"(?:\w+ )?{re.escape(words[said[0]])}\b", sentence)
-                and re.match(r"[a-z] ", words[said[0]]))):
-            found.add(valid[said[0]])
-    return found.pop() if len(found) == 1 else None
+        places = [place for place, word in enumerate(words)
+                  if re.search(rf"\b{re.escape(word)}\b", sentence)]
+        if len(places) == 1 and (sentence == words[places[0]] or not _DENIES.search(sentence) and (
+                is_short or re.match(rf"(?:\w+ )?{re.escape(words[places[0]])}\b", sentence)
+                and re.match(r"[a-z] ", words[places[0]]))):
+            letters.add(valid[places[0]])
+    return letters.pop() if len(letters) == 1 else None
 
 
 def _read_mark(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
-    found = _letters(_MARK, text, valid)
+    letters = _letters(_MARK, text, valid)
     if not any(re.match(r"[A-Z] ", choice) for choice in choices):  # points of "A is closer"
-        found |= _letters(_NAMED, text, valid)
-    return found.pop() if len(found) == 1 and not _DENIES.search(text) else None
+        letters |= _letters(_NAMED, text, valid)
+    return letters.pop() if len(letters) == 1 and not _DENIES.search(text) else None

@@ -66,8 +66,8 @@ def read_freely(reply: str, sample: Sample) -> str:
         is_open = any(image is None for image, _ in named) or len(named) > 1 and not sample.find_all
         answer = "" if is_open else ", ".join(json.dumps({"image": image, "box": box})
                                               for image, box in named)
-        said = last_answer_block(reply) or shown_text(reply)
-        if sample.find_all and not named and said.strip(" .").lower() in ("none", "nothing"):
+        block = last_answer_block(reply) or shown_text(reply)
+        if sample.find_all and not named and block.strip(" .").lower() in ("none", "nothing"):
             answer = NO_BOX
     text = re.sub("</?(?:think|answer)>", " ", reply).strip()
     return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply

@@ -342,8 +342,8 @@ def _frame_remarks(benchmark: Benchmark, records: list[dict], scored: Scored,
                    score_in: Callable[..., Scored], images: str | None,
                    box_order: str | None) -> tuple[str, ...]:
     """What the boxes' numbers tell of their frame, and the one that fits best, if better."""
-    found = [BOX.search(str(record.get("response"))) for record in records]
-    extents = np.array([max(map(float, filter(None, match.groups()))) for match in found if match])
+    boxes = [BOX.search(str(record.get("response"))) for record in records]
+    extents = np.array([max(map(float, filter(None, match.groups()))) for match in boxes if match])
     if not len(extents):
         return ()
     average, within = headline_average(scored), int(np.sum(extents <= 1))

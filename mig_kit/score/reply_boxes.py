@@ -139,10 +139,10 @@ def _read_object(value: object) -> NamedBox | None:
         numbers = [*numbers[0], *numbers[1]]
     image = value[image_keys[0]] if image_keys else None
     if isinstance(image, str):
-        found = find_names(f"image {image}" if image.isdecimal() else image)
-        is_name = len(found) == 1 and len(found[0].numbers) == 1 and not _FILLER.sub(
-            "", image.lower()[:found[0].start] + image.lower()[found[0].end:])
-        image = found[0].numbers.pop() if is_name or image.isdecimal() and found else 0
+        names = find_names(f"image {image}" if image.isdecimal() else image)
+        is_name = len(names) == 1 and len(names[0].numbers) == 1 and not _FILLER.sub(
+            "", image.lower()[:names[0].start] + image.lower()[names[0].end:])
+        image = names[0].numbers.pop() if is_name or image.isdecimal() and names else 0
     if image == 0 or not isinstance(image, int | None) or isinstance(image, bool) or not (
             isinstance(numbers, list) and len(numbers) == 4
             and all(type(number) in (int, float) for number in numbers)):

@@ -56,12 +56,12 @@ def attend_groups(module: torch.nn.Module, query: torch.Tensor, key: torch.Tenso
     for first, group in places(groups):
         # a single completion simply goes on where its prompt ends
         lengths = group.completions if len(group.completions) > 1 else ()
-        whole = group.prompt if lengths else group.tokens
-        own = [tensor[first:first + whole].transpose(0, 1)[None] for tensor in by_token]
+        n_prompt = group.prompt if lengths else group.tokens
+        own = [tensor[first:first + n_prompt].transpose(0, 1)[None] for tensor in by_token]
         mixed.append(_attend_causally(*own, sliding_window, options)[0])
         if not lengths:
             continue
-        rows = [pad_sequence(tensor[first + whole:first + group.tokens].split(lengths), True)
+        rows = [pad_sequence(tensor[first + n_prompt:first + group.tokens].split(lengths), True)
                 .transpose(1, 2) for tensor in by_token]
         keys, values = (torch.cat([shared.expand(len(lengths), -1, -1, -1), tensor], 2)
                         for shared, tensor in zip(own[1:], rows[1:]))

@@ -20,8 +20,8 @@ def test_the_constant_box_is_nearly_the_best_of_a_grid_of_all():
     grid = [box for box in itertools.product(np.linspace(0, 1, 13), repeat=4)
             if box[0] < box[2] and box[1] < box[3]]
     best = max((blind.pairwise_iou(np.array(box), boxes) >= 0.5).sum() for box in grid)
-    found = (blind.pairwise_iou(blind.fit_constant_box(boxes), boxes) >= 0.5).sum()
-    assert found >= best - 1
+    reached = (blind.pairwise_iou(blind.fit_constant_box(boxes), boxes) >= 0.5).sum()
+    assert reached >= best - 1
 
 
 def records_about(answers):
@@ -39,19 +39,19 @@ def score(tmp_path, answers, replies, *words):
 def test_blind_rows_where_every_answer_is_the_same(tmp_path):
     """A model that is right everywhere gains nothing over a constant box; `--no-blind` hides it."""
     answers, replies = [[0.1, 0.1, 0.4, 0.4]] * 30, ["(100,100),(400,400)"] * 30
-    found, output = score(tmp_path, answers, replies)
-    assert found["blind"]["rows"]["constant box"]["avg"] == 100
-    assert found["blind"]["rows"]["whole image"]["avg"] == 0
-    assert found["blind"]["over"]["avg"]["value"] == 0 and "points over blind" in output
-    found, output = score(tmp_path, answers, replies, "--no-blind")
-    assert "blind" not in found and "blind" not in output
+    result, output = score(tmp_path, answers, replies)
+    assert result["blind"]["rows"]["constant box"]["avg"] == 100
+    assert result["blind"]["rows"]["whole image"]["avg"] == 0
+    assert result["blind"]["over"]["avg"]["value"] == 0 and "points over blind" in output
+    result, output = score(tmp_path, answers, replies, "--no-blind")
+    assert "blind" not in result and "blind" not in output
 
 
 def test_an_items_own_list_is_never_in_its_fit(tmp_path):
     """One answer apart from all others, and another in every fold: no constant finds it."""
     answers = [[0.1, 0.1, 0.4, 0.4]] * 29 + [[0.7, 0.7, 0.9, 0.9]]
-    found, _ = score(tmp_path, answers, ["(700,700),(900,900)"] * 30)
-    assert found["blind"]["rows"]["constant box"]["avg"] == pytest.approx(100 * 29 / 30)
+    result, _ = score(tmp_path, answers, ["(700,700),(900,900)"] * 30)
+    assert result["blind"]["rows"]["constant box"]["avg"] == pytest.approx(100 * 29 / 30)
 
 
 PLANTED = {"shift": [[1, 0.03]] * 4, "scale": [[0.9, 0]] * 4,
@@ -65,8 +65,8 @@ def test_planted_maps_come_back_within_a_thousandth(edges):
     answers = random_boxes(rng, 400)
     boxes = calibration.apply_map(np.array(edges, float), answers)
     boxes[rng.random(400) < 0.2] = random_boxes(rng, 1)  # one in five is somewhere else
-    found = calibration.apply_map(calibration.fit_map(boxes, answers), boxes)
-    right = np.abs(found - answers).max(1) < 0.001
+    result = calibration.apply_map(calibration.fit_map(boxes, answers), boxes)
+    right = np.abs(result - answers).max(1) < 0.001
     assert right.mean() > 0.75
 
 
@@ -88,8 +88,8 @@ def test_a_shift_is_called_one(tmp_path):
     answers = random_boxes(np.random.default_rng(2), 120).round(3)
     replies = ["({},{}),({},{})".format(*(round(1000 * value + 60) for value in box))
                for box in answers]
-    found, output = score(tmp_path, answers.tolist(), replies, "--calibrate")
-    part = found["calibration"]["acc"]["0.5"]
+    result, output = score(tmp_path, answers.tolist(), replies, "--calibrate")
+    part = result["calibration"]["acc"]["0.5"]
     assert part["gain"] > 10 and part["ci95"][0] > 0 and part["after"] > 95
     assert "a systematic shift of boxes: frame, resize or padding" in output
     refused = run_score(tmp_path, "blink", "--calibrate", records=[
