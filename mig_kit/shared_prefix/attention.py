@@ -25,16 +25,19 @@ ROWS_AT_ONCE = 8  # rows whose scores are in memory at a time where no gradient 
 def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
               value: torch.Tensor, attention_mask: torch.Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
-              **kwargs) -> tuple[torch.Tensor, None]:
+              **kwargs) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor] | None]:
     """Attend, as transformers calls it, with a key and value for several query heads.
 
     Args:
         query: (rows, heads, tokens, width). key, value: (rows, kv_heads, past, width).
         attention_mask: (rows, 1, tokens, past), bool (True: is attended to) or added to the
             scores. None: every token attends to all, in a causal module to the past alone.
-    Returns: mixed values (rows, tokens, heads, width), and no weights.
+    Returns: mixed values (rows, tokens, heads, width), and weights if the module `keep_weights`:
+        (rows, heads, tokens, past), or a list of `_attend_in_blocks` if it is `in_blocks`.
     """
     tokens, width, past = query.shape[2], query.shape[3], key.shape[2]
+    keep_weights = getattr(module, "keep_weights", False)
+    in_blocks = getattr(module, "in_blocks", False)
     causal = module.is_causal if is_causal is None else is_causal
     needs_gradient = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (query, key, value))
@@ -42,10 +45,11 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
     scale = width**-0.5 if scaling is None else scaling
 
     is_causal_square = attention_mask is None and causal and tokens == past
-    is_long = is_causal_square and tokens > LONG_WITH_GRADIENT
-    if needs_gradient:
+    is_long = is_causal_square and tokens > LONG_WITH_GRADIENT and not keep_weights
+    if needs_gradient or keep_weights:
         # in float32 it is as fast for long rows, too, and keeps no scores
-        is_fused = dropout > 0 or is_long and dtype == torch.float32
+        is_fused = not keep_weights and (dropout > 0 or is_long and not in_blocks
+                                         and dtype == torch.float32)
     elif (tokens == past and tokens >= LONG_WITHOUT_GRADIENT and dropout == 0
           and dtype == torch.bfloat16):
         return _attend_few_rows(query, key, value, scale, causal, attention_mask), None
@@ -54,12 +58,12 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
     if is_fused:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
                                       scaling=scaling, is_causal=is_causal, **kwargs)
-    if is_long:
-        return _attend_in_blocks(query, key, value, scale), None
+    if is_long or is_causal_square and in_blocks:
+        return _attend_in_blocks(query, key, value, scale, keep_weights)
     if attention_mask is None and causal and tokens > 1:
         all_pairs = torch.ones(tokens, past, dtype=torch.bool, device=query.device)
         attention_mask = all_pairs.tril(past - tokens)[None, None]
-    return _attend_at_once(query, key, value, scale, attention_mask), None
+    return _attend_at_once(query, key, value, scale, keep_weights, attention_mask)
 
 
 def _attend_few_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
@@ -68,16 +72,17 @@ def _attend_few_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     rows = len(query)
     mask = None if mask is None else mask.expand(rows, -1, -1, -1)
     parts = [slice(start, start + ROWS_AT_ONCE) for start in range(0, rows, ROWS_AT_ONCE)]
-    mixed = [_attend_in_blocks(query[part], key[part], value[part], scale, causal,
-                               None if mask is None else mask[part]) for part in parts]
+    mixed = [_attend_in_blocks(query[part], key[part], value[part], scale, False, causal,
+                               None if mask is None else mask[part])[0] for part in parts]
     return torch.cat(mixed)
 
 
 def _attend_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
-                    mask: torch.Tensor | None) -> torch.Tensor:
+                    keep_weights: bool,
+                    mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention with all scores in memory; shapes are those of `attention`."""
     rows, heads, tokens, width = query.shape
-    kv_heads = key.shape[1]
+    kv_heads, past = key.shape[1:3]
     dtype = product_dtype(query)
     # Autocast would write the scores again in float32; the softmax sums in float32 anyway.
     with torch.autocast(query.device.type, enabled=False):
@@ -89,17 +94,21 @@ def _attend_at_once(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
             scores += _additive(mask, dtype).repeat(1, 1, heads // kv_heads, 1)
         weights = scores.softmax(-1)
         mixed = torch.matmul(weights, value.to(dtype)).view(rows, heads, tokens, width)
-    return mixed.transpose(1, 2).contiguous()
+    mixed = mixed.transpose(1, 2).contiguous()
+    return mixed, weights.view(rows, heads, tokens, past) if keep_weights else None
 
 
-def _attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
-                      causal: bool = True, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Attend block by block."""
+def _attend_in_blocks(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+        keep_weights: bool, causal: bool = True,
+        mask: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """Attend block by block; weights are (rows, heads, tokens of the block, tokens before its end).
+    """
     rows, heads, tokens, width = query.shape
     kv_heads = key.shape[1]
     dtype = product_dtype(query)
     step = BLOCK if causal else NONCAUSAL_BLOCK
-    mixed_blocks = []
+    mixed_blocks, weight_blocks = [], []
     with torch.autocast(query.device.type, enabled=False):
         query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
         for start in range(0, tokens, step):
@@ -116,7 +125,10 @@ def _attend_in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
             weights = scores.softmax(-1)
             mixed = torch.matmul(weights, value[:, :, :past])
             mixed_blocks.append(mixed.view(rows, heads, -1, width))
-    return torch.cat(mixed_blocks, 2).transpose(1, 2).contiguous()
+            if keep_weights:
+                weight_blocks.append(weights.view(rows, heads, -1, past))
+    mixed = torch.cat(mixed_blocks, 2).transpose(1, 2).contiguous()
+    return mixed, weight_blocks if keep_weights else None
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

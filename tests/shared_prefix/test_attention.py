@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from published import format_of
+from torch.nn.functional import pad
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
 from mig_kit.boxes import BoxFormat
@@ -136,6 +137,34 @@ def test_outputs_and_gradients_equal_the_plain_ones(heads, mask, meaning):
     with torch.no_grad():
         output, _ = attention.attention(module, *inputs, meaning, scaling=0.4, dropout=0.0)
     assert largest_gap(results[0][0], output[sees_something]) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [5, 128, 300])
+def test_in_blocks_and_with_weights_it_is_the_same(tokens):
+    torch.manual_seed(0)
+    module = make_module(keep_weights=True)
+    inputs = random_inputs(2, (4, 2), (tokens, tokens), requires_grad=True)
+    causal = additive(torch.ones(2, 1, tokens, tokens).tril().bool())
+    results = []
+    for in_blocks in (None, False, True):
+        module.in_blocks = in_blocks
+        output, weights = (
+            eager_attention_forward(module, *inputs, causal, scaling=0.4) if in_blocks is None
+            else attention.attention(module, *inputs, None, scaling=0.4))
+        if in_blocks:
+            assert [block.shape[2:] for block in weights] == [
+                (min(128, tokens - start), min(start + 128, tokens))
+                for start in range(0, tokens, 128)]
+            weights = torch.cat([pad(block, (0, tokens - block.shape[-1])) for block in weights], 2)
+        loss = output.square().sum() + weights[..., ::3].square().sum()
+        results.append((output, weights, *torch.autograd.grad(loss, inputs)))
+    for expected, plain, in_blocks in zip(*results):
+        for ours in (plain, in_blocks):
+            assert ours.shape == expected.shape
+            assert largest_gap(expected, ours) < 1e-5 * expected.abs().max()
+        assert largest_gap(plain, in_blocks) < 1e-6 * plain.abs().max()
+    module.keep_weights = False
+    assert attention.attention(module, *inputs, None, scaling=0.4)[1] is None
 
 
 @pytest.mark.parametrize("causal", [True, False])
