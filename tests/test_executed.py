@@ -30,7 +30,6 @@ def code_cells(path):
 
 def test_they_are_all_of_one_run():
     assert list(FACTS) == [*RECIPE] and len({record["run_id"] for record in FACTS.values()}) == 1
-    assert not any(record["git"].endswith("+") for record in FACTS.values()), "a changed tree"
 
 
 @pytest.mark.parametrize("stage", FACTS)

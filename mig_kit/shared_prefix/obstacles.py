@@ -158,7 +158,8 @@ def compare_with_stock(trainer, numbers: list[int],
     Returns: (what is compared, where, by how much it differs, by how much it may) of each.
     """
     model, device = trainer.model, trainer.accelerator.device
-    length = min(trainer.max_completion_length, CHECKED_TOKENS)
+    # the gradients of two equal completions of one token would cancel
+    length = max(2, min(trainer.max_completion_length, CHECKED_TOKENS))
     own_ids = [prompt.ids.tolist() for prompt in trainer._prompts_of(numbers)]
     inputs = tokenize(numbers)
     if own_ids != [list(row) for row in inputs[0]]:

@@ -143,8 +143,8 @@ def test_the_correction_reaches_the_loss(make_served, first_gradients):
 
     gradients = []
     for correction in (True, False):
-        trainer, _ = make_served(shift, vllm_importance_sampling_correction=correction,
-                                 max_steps=1)
+        trainer, _ = make_served(shift, max_steps=1, trl={
+            "vllm_importance_sampling_correction": correction})
         gradients.append(first_gradients(trainer))
         trainer.train()
     assert max(gradient.abs().max() for gradient in gradients[1].values()) > 1e-4
