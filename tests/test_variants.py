@@ -1,7 +1,6 @@
 """A variant of 05 from a finished run, with a reward of one's own: one command, ten lines."""
 
 import json
-import re
 import shutil
 
 import pytest
@@ -84,8 +83,6 @@ def test_a_reward_of_ones_own_is_a_file_and_a_parameter(shared_runs):
     assert {row["step"] for row in rollouts} == {0, 2}
     assert any(row["rewards"]["center"] is not None for row in rollouts)
     page = (shared_runs / "variant" / "07_report" / "report.html").read_text()
-    cells = rf"<td>{shared_runs / 'my_rewards.py'}:center</td>\s*<td>0\.50?</td>"
-    assert re.search(cells, page), "not in the table"
     assert "center 0" in page or "center 1" in page, "not in the gallery"
     assert "What the replies become" in page and "<figcaption>" in page
 

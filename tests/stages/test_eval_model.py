@@ -351,7 +351,7 @@ def test_a_runs_folder_names_the_run(smoke_runs, monkeypatch):
     assert by_name == by_folder and by_name.folder.name == "model"
     assert find_run_model(str(by_name.folder)) is None, "a model's own folder"
     assert find_run_model("smoke/other") is find_run_model("some/model") is None
-    with pytest.raises(FileNotFoundError, match="there is no run and no folder 'smoek'; did you"):
+    with pytest.raises(UserError, match="there is no run and no folder 'smoek'; did you"):
         find_run_model("smoek")
 
 
