@@ -26,7 +26,7 @@ RUN_PARAMS_STAGE = "01_synthesize"
 EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "report_to")
 # parameters that name a run, not what is in it
 NAMES_OF_RUNS = ("run_id", "control_run")
-# the parameter that maps further settings of TRL's config to their values
+# TRL's config class of the stages that train
 CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
 START_WORDS, NEEDS_SFT = ("merged", "base", "adapter"), ("merged", "adapter")
 TABLE_COLUMNS = ("suite", "compared")  # of the table of claims, beside a column per group
@@ -48,7 +48,7 @@ Loss = Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "ves
 
 def param(default, words: str, **limits):
     """A field of a stage's parameters; words: its help, limits: pydantic's, such as ge=1."""
-    return Field(default, description=words, validate_default=False, **limits)
+    return Field(default, description=words, **limits)
 
 
 RUN_ID = param("default", "name of the run folder under runs/",
