@@ -146,5 +146,5 @@ def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
         with path.open("rb") as file:
             yield from ijson.items(file, prefix, use_float=True)
     except (ijson.JSONError, UnicodeError) as error:
-        raise UserError(f"{path} is cut or no JSON ({str(error)[:80]}); save or download it "
-                        "again") from error
+        raise UserError(f"{path} is cut or no JSON ({str(error).splitlines()[0].strip()}); save or "
+                        "download it again") from error
