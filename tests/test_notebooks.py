@@ -78,7 +78,7 @@ def test_what_a_reader_is_told_to_try_shows_something(stage):
 
 def test_commands_to_try_are_planned(smoke_runs, monkeypatch):
     plans = []
-    monkeypatch.setattr(execute, "run_plans", lambda made, *_: plans.extend(made))
+    monkeypatch.setattr(execute, "run_plan", lambda plan, *_: plans.append(plan))
     for command in COMMANDS:
         run_command(command, smoke_runs)
     assert len(plans) == len(COMMANDS) >= 2 and all(made.source == "smoke" for made in plans)

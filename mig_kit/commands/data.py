@@ -248,9 +248,6 @@ def _recipe_of_run(source: str, profile: str | None, root: Path | None):
         "05_grpo", trained)
     params |= run_facts.run_params(source, "mig-kit data export")
     start, merged = params["start_from"], run_folders.stage_folder("03_merge", source) / "merged"
-    if start == "adapter":
-        raise UserError("start_from is adapter, which no other engine goes on with over 4-bit "
-                         "weights; export a run that starts from merged")
     folder = run_folders.stage_folder("05_grpo", source)
     rewards = load_rewards(params["rewards"], folder)
     if of_batch := [name for name in rewards if isinstance(rewards[name], BatchReward)]:

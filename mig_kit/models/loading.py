@@ -13,7 +13,6 @@ from transformers import BitsAndBytesConfig
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, model_folder, release_memory
-from mig_kit.models.adapters import check_adapter_base
 from mig_kit.models.model_folders import (
     FAMILIES,
     VisionLanguageModel,
@@ -221,24 +220,6 @@ def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFo
                 parameter.data = parameter.data.to(torch.bfloat16)
     policy.model = model
     release_memory()  # of the copies in float32, gigabytes in a real model
-    return policy
-
-
-def load_adapter_policy(base: str | Path, adapter: Path, hardware: Hardware,
-                        box_format: BoxFormat) -> Policy:
-    """The 4-bit base under a saved adapter that goes on being trained, without dropout.
-
-    Raises UserError as `check_adapters`, and for another base's adapter.
-    """
-    from peft import LoraConfig, PeftModel
-
-    check_adapter_base(adapter, base)
-    policy = load_four_bit_policy(base, hardware, box_format)
-    config = LoraConfig.from_pretrained(adapter)
-    config.lora_dropout, config.inference_mode = 0.0, False
-    policy.model = train_mode_for_4bit_layers(
-        PeftModel.from_pretrained(policy.model, adapter, is_trainable=True, config=config))
-    check_adapters(policy.model)
     return policy
 
 

@@ -73,28 +73,6 @@ class StageLines(logging.Handler):
         return is_new and share > 0
 
 
-def run_plans(plans: list[PlannedRun], force: bool = False) -> None:
-    """Run one plan after the other; with several, say after each how long the others will take.
-
-    Raises: UserError, before a kernel starts, as `store.is_done` and `store.refuse_stale_inputs`.
-    """
-    if not force:
-        for plan in plans:
-            check_plan(plan)
-    for number, plan in enumerate(plans, 1):
-        if len(plans) > 1:
-            print(f"run '{plan.run_id}', {number} of {len(plans)}", flush=True)
-        if plan.source:
-            start_branch(plan.source, plan.run_id, *plan.params)
-        run_stages(plan, force)
-        if number < len(plans):
-            seconds = sum(store.load_record(stage, finished.run_id)["seconds"]
-                          for finished in plans[:number] for stage in finished.params)
-            left = (len(plans) - number) * seconds / number / 60
-            print(f"{len(plans) - number} of {len(plans)} runs to go, about {left:.0f} min left",
-                  flush=True)
-
-
 def check_plan(plan: PlannedRun) -> None:
     """UserError if a stage has finished otherwise, or would read a stale one."""
     planned = plan.params
@@ -102,7 +80,7 @@ def check_plan(plan: PlannedRun) -> None:
     is_new_branch = plan.source and not load_branch(plan.run_id)
     origin = plan.source if is_new_branch else plan.run_id
     for stage in due:
-        inputs = store.input_stages(stage, origin, planned[stage])
+        inputs = store.input_stages(stage, origin)
         if not set(inputs) & set(planned):
             for name in inputs:
                 store.require_record(name, origin, stage)
@@ -117,12 +95,17 @@ def is_done(stage: str, plan: PlannedRun) -> bool:
     return has_work and store.is_done(stage, plan.run_id, plan.params[stage])
 
 
-def run_stages(plan: PlannedRun, force: bool = False) -> None:
+def run_plan(plan: PlannedRun, force: bool = False) -> None:
     """Run the stages of a plan in order; force: run all of them from the start.
 
-    Raises UserError if a stage refuses its input; a stage that fails otherwise prints its
-    traceback and ends the process. What it has made is kept for resuming.
+    Raises UserError, before a kernel starts, as `store.is_done` and `store.refuse_stale_inputs`,
+    and if a stage refuses its input; a stage that fails otherwise prints its traceback and ends the
+    process. What it has made is kept for resuming.
     """
+    if not force:
+        check_plan(plan)
+    if plan.source:
+        start_branch(plan.source, plan.run_id, *plan.params)
     remaining, lines = dict(plan.params), StageLines()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[lines], force=True)
     for stage, values in plan.params.items():

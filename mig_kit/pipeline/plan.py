@@ -1,4 +1,4 @@
-"""What `mig-kit run` will do, checked before anything is written: stages, runs and parameters."""
+"""What `mig-kit run` will do, checked before anything is written: stages and parameters."""
 
 import os
 import re
@@ -33,8 +33,6 @@ from mig_kit.pipeline.run_rules import check_run, leave_out_cold_start
 from mig_kit.pipeline.stage_keys import MODEL_PARAMS
 from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS_STAGE, START_WORDS
 
-SEED = "{seed}"  # what stands for a seed in names and values
-
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -46,35 +44,16 @@ class PlannedRun:
     profile: str
 
 
-def plan_runs(names: list[str], profile: str, run_id: str, source: str, seeds: list[int],
-              overrides: tuple[tuple[str, str], ...]) -> list[PlannedRun]:
-    """The run, or one run per seed, with the seed in place of {seed} in names and values.
+def plan_run(names: list[str], profile: str, run_id: str, source: str,
+             overrides: tuple[tuple[str, str], ...]) -> PlannedRun:
+    """The run, with the parameters of all its stages.
 
     Args:
         names: stages; [] for all that are the run's own.
         profile: "" for the run's, or its source's.
         overrides: (name, text) of `-p`.
-    Raises: UserError if one of the runs could not start.
+    Raises: UserError if the run could not start.
     """
-    _require_seed_in_name(run_id, seeds)
-    if not seeds:
-        return [_plan_run(names, profile, run_id, source, overrides)]
-    if any(name == "seed" for name, _ in overrides):
-        raise UserError("-p seed and --seeds both set the seed; leave one of them out")
-    plans = []
-    for seed in seeds:
-        words = [text.replace(SEED, str(seed)) for text in (run_id, source)]
-        values = [(name, text.replace(SEED, str(seed))) for name, text in overrides]
-        # 03 of run{seed} is the run's own, without a seed
-        if SEED not in run_id or any("seed" in MODELS[stage].model_fields
-                                     for stage in plan_stages(names, words[0])):
-            values.append(("seed", str(seed)))
-        plans.append(_plan_run(names, profile, *words, tuple(values)))
-    return plans
-
-
-def _plan_run(names: list[str], profile: str, run_id: str, source: str,
-              overrides: tuple[tuple[str, str], ...]) -> PlannedRun:
     validate_run_id(run_id)
     recorded = load_profile(run_id) or (load_profile(source) if source else "")
     if profile and recorded not in ("", profile):
@@ -184,23 +163,3 @@ def plan_stages(names: list[str], run_id: str) -> list[str]:
         require_own_stage(stage, run_id)
     inherited = load_branch(run_id).get("stages", ())
     return names or [stage for stage in RECIPE if stage not in inherited]
-
-
-def parse_seeds(text: str) -> list[int]:
-    """The seeds of "0,1,2"; UserError for other texts, and if a seed is named twice."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
-        raise UserError(f"--seeds is '{text}'; write whole numbers with commas, such as 0,1,2")
-    seeds = [int(word) for word in words]
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {text} names a seed twice; name each once")
-    return seeds
-
-
-def _require_seed_in_name(run_id: str, seeds: list[int]) -> None:
-    """UserError if several seeds would share a run, or if a name has {seed} without seeds."""
-    if len(seeds) > 1 and SEED not in run_id:
-        raise UserError(f"{len(seeds)} seeds cannot share the run '{run_id}'; put {SEED} into "
-                        f"--run-id, such as {run_id}-{SEED}")
-    if not seeds and SEED in run_id:
-        raise UserError(f"'{run_id}' has {SEED}, but there are no seeds; add --seeds 0,1,2")

@@ -11,7 +11,7 @@ from mig_kit.pipeline.run_folders import (
     require_runs,
     stage_folder,
 )
-from mig_kit.pipeline.stage_params import NEEDS_SFT, RUN_PARAMS_STAGE, parse_groups
+from mig_kit.pipeline.stage_params import RUN_PARAMS_STAGE, parse_groups
 
 CURATION = "04_rejection_sampling"
 
@@ -46,18 +46,10 @@ def _check_rl(planned: dict[str, dict], run_id: str) -> None:
     has_sft = any(stage in planned for stage in COLD_START) or (
         planned[RUN_PARAMS_STAGE]["teacher"] != "none" if RUN_PARAMS_STAGE in planned else
         has_cold_start(run_id))
-    start = params["start_from"]
-    if start in NEEDS_SFT and not has_sft:
-        raise UserError(f"05_grpo: start_from is '{start}', and there is no cold start; set "
+    if params["start_from"] == "merged" and not has_sft:
+        raise UserError("05_grpo: start_from is 'merged', and there is no cold start; set "
                         "start_from to base, for RL alone, or teacher to own (the key 'reply' of "
                         "your data) or endpoint")
-    sft = _find_params("02_sft", planned, run_id)
-    if start == "adapter" and sft:
-        for name in ("lora_r", "lora_targets"):
-            if sft[name] != params[name]:
-                raise UserError(f"05_grpo: start_from is 'adapter', and {name} is {params[name]!r} "
-                                f"here and {sft[name]!r} in 02; RL goes on with that adapter: set "
-                                "lora_r and lora_targets to those of 02")
     replies = params["per_device_train_batch_size"] * params["gradient_accumulation_steps"]
     prompts, kept = replies // params["num_generations"], count_prompts(planned, run_id)
     if kept is not None and kept < prompts:

@@ -52,11 +52,10 @@ CHOSEN = "REWARDS"  # a dictionary of which only the entries count that a stage 
 MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function
 
 
-def input_stages(stage: str, run_id: str, params: dict) -> tuple[str, ...]:
+def input_stages(stage: str, run_id: str) -> tuple[str, ...]:
     """The stages that this one reads. A run without a cold start has no 02 and 03."""
     if stage <= COLD_START[-1] or run_folders.has_cold_start(run_id):
-        adapter = ("02_sft",) if params.get("start_from") == "adapter" else ()
-        return adapter + STAGES[stage]
+        return STAGES[stage]
     return tuple(name for name in STAGES[stage] if name not in COLD_START)
 
 
@@ -68,7 +67,7 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 def load_inputs(stage: str, run_id: str, params: dict) -> dict[str, dict[str, str]]:
     """Stage -> digests of its files, for the stages that this one reads; raises if one is gone."""
     return {name: require_record(name, run_id, stage)["outputs"]
-            for name in input_stages(stage, run_id, params)}
+            for name in input_stages(stage, run_id)}
 
 
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:

@@ -28,7 +28,8 @@ EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "report_to")
 NAMES_OF_RUNS = ("run_id", "control_run")
 # TRL's config class of the stages that train
 CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
-START_WORDS, NEEDS_SFT = ("merged", "base", "adapter"), ("merged", "adapter")
+START_WORDS = ("merged", "base")
+NEEDS_SFT = ("merged", "adapter")  # the second: of records of 0.2
 TABLE_COLUMNS = ("suite", "compared")  # of the table of claims, beside a column per group
 IMAGE_TOKEN = 784  # pixels
 
@@ -281,13 +282,13 @@ class Grpo(StageParams):
         "batch", "rewards' std that divides advantages: of batch, group or none")
     beta: Amount = param(0.0, "weight of the KL term; 0 needs no reference")
     loss_type: Loss = param("dapo", "mean over all tokens (dapo), replies (grpo), and more")
-    start_from: str = param("merged", "merged (03), base, adapter (02, no merge) or a folder")
+    start_from: str = param("merged", "merged (03), base or a folder")
     seed: Seed = SEED
     lr_scheduler_type: Schedule = param("linear", "linear (to 0), cosine, constant_with_warmup")
     warmup_steps: Count = param(5, "linear warm-up, updates")
     save_steps: Positive = param(25, "a checkpoint every so many updates, in whole num_iterations")
     gradient_checkpointing: bool = CHECKPOINTING
-    lora_r: Positive = param(83, "rank of the new adapter; with start_from adapter that of 02")
+    lora_r: Positive = param(83, "rank of the new adapter")
     lora_targets: Targets = param("attention", "projections: all, attention or gate_up")
     per_device_train_batch_size: Positive = param(32, "replies per device and step")
     gradient_accumulation_steps: Positive = param(4, "steps per update, of all processes together")
@@ -328,12 +329,8 @@ class Grpo(StageParams):
                 "to true")
         require(self.start_from in START_WORDS or (
             self.start_from and model_folder(self.start_from).is_dir()),
-            f"start_from is '{self.start_from}'; it must be merged, base, adapter or a folder that "
+            f"start_from is '{self.start_from}'; it must be merged, base or a folder that "
             "exists; correct it")
-        require(self.start_from != "adapter" or not (self.beta or self.server),
-                "02's adapter is on 4-bit weights, which no server holds, and which without it are "
-                'the base, not beta\'s reference; set beta to 0 and server to "", or start_from to '
-                "merged")
         cap = self.epsilon_high or self.epsilon
         require(self.loss_type != "cispo" or cap >= 1,
                 "loss_type cispo caps the ratio itself at epsilon_high, and below 1 would multiply "

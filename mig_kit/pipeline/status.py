@@ -4,8 +4,6 @@ from mig_kit.pipeline import store
 from mig_kit.pipeline.run_folders import (
     RECIPE,
     STAGES,
-    find_owner,
-    format_run_command,
     is_locked,
     list_runs,
     list_sources,
@@ -13,7 +11,6 @@ from mig_kit.pipeline.run_folders import (
     load_profile,
     load_record,
     runs_root,
-    stage_folder,
 )
 from mig_kit.world.suites import suite_title
 
@@ -76,15 +73,3 @@ def _stage_state(stage: str, run_id: str) -> str:
         return ""
     word = "running" if is_locked(runs_root() / run_id) else "stopped"
     return f"{word} after {seconds / 60:.1f} min"
-
-
-def damaged_files(run_id: str) -> list[str]:
-    """A line for every stage of the run or its source that has a damaged file."""
-    lines = []
-    for stage in STAGES:
-        folder, record = stage_folder(stage, run_id), load_record(stage, run_id)
-        if path := record and store.find_damaged(folder, record, is_thorough=True,
-                                                 hashes_images=True):
-            command = format_run_command(stage, find_owner(stage, run_id), "--force")
-            lines.append(f"{path} is not what {stage} wrote; make it again: {command}")
-    return lines

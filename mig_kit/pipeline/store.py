@@ -89,7 +89,7 @@ def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str,
                 values = (planned or {}).get(stage) or recorded_params(stage, record)
                 reason = describe_staleness(stage, run_id, values)
                 causes = [(stage, reason)] if reason else []
-                causes += [stale[name] for name in input_stages(stage, run_id, values)
+                causes += [stale[name] for name in input_stages(stage, run_id)
                            if name in stale]
                 stale |= {stage: causes[0]} if causes else {}
         except UserError as error:  # what it was made from is gone or damaged
@@ -100,7 +100,7 @@ def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str,
 def find_stale_inputs(stage: str, run_id: str, params: dict) -> dict[str, str]:
     """Stale stage -> why, of the stages (its control run's, too) that this one would read."""
     stale, control = find_stale(run_id), params.get("control_run")
-    causes = dict(stale[name] for name in input_stages(stage, run_id, params) if name in stale)
+    causes = dict(stale[name] for name in input_stages(stage, run_id) if name in stale)
     if control and (cause := find_stale(control).get("03_merge")):
         causes[f"{cause[0]} of run '{control}'"] = cause[1]
     return causes
@@ -141,7 +141,7 @@ def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bo
 
     is_thorough: also hash files of unchanged size and time (gigabytes in a second).
     """
-    for name in input_stages(stage, run_id, params):
+    for name in input_stages(stage, run_id):
         owner, folder = find_owner(name, run_id), stage_folder(name, run_id)
         record = load_record(name, run_id)
         if damaged := record and find_damaged(folder, record, is_thorough):
@@ -150,11 +150,10 @@ def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bo
                             f"{format_run_command(name, owner, '--force')}")
 
 
-def find_damaged(folder: Path, record: dict, is_thorough: bool = False,
-                 hashes_images: bool = False) -> Path | None:
-    """The first file, stored images included, that is gone or not what the stage wrote, or None.
+def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path | None:
+    """The first file that is gone or not what the stage wrote, or image that is gone, or None.
 
-    is_thorough: also hash files of unchanged size and time. hashes_images: hash images, too.
+    is_thorough: also hash files of unchanged size and time.
     """
     outputs = record["outputs"]
     for name, digest in outputs.items():
@@ -167,8 +166,7 @@ def find_damaged(folder: Path, record: dict, is_thorough: bool = False,
     images = folder / IMAGE_FOLDER
     listed = (folder / IMAGE_MANIFEST).read_text().split() if IMAGE_MANIFEST in outputs else ()
     stored = set(os.listdir(images)) if images.is_dir() else set()
-    return next((images / name for name in listed if name not in stored
-                 or (hashes_images and file_sha256(images / name) != Path(name).stem)), None)
+    return next((images / name for name in listed if name not in stored), None)
 
 
 def file_facts(path: Path) -> list[int]:

@@ -17,6 +17,7 @@ from mig_kit.common import UserError, model_folder
 from mig_kit.image_files import image_digests
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import name_data
+from mig_kit.pipeline.stage_params import START_WORDS
 from mig_kit.prompts import is_well_formed, parse_boxes
 from mig_kit.rewards import image_set_iou, is_correct, match_score, weakest_iou
 from mig_kit.sample import Sample, TableRows, read_samples
@@ -74,7 +75,7 @@ def has_own_data(run_id: str) -> bool:
 
 def find_rl_start(start_from: str) -> Path | None:
     """The folder that 05 started from, None for a run's model; UserError if it is gone."""
-    if start_from in ("merged", "base", "adapter"):
+    if start_from in START_WORDS:
         return None
     folder = model_folder(start_from)
     if not folder.is_dir():

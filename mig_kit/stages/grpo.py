@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.boxes import BoxFormat
@@ -154,8 +153,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
         "model": policy.model, "args": config, "processing_class": policy.processor,
         "reward_funcs": reward_functions(scores, samples),
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
-        "peft_config": (None if isinstance(policy.model, PeftModel)  # it brings its adapter along
-                        else resuming.lora_config(params.lora_r, lora_targets=params.lora_targets)),
+        "peft_config": resuming.lora_config(params.lora_r, lora_targets=params.lora_targets),
         "callbacks": [resuming.ProgressLines(logged), StopIfNothingLearns(),
                       # draws a few replies before the first update, too
                       KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe)]}
@@ -200,42 +198,28 @@ def one_group_trainer(policy: loading.Policy, sample: Sample, folder: Path,
     return trainer
 
 
-def resolve_start(params: SimpleNamespace, merged: Path, adapter: Path) -> dict[str, str | Path]:
-    """Arguments of `train`: "start", a model, and "adapter" if training continues 02's adapter.
-
-    Raises as `check_model_folder` for a folder that holds no model.
-    """
+def resolve_start(params: SimpleNamespace, merged: Path) -> str | Path:
+    """The model that RL starts from; raises as `check_model_folder` for a folder without one."""
     if params.start_from == "merged":
-        return {"start": merged}
+        return merged
     if params.start_from == "base":
-        return {"start": loading.resolve_model(params.base_model)}
-    if params.start_from == "adapter":
-        return {"start": loading.resolve_model(params.base_model), "adapter": adapter}
+        return loading.resolve_model(params.base_model)
     folder = model_folder(params.start_from)
     check_model_folder(folder)
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     if difference := describe_other_format(folder, box_format):
         print(f"warning: {difference}", flush=True)
-    return {"start": folder}
+    return folder
 
 
-def load_start(hardware: loading.Hardware, box_format: BoxFormat, start: str | Path,
-               adapter: str | Path = "") -> loading.Policy:
-    """The model that RL starts from; start, adapter: of `resolve_start`."""
-    if adapter:
-        return loading.load_adapter_policy(start, Path(adapter), hardware, box_format)
-    return loading.load_policy(start, hardware, box_format)
-
-
-def train(folder: Path, params: SimpleNamespace, kept: str, start: str, adapter: str = "") -> None:
+def train(folder: Path, params: SimpleNamespace, kept: str, start: str) -> None:
     """Train an adapter on the samples of file `kept`, or resume, and save it.
 
     Every process that trains calls it. params: the stage's and the run's. start: the model.
-    adapter: folder of an adapter trained on the 4-bit `start`; "" for a new one.
     """
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     hardware = loading.choose_hardware(params.dtype, params.device)
-    policy = load_start(hardware, box_format, start, adapter)
+    policy = loading.load_policy(start, hardware, box_format)
     trainer = grpo_trainer(policy, read_samples(Path(kept)), folder, params)
     loading.check_adapters(trainer.model)
     if trainer.is_world_process_zero():

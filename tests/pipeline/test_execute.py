@@ -71,7 +71,7 @@ def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, le
     """00 needs neither, and no run of the same profile."""
     started = []
     leave("01_synthesize", "default")
-    monkeypatch.setattr(execute, "run_stages", lambda plan, *more: started.extend(plan.params))
+    monkeypatch.setattr(execute, "run_plan", lambda plan, *more: started.extend(plan.params))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     output_of("run", *words, "--profile", "qwen2_5_vl_7b")
     assert [stage[:2] for stage in started] == [word for word in words if word.isdigit()]

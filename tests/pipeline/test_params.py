@@ -57,7 +57,7 @@ REFUSED = [
     ("05", {"trl": {"beta": 1}}, "beta is a parameter of its own; write -p beta 1"),
     *(("05", {"reward_weights": weights}, "must be dict[str, float]") for weights in (
         [0.2, 0.3, 1.0, 1.3], {"box": "much"}, {"box": math.nan}, {1: 1.0}, 0.5)),
-    ("05", {"start_from": "nowhere"}, "it must be merged, base, adapter or a folder that exists"),
+    ("05", {"start_from": "nowhere"}, "it must be merged, base or a folder that exists"),
     ("05", {"scale_rewards": "nope"}, "did you mean 'none'? It is one of batch, group, none"),
     ("05", {"loss_type": "dpo"}, "did you mean 'dapo'?"),
     ("05", {"loss_type": "cispo", "epsilon_high": 0.28, **TWICE}, "set epsilon_high to 1 or more"),
@@ -70,7 +70,6 @@ REFUSED = [
     ("05", {"launcher": "torchrunn"}, "which is neither beside"),
     ("05", {"server": "http://x", **NO_SHARING}, "a server needs share_prefix"),
     ("05", {"server": "http://u:secret@a/v1"}, "such as http://localhost:8000/v1"),
-    ("05", {"start_from": "adapter", "beta": 0.1}, "not beta's reference"),
     ("05", {"rewards": []}, "list names of rewards, such as"),
     ("05", {"rewards": ["boxs"]}, "did you mean 'box'?"),
     ("05", {"rewards": [*KIT, "box"]}, "two of rewards are called 'box'"),

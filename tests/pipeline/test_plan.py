@@ -88,7 +88,7 @@ def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
     assert plan.plan_stages([], "b") == ["00_preflight", "05_grpo", "06_evaluate", "07_report"]
     assert plan.plan_stages([], "a") == list(RECIPE)
     assert run_folders.check_branch("a", "b", ["06_evaluate"]) == [], "naming it again is no error"
-    planned, = plan.plan_runs(["06_evaluate"], "", "b", "", [], ())
+    planned = plan.plan_run(["06_evaluate"], "", "b", "", ())
     assert (planned.source, list(planned.params)) == ("", ["06_evaluate"])
 
 
@@ -106,13 +106,7 @@ def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
     (("run", "05", "--from", "a", "--run-id", "c"), "run 'c' has its own 02_sft, so it is no bran"),
     (("run", "04", "05", "--run-id", "b"),
      "04_rejection_sampling of run 'b' is that of run 'a'; run it there, or start another branch: "
-     "mig-kit run 04 --from a --run-id NAME"),
-    (("run", "05", "--run-id", "x-{seed}"), "'x-{seed}' has {seed}, but there are no seeds"),
-    (("run", "05", "--run-id", "x", "--seeds", "0,1"), "2 seeds cannot share the run 'x'; put"),
-    (("run", "05", "--run-id", "x", "--seeds", "0,one"), "--seeds is '0,one'; write whole numbers"),
-    (("run", "05", "--run-id", "x-{seed}", "--seeds", "1,01"), "names a seed twice"),
-    (("run", "05", "--seeds", "1", "-p", "seed", "2"), "-p seed and --seeds both set the seed"),
-    (("run", "03", "--seeds", "1", "--run-id", "a"), "03_merge has no parameter 'seed'")])
+     "mig-kit run 04 --from a --run-id NAME")])
 def test_what_cannot_be_a_branch_is_refused_and_nothing_written(root, leave, words, sentence):
     run_folders.start_branch("a", "b", "05_grpo")
     leave("02_sft", "c")
@@ -172,35 +166,6 @@ def test_a_runs_name_makes_nothing_stale(root):
         values = validate_params({"control_run": control}, "06_evaluate")
         keys.append(store.stage_facts("06_evaluate", "copied", values)["key"])
     assert keys[0] == keys[1] != keys[2], "the same merged model under another name"
-
-
-def test_seeds_one_after_the_other_with_the_time_left(root, no_kernels):
-    words = ["run", "05", "06", "--from", "a", "--run-id", "g-{seed}"]
-    output_of(*words, "--seeds", "3")
-    no_kernels.clear()
-    output = output_of(*words, "--seeds", "3,4,5")
-    assert no_kernels == [(f"g-{seed}", stage, seed) for seed in (4, 5)
-                          for stage in ("05_grpo", "06_evaluate")], "3 is up to date"
-    assert "2 of 3 runs to go, about 6 min left" in output
-    assert "1 of 3 runs to go, about 3 min left" in output
-    assert "run 'g-5', 3 of 3" in output
-    assert [store.load_record("05_grpo", f"g-{seed}")["branch"]["from"] for seed in (3, 4, 5)] == [
-        "a", "a", "a"]
-
-
-def test_a_seed_stands_in_source_and_values_too(root, leave):
-    for seed in (0, 1):
-        for stage in RECIPE[1:5]:
-            leave(stage, f"s{seed}")
-    plans = plan.plan_runs(["05_grpo", "06_evaluate"], "smoke", "g-{seed}", "s{seed}", [0, 1],
-                           (("control_run", "s{seed}"), ("loss_type", "grpo")))
-    assert [(each.run_id, each.source) for each in plans] == [("g-0", "s0"), ("g-1", "s1")]
-    values = plans[1].params
-    assert (values["05_grpo"]["seed"], values["05_grpo"]["loss_type"]) == (1, "grpo")
-    assert (values["06_evaluate"]["seed"], values["06_evaluate"]["control_run"]) == (1, "s1")
-    with pytest.raises(UserError, match="no run 's2'"):
-        plan.plan_runs(["05_grpo"], "smoke", "g-{seed}", "s{seed}", [0, 1, 2], ())
-    assert sorted(path.name for path in root.iterdir()) == ["a", "s0", "s1"]
 
 
 def test_a_command_leaves_what_has_finished_unless_it_is_forced(root, no_kernels):

@@ -22,7 +22,7 @@ def root(root, monkeypatch):
 
 
 def planned_stages(names, overrides, run_id="a"):
-    (planned,) = plan.plan_runs(names, "tiny", run_id, "", [], overrides)
+    planned = plan.plan_run(names, "tiny", run_id, "", overrides)
     return [stage[:2] for stage in planned.params]
 
 
@@ -39,8 +39,6 @@ def test_without_a_teacher_02_and_03_are_left_out(root, leave):
 def test_rl_without_a_cold_start_starts_from_the_base(root, leave):
     with pytest.raises(UserError, match="set start_from to base, for RL alone, or teacher to own"):
         planned_stages([], OWN[:2])
-    with pytest.raises(UserError, match="'adapter', and there is no cold start; set start_from"):
-        planned_stages([], (*OWN[:2], ("start_from", "adapter")))
     leave("01_synthesize", teacher="none")
     with pytest.raises(UserError, match="set start_from to base"):
         planned_stages(["05_grpo"], ())
@@ -74,7 +72,7 @@ def test_a_branch_of_a_run_without_a_cold_start(root, leave):
     run_folders.start_branch("a", "b", "05_grpo")
     for run_id in ("a", "b"):
         assert not run_folders.has_cold_start(run_id)
-        assert [store.input_stages(stage, run_id, {}) for stage in RECIPE[3:7]] == [
+        assert [store.input_stages(stage, run_id) for stage in RECIPE[3:7]] == [
             ("02_sft",), ("01_synthesize",), ("04_rejection_sampling",),
             ("01_synthesize", "05_grpo")]
     assert planned_stages([], OWN[2:], run_id="b") == ["00", "05", "06", "07"]
@@ -120,15 +118,6 @@ def test_too_few_candidates_end_a_command_after_01(root, leave, monkeypatch):
     monkeypatch.setattr(execute, "_prepare", lambda *_: None)
     assert "04 keeps 9; lower" in refuse("01", "02", "03", "04", "05")
     assert executed == ["01_synthesize"]
-
-
-def test_an_adapter_goes_on_as_02_made_it(root, leave):
-    leave("01_synthesize")
-    leave("02_sft", lora_r=8)
-    words = ("05", "-p", "start_from", "adapter")
-    sentence = refuse(*words)
-    assert "and lora_r is 83 here and 8 in 02; RL goes on with that adapter: set" in sentence
-    assert "needs 03_merge" in refuse(*words, "-p", "lora_r", "8")
 
 
 def test_other_stages_of_the_run_decide(root, leave):
