@@ -143,8 +143,7 @@ def params_command(stage: str, profile: str) -> None:
 @click.option("--reference", default="", help="The group that the others are compared with.")
 @click.option("--system", default="grpo", show_default=True,
               type=click.Choice(["grpo", "sft", "base", "sft_long"]),
-              help="Whose scores are compared; sft_long: the SFT models of the control runs that "
-                   "06 had (control_run).")
+              help="Whose scores are compared; sft_long: longer SFT, of recorded runs alone.")
 @click.option("--format", "form", default="md", show_default=True,
               type=click.Choice(["md", "csv"]))
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path),

@@ -84,7 +84,7 @@ def check_plan(plan: PlannedRun) -> None:
         if not set(inputs) & set(planned):
             for name in inputs:
                 store.require_record(name, origin, stage)
-            causes = store.find_stale_inputs(stage, origin, planned[stage])
+            causes = store.find_stale_inputs(stage, origin)
             store.refuse_stale_inputs(stage, origin, causes)
 
 

@@ -14,7 +14,6 @@ from mig_kit.common import (
     IS_CLONE,
     PROJECT_ROOT,
     UserError,
-    digest_json,
     model_folder,
     suggest_word,
 )
@@ -35,7 +34,6 @@ from mig_kit.pipeline.stage_params import (
 
 PACKAGES = ("mig-kit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
             "accelerate", "papermill", "numpy", "pillow")
-SFT_STAGES = ("01_synthesize", "02_sft", "03_merge")
 MODELS = {"base": "", "sft": "03_merge/merged", "grpo": "05_grpo/model"}
 
 
@@ -63,26 +61,6 @@ def _finished_params(stage: str, run_id: str) -> dict:
 def name_data(run_id: str) -> str:
     """`data` of the run's 01, "scenes" if that has not finished."""
     return _finished_params("01_synthesize", run_id).get("data", "scenes")
-
-
-def describe_control(run_id: str) -> dict:
-    """{"run_id", "model", "minutes", "changed"} of a run that serves as control; {} for "".
-
-    model: `model_digest`. minutes: of stages 02 and 03. changed: `changed_params`.
-    """
-    if not run_id:
-        return {}
-    records = [load_record(stage, run_id) or {} for stage in SFT_STAGES]
-    return {"run_id": run_id, "model": model_digest(run_id),
-            "minutes": sum(record.get("seconds", 0) for record in records[1:]) / 60,
-            "changed": changed_params(run_id, SFT_STAGES)}
-
-
-def model_digest(run_id: str) -> str:
-    """SHA-256 over the files of the run's SFT model, "" if its 03 has not finished."""
-    record = load_record("03_merge", run_id)
-    return digest_json({name: digest for name, digest in record["outputs"].items()
-                        if name.startswith("merged/")}) if record else ""
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,6 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
         if data == "scenes" and not any(planned["06_evaluate"]["suites"].values()):
             raise UserError("06_evaluate: all suites are 0, so there is nothing to score; raise "
                             "one of them")
-        if control := planned["06_evaluate"]["control_run"]:
-            require_runs(control)
     if "09_compare" in planned:
         groups = parse_groups(planned["09_compare"]["groups"])
         require_runs(*(name for members in groups.values() for name in members

@@ -17,7 +17,6 @@ from mig_kit.common import (
     NOTEBOOKS,
     PACKAGE,
     PROJECT_ROOT,
-    UserError,
     digest_json,
     file_sha256,
     iter_lines,
@@ -29,7 +28,7 @@ from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_facts import run_params
 from mig_kit.pipeline.run_folders import COLD_START, STAGES, require_record
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS, RUN_PARAMS
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS
 
 KEY_FACTS = ("parameter", "file", "input", "code")
 NOT_PRODUCTS = ("metrics.json", "started.json")  # they hold times and names of runs
@@ -64,7 +63,7 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
     return {**params, **run_params(run_id, stage)} if STAGES[stage] else params
 
 
-def load_inputs(stage: str, run_id: str, params: dict) -> dict[str, dict[str, str]]:
+def load_inputs(stage: str, run_id: str) -> dict[str, dict[str, str]]:
     """Stage -> digests of its files, for the stages that this one reads; raises if one is gone."""
     return {name: require_record(name, run_id, stage)["outputs"]
             for name in input_stages(stage, run_id)}
@@ -76,7 +75,7 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     A finished stage with another key is stale. Names of cells and definitions are for sentences.
     """
     params = with_run_params(stage, run_id, params)
-    inputs = load_inputs(stage, run_id, params)
+    inputs = load_inputs(stage, run_id)
     if stage not in STAGES_OF_PICTURES:
         inputs = {name: select_products(outputs) for name, outputs in inputs.items()}
     files = hash_named_files(params)
@@ -84,8 +83,6 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     files |= {name: file_sha256(split_function_name(name)[0])
               for name in params.get("rewards", ()) if ":" in name}
     files |= {name: model_fingerprint(params[name]) for name in MODEL_PARAMS if params.get(name)}
-    if params.get("control_run"):
-        files["control_run"] = _control_outputs(params, run_id, stage)
     for group in params.get("groups", ()):
         members = str(group).rpartition("=")[2].split(",")
         files |= {f"group {name}": _member_digest(name) for name in map(str.strip, members)}
@@ -141,16 +138,6 @@ def _member_digest(name: str) -> str:
         run_id = run_folders.validate_run_id(name)
         path = run_folders.stage_folder("06_evaluate", run_id) / "run.json"
     return file_sha256(path) if path.is_file() else ""
-
-
-def _control_outputs(params: dict, run_id: str, stage: str) -> dict[str, str]:
-    control = run_folders.validate_run_id(params["control_run"])
-    outputs = require_record("03_merge", control, stage)["outputs"]
-    other = run_params(control, stage)
-    if name := next((name for name in RUN_PARAMS if other[name] != params[name]), ""):
-        raise UserError(f"control_run '{control}' has another {name} ({other[name]}) than run "
-                        f"'{run_id}' ({params[name]}); compare runs of one model and box format")
-    return select_products(outputs)
 
 
 def model_fingerprint(model: str) -> dict[str, str]:

@@ -24,8 +24,7 @@ RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
 EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "report_to")
-# parameters that name a run, not what is in it
-NAMES_OF_RUNS = ("run_id", "control_run")
+NAMES_OF_RUNS = ("run_id",)  # they name a run, not what is in it
 # TRL's config class of the stages that train
 CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
 START_WORDS = ("merged", "base")
@@ -349,7 +348,6 @@ class Evaluate(StageParams):
     eval_seed: Seed = param(53, "seed of the drawn test samples, the same for all runs")
     replies: Count = param(8, "replies at temperature 1 per sample; 0 for none")
     sampled_per_task: Count = param(10, "first samples of a task that get them; 0: all")
-    control_run: str = param("", "run whose merged model is evaluated too, as sft_long")
     run_id: str = RUN_ID
     seed: Seed = SEED
     max_new_tokens: Positive = MAX_NEW_TOKENS

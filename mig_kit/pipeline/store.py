@@ -22,7 +22,7 @@ from mig_kit.common import UserError, file_sha256, write_json
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, link_or_copy
 from mig_kit.pipeline.model_cards import CARD, write_card
 from mig_kit.pipeline.params import default_params, describe_differences, validate_params
-from mig_kit.pipeline.run_facts import describe_control, describe_machine, package_versions
+from mig_kit.pipeline.run_facts import describe_machine, package_versions
 from mig_kit.pipeline.run_folders import (
     RECIPE,
     STAGES,
@@ -97,13 +97,10 @@ def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str,
     return stale
 
 
-def find_stale_inputs(stage: str, run_id: str, params: dict) -> dict[str, str]:
-    """Stale stage -> why, of the stages (its control run's, too) that this one would read."""
-    stale, control = find_stale(run_id), params.get("control_run")
-    causes = dict(stale[name] for name in input_stages(stage, run_id) if name in stale)
-    if control and (cause := find_stale(control).get("03_merge")):
-        causes[f"{cause[0]} of run '{control}'"] = cause[1]
-    return causes
+def find_stale_inputs(stage: str, run_id: str) -> dict[str, str]:
+    """Stale stage -> why, of the stages that this one would read."""
+    stale = find_stale(run_id)
+    return dict(stale[name] for name in input_stages(stage, run_id) if name in stale)
 
 
 def refuse_stale_inputs(stage: str, run_id: str, causes: dict[str, str]) -> None:
@@ -248,7 +245,6 @@ class Stage:
     is_shown: bool
     spent: float
     stale_inputs: dict[str, str] = field(default_factory=dict)
-    control: dict = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
     is_finished: bool = False
@@ -293,7 +289,6 @@ class Stage:
             write_json(folder / "run.json", {
                 "stage": self.name, "run_id": self.run_id, "params": self.params,
                 "facts": self.facts, "inputs": self.inputs,
-                "control": self.control,
                 "branch": load_branch(self.run_id) if self.inputs else {},
                 "outputs": {name: file_sha256(path) for name, path in files.items()},
                 "stats": {name: file_facts(path) for name, path in files.items()},
@@ -341,15 +336,14 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     facts = stage_facts(stage, run_id, params)
     require_intact_inputs(stage, run_id, params, is_thorough=True)
     is_shown = is_done(stage, run_id, params, facts)
-    stale_inputs = find_stale_inputs(stage, run_id, params)
+    stale_inputs = find_stale_inputs(stage, run_id)
     started = read_started(unfinished_folder(stage, run_id))
     if not started.get("is_forced") and not is_shown:
         refuse_stale_inputs(stage, run_id, stale_inputs)
     lock_run(run)
     folder, spent = _open_folder(stage, run_id, facts, is_shown)
     begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), facts,
-                  load_inputs(stage, run_id, params), is_shown, spent, stale_inputs,
-                  describe_control(params.get("control_run", "")))
+                  load_inputs(stage, run_id), is_shown, spent, stale_inputs)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 

@@ -24,7 +24,7 @@ from mig_kit.world.suites import suite_title
 
 # Runs that differ in one of these did not answer the same questions.
 SAMPLE_PARAMS = ("eval_seed", "suites", "min_pixels", "max_pixels", "coordinates")
-SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: of the control run
+SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: longer SFT, of records alone
 README_RECORD = "notebooks/guide/ablations/default.json"  # the run whose scores the README prints
 
 
@@ -42,7 +42,7 @@ class EvaluatedRun:
     machine: str
     params: dict  # SAMPLE_PARAMS of 06
     start_from: str = "merged"  # what 05 trained
-    control: dict = field(default_factory=dict)  # of `run_facts.describe_control`
+    control: dict = field(default_factory=dict)  # run and parameters of sft_long, of old records
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `run_facts.changed_params`
     stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
@@ -107,8 +107,8 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
     trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
     curves = store.read_metrics(store.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
-    control, params = record.get("control", {}), record["params"]
-    has_model = {"sft": store.has_cold_start(run_id), "sft_long": bool(control)}
+    params = record["params"]
+    has_model = {"sft": store.has_cold_start(run_id), "sft_long": False}
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     correct = {system: {suite: _correctness(run_id, system, suite, part, box_format)
                         for suite, part in samples.items()}
@@ -119,7 +119,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         float(np.mean(lengths)) if lengths else float("nan"),
         sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
         record.get("git", ""), record.get("machine", ""), _sample_params(params),
-        trained.get("start_from", "merged"), control, record.get("questions", {}),
+        trained.get("start_from", "merged"), {}, record.get("questions", {}),
         changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
                   if summary.get("reasoning")}

@@ -21,7 +21,6 @@ def root(root, monkeypatch):
     ("table", "defualt"), ("table", "--group", "a=default,defualt"),
     ("record", "defualt", "--out", "records"),
     ("run", "05", "--from", "defualt", "--run-id", "b"), ("run", "05", "--run-id", "defualt"),
-    ("run", "06", "--run-id", "default", "-p", "control_run", "defualt"),
     ("run", "09", "-p", "groups", "[a=defualt]")])
 def test_a_misspelt_run_gets_the_nearest_name(root, words):
     assert error_of(*words) == f"no run 'defualt' in {root}; did you mean 'default'?"

@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import re
-import shutil
 import statistics
 from dataclasses import replace
 
@@ -18,7 +17,6 @@ from command_line import run_mig_kit
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_json
 from mig_kit.drawing import plots
-from mig_kit.pipeline.run_facts import describe_control
 from mig_kit.pipeline.stage_params import parse_groups
 from mig_kit.stages import compare, evaluate, evaluated_runs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
@@ -213,45 +211,6 @@ def test_the_models_before_rl_are_compared_too(nine_runs, monkeypatch):
     monkeypatch.setattr(evaluated_runs.store, "has_cold_start", lambda run: run != "dr_grpo-1")
     with pytest.raises(UserError, match="no SFT model; leave them out, .*: dr_grpo-1"):
         compare.compare_groups(groups, system="sft")
-
-
-def leave_control(root, run_id, **changed):
-    for stage, outputs in (("02_sft", {}), ("03_merge", {"merged/model.safetensors": "1"})):
-        (root / run_id / stage).mkdir(parents=True)
-        write_json(root / run_id / stage / "run.json",
-                   {"params": changed, "seconds": 60, "outputs": outputs})
-
-
-def test_the_sft_models_of_control_runs_are_compared(tmp_path):
-    """By hand: GRPO over control SFT of each run, from folders and from recorded runs."""
-    values = {}
-    for seed in range(3):
-        leave_control(tmp_path, f"long{seed}", num_train_epochs=8.1)
-        values[seed] = write_run(tmp_path, f"r{seed}", seed, {
-            "base": 0.2, "sft": 0.5, "grpo": 0.8, "sft_long": 0.5})
-        change_json(tmp_path / f"r{seed}" / "06_evaluate" / "run.json",
-                    control=describe_control(f"long{seed}"))
-    groups = {"recipe": ["r0", "r1", "r2"]}
-    result = compare.compare_groups(groups, system="sft_long")
-    row = by_key(result)["recipe", "mig_bench", "grpo-sft_long"]
-    expected = [plain_score(correct["grpo", "mig_bench"])
-                - plain_score(correct["sft_long", "mig_bench"]) for correct in values.values()]
-    assert row["by_run"] == pytest.approx(expected) and result["notes"] == []
-    text = compare.render_table(result)
-    assert text.startswith("control SFT model, percent (95 %)")
-    assert "GRPO over control SFT, points (95 %)\n\n| group | runs | MIG-Bench-like" in text
-    assert f"| {statistics.fmean(expected):+.1f} (" in text
-    files = [evaluated_runs.record_run(run, tmp_path / "kept") for run in groups["recipe"]]
-    for run in groups["recipe"]:
-        shutil.rmtree(tmp_path / run)
-    again = compare.compare_groups({"recipe": list(map(str, files))}, system="sft_long")
-    assert again == result and files[0].stat().st_size < 20_000
-    fields = json.loads(files[0].read_text())
-    assert fields["changed"]["06_evaluate"]["eval_seed"] == PARAMS["eval_seed"]
-    assert fields["control"]["changed"] == {"02_sft": {"num_train_epochs": 8.1}}
-    write_run(tmp_path, "without", 3)
-    with pytest.raises(UserError, match="no control SFT model; .*: without$"):
-        compare.compare_groups({"other": ["without"]}, system="sft_long")
 
 
 def test_intervals_stay_within_0_to_100_and_are_never_certain(tmp_path):
