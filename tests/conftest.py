@@ -114,7 +114,7 @@ def random_folder(make_once, processor):
 
 @pytest.fixture(scope="session")
 def smoke_runs(make_once):
-    """A folder of runs with a smoke run, "smoke", 08, 09 and 90 too, through the command line.
+    """A folder of runs with a smoke run, "smoke", 08 and 90 too, through the command line.
 
     Behind its own cells each notebook runs what it tells its reader to try. Jupyter knows a kernel
     python3 that is another's: the kit's own runs the notebooks all the same.
@@ -135,7 +135,7 @@ def smoke_runs(make_once):
         environment = {"MIG_KIT_RUNS": str(root), "JUPYTER_PATH": str(root.with_name("jupyter"))}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(execute, "NOTEBOOKS", notebooks)
-            for stages in ((), ("08", "09", "90")):
+            for stages in ((), ("08", "90")):
                 output_of("run", *stages, *words, **environment)
 
     return make_once("smoke-runs", run)

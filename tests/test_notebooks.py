@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 from command_line import describe_files, output_of
 from jupyter_server.services.contents.largefilemanager import LargeFileManager
+from nbformat.v4 import new_code_cell
 from traitlets.config.loader import PyFileConfigLoader
 from try_blocks import read_blocks
 
@@ -38,7 +40,7 @@ def test_every_stage_left_what_it_should_and_no_notebook_shows_a_warning(smoke_r
         record = json.loads((folder / "run.json").read_text())
         assert record["versions"]["trl"]
         assert re.search(r"\w.* \d+ of \d+ cores$", record["machine"])
-        assert stage in ("01_synthesize", "07_report", "09_compare") or record["hardware"]
+        assert stage in ("01_synthesize", "07_report") or record["hardware"]
         notebook = nbformat.read(folder / f"{stage}.ipynb", 4)
         texts = [output["text"] for cell in notebook.cells for output in cell.get("outputs", ())
                  if output.get("name") == "stderr"]
@@ -69,7 +71,22 @@ def test_nbval_runs_an_executed_notebook_again_and_nothing_changes(runs, tmp_pat
     assert describe_files(runs / "smoke", "*/**/*") == before, "changed, or an attempt was left"
 
 
-@pytest.mark.parametrize("stage", store.STAGES)
+def test_notebook_09_compares_runs(runs, tmp_path, monkeypatch):
+    """With what its reader is told to try behind it."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(runs))
+    notebook = nbformat.read(NOTEBOOKS / "09_compare.ipynb", 4)
+    notebook.cells += map(new_code_cell, read_blocks("09_compare", "python"))
+    nbformat.write(notebook, tmp_path / "09.ipynb")
+    executed = papermill.execute_notebook(
+        tmp_path / "09.ipynb", tmp_path / "out.ipynb", {"groups": ["recipe=smoke"]},
+        progress_bar=False, kernel_manager_class=execute.ThisPython)
+    texts = [output.get("text", output.get("data", {}).get("text/plain", ""))
+             for cell in executed.cells for output in cell.get("outputs", ())]
+    assert any("One run each: recipe" in text for text in texts)
+    assert texts[-2:] == ["'4.0 (-8.7 to +16.7)'", "1.4"]
+
+
+@pytest.mark.parametrize("stage", [*store.STAGES, "09_compare"])
 def test_what_a_reader_is_told_to_try_shows_something(stage):
     for block in read_blocks(stage, "python"):
         last = ast.parse(block).body[-1]

@@ -158,7 +158,6 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     place of a run.
     """
     from mig_kit.drawing import plots
-    from mig_kit.pipeline.stage_params import parse_groups
     from mig_kit.stages import compare
 
     if figure and figure.suffix not in (".png", ".pdf", ".svg"):
@@ -166,9 +165,7 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     if differences and not figure:
         raise UserError("--differences says what --figure draws; add --figure FILE, or leave it "
                         "out: the tables have the differences")
-    by_group = parse_groups([*groups, *run_ids])
-    require_runs(*(name for members in by_group.values() for name in members
-                   if not name.endswith(".json")))
+    by_group = compare.parse_groups([*groups, *run_ids])
     result = compare.compare_groups(by_group, reference, system)
     drawn = compare.figure_rows(result, differences) if figure else []
     click.echo(compare.render_table(result, form))

@@ -20,19 +20,8 @@ CARD = "README.md"
 TEXT = """# {title}
 
 Names the image and the box that answer a question on several images:
-`<think>...</think><answer>{{"image": 2, "box": [x1,y1,x2,y2]}}</answer>`. From mig-kit, run {run}.
-
-- **Base**: {base}. **Licence**: {licence}.
-- **Data**: {data}.
-- **Images** of {low} to {high} pixels; boxes are {coordinates}.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder = "."  # this folder, or its name on the hub
-model = AutoModelForImageTextToText.from_pretrained(folder)
-processor = AutoProcessor.from_pretrained(folder)
-```
+`<think>...</think><answer>{{"image": 2, "box": [x1,y1,x2,y2]}}</answer>`. From mig-kit, run {run}:
+base {base}, trained on {data}, images of {low} to {high} pixels, boxes in {coordinates}.
 
 `mig-kit ground --model FOLDER --image A --image B "QUESTION"` asks it with the right prompt, and
 `mig-kit eval --model FOLDER --card` writes scores into the head of this file: percent, the 95 %
@@ -48,39 +37,31 @@ Recipe ({stage}):
 
 def write_card(stage: str, folder: Path, run_id: str, params: dict) -> None:
     """Write the card of a finishing stage's model, if it has one; params: of stage and run."""
-    for path in MODELS.values():
-        maker, _, name = path.partition("/")
-        if stage == maker and (folder / name).is_dir():
-            write_model_card(folder / name, stage, run_id, params)
-
-
-def write_model_card(folder: Path, stage: str, run_id: str, params: dict) -> None:
-    """Write the card of a model folder; params: of the stage, 03_merge or 05_grpo, and the run."""
     from huggingface_hub import ModelCard, ModelCardData  # of an extra
 
+    name = next((path.split("/")[1] for path in MODELS.values() if path.startswith(stage)), "")
+    if not (name and (folder / name).is_dir()):
+        return
     trained = "02_sft" if stage == "03_merge" else stage
     of_sft = load_record(trained, run_id) if trained != stage else None
-    recipe = {**(of_sft or {}).get("params", {}), **params}
-    recipe = {name: _without_folders(value) for name, value in recipe.items()
+    recipe = {name: _without_folders(value)
+              for name, value in {**(of_sft or {}).get("params", {}), **params}.items()
               if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
     base, data = str(params["base_model"]), name_data(run_id)
-    is_tiny, is_of_hub = base == "tiny", re.fullmatch(r"[\w.-]+/[\w.-]+", base)
-    is_of_hub = is_of_hub and not model_folder(base).is_dir()
+    is_of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not model_folder(base).is_dir()
     title = f"{run_id}, {'SFT' if stage == '03_merge' else 'GRPO'} model"
     head = ModelCardData(
-        base_model=base if is_of_hub else None, license="apache-2.0" if is_tiny else None,
+        base_model=base if is_of_hub else None, license="apache-2.0" if base == "tiny" else None,
         library_name="transformers", pipeline_tag="image-text-to-text", model_name=title,
         tags=["mig-kit", "visual-grounding", *(["trl", "grpo"] if stage == "05_grpo" else [])])
     text = TEXT.format(
-        title=_escape(title), run=_escape(run_id), stage=trained,
-        coordinates=Coordinates(params["coordinates"]).description,
-        base="mig-kit's tiny base, for drawn scenes alone" if is_tiny else _escape(
-            base if is_of_hub else _without_folders(base)),
-        licence="Apache 2.0" if is_tiny else "that of the base model, and of the data",
-        data="drawn scenes" if data == "scenes" else f"own data, {_escape(Path(data).name)}",
-        low=params["min_pixels"], high=params["max_pixels"], recipe=json.dumps(recipe, indent=1))
+        title=_escape(title), run=_escape(run_id), stage=trained, low=params["min_pixels"],
+        high=params["max_pixels"], coordinates=Coordinates(params["coordinates"]).description,
+        base=_escape(base if is_of_hub else _without_folders(base)),
+        data="drawn scenes" if data == "scenes" else _escape(Path(data).name),
+        recipe=json.dumps(recipe, indent=1))
     card = ModelCard(f"---\n{head.to_yaml()}\n---\n{text}")
-    write_atomically(folder / CARD, card.save)
+    write_atomically(folder / name / CARD, card.save)
 
 
 def _without_folders(value):

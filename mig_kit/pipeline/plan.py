@@ -113,9 +113,8 @@ def locate_paths(name: str, value: object) -> object:
         return [locate_paths(name, item) for item in value]
     if not isinstance(value, str) or not value:
         return value
-    if name in ("rewards", "groups"):
-        path = r".+(?=:)" if name == "rewards" else r"[^=,\s][^=,]*\.json"
-        return re.sub(path, lambda match: relative_to_project(match[0]), value)
+    if name == "rewards":
+        return re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), value)
     is_model = name in MODEL_PARAMS and value not in ("tiny", *START_WORDS) and (
         Path(value).is_dir())
     is_data = name == "data" and value != "scenes"

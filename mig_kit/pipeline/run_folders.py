@@ -23,7 +23,7 @@ STAGES = {
     "06_evaluate": ("01_synthesize", "03_merge", "05_grpo"),
     "07_report": ("01_synthesize", "02_sft", "03_merge", "04_rejection_sampling", "05_grpo",
                   "06_evaluate"),
-    "08_benchmark": (), "09_compare": (), "90_tiny_base": (),
+    "08_benchmark": (), "90_tiny_base": (),
 }
 RECIPE = tuple(stage for stage in STAGES if stage < "08")
 COLD_START = ("02_sft", "03_merge")

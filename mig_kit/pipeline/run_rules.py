@@ -8,10 +8,9 @@ from mig_kit.pipeline.run_folders import (
     COLD_START,
     has_cold_start,
     load_record,
-    require_runs,
     stage_folder,
 )
-from mig_kit.pipeline.stage_params import RUN_PARAMS_STAGE, parse_groups
+from mig_kit.pipeline.stage_params import RUN_PARAMS_STAGE
 
 CURATION = "04_rejection_sampling"
 
@@ -33,10 +32,6 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
         if data == "scenes" and not any(planned["06_evaluate"]["suites"].values()):
             raise UserError("06_evaluate: all suites are 0, so there is nothing to score; raise "
                             "one of them")
-    if "09_compare" in planned:
-        groups = parse_groups(planned["09_compare"]["groups"])
-        require_runs(*(name for members in groups.values() for name in members
-                       if not name.endswith(".json")))
 
 
 def _check_rl(planned: dict[str, dict], run_id: str) -> None:

@@ -9,7 +9,7 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from mig_kit.common import (
 )
 from mig_kit.image_files import is_regular_file
 from mig_kit.pipeline import run_folders
-from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_facts import run_params
 from mig_kit.pipeline.run_folders import COLD_START, STAGES, require_record
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS
@@ -44,10 +43,9 @@ PLUMBING = "mig_kit.pipeline"
 # what no result follows from: packages and modules that keep runs, show something or check it
 NOT_PART_OF_A_KEY = (
     PLUMBING, "mig_kit.drawing", "mig_kit.stages.tables", "mig_kit.stages.sanity_checks")
-STAGES_OF_PICTURES = {"07_report", "08_benchmark", "09_compare"}  # all of that counts but PLUMBING
+STAGES_OF_PICTURES = {"07_report", "08_benchmark"}  # all of that counts but PLUMBING
 # cells that decide nothing: they only draw, or compute by hand what no later cell uses
 TAGS_OUTSIDE = {"parameters", "picture", "lesson"}
-CHOSEN = "REWARDS"  # a dictionary of which only the entries count that a stage has chosen
 MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function
 
 
@@ -83,15 +81,12 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     files |= {name: file_sha256(split_function_name(name)[0])
               for name in params.get("rewards", ()) if ":" in name}
     files |= {name: model_fingerprint(params[name]) for name in MODEL_PARAMS if params.get(name)}
-    for group in params.get("groups", ()):
-        members = str(group).rpartition("=")[2].split(",")
-        files |= {f"group {name}": _member_digest(name) for name in map(str.strip, members)}
     params = {name: value for name, value in params.items()
               if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
     facts = {"parameter": params,
              "file": {name: digest_json(value) for name, value in files.items()},
              "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
-             **describe_code(stage, _chosen_rewards(stage, run_id, params))}
+             **describe_code(stage)}
     # not part of the key: once 01 has stored the images that it needs, they may go
     return {**facts, "key": digest_json([facts[kind] for kind in KEY_FACTS]),
             "images": digest_json(images) if images else ""}
@@ -125,21 +120,6 @@ def select_products(outputs: dict[str, str]) -> dict[str, str]:
     return {name: digest for name, digest in outputs.items() if name not in NOT_PRODUCTS}
 
 
-def _chosen_rewards(stage: str, run_id: str, params: dict) -> list[str]:
-    """The rewards of a stage: its own parameter's, else those of the 05 that it builds on."""
-    trained = run_folders.load_record("05_grpo", run_id) if "05_grpo" in STAGES[stage] else None
-    return {**default_params("05_grpo"), **(trained or {}).get("params", {}), **params}["rewards"]
-
-
-def _member_digest(name: str) -> str:
-    """SHA-256 of what a comparison reads of a run, or of a recorded run's file; "" without it."""
-    path = PROJECT_ROOT / name
-    if not name.endswith(".json"):
-        run_id = run_folders.validate_run_id(name)
-        path = run_folders.stage_folder("06_evaluate", run_id) / "run.json"
-    return file_sha256(path) if path.is_file() else ""
-
-
 def model_fingerprint(model: str) -> dict[str, str]:
     """File name -> digest, of a model folder's weights and settings; {} for a hub name."""
     folder = model_folder(model)
@@ -169,8 +149,8 @@ def hash_named_files(params: dict) -> dict:
     return {"data": file_sha256(path), "images": images}
 
 
-def describe_code(stage: str, rewards: Sequence[str]) -> dict:
-    """{"code", "definition", "cells"} of a stage; `rewards` names the kit's rewards that it uses.
+def describe_code(stage: str) -> dict:
+    """{"code", "definition", "cells"} of a stage.
 
     code: digest of all code that its results follow from. definition ("module.name" -> digest) and
     cells (a digest) say what has changed.
@@ -184,7 +164,7 @@ def describe_code(stage: str, rewards: Sequence[str]) -> dict:
             cells.append(ast.dump(tree))
             names |= _references(tree, imports)
     definitions = {".".join(name): _digest(code) for name, code in
-                   sorted(_find_definitions(names, stage, rewards).items())}
+                   sorted(_find_definitions(names, stage).items())}
     for module in {name.rpartition(".")[0] for name in definitions}:
         path = _module_path(module)  # and what lies beside it under its name, such as a template
         definitions |= {f"{module}.{file.name}": file_sha256(file)
@@ -203,7 +183,7 @@ def _digest(code: str) -> str:
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
-def _find_definitions(names: Iterable[Name], stage: str, rewards: Sequence[str]) -> dict[Name, str]:
+def _find_definitions(names: Iterable[Name], stage: str) -> dict[Name, str]:
     """The code of these definitions and of all that they lead to."""
     left_out = (PLUMBING,) if stage in STAGES_OF_PICTURES else NOT_PART_OF_A_KEY
     todo, seen, used = set(names), set(), {}
@@ -217,8 +197,6 @@ def _find_definitions(names: Iterable[Name], stage: str, rewards: Sequence[str])
         definitions, imports = _read_module(path, path.stat().st_mtime_ns)
         if name in imports:  # from there it leads to where it is defined
             todo.add(imports[name])
-        elif name == CHOSEN:
-            todo |= {(module, f"{name}[{reward}]") for reward in rewards}
         elif name in definitions:
             used[module, name], references = definitions[name]
             todo |= references | {(module, MODULE_BODY)}
@@ -251,17 +229,13 @@ def _read_module(path: Path, modified: int) -> tuple[dict[str, tuple[str, set[Na
 
 
 def _name_statement(statement: ast.stmt) -> list[tuple[str, ast.AST]]:
-    """(name that it defines, statement); for CHOSEN one entry per key, "REWARDS[box]"."""
+    """(name that it defines, statement) pairs."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [(statement.name, statement)]
     if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        names = [node.id for target in targets for node in ast.walk(target)
-                 if isinstance(node, ast.Name)]
-        if names == [CHOSEN] and isinstance(statement.value, ast.Dict):
-            return [(f"{CHOSEN}[{ast.literal_eval(key)}]", value) for key, value in
-                    zip(statement.value.keys, statement.value.values)]
-        return [(name, statement) for name in names]
+        return [(node.id, statement) for target in targets for node in ast.walk(target)
+                if isinstance(node, ast.Name)]
     is_import = isinstance(statement, ast.Import | ast.ImportFrom)
     return [] if is_import else [(MODULE_BODY, statement)]
 

@@ -7,7 +7,6 @@ a rule that needs other stages of the run stands in `run_rules`.
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -29,7 +28,6 @@ NAMES_OF_RUNS = ("run_id",)  # they name a run, not what is in it
 CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
 START_WORDS = ("merged", "base")
 NEEDS_SFT = ("merged", "adapter")  # the second: of records of 0.2
-TABLE_COLUMNS = ("suite", "compared")  # of the table of claims, beside a column per group
 IMAGE_TOKEN = 784  # pixels
 
 Count, Positive = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]
@@ -389,22 +387,6 @@ class Benchmark(StageParams):
     dtype: Dtype = DTYPE
 
 
-class Compare(StageParams):
-    """09_compare."""
-
-    groups: list[str] = param(
-        ["recipe=default"], "name=run,run: runs that count as one, such as a variant's seeds")
-    reference: str = param("", 'the group that the others are compared with; "" for the first')
-    run_id: str = RUN_ID
-
-    @model_validator(mode="after")
-    def _has_its_reference(self):
-        names = parse_groups(self.groups)
-        require(not self.reference or self.reference in names,
-                "the reference must be one of the groups; name one, or \"\" for the first")
-        return self
-
-
 class TinyBase(StageParams):
     """90_tiny_base."""
 
@@ -424,29 +406,4 @@ class TinyBase(StageParams):
 MODELS = {
     "00_preflight": Preflight, "01_synthesize": Synthesize, "02_sft": Sft, "03_merge": Merge,
     "04_rejection_sampling": RejectionSampling, "05_grpo": Grpo, "06_evaluate": Evaluate,
-    "07_report": Report, "08_benchmark": Benchmark, "09_compare": Compare,
-    "90_tiny_base": TinyBase}
-
-
-def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
-    """Name -> runs of words "name=run,run"; a run alone is a group of its own name.
-
-    Raises UserError for a name or run that occurs twice, or a group without runs.
-    """
-    groups: dict[str, list[str]] = {}
-    for word in words:
-        name, is_named, runs = word.partition("=")
-        members = [run.strip() for run in (runs if is_named else name).split(",") if run.strip()]
-        require(name.strip() and members, f"'{word}' is no group; write name=run or name=run,run")
-        require(name.strip() not in groups,
-                f"two groups are called '{name.strip()}'; give each its own name")
-        groups[name.strip()] = members
-    everyone = [run for members in groups.values() for run in members]
-    for run in everyone:
-        require(everyone.count(run) == 1,
-                f"run '{run}' is named twice; a run counts once, in one group")
-    for name in groups:
-        require(name not in TABLE_COLUMNS, f"a group cannot be called '{name}', as a column of the "
-                "table is; give it another name")
-    require(groups, "there is nothing to compare; name runs, or groups as name=run,run")
-    return groups
+    "07_report": Report, "08_benchmark": Benchmark, "90_tiny_base": TinyBase}

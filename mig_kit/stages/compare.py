@@ -1,4 +1,4 @@
-"""Stage 09: groups of runs side by side, such as a variant's seeds beside the recipe's.
+"""Groups of runs side by side, such as a variant's seeds beside the recipe's.
 
 Scores of greedy replies have 95 % intervals over samples, of own data over lists of images, and
 over the runs of a group that has several (`stats.joint_interval`). Two groups are compared sample
@@ -14,6 +14,7 @@ import pandas as pd
 from mig_kit import stats
 from mig_kit.common import UserError
 from mig_kit.drawing.palette import SYSTEM_LABELS
+from mig_kit.pipeline.run_folders import require_runs
 from mig_kit.pipeline.stage_params import NEEDS_SFT
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
@@ -33,6 +34,32 @@ class _Scope(NamedTuple):
     rows: list[np.ndarray]  # indices of samples, of each task
     # as in stats.Groups; None for synthetic suites, whose questions share no images
     clusters: list[np.ndarray] | None = None
+
+
+def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> runs of words "name=run,run"; a run alone is a group of its own name.
+
+    Raises UserError for a name or run that occurs twice, a group without runs, or an unknown run.
+    """
+    groups: dict[str, list[str]] = {}
+    for word in words:
+        name, is_named, runs = word.partition("=")
+        members = [run.strip() for run in (runs if is_named else name).split(",") if run.strip()]
+        if not name.strip() or not members:
+            raise UserError(f"'{word}' is no group; write name=run or name=run,run")
+        if name.strip() in groups:
+            raise UserError(f"two groups are called '{name.strip()}'; give each its own name")
+        groups[name.strip()] = members
+    everyone = [run for members in groups.values() for run in members]
+    if repeated := [run for run in everyone if everyone.count(run) > 1]:
+        raise UserError(f"run '{repeated[0]}' is named twice; a run counts once, in one group")
+    if of_table := groups.keys() & {"suite", "compared"}:
+        raise UserError(f"a group cannot be called '{min(of_table)}', as a column of the table is; "
+                        "give it another name")
+    if not groups:
+        raise UserError("there is nothing to compare; name runs, or groups as name=run,run")
+    require_runs(*(run for run in everyone if not run.endswith(".json")))
+    return groups
 
 
 def compare_groups(groups: dict[str, list[str]], reference: str = "", system: str = "grpo") -> dict:

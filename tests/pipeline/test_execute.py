@@ -11,7 +11,6 @@ from command_line import error_of, output_of
 from mig_kit.commands import main as cli_module
 from mig_kit.common import PROJECT_ROOT, UserError, progress_bar
 from mig_kit.pipeline import execute, params, plan, stage_params
-from mig_kit.stages.evaluated_runs import read_recorded
 
 
 def test_a_single_digit_names_a_stage():
@@ -28,16 +27,6 @@ def test_a_copied_profile_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
     values = plan.choose_params("05_grpo", "mine", "a", {"learning_rate": "1e-5"})
     assert "profile" not in values and values["learning_rate"] == 1e-5
     assert values["num_generations"] == 8 and values["beta"] == 0.04
-
-
-def test_recorded_runs_of_a_comparison_are_looked_for_where_the_command_is_given(monkeypatch):
-    monkeypatch.chdir(PROJECT_ROOT / "notebooks" / "guide")
-    words = (("groups", "[a=default, 'b=seed1,ablations/0.2/default.json', "
-                        "ablations/0.2/seed1.json]"),)
-    groups = ["a=default", "b=seed1,notebooks/guide/ablations/0.2/default.json",
-              "notebooks/guide/ablations/0.2/seed1.json"]
-    assert plan.parse_overrides(words, ["09_compare"]) == {"groups": groups}
-    assert read_recorded(groups[-1]).data_seed == 1, "a parameter's path is of the project"
 
 
 def test_a_command_is_a_word_whatever_it_holds():

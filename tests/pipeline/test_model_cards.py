@@ -75,7 +75,8 @@ def test_a_card_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     params = profile_params("05_grpo") | FORMAT | {
         "base_model": "/home/me/models/Qwen-7B", "rewards": ["box", "/home/me/mine.py:near"]}
     write_data_record(tmp_path, params | {"data": "/home/me/own.jsonl"})
-    model_cards.write_model_card(tmp_path, "05_grpo", "mine", params)
-    card = ModelCard.load(tmp_path / "README.md")
+    (tmp_path / "model").mkdir()
+    model_cards.write_card("05_grpo", tmp_path, "mine", params)
+    card = ModelCard.load(tmp_path / "model" / "README.md")
     assert "/home" not in card.content and "mine.py:near" in card.text
     assert card.data.base_model is None and "Qwen" in card.text

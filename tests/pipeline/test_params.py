@@ -83,8 +83,6 @@ REFUSED = [
     ("08", {"model": "nowhere"}, "a folder that exists, or USER/NAME of the hub"),
     ("08", {"images": 9}, "1 or more, at most 8"),
     ("08", {"wide_hidden": 200}, "a multiple of 128"),
-    ("09", {"groups": ["a=b", "a=c"]}, "two groups are called 'a'"),
-    ("09", {"reference": "other"}, "the reference must be one of the groups"),
     ("90", {"course_steps": [1]}, "list[int], 4 of them"),
 ]
 OFFERED = [

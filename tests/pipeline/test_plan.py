@@ -198,8 +198,8 @@ def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels
     output_of("run", "05", "06", "--run-id", "a")
     facts = stage_keys.describe_code
 
-    def changed_04(stage, rewards):
-        code = facts(stage, rewards)
+    def changed_04(stage):
+        code = facts(stage)
         return {**code, "code": "2"} if stage == "04_rejection_sampling" else code
 
     monkeypatch.setattr(stage_keys, "describe_code", changed_04)

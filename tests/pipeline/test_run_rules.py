@@ -124,4 +124,3 @@ def test_other_stages_of_the_run_decide(root, leave):
     leave("01_synthesize")
     sizes = "{mig_bench: 0, ood_grounding: 0, blink: 0, mmiu: 0}"
     assert "all suites are 0, so there is nothing to score" in refuse("06", "-p", "suites", sizes)
-    assert refuse("09", "-p", "groups", "[x=a, y=b1]").endswith("mig-kit status lists the runs")

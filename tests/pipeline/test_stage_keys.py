@@ -9,7 +9,6 @@ import pytest
 
 from mig_kit.common import NOTEBOOKS, PACKAGE
 from mig_kit.pipeline import stage_keys, store
-from mig_kit.pipeline.reward_names import KIT_REWARDS
 from mig_kit.pipeline.run_folders import RECIPE
 
 
@@ -35,8 +34,8 @@ def project(copied_project, monkeypatch):
                 shutil.copy2(source, path)
 
 
-def code_of_stages(rewards=KIT_REWARDS):
-    return {stage: stage_keys.describe_code(stage, rewards)["code"] for stage in RECIPE}
+def code_of_stages():
+    return {stage: stage_keys.describe_code(stage)["code"] for stage in RECIPE}
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +132,6 @@ def test_code_of_a_notebook_counts_but_not_its_comments_and_defaults(stale_after
     assert stale_after(change_cell, stage, old, new) == set(stages.split())
 
 
-def test_a_reward_that_is_not_chosen_makes_nothing_stale(unchanged_code, project):
-    def stale_with(rewards):
-        code = code_of_stages(rewards)
-        return {stage[:2] for stage in RECIPE if code[stage] != unchanged[stage]}
-
-    unchanged = code_of_stages(("box", "mine.py:center"))
-    change_text(project, "mig_kit/rewards.py", '"choice": choice_reward', '"choice": None')
-    change_definition(project, "image_reward")
-    assert stale_with(("box", "mine.py:center")) == set()
-    change_definition(project, "box_reward")
-    assert stale_with(("box", "mine.py:center")) == {"05", "07"}
-
-
 def test_what_is_not_part_of_a_key_exists():
     for name in stage_keys.NOT_PART_OF_A_KEY:
         path = PACKAGE.joinpath(*name.split(".")[1:])
@@ -202,7 +188,7 @@ def describe_small(tmp_path, monkeypatch):
                  {"cell_type": "code", "source": [cell], "metadata": {}},
                  {"cell_type": "code", "source": ["b.drawn()"], "metadata": {"tags": ["picture"]}}]
         (folder / "01_small.ipynb").write_text(json.dumps({"cells": cells}))
-        return stage_keys.describe_code("01_small", ())
+        return stage_keys.describe_code("01_small")
 
     return describe
 

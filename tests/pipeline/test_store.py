@@ -164,7 +164,7 @@ def test_what_differs_has_a_name(kind, values, words):
 
 def test_status_and_run_mean_the_same_by_stale_and_say_why(root, monkeypatch):
     begin(memory_gib=1.0).finish({})
-    code = stage_keys.describe_code("00_preflight", ())
+    code = stage_keys.describe_code("00_preflight")
     name = "mig_kit.stages.preflight.describe_machine"
     assert name in code["definition"]
     assert "stale" not in output_of("status", "a")
@@ -220,13 +220,6 @@ def count_keys(changes, stage, **values):
         change()
         keys.add(key_of(stage, **values))
     return len(keys)
-
-
-def test_a_comparison_is_stale_where_one_of_its_runs_is_another(root, leave):
-    groups = ["x=a, b", f"y={root / 'c.json'}"]
-    changes = (lambda: None, lambda: leave("06_evaluate"), lambda: leave("06_evaluate", "b"),
-               lambda: (root / "c.json").write_text("{}"))
-    assert count_keys(changes, "09_compare", groups=groups) == 4
 
 
 def test_parameters_of_the_run_and_what_05_starts_from_make_another_key(root, leave):

@@ -17,7 +17,6 @@ from command_line import run_mig_kit
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_json
 from mig_kit.drawing import plots
-from mig_kit.pipeline.stage_params import parse_groups
 from mig_kit.stages import compare, evaluate, evaluated_runs
 from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import joint_interval, probability_of_improvement
@@ -182,7 +181,7 @@ def test_probability_of_improvement_by_hand():
 
 
 def test_unequal_seeds_and_single_runs_are_named(nine_runs):
-    groups = parse_groups(["recipe=recipe-0, recipe-1", "dr=dr_grpo-2", "r_100%-0"])
+    groups = compare.parse_groups(["recipe=recipe-0, recipe-1", "dr=dr_grpo-2", "r_100%-0"])
     result = compare.compare_groups(groups, "dr")
     alone, unpaired = result["notes"]
     assert alone.startswith("One run each: dr, r_100%-0.")
@@ -331,7 +330,7 @@ def test_what_cannot_be_compared(tmp_path):
     (["a=b", "a=c"], "two groups"), ([], "nothing"), (["suite=a"], "cannot be called 'suite'")])
 def test_words_that_name_no_groups(words, message):
     with pytest.raises(ValueError, match=message):
-        parse_groups(words)
+        compare.parse_groups(words)
 
 
 def test_the_command_prints_and_draws(nine_runs, tmp_path):
