@@ -15,6 +15,7 @@ from pathlib import Path
 
 import papermill
 import pytest
+from command_line import describe_files
 
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import store
@@ -35,10 +36,10 @@ EXPLORER = ".widget-interact"
 EXPLORERS = re.compile(r"widgets\.explore_box\(")
 
 
-def prepare(stage, run_id, path):
-    """Write a notebook with smoke parameters put in, nothing run yet."""
+def prepare(stage, run_id, path, **changes):
+    """Write a notebook with smoke parameters and these put in, nothing run yet."""
     papermill.execute_notebook(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb", path,
-                               choose_params(stage, "smoke", run_id, {}), prepare_only=True)
+                               choose_params(stage, "smoke", run_id, changes), prepare_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,25 @@ def test_every_cell_runs_in_lab(stage, lab, page):
     assert pictures, f"{stage} shows no picture"
     choose_command(page, "Kernel", "kernelmenu:shutdown")
     time.sleep(1)
+
+
+def test_another_value_for_a_finished_stage_is_one_sentence_in_lab(lab, page):
+    address, folder, root = lab
+    if not (root / "lab" / "03_merge" / "run.json").is_file():
+        pytest.skip("needs the notebooks before it")
+    before = describe_files(root / "lab")
+    prepare("03_merge", "lab", folder / "changed.ipynb", dtype="bfloat16")
+    show(page, address, "changed")
+    run_all(page)
+    page.wait_for_selector(ERRORS, timeout=60_000)
+    page.locator(ERRORS).scroll_into_view_if_needed()
+    take_screenshot(page, "refused")
+    sentence = page.locator(ERRORS).inner_text()
+    assert sentence.startswith("mig-kit: 03_merge of run 'lab' has finished, and stays as it is ("
+                               "dtype: 'bfloat16', finished with 'float32')")
+    assert 'in a notebook run_id = "mine"' in sentence and "Traceback" not in sentence
+    assert describe_files(root / "lab") == before
+    choose_command(page, "Kernel", "kernelmenu:shutdown")
 
 
 def test_an_interrupt_in_lab_loses_nothing(lab, page):
