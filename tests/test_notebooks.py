@@ -86,6 +86,20 @@ def test_notebook_09_compares_runs(runs, tmp_path, monkeypatch):
     assert texts[-2:] == ["'4.0 (-8.7 to +16.7)'", "1.4"]
 
 
+def test_notebook_05b_learns_by_hand_what_the_trainer_computes(runs, tmp_path, monkeypatch):
+    """Few steps on the smoke run's model; its last cell asserts the trainer's gradient."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(runs))
+    few = {"run_id": "smoke", "n_questions": 4, "n_held_out": 2, "steps": 2, "n_prompts": 2,
+           "group_size": 4, "max_new_tokens": 24}
+    executed = papermill.execute_notebook(
+        NOTEBOOKS / "05b_grpo_by_hand.ipynb", tmp_path / "out.ipynb", few, progress_bar=False,
+        kernel_manager_class=execute.ThisPython)
+    texts = [output.get("text", "") for cell in executed.cells
+             for output in cell.get("outputs", ())]
+    assert any(re.search(r"gradients differ by \d", text) for text in texts)
+    assert not any("shared_prefix" in cell.source for cell in executed.cells)
+
+
 @pytest.mark.parametrize("stage", [*store.STAGES, "09_compare"])
 def test_what_a_reader_is_told_to_try_shows_something(stage):
     for block in read_blocks(stage, "python"):

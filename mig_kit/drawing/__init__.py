@@ -1,1 +1,1 @@
-"""Pictures, charts, tokens and widgets."""
+"""Pictures, charts and tokens."""

@@ -35,6 +35,7 @@ DASHES, SHORT_DASHES, DOTS = (12, 7), (6, 5), (3, 4)  # stroke and space, pixels
 SOLID = (100_000, 0)
 TOKENS_WIDTH, TOKENS_LINE = 760, 26  # of a picture of tokens, and of one of its lines, pixels
 STYLES = {True: (CORRECT, DASHES), False: (PREDICTED, SHORT_DASHES)}  # by whether it is correct
+CORRECTNESS = "blue: a correct reply's box; orange: another one's"
 # the dashes of a system's boxes and its letter
 SYSTEM_MARKS = {"base": (DOTS, "b"), "sft": (SHORT_DASHES, "S"), "grpo": (DASHES, "G"),
                 "sft_long": (SHORT_DASHES, "L"), "start": (SHORT_DASHES, "R")}
@@ -65,14 +66,27 @@ def _draw_dashed(pen: ImageDraw.ImageDraw, stroke: Stroke, size: tuple[int, int]
 
 def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = None,
                 height: int = 200) -> Image.Image:
-    """All images of a sample side by side: targets green, the reply's boxes orange, reference pink.
+    """All images of a sample side by side with its boxes, a reply's, and a line that explains them.
 
-    height: of the images, pixels. Raises ValueError for a reply without a box_format.
+    height: of the images, pixels. A reply needs a box_format.
     """
-    if reply and box_format is None:
-        raise ValueError("a reply's box cannot be drawn without its box_format")
+    sheet = _draw_reply(sample, reply, box_format, height)
+    return _add_caption(sheet, sample, "orange: the reply's box" if reply else "")
+
+
+def _draw_reply(sample: Sample, reply: str, box_format: BoxFormat | None,
+                height: int) -> Image.Image:
     boxes = reply_boxes_in_original(sample, reply, box_format) if reply else []
     return draw_boxes(sample, [Stroke(*named, PREDICTED, DASHES) for named in boxes], height)
+
+
+def _add_caption(sheet: Image.Image, sample: Sample, boxes: str) -> Image.Image:
+    """The sheet above a line that says what its colours mean; boxes: what to say of a reply's."""
+    lines = ["green: the target"] * bool(sample.targets) + [boxes] * bool(boxes)
+    lines += ["magenta: the place in question"] * bool(sample.reference)
+    if not lines:
+        return sheet
+    return stack([sheet, draw_text("; ".join(lines), max(sheet.width, 420), 12, MUTED)])
 
 
 def _fit_height(sample: Sample, height: int) -> int:
@@ -94,13 +108,14 @@ def draw_systems(sample: Sample, replies: dict[str, str], box_format: BoxFormat)
 
 
 def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) -> Image.Image:
-    """A sample's images with the numbered boxes of all replies: correct blue, others orange."""
+    """A sample's images with the numbered boxes of all replies, and a line that explains them."""
     strokes = []
     for place, reply in enumerate(replies):
         style = STYLES[is_correct(reply, sample, box_format)]
         strokes += [Stroke(image, box, *style, str(place + 1))
                     for image, box in reply_boxes_in_original(sample, reply, box_format)]
-    return draw_boxes(sample, strokes, _fit_height(sample, 300))
+    sheet = draw_boxes(sample, strokes, _fit_height(sample, 300))
+    return _add_caption(sheet, sample, f"{CORRECTNESS}, with the reply's number")
 
 
 def draw_boxes(sample: Sample, strokes: list[Stroke], height: int) -> Image.Image:
@@ -165,7 +180,7 @@ def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
     rows = []
     for system, reply in replies.items():
         is_right = is_correct(reply, sample, box_format)
-        rows.append((draw_sample(sample, reply, box_format, height), STYLES[is_right][0],
+        rows.append((_draw_reply(sample, reply, box_format, height), STYLES[is_right][0],
                      f"{system} ({'correct' if is_right else 'wrong'}): {reply}"))
     width = max(520, *(sheet.width for sheet, _, _ in rows))
     question = format_question(sample, box_format, with_instruction=False)
@@ -174,7 +189,7 @@ def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
         row = stack([sheet, draw_text(text, width, 15)])
         bar = Image.new("RGB", (6, row.height), colour)
         parts.append(stack([bar, row], across=True, gap=2))
-    return stack(parts, gap=10)
+    return _add_caption(stack(parts, gap=10), sample, "orange: the reply's box")
 
 
 def draw_text(text: str, width: int, size: int = 14, colour: str = INK,
@@ -226,7 +241,8 @@ def draw_rollouts(sample: Sample, rows: list[dict], box_format: BoxFormat) -> Im
     picked = [list(by_step)[index] for index in spread]
     parts = [part for step in picked for part in _draw_step(sample, step, by_step[step])]
     question = format_question(sample, box_format, with_instruction=False)
-    return stack([draw_text(question, max(part.width for part in parts), 16), *parts])
+    sheet = stack([draw_text(question, max(part.width for part in parts), 16), *parts])
+    return _add_caption(sheet, sample, f"{CORRECTNESS}; struck through: what the images contradict")
 
 
 def _draw_step(sample: Sample, step: int, rows: list[dict]) -> list[Image.Image]:

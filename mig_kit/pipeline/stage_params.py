@@ -212,7 +212,7 @@ class Sft(StageParams):
 
     num_train_epochs: Rate = param(4.0, "passes over the cold-start set")
     learning_rate: Rate = param(0.001, "peak learning rate")
-    lora_r: Positive = param(83, "rank; of equal size: 32 (all), 83 (attention), 78 (gate_up)")
+    lora_r: Positive = param(83, "rank; of equal size: 83 on attention, 32 on all, 78 on gate_up")
     lora_dropout: float = param(0.0, "dropout on the adapter input", ge=0, lt=1)
     lora_targets: Targets = param("attention", "projections: all, attention or gate_up; see lora_r")
     reasoning: bool = param(True, "learn the whole reply; false: its <answer> alone")

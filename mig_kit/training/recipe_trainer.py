@@ -21,7 +21,7 @@ from trl import GRPOTrainer
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
 from mig_kit.models.loading import Policy
-from mig_kit.models.processors import check_image_grids
+from mig_kit.models.processors import check_image_grids, render_prompt
 from mig_kit.models.sample_prompts import make_cache, prompt_source
 from mig_kit.sample import Sample
 from mig_kit.serving.served_rollouts import ServedRollouts
@@ -160,9 +160,9 @@ def pick_prompts(n_samples: int) -> list[int]:
 class KeepRollouts(TrainerCallback):
     """Writes REPLIES replies to a few prompts to the stage's folder while a model is trained.
 
-    They are drawn before the first update, every `every` updates and after the last, always with
-    the same random numbers, and change nothing in the training. describe: makes the rest of a row
-    from a reply and its sample.
+    They are drawn before the training's first rollout, every `every` updates and after the last,
+    with the training's sampling options and always the same random numbers, and change nothing in
+    it. describe: makes the rest of a row from a reply and its sample.
     """
 
     def __init__(self, policy: Policy, samples: Sequence[Sample], folder: Path, every: int,
@@ -183,12 +183,8 @@ class KeepRollouts(TrainerCallback):
             self._keep(state.global_step, model, args)
 
     def _keep(self, step: int, model, args) -> None:
-        model = extract_model_from_parallel(model)
-        uniforms = draw_uniforms(SEED, len(self.samples), REPLIES, args.max_completion_length)
-        with evaluation_mode(model):
-            rollouts = generate_rollouts(
-                model, self.policy.processor, self.cache.get(list(self.samples.values())), REPLIES,
-                read_sampling_options(args), uniforms, self.policy.hardware.autocast)
+        with evaluation_mode(model := extract_model_from_parallel(model)):
+            rollouts = self._draw(model, args)
         decode = self.policy.processor.batch_decode
         # after a kill, a step that is drawn again replaces its rows and all later ones
         rows = [row for row in load_rollouts(self.folder) if row["step"] < step]
@@ -196,6 +192,28 @@ class KeepRollouts(TrainerCallback):
             rows += [{"step": step, "prompt": index, **self.describe(reply, sample)}
                      for reply in decode(completions, skip_special_tokens=True)]
         write_rollouts(self.folder, rows)
+
+    def _draw(self, model, args) -> Sequence[Sequence[Sequence[int]]]:
+        """Token ids of REPLIES completions to each prompt."""
+        policy, sampling = self.policy, read_sampling_options(args)
+        prompts = self.cache.get(list(self.samples.values()))
+        options = {"top_k": args.top_k, "min_p": args.min_p,
+                   "repetition_penalty": args.repetition_penalty}
+        if options == {"top_k": 0, "min_p": None, "repetition_penalty": 1.0}:  # TRL's defaults
+            uniforms = draw_uniforms(SEED, len(prompts), REPLIES, args.max_completion_length)
+            return generate_rollouts(model, policy.processor, prompts, REPLIES, sampling, uniforms,
+                                     policy.hardware.autocast)
+        # what the kit's decoder lacks: TRL draws by transformers, too
+        inputs = policy.processor(
+            text=[render_prompt(policy.processor, sample, policy.box_format)
+                  for sample in self.samples.values()], padding=True, return_tensors="pt",
+            images=[image for sample in self.samples.values() for image in sample.images])
+        with keep_global_state(), torch.no_grad(), torch.autocast(
+                model.device.type, torch.bfloat16, enabled=policy.hardware.autocast):
+            torch.manual_seed(SEED)
+            output = model.generate(**inputs.to(model.device), do_sample=True, **vars(sampling),
+                                    **options, num_return_sequences=REPLIES)
+        return output[:, inputs["input_ids"].shape[1]:].unflatten(0, (-1, REPLIES)).tolist()
 
 
 @contextmanager

@@ -61,8 +61,11 @@ def test_a_group_shows_every_box_in_its_image_and_colour(task, monkeypatch):
     other = image % len(sample.images) + 1
     replies = [f"<think>Find.</think><answer>{format_answer(number, box)}</answer>"
                for number in (image, image, other, 99)]
-    monkeypatch.setattr(pictures, "draw_boxes", lambda *arguments: arguments)
-    _, strokes, _ = pictures.draw_group(sample, [*replies, "nothing"], BOX_FORMAT)
+    draw, strokes = pictures.draw_boxes, []
+    monkeypatch.setattr(pictures, "draw_boxes",
+                        lambda drawn, marks, height: strokes.extend(marks) or draw(
+                            drawn, marks, height))
+    pictures.draw_group(sample, [*replies, "nothing"], BOX_FORMAT)
     assert [(stroke[0], stroke[2]) for stroke in strokes] == [
         (image, palette.CORRECT), (image, palette.CORRECT), (other, palette.PREDICTED)]
     assert [stroke.letter for stroke in strokes] == ["1", "2", "3"]
@@ -81,3 +84,14 @@ def test_tokens_are_the_darker_the_larger_their_value_and_out_of_range_is_cut():
     step = round(pictures.ImageFont.load_default(15).getlength("W")) + 3
     grounds = page[1, 9:9 + 5 * step:step].astype(int).sum(1)
     assert grounds[0] == grounds[1] > grounds[2] > grounds[3] == grounds[4]
+
+
+def test_a_caption_says_what_is_drawn_and_nothing_else(monkeypatch):
+    lines = []
+    monkeypatch.setattr(pictures, "draw_text",
+                        lambda text, *_: lines.append(text) or pictures.Image.new("RGB", (9, 9)))
+    asked, tracked = (make_sample(task, "val", 0) for task in ("diff", "object_tracking"))
+    pictures.draw_sample(asked)
+    pictures.draw_sample(tracked, "nothing", BOX_FORMAT)
+    assert lines == ["green: the target", "green: the target; orange: the reply's box; magenta: "
+                     "the place in question"]
