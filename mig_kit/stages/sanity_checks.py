@@ -8,7 +8,6 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 from transformers import TrainerCallback
@@ -18,12 +17,9 @@ from mig_kit.common import UserError
 from mig_kit.image_files import image_digests
 from mig_kit.models.loading import Policy
 from mig_kit.models.sample_prompts import reply_logps
-from mig_kit.rewards import Reward, is_correct
-from mig_kit.sample import Sample, question_kind, unsolved_kinds
-from mig_kit.serving.reply_files import draw_replies
-from mig_kit.training.reward_loading import RL_NEEDS, Score
-
-FIRST_PROMPTS = 16  # prompts of a kind that are answered before the first update
+from mig_kit.rewards import is_correct
+from mig_kit.sample import Sample
+from mig_kit.training.reward_loading import RL_NEEDS
 
 
 def check_box_coordinates(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,
@@ -83,35 +79,6 @@ def _pair_with_other_images(samples: list[Sample],
                 name = f"{sample.id} with other images"
                 pairs.append((sample, replace(sample, id=name, images=other.images), reply))
     return pairs
-
-
-def nothing_earned_warnings(policy: Policy, samples: Sequence[Sample], rates: dict[str, float],
-                            rewards: dict[str, Reward], params: SimpleNamespace) -> list[str]:
-    """A sentence per kind of question whose first replies earn no reward but for their format.
-
-    policy: what RL starts from; rates: pass rates of 04 by sample id; params: of 05. Only kinds
-    that 04 has seen no correct reply to are tried, FIRST_PROMPTS samples of each.
-    """
-    kinds = unsolved_kinds(samples, np.array([rates.get(sample.id, 0) for sample in samples]))
-    warnings = (_nothing_earned(policy, [sample for sample in samples if question_kind(sample)
-                                         == kind][:FIRST_PROMPTS], rewards, params)
-                for kind in kinds)
-    return [warning for warning in warnings if warning]
-
-
-def _nothing_earned(policy: Policy, prompts: list[Sample], rewards: dict[str, Reward],
-                    params: SimpleNamespace) -> str:
-    groups = draw_replies(policy, prompts, params.num_generations, params.temperature,
-                          params.max_completion_length)
-    earned = {name: {Score(name, reward, policy.box_format)(reply, sample)
-                     for sample, group in zip(prompts, groups) for reply in group} - {None}
-              for name, reward in rewards.items() if name != "format"}
-    names = [name for name in earned if earned[name]]  # which the prompts are about
-    if not names or any(earned[name] != {0.0} for name in names):
-        return ""
-    return (f"none of the first {params.num_generations * len(prompts)} replies, to {len(prompts)} "
-            f"prompts whose answer is {question_kind(prompts[0])}, earned anything for "
-            f"{', '.join(names)}: {RL_NEEDS}")
 
 
 class StopIfNothingLearns(TrainerCallback):
