@@ -6,13 +6,13 @@ from typing import Literal, get_origin
 import nbformat
 
 from mig_kit.common import NOTEBOOKS
-from mig_kit.pipeline.stage_params import MODELS
+from mig_kit.pipeline.stage_params import MODELS, stage_fields
 
 
 def parameters_cell(stage: str) -> str:
     """The source of a notebook's `parameters` cell."""
     lines = ["# parameters"]
-    for name, field in MODELS[stage].model_fields.items():
+    for name, field in stage_fields(stage).items():
         kind = field.annotation
         kind = (str if get_origin(kind) is Literal else get_origin(kind) or kind).__name__
         is_json = kind in ("str", "list", "dict")

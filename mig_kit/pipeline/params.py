@@ -13,7 +13,13 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mig_kit.common import PROFILES, UserError, suggest_word
-from mig_kit.pipeline.stage_params import CONFIGS, MODELS, RUN_PARAMS, RUN_PARAMS_STAGE
+from mig_kit.pipeline.stage_params import (
+    CONFIGS,
+    MODELS,
+    RUN_PARAMS,
+    RUN_PARAMS_STAGE,
+    stage_fields,
+)
 
 # of pydantic's limits: what a number is then, in words
 LIMITS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}",
@@ -23,7 +29,7 @@ LIMITS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below
 def default_params(stage: str) -> dict:
     """A stage's parameters in the profile tiny."""
     return {name: field.get_default(call_default_factory=True)
-            for name, field in MODELS[stage].model_fields.items()}
+            for name, field in stage_fields(stage).items()}
 
 
 def list_profiles() -> list[str]:
@@ -79,7 +85,8 @@ def validate_params(values: dict, stage: str) -> dict:
         raise UserError(f"{stage}: {_sentence(error.errors()[0], stage)}") from None
     if params_of_trl := getattr(params, "trl", {}):
         _check_trl(params_of_trl, stage)
-    return params.model_dump()
+    values = params.model_dump()
+    return {name: values[name] for name in stage_fields(stage)}
 
 
 def _sentence(problem: dict, stage: str) -> str:
@@ -134,7 +141,7 @@ def describe_field(field: FieldInfo) -> str:
 def params_text(stage: str, profile: str = "tiny") -> str:
     """A stage's parameters in a profile as lines: value, help, tiny's value, range."""
     values, lines = profile_params(stage, profile), []
-    for name, field in MODELS[stage].model_fields.items():
+    for name, field in stage_fields(stage).items():
         value = yaml.safe_dump([values[name]], default_flow_style=True, sort_keys=False,
                                width=1000).strip()[1:-1]
         other = "" if values[name] == field.default else f" (tiny: {field.default})"

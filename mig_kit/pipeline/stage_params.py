@@ -10,6 +10,7 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from mig_kit.boxes import MODEL_COORDINATES
 from mig_kit.common import PROFILES, PROJECT_ROOT, UserError, model_folder
@@ -49,17 +50,9 @@ def param(default, words: str, **limits):
     return Field(default, description=words, **limits)
 
 
-RUN_ID = param("default", "name of the run folder under runs/",
-               pattern=r"^[\w-]([\w.-]*[\w-])?$")
-SEED = param(0, "seed of everything random in this stage")
-DEVICE = param("auto", "auto (a GPU where there is one), cuda or cpu")
 DTYPE = param("auto", "auto, float32 or bfloat16")
-SERVER = param("", 'addresses of servers that draw replies, as http://localhost:8000/v1; "": here')
-CONCURRENCY = param(16, "requests under way at the servers")
+DEVICE = param("auto", "auto (a GPU where there is one), cuda or cpu")
 MAX_NEW_TOKENS = param(128, "longest reply, tokens")
-LAUNCHER = param("torchrun --standalone --nproc-per-node 2", 'starts the training; "": in here')
-REPORT_TO = param("none", "send the curves to a tracker too: none, tensorboard, trackio or wandb")
-CHECKPOINTING = param(False, "keep only the layers' inputs: less memory, one more pass")
 
 
 def require(condition: object, sentence: str) -> None:
@@ -72,21 +65,8 @@ class StageParams(BaseModel):
     """What all stages have in common: no other names, no infinite numbers, no later changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("server", check_fields=False)
-    @classmethod
-    def _is_addresses(cls, server: str) -> str:
-        if server:
-            parse_server(server)  # else UserError
-        return server
-
-    @field_validator("report_to", check_fields=False)
-    @classmethod
-    def _is_installed(cls, tracker: str) -> str:
-        require(tracker == "none" or importlib.util.find_spec(tracker),
-                f"report_to is {tracker}, which must be installed; run pip install {tracker}, or "
-                "set report_to to none")
-        return tracker
+    run_id: str = param("default", "name of the run folder under runs/",
+                        pattern=r"^[\w-]([\w.-]*[\w-])?$")
 
     @field_validator("reward_weights", "suites", mode="before", check_fields=False)
     @classmethod
@@ -103,12 +83,57 @@ class StageParams(BaseModel):
                 "USER/NAME of the hub; correct it")
         return name
 
+
+class Seeded(StageParams):
+    """Stages that draw random numbers."""
+
+    seed: Seed = param(0, "seed of everything random in this stage")
+
+
+class OnHardware(StageParams):
+    """Stages that load a model."""
+
+    dtype: Dtype = DTYPE
+    device: Device = DEVICE
+
+
+class Served(StageParams):
+    """Stages whose replies servers may draw."""
+
+    server: str = param("", 'addresses of servers, as http://localhost:8000/v1; "": drawn here')
+    concurrency: Positive = param(16, "requests under way at the servers")
+
+    @field_validator("server")
+    @classmethod
+    def _is_addresses(cls, server: str) -> str:
+        if server:
+            parse_server(server)  # else UserError
+        return server
+
+
+class Training(Seeded, OnHardware):
+    """Stages that train an adapter."""
+
+    lora_targets: Targets = param("attention", "projections: all, attention or gate_up; see lora_r")
+    report_to: Tracker = param(
+        "none", "send the curves to a tracker too: none, tensorboard, trackio or wandb")
+    launcher: str = param("torchrun --standalone --nproc-per-node 2",
+                          'starts the training; "": in here')
+    trl: dict = param({}, "further settings of TRL's SFTConfig (02) or GRPOConfig (05)")
+
+    @field_validator("report_to")
+    @classmethod
+    def _is_installed(cls, tracker: str) -> str:
+        require(tracker == "none" or importlib.util.find_spec(tracker),
+                f"report_to is {tracker}, which must be installed; run pip install {tracker}, or "
+                "set report_to to none")
+        return tracker
+
     @model_validator(mode="after")
     def _shares_steps_evenly(self):
-        """Both trainings: the launcher's processes divide the steps of an update."""
-        launcher = getattr(self, "launcher", "").strip()
-        if launcher:
-            launch = parse_launcher(launcher)
+        """The launcher's processes divide the steps of an update."""
+        if self.launcher.strip():
+            launch = parse_launcher(self.launcher)
             require(self.gradient_accumulation_steps % (launch.local * launch.nodes or 1) == 0,
                     "the launcher's processes must share the steps of an update evenly; set "
                     "gradient_accumulation_steps to a multiple of their number, or launcher to "
@@ -122,7 +147,6 @@ class Preflight(StageParams):
     profile: str = param("tiny", "whose other stages are looked at, a folder under params/")
     memory_gib: Amount = param(6.0, "free memory the profile needs, GiB")
     disk_gib: Amount = param(1.0, "free disk the profile needs, GiB")
-    run_id: str = RUN_ID
     device: Device = DEVICE
 
     @field_validator("profile")
@@ -133,7 +157,7 @@ class Preflight(StageParams):
         return profile
 
 
-class Synthesize(StageParams):
+class Synthesize(Seeded):
     """01_synthesize."""
 
     cot_per_task: Count = param(360, "samples per task for which the teacher writes a trace")
@@ -153,8 +177,6 @@ class Synthesize(StageParams):
     endpoint_url: str = param("", "as http://localhost:8000/v1; the key: $MIG_KIT_API_KEY")
     endpoint_model: str = param("", "name of the model at the endpoint")
     concurrency: Positive = param(4, "calls under way at once")
-    seed: Seed = SEED
-    run_id: str = RUN_ID
     base_model: str = param("tiny", "of the run: tiny (shipped), a folder or a hub name")
     min_pixels: Positive = param(3136, "of the run: area limits of an image as seen, pixels")
     max_pixels: int = param(401408, "the same, upper limit", ge=IMAGE_TOKEN)
@@ -207,39 +229,28 @@ class Synthesize(StageParams):
         return self
 
 
-class Sft(StageParams):
+class Sft(Training):
     """02_sft."""
 
     num_train_epochs: Rate = param(4.0, "passes over the cold-start set")
     learning_rate: Rate = param(0.001, "peak learning rate")
     lora_r: Positive = param(83, "rank; of equal size: 83 on attention, 32 on all, 78 on gate_up")
     lora_dropout: float = param(0.0, "dropout on the adapter input", ge=0, lt=1)
-    lora_targets: Targets = param("attention", "projections: all, attention or gate_up; see lora_r")
     reasoning: bool = param(True, "learn the whole reply; false: its <answer> alone")
     max_samples: Count = param(0, "use only so many samples; 0 for all")
-    seed: Seed = SEED
     per_device_train_batch_size: Positive = param(16, "samples per device and step")
     gradient_accumulation_steps: Positive = param(2, "steps per update")
     lr_scheduler_type: Schedule = param("cosine", "linear (to 0), cosine, constant_with_warmup")
     warmup_steps: Count = param(10, "linear warm-up, updates")
     save_steps: Positive = param(100, "a checkpoint every so many updates")
-    report_to: Tracker = REPORT_TO
-    trl: dict = param({}, "further settings of TRL's SFTConfig")
-    run_id: str = RUN_ID
-    dtype: Dtype = DTYPE
-    device: Device = DEVICE
-    launcher: str = LAUNCHER
 
 
-class Merge(StageParams):
+
+class Merge(OnHardware):
     """03_merge."""
 
-    run_id: str = RUN_ID
-    dtype: Dtype = DTYPE
-    device: Device = DEVICE
 
-
-class RejectionSampling(StageParams):
+class RejectionSampling(Seeded, OnHardware, Served):
     """04_rejection_sampling."""
 
     replies: Positive = param(8, "replies drawn per candidate")
@@ -247,12 +258,6 @@ class RejectionSampling(StageParams):
     max_pass_rate: Share = param(0.8, "drop prompts with a higher one")
     per_task: Positive = param(400, "keep at most so many prompts per task")
     max_new_tokens: Positive = MAX_NEW_TOKENS
-    seed: Seed = SEED
-    server: str = SERVER
-    concurrency: Positive = CONCURRENCY
-    run_id: str = RUN_ID
-    dtype: Dtype = DTYPE
-    device: Device = DEVICE
 
     @model_validator(mode="after")
     def _keeps_something(self):
@@ -261,7 +266,7 @@ class RejectionSampling(StageParams):
         return self
 
 
-class Grpo(StageParams):
+class Grpo(Training, Served):
     """05_grpo."""
 
     learning_rate: Rate = param(0.0003, "peak learning rate")
@@ -280,13 +285,12 @@ class Grpo(StageParams):
     beta: Amount = param(0.0, "weight of the KL term; 0 needs no reference")
     loss_type: Loss = param("dapo", "mean over all tokens (dapo), replies (grpo), and more")
     start_from: str = param("merged", "merged (03), base or a folder")
-    seed: Seed = SEED
     lr_scheduler_type: Schedule = param("linear", "linear (to 0), cosine, constant_with_warmup")
     warmup_steps: Count = param(5, "linear warm-up, updates")
     save_steps: Positive = param(25, "a checkpoint every so many updates, in whole num_iterations")
-    gradient_checkpointing: bool = CHECKPOINTING
+    gradient_checkpointing: bool = param(
+        False, "keep only the layers' inputs: less memory, one more pass")
     lora_r: Positive = param(83, "rank of the new adapter")
-    lora_targets: Targets = param("attention", "projections: all, attention or gate_up")
     per_device_train_batch_size: Positive = param(32, "replies per device and step")
     gradient_accumulation_steps: Positive = param(4, "steps per update, of all processes together")
     micro_replies: Count = param(0, "replies whose graphs are held at once; 0: all")
@@ -298,14 +302,6 @@ class Grpo(StageParams):
         "token", "ratio of new to old: per token, or per reply (sequence)")
     mask_truncated_completions: bool = param(False, "leave replies without an end out of the loss")
     top_entropy_quantile: Share = param(1.0, "share of tokens, of highest entropy, in the loss")
-    report_to: Tracker = REPORT_TO
-    trl: dict = param({}, "further settings of TRL's GRPOConfig")
-    run_id: str = RUN_ID
-    dtype: Dtype = DTYPE
-    device: Device = DEVICE
-    launcher: str = LAUNCHER
-    server: str = SERVER
-    concurrency: Positive = CONCURRENCY
 
     @model_validator(mode="after")
     def _trains_as_it_says(self):
@@ -338,7 +334,7 @@ class Grpo(StageParams):
         return self
 
 
-class Evaluate(StageParams):
+class Evaluate(Seeded, OnHardware, Served):
     """06_evaluate."""
 
     suites: dict[str, int] = param({name: suite.default for name, suite in SUITES.items()},
@@ -346,13 +342,7 @@ class Evaluate(StageParams):
     eval_seed: Seed = param(53, "seed of the drawn test samples, the same for all runs")
     replies: Count = param(8, "replies at temperature 1 per sample; 0 for none")
     sampled_per_task: Count = param(10, "first samples of a task that get them; 0: all")
-    run_id: str = RUN_ID
-    seed: Seed = SEED
     max_new_tokens: Positive = MAX_NEW_TOKENS
-    server: str = SERVER
-    concurrency: Positive = CONCURRENCY
-    dtype: Dtype = DTYPE
-    device: Device = DEVICE
 
     @field_validator("suites")
     @classmethod
@@ -368,7 +358,6 @@ class Report(StageParams):
     """07_report."""
 
     gallery_per_kind: Positive = param(6, "samples of each outcome in the gallery")
-    run_id: str = RUN_ID
 
 
 class Benchmark(StageParams):
@@ -383,11 +372,10 @@ class Benchmark(StageParams):
     repeats: Positive = param(3, "turns of either side")
     wide_hidden: int = param(2048, "width of the random model; 2048 is the 3B's", ge=128,
         multiple_of=128)
-    run_id: str = RUN_ID
     dtype: Dtype = DTYPE
 
 
-class TinyBase(StageParams):
+class TinyBase(Seeded):
     """90_tiny_base."""
 
     vision_steps: list[int] = param([2800, 1400],
@@ -398,8 +386,6 @@ class TinyBase(StageParams):
     rows: list[int] = param([20, 10],
         "dialogues per step: about pictures, and of text puzzles", min_length=2, max_length=2)
     examined_per_task: Positive = param(50, "validation samples per task for its examination")
-    run_id: str = RUN_ID
-    seed: Seed = SEED
     dtype: Dtype = DTYPE
 
 
@@ -407,3 +393,10 @@ MODELS = {
     "00_preflight": Preflight, "01_synthesize": Synthesize, "02_sft": Sft, "03_merge": Merge,
     "04_rejection_sampling": RejectionSampling, "05_grpo": Grpo, "06_evaluate": Evaluate,
     "07_report": Report, "08_benchmark": Benchmark, "90_tiny_base": TinyBase}
+
+
+def stage_fields(stage: str) -> dict[str, FieldInfo]:
+    """A stage's parameters by name; those that it shares with others come last."""
+    model = MODELS[stage]
+    names = sorted(model.model_fields, key=lambda name: name not in model.__annotations__)
+    return {name: model.model_fields[name] for name in names}
