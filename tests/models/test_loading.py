@@ -53,7 +53,7 @@ def test_ranks_of_equal_size():
         model = Qwen2_5_VLForConditionalGeneration(load_config(loading.TINY_BASE))
     sizes = {}
     help_line = MODELS["02_sft"].model_fields["lora_r"].description
-    ranks = re.findall(r"(\d+) \((\w+)\)", help_line)
+    ranks = re.findall(r"(\d+) on (\w+)", help_line)
     for rank, lora_targets in ranks:
         config = resuming.lora_config(int(rank), lora_targets=lora_targets)
         adapted = get_peft_model(model, config)
