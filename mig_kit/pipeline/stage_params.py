@@ -159,7 +159,7 @@ class Synthesize(StageParams):
     min_pixels: Positive = param(3136, "smallest area of an image as models see it, pixels")
     max_pixels: int = param(401408, "largest area, likewise", ge=IMAGE_TOKEN)
     coordinates: Literal[tuple(MODEL_COORDINATES)] = param(
-        "absolute", "frame of the boxes in all stages: absolute (Qwen2.5-VL) or normalized_1000 (others)")
+        "absolute", "of boxes, in all stages: absolute (Qwen2.5-VL) or normalized_1000 (others)")
 
     @model_validator(mode="after")
     def _can_be_made(self):
