@@ -177,11 +177,11 @@ class Synthesize(Seeded):
     endpoint_url: str = param("", "as http://localhost:8000/v1; the key: $MIG_KIT_API_KEY")
     endpoint_model: str = param("", "name of the model at the endpoint")
     concurrency: Positive = param(4, "calls under way at once")
-    base_model: str = param("tiny", "of the run: tiny (shipped), a folder or a hub name")
-    min_pixels: Positive = param(3136, "of the run: area limits of an image as seen, pixels")
-    max_pixels: int = param(401408, "the same, upper limit", ge=IMAGE_TOKEN)
+    base_model: str = param("tiny", "the model to train: tiny (shipped), a folder or a hub name")
+    min_pixels: Positive = param(3136, "smallest area of an image as models see it, pixels")
+    max_pixels: int = param(401408, "largest area, likewise", ge=IMAGE_TOKEN)
     coordinates: Literal[tuple(MODEL_COORDINATES)] = param(
-        "absolute", "of the whole run's boxes: absolute (Qwen2.5-VL) or normalized_1000 (others)")
+        "absolute", "of boxes, in all stages: absolute (Qwen2.5-VL) or normalized_1000 (others)")
 
     @model_validator(mode="after")
     def _can_be_made(self):
