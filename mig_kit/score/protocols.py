@@ -162,7 +162,7 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         if converts:
             lines = [line and to_official_line(
                 item, benchmark.name, line,
-                [item.size or sizes.get(name, (1, 1)) for name in item.images], coordinates,
+                [sizes.get(name, item.size or (1, 1)) for name in item.images], coordinates,
                 box_format) for item, line in zip(items, lines, strict=True)]
             remarks += (f"Boxes were read as {coordinates.description} and converted before the "
                         "authors' rule read them; their own script does not convert.",)

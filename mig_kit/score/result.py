@@ -41,6 +41,11 @@ class Scored:
     judged: tuple[tuple[BenchmarkItem, Verdict], ...] = ()  # () for AP
     detections: tuple[str, ...] = ()  # of AP: every box with its image, category and score, sorted
 
+    @property
+    def values(self) -> np.ndarray:
+        """(n,) IoU, or 1 for a correct item."""
+        return np.array([verdict.value for _, verdict in self.judged], dtype=float)
+
 
 def averaged_groups(scored: Scored) -> list[np.ndarray]:
     """Places of each task's items, if the average is over tasks; else one group of all items."""
