@@ -85,10 +85,15 @@ def refit(boxes: np.ndarray, answers: np.ndarray, lists: np.ndarray) -> np.ndarr
     return changed
 
 
-def _gain(scored: Scored, before: np.ndarray, after: np.ndarray,
-          groups: list[np.ndarray]) -> dict:
-    """{"before", "after", "value", "ci95"} in percent and points; before, after: (n,) 0 or 1."""
-    lists = number_lists(scored)
+def measure_gain(before: np.ndarray, after: np.ndarray, lists: np.ndarray,
+                 groups: list[np.ndarray]) -> dict:
+    """What a refit brings back: {"before", "after", "value", "ci95"}, percent and points.
+
+    Args:
+        before, after: (n,) 0 or 1 for each item.
+        lists: (n,) numbers of the lists of images, from 0.
+        groups: rows of each task that counts alike.
+    """
     means = {name: 100 * macro_mean([values[rows] for rows in groups])
              for name, values in (("before", before), ("after", after))}
     return means | paired_gap_by_list([((after - before)[rows], lists[rows]) for rows in groups])
@@ -102,13 +107,13 @@ def calibrate(scored: Scored) -> dict:
         {"before", "after", "value": the gain, "ci95"} in percent, "tasks": the same of each task
         at 0.5}.
     """
-    boxes, answers = boxes_as_read(scored)
+    (boxes, answers), lists = boxes_as_read(scored), number_lists(scored)
     before, after = (pairwise_iou(part, answers)
-                     for part in (boxes, refit(boxes, answers, number_lists(scored))))
+                     for part in (boxes, refit(boxes, answers, lists)))
 
     def gain(threshold: float, groups: list[np.ndarray]) -> dict:
         reached = ((values >= threshold).astype(float) for values in (before, after))
-        return _gain(scored, *reached, groups)
+        return measure_gain(*reached, lists, groups)
 
     groups, right = averaged_groups(scored), before >= 0.5
     sides = [part[right, 2:] - part[right, :2] for part in (boxes, answers)]
@@ -152,8 +157,8 @@ def split_difference(first: Scored, second: Scored) -> str:
         boxes, answers = boxes_as_read(scored)
         for side, part in ((raw, boxes), (refitted, refit(boxes, answers, number_lists(scored)))):
             side.append((pairwise_iou(part, answers) >= 0.5).astype(float))
-    groups = averaged_groups(first)
-    whole, rest = (_signed(_gain(first, *side[::-1], groups)) for side in (raw, refitted))
-    part = _signed(_gain(first, refitted[0] - refitted[1], raw[0] - raw[1], groups))
+    whole, rest, part = (
+        _signed(measure_gain(*pair, number_lists(first), averaged_groups(first)))
+        for pair in (raw[::-1], refitted[::-1], (refitted[0] - refitted[1], raw[0] - raw[1])))
     return (f"acc@0.5, of {whole} points between the two {part} are calibration; refitted, {rest} "
             "remain.")
