@@ -105,8 +105,7 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         result["compare"] = {
             "predictions": Path(compare).name,
             **{part: summary[part] for part in ("tasks", "avg", "problems")},
-            "difference": paired_difference(
-                scored, other, protocols.is_same_read(scored, other, name, header["protocol"]))}
+            "difference": paired_difference(scored, other)}
         if calibrate:
             result["remarks"] += [
                 *calibration.calibration_notes(calibration.calibrate(other), Path(compare).name),
@@ -114,7 +113,7 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         result["remarks"] += [f"{Path(compare).name}: {remark}" for remark in other.remarks
                               if remark not in scored.remarks]
     if items:
-        rows = protocols.item_rows(scored, name, header["protocol"], other)
+        rows = protocols.item_rows(scored, name, other)
         write_json_lines(Path(items), rows)
     click.echo(score_markdown(result))
     if out:

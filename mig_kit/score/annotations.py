@@ -13,19 +13,16 @@ from string import ascii_uppercase
 
 from mig_kit.boxes import Box, Coordinates
 from mig_kit.common import UserError
-from mig_kit.image_files import BadImage, is_regular_file, read_size, resolve_under_root
+from mig_kit.image_files import is_regular_file, read_size, resolve_under_root
 from mig_kit.score.image_names import ORDINALS, find_names
 
-MIG_BENCH_TASKS = {
-    "diff": 528, "view_diff": 94, "common_object": 816, "object_tracking": 550, "multi_view": 288,
-    "region": 1203, "refer_grounding": 99, "group_grounding": 499, "reasoning": 101,
-    "correspondence": 117}
-REVISED_TASKS = MIG_BENCH_TASKS | {"common_object": 815, "group_grounding": 485, "reasoning": 97}
+MIG_BENCH_TASKS = ("diff", "view_diff", "common_object", "object_tracking", "multi_view", "region",
+                   "refer_grounding", "group_grounding", "reasoning", "correspondence")
 # task -> number of the target image, where it is the same in every question
 TARGETS = {"region": 1, "view_diff": 2, "refer_grounding": 2, "reasoning": 2, "correspondence": 2}
-VERSIONS = {"lisa": {200: "val", 779: "test"},
-            "ref_l4": {7231: "val", 38110: "test", 45341: "all"}}  # by the number of items
-BLINK_VAL_ITEMS = 1901
+# benchmark -> number of items -> version; a file with another number is a part of one
+VERSIONS = {"mig_bench": {4295: "original", 4276: "revised"}, "lisa": {200: "val", 779: "test"},
+            "ref_l4": {7231: "val", 38110: "test", 45341: "all"}, "blink": {1901: "val"}}
 # What the letters of BLINK's tasks stand for where it is the same in every question.
 _LATTER_TWO = ("the second image", "the third image")
 BLINK_CHOICES = {
@@ -35,9 +32,7 @@ BLINK_CHOICES = {
     "Relative_Reflectance": ("A is darker", "B is darker", "About the same"),
     "Forensic_Detection": ("the first image", "the second image", "the third image",
                            "the fourth image")}
-MMIU_TASKS = 60  # names in the authors' file, of the 52 tasks that the paper counts
-# benchmark -> how many items its paper counts, of which another number may be a part or another
-# release; MMIU: arXiv 2408.02718, MC-Bench: 2410.12332
+# how many items the paper counts where releases differ: arXiv 2408.02718 and 2410.12332
 PAPER_COUNTS = {"mmiu": 11698, "mc_bench": 2000}
 MMIU_OPTIONS = "ABCDEFGH"  # where an item's own options cannot be read
 LARGEST = 1e9  # a coordinate or score beyond it is none
@@ -61,6 +56,8 @@ class BenchmarkItem:
     options: str = ""  # all its letters
     choices: tuple[str, ...] = ()  # what the letters stand for
     category: str = ""  # kind of the object, of Ref-L4
+    targets: tuple[tuple[int, Box], ...] = ()  # of own data: (image, box), any or all of which
+    find_all: bool = False  # of own data: whether all targets are asked for
 
     @property
     def name(self) -> str:
@@ -106,10 +103,11 @@ def _to_box(values, index: int, benchmark: str) -> Box:
     return tuple(map(float, values))
 
 
-def _of_known_size(name: str, items: list[BenchmarkItem]) -> Benchmark:
-    """The benchmark, whose version is told by the number of items."""
-    version = VERSIONS[name].get(len(items), "subset")
-    return Benchmark(name, version, tuple(items), version != "subset")
+def _benchmark(name: str, items: list[BenchmarkItem], version: str = "") -> Benchmark:
+    """The benchmark; its version, if not known, is told by the number of items."""
+    by_count = VERSIONS[name].get(len(items), "subset")
+    return Benchmark(name, version or by_count, tuple(items),
+                     by_count != "subset" and version in ("", by_count))
 
 
 def read_mig_bench(records: list[dict]) -> Benchmark:
@@ -134,9 +132,7 @@ def read_mig_bench(records: list[dict]) -> Benchmark:
                             "is the file complete?")
         items.append(BenchmarkItem(index, "", task, question, tuple(images), box, coordinates,
                                    target, is_stated))
-    version, counts = ("revised", REVISED_TASKS) if is_revised else ("original", MIG_BENCH_TASKS)
-    is_complete = Counter(item.task for item in items) == Counter(counts)
-    return Benchmark("mig_bench", version, tuple(items), is_complete)
+    return _benchmark("mig_bench", items, "revised" if is_revised else "original")
 
 
 def _mig_bench_target(task: str, question: str, info: str) -> tuple[int | None, bool]:
@@ -164,7 +160,7 @@ def read_lisa(records: list[dict]) -> Benchmark:
         box = _to_box(boxes[0], index, "LISA-grounding") if has_box else None
         items.append(BenchmarkItem(index, "", "lisa", question, (image,), box, Coordinates.PIXELS,
                                    target=1))
-    return _of_known_size("lisa", items)
+    return _benchmark("lisa", items)
 
 
 def read_revos(records: list[dict]) -> Benchmark:
@@ -205,7 +201,7 @@ def read_ref_l4(records: list[dict]) -> Benchmark:
             (x, y, x + width, y + height), Coordinates.PIXELS, target=1,
             size=size if all(type(side) is int for side in size) else None,
             category=str(record.get("ori_category_id", ""))))
-    return _of_known_size("ref_l4", items)
+    return _benchmark("ref_l4", items)
 
 
 def read_blink(records: list[dict]) -> Benchmark:
@@ -235,8 +231,7 @@ def read_blink(records: list[dict]) -> Benchmark:
                         "(one model's file, not several joined)")
     items = [replace(item, options=ascii_uppercase[:len(item.choices) or ascii_uppercase.index(
         last_letters[item.task]) + 1]) for item in items]
-    is_val = len(items) == BLINK_VAL_ITEMS and all(name.startswith("val_") for name in names)
-    return Benchmark("blink", "val" if is_val else "subset", tuple(items), is_val)
+    return _benchmark("blink", items)
 
 
 def _text_list(values) -> tuple[str, ...]:
@@ -266,9 +261,8 @@ def read_mmiu(records: list[dict]) -> Benchmark:
     if not items:
         raise UserError("no item of the MMIU annotations has an output, the correct letter; give "
                         "the file that has them")
-    has_all_tasks = len({item.task for item in items}) == MMIU_TASKS
-    is_complete = has_all_tasks and (len(records) == PAPER_COUNTS["mmiu"] or None)
-    return Benchmark("mmiu", "", tuple(items), is_complete, tuple(left_out))
+    return Benchmark("mmiu", "", tuple(items), len(records) == PAPER_COUNTS["mmiu"] or None,
+                     tuple(left_out))
 
 
 def _split_options(text: str) -> tuple[str, ...]:
@@ -305,37 +299,15 @@ def resolve_image_path(root: str | Path, name: str) -> Path:
 def read_image_sizes(names: Iterable[str], root: str | Path | None) -> dict[str, tuple[int, int]]:
     """Image name -> upright (width, height), from the headers of the files below the root.
 
-    Raises UserError listing what is missing, refused or no image; for no names it needs no root.
+    Raises UserError listing missing images; BadImage for one that is refused or no image. For no
+    names it needs no root.
     """
     names = dict.fromkeys(names)
     if names and root is None:
         raise UserError("these boxes need the images' sizes; pass --images FOLDER, which image "
                         "names are relative to")
-    sizes, missing, broken = {}, [], []
-    for name in names:
-        path = resolve_image_path(root, name)
-        if not is_regular_file(path):
-            missing.append(name)
-            continue
-        try:
-            sizes[name] = read_size(path, takes_any_depth=True)
-        except BadImage as error:
-            if error.reason in ("closed file", "Git LFS pointer"):
-                raise
-            broken.append(name)
-    for problem, failed in (("images are missing", missing),
-                            ("files are no readable images", broken)):
-        if failed:
-            raise UserError(f"{len(failed)} {problem} below {root} (first: "
-                            f"{', '.join(failed[:3])}); download them or correct --images")
-    return sizes
-
-
-def add_image_sizes(items: tuple[BenchmarkItem, ...],
-                    root: str | Path | None) -> list[BenchmarkItem]:
-    """The items with their target images' sizes, read if not annotated; see `read_image_sizes`."""
-    names = {item.index: item.images[(item.target or len(item.images)) - 1] for item in items
-             if item.size is None and item.box is not None}
-    sizes = read_image_sizes(names.values(), root)
-    return [replace(item, size=sizes[names[item.index]]) if item.index in names else item
-            for item in items]
+    paths = {name: resolve_image_path(root, name) for name in names}
+    if missing := [name for name, path in paths.items() if not is_regular_file(path)]:
+        raise UserError(f"{len(missing)} of {len(paths)} images are missing below {root} (first: "
+                        f"{', '.join(missing[:3])}); download them or correct --images")
+    return {name: read_size(path) for name, path in paths.items()}

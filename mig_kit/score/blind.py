@@ -10,7 +10,7 @@ import numpy as np
 
 from mig_kit.score.annotations import BenchmarkItem
 from mig_kit.score.result import Scored, averaged_groups, number_lists
-from mig_kit.stats import gap_interval_by_list, group_by_task, macro_mean
+from mig_kit.stats import group_by_task, macro_mean, paired_gap_by_list
 
 WHOLE, CONSTANT, OTHER, LETTER = ("whole image", "constant box", "another question's box",
                                   "most frequent letter")
@@ -18,13 +18,16 @@ FOLDS, GRID, ROUNDS, SEEDS, MOST = 5, 20, 2, 40, 500  # MOST: boxes that a fit l
 
 
 def shares_of_image(items: list[BenchmarkItem]) -> np.ndarray:
-    """(n, 4) the items' boxes in 0..1 of their images; NaN for an item without box or size."""
+    """(n, 4) the items' boxes in 0..1 of their images; NaN for an item without box or size.
+
+    Also for a question for all boxes that has not exactly one.
+    """
     limits = {"normalized_1": (1, 1), "normalized_1000": (1000, 1000)}
     rows = []
     for item in items:
         size = limits.get(item.coordinates, item.size)
-        rows.append([np.nan] * 4 if item.box is None or size is None
-                    else np.divide(item.box, (*size, *size)))
+        is_open = item.box is None or size is None or item.find_all and len(item.targets) != 1
+        rows.append([np.nan] * 4 if is_open else np.divide(item.box, (*size, *size)))
     return np.array(rows, dtype=float).reshape(-1, 4)
 
 
@@ -62,28 +65,32 @@ def fit_constant_box(boxes: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     return best
 
 
+def _most_frequent_letters(items: list[BenchmarkItem], by_task: dict[str, np.ndarray],
+                           folds: np.ndarray) -> np.ndarray:
+    """(n,) 1 where the letter most frequent in the task's other folds is the item's."""
+    values = np.zeros(len(items))
+    for places in by_task.values():
+        for fold in range(FOLDS):
+            letters = Counter(items[place].letter for place in places[folds[places] != fold])
+            letter = max(letters, key=letters.get, default="")
+            for place in places[folds[places] == fold]:
+                values[place] = letter != "" and items[place].letter == letter
+    return values
+
+
 def blind_values(scored: Scored) -> dict[str, np.ndarray]:
     """Row -> (n,) values of the headline metric, 0..1, of answers that no image is needed for.
 
     Constants are fitted task by task on the other four fifths of the image lists, so no item's own
-    list is in its fit; another question's box is the next list's of the task.
+    list is in its fit; another question's box is the next list's of the task. Where a file has
+    both, questions with letters get the most frequent one in every row.
     """
-    items, lists = [item for item, _, _ in scored.judged], number_lists(scored)
-    rows = np.arange(len(items))
-    by_task = group_by_task(scored.tasks, rows)
-    folds = lists % FOLDS
-    if items[0].letter:
-        values = np.zeros(len(items))
-        for places in by_task.values():
-            for fold in range(FOLDS):
-                held, rest = places[folds[places] == fold], places[folds[places] != fold]
-                letters = Counter(items[place].letter for place in rest)
-                letter = letters.most_common(1)[0][0] if letters else ""
-                values[held] = [items[place].letter == letter for place in held]
-        return {LETTER: values}
+    items, lists = [item for item, _ in scored.judged], number_lists(scored)
+    by_task, folds = group_by_task(scored.tasks, np.arange(len(items))), lists % FOLDS
+    letters = _most_frequent_letters(items, by_task, folds)
     boxes = shares_of_image(items)
     if np.isnan(boxes).all():
-        return {}
+        return {LETTER: letters} if all(item.letter for item in items) else {}
     guesses = {WHOLE: np.tile([0.0, 0, 1, 1], (len(items), 1)), CONSTANT: np.full_like(boxes, 0),
                OTHER: np.full_like(boxes, 0)}
     for places in by_task.values():
@@ -94,9 +101,9 @@ def blind_values(scored: Scored) -> dict[str, np.ndarray]:
                 guesses[CONSTANT][places[folds[places] == fold]] = fit_constant_box(boxes[rest])
         ordered = known[np.argsort(lists[known], kind="stable")]
         after = np.searchsorted(lists[ordered], lists[ordered], "right") % max(1, len(ordered))
-        guesses[OTHER][ordered] = boxes[ordered[after]] * (lists[ordered] != lists[ordered[after]]
-                                                           )[:, None]
-    return {name: (pairwise_iou(guess, boxes) >= 0.5).astype(float)
+        is_another = lists[ordered] != lists[ordered[after]]
+        guesses[OTHER][ordered] = boxes[ordered[after]] * is_another[:, None]
+    return {name: np.maximum(letters, pairwise_iou(guess, boxes) >= 0.5)
             for name, guess in guesses.items()}
 
 
@@ -107,23 +114,19 @@ def blind_summary(scored: Scored) -> dict:
     difference.
     """
     headline = next(iter(scored.metrics.values()))
-    blind = blind_values(scored)
+    blind, average = blind_values(scored), averaged_groups(scored)
     if not blind:
         return {}
-    lists, best = number_lists(scored), np.zeros(len(headline))
+    lists, best, names = number_lists(scored), np.zeros(len(headline)), {}
     by_task = group_by_task(scored.tasks, np.arange(len(headline)))
-    summary = {"rows": {name: {
-        "avg": 100 * macro_mean([values[places] for places in averaged_groups(scored)]),
-        "tasks": {task: 100 * float(values[places].mean()) for task, places in by_task.items()}}
-        for name, values in blind.items()}, "best": {}, "over": {}}
     for task, places in by_task.items():
-        name = max(blind, key=lambda name: blind[name][places].mean())
-        summary["best"][task], best[places] = name, blind[name][places]
-    gaps = headline - best
-    for name, groups in [*((task, [places]) for task, places in by_task.items()),
-                         ("avg", averaged_groups(scored))]:
-        parts = [(gaps[places], lists[places]) for places in groups]
-        summary["over"][name] = {
-            "value": 100 * macro_mean([part for part, _ in parts]),
-            "ci95": [100 * bound for bound in gap_interval_by_list(parts)]}
-    return summary
+        names[task] = max(blind, key=lambda name: blind[name][places].mean())
+        best[places] = blind[names[task]][places]
+    rows = {name: {"avg": 100 * macro_mean([values[places] for places in average]),
+                   "tasks": {task: 100 * float(values[places].mean())
+                             for task, places in by_task.items()}}
+            for name, values in blind.items()}
+    groups = {task: [places] for task, places in by_task.items()} | {"avg": average}
+    return {"rows": rows, "best": names, "over": {name: paired_gap_by_list(
+        [((headline - best)[places], lists[places]) for places in parts])
+        for name, parts in groups.items()}}

@@ -10,9 +10,8 @@ import numpy as np
 
 from mig_kit.boxes import Coordinates
 from mig_kit.score.blind import pairwise_iou, shares_of_image
-from mig_kit.score.official import read_official_box
 from mig_kit.score.result import Scored, averaged_groups, number_lists
-from mig_kit.stats import gap_interval_by_list, macro_mean
+from mig_kit.stats import macro_mean, paired_gap_by_list
 
 THRESHOLDS = (0.5, 0.75, 0.9)
 NEAR, LEAST = (0.3, 0.5), 10  # IoUs from which a box means the answer; fewer such are not fitted
@@ -23,12 +22,13 @@ IDENTITY = np.array([[1.0, 0.0]] * 4)
 
 def boxes_as_read(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
     """(n, 4) boxes of the replies and of the answers, 0..1 of their images; NaN for none."""
-    items, boxes = [item for item, _, _ in scored.judged], []
-    for item, line, _ in scored.judged:
-        box = read_official_box(item)(line["response"]) if line and item.box else None
+    boxes = []
+    for item, verdict in scored.judged:
+        box = verdict.read.get("box")
         scale = 1000 if item.coordinates == Coordinates.NORMALIZED_1000 else 1
         boxes.append([np.nan] * 4 if box is None else np.divide(box, scale))
-    return np.array(boxes, dtype=float).reshape(-1, 4), shares_of_image(items)
+    return np.array(boxes, dtype=float).reshape(-1, 4), shares_of_image(
+        [item for item, _ in scored.judged])
 
 
 def apply_map(edges: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -85,76 +85,80 @@ def refit(boxes: np.ndarray, answers: np.ndarray, lists: np.ndarray) -> np.ndarr
     return changed
 
 
+def measure_gain(before: np.ndarray, after: np.ndarray, lists: np.ndarray,
+                 groups: list[np.ndarray]) -> dict:
+    """What a refit brings back: {"before", "after", "value", "ci95"}, percent and points.
+
+    Args:
+        before, after: (n,) 0 or 1 for each item.
+        lists: (n,) numbers of the lists of images, from 0.
+        groups: rows of each task that counts alike.
+    """
+    means = {name: 100 * macro_mean([values[rows] for rows in groups])
+             for name, values in (("before", before), ("after", after))}
+    return means | paired_gap_by_list([((after - before)[rows], lists[rows]) for rows in groups])
+
+
 def calibrate(scored: Scored) -> dict:
     """What a refit of the edges brings back.
 
     Returns: {"map": {edge: [a, b in thousandths]} of all lists, "median_error": of each edge of
         boxes that are right at 0.5, thousandths, "area_ratio": of these, "acc": threshold ->
-        {"before", "after", "gain", "ci95"} in percent, "tasks": the same of each task at 0.5}.
+        {"before", "after", "value": the gain, "ci95"} in percent, "tasks": the same of each task
+        at 0.5}.
     """
-    boxes, answers = boxes_as_read(scored)
-    lists, groups = number_lists(scored), averaged_groups(scored)
-    changed = refit(boxes, answers, lists)
-    before, after = (pairwise_iou(part, answers) for part in (boxes, changed))
-    right = before >= 0.5
+    (boxes, answers), lists = boxes_as_read(scored), number_lists(scored)
+    before, after = (pairwise_iou(part, answers)
+                     for part in (boxes, refit(boxes, answers, lists)))
 
-    def compare(threshold: float, places: list[np.ndarray]) -> dict:
-        pairs = [((before[part] >= threshold).astype(float), (after[part] >= threshold).astype(
-            float)) for part in places]
-        gaps = [(second - first, lists[part]) for (first, second), part in zip(pairs, places)]
-        means = [100 * macro_mean([pair[side] for pair in pairs]) for side in (0, 1)]
-        return {"before": means[0], "after": means[1], "gain": means[1] - means[0],
-                "ci95": [100 * bound for bound in gap_interval_by_list(gaps)]}
+    def gain(threshold: float, groups: list[np.ndarray]) -> dict:
+        reached = ((values >= threshold).astype(float) for values in (before, after))
+        return measure_gain(*reached, lists, groups)
 
-    def area(rows: np.ndarray) -> np.ndarray:
-        return (rows[:, 2] - rows[:, 0]) * (rows[:, 3] - rows[:, 1])
-
-    edges = fit_map(boxes, answers)
-    tasks = {scored.tasks[part[0]]: compare(0.5, [part]) for part in groups} if (
-        scored.is_macro) else {}
-    return {"map": {name: [float(a), 1000 * float(b)] for name, (a, b) in zip(EDGES, edges)},
+    groups, right = averaged_groups(scored), before >= 0.5
+    sides = [part[right, 2:] - part[right, :2] for part in (boxes, answers)]
+    return {"map": {edge: [float(a), 1000 * float(b)]
+                    for edge, (a, b) in zip(EDGES, fit_map(boxes, answers))},
             "median_error": dict(zip(EDGES, (1000 * np.median(
                 (boxes - answers)[right], axis=0)).tolist())) if right.any() else {},
-            "area_ratio": float(np.median(area(boxes[right]) / area(answers[right])))
+            "area_ratio": float(np.median(sides[0].prod(1) / sides[1].prod(1)))
             if right.any() else None,
-            "acc": {str(threshold): compare(threshold, groups) for threshold in THRESHOLDS},
-            "tasks": tasks}
+            "acc": {str(threshold): gain(threshold, groups) for threshold in THRESHOLDS},
+            "tasks": {scored.tasks[rows[0]]: gain(0.5, [rows]) for rows in groups}
+            if scored.is_macro else {}}
 
 
-def calibration_notes(found: dict, name: str) -> list[str]:
-    """Sentences on a result of `calibrate`."""
-    notes = []
-    for threshold, part in found["acc"].items():
-        low, high = part["ci95"]
-        notes.append(f"{name}, edges refitted on the other half of the lists, acc@{threshold}: "
-                     f"{part['before']:.2f} to {part['after']:.2f}, {part['gain']:+.2f} points "
-                     f"({low:+.2f} to {high:+.2f}).")
-    if found["acc"]["0.5"]["ci95"][0] > 0:
-        maps = ", ".join(f"{edge}' = {a:.3f} {edge} {b:+.1f}" for edge, (a, b) in
-                         found["map"].items())
+def calibration_notes(result: dict, name: str) -> list[str]:
+    """Sentences on a result of `calibrate`; name: of the predictions."""
+    notes = [f"{name}, edges refitted on the other half of the lists, acc@{threshold}: "
+             f"{part['before']:.2f} to {part['after']:.2f}, {_signed(part)} points."
+             for threshold, part in result["acc"].items()]
+    if result["acc"]["0.5"]["ci95"][0] > 0:
+        maps = ", ".join(f"{edge}' = {a:.3f} {edge} {b:+.1f}"
+                         for edge, (a, b) in result["map"].items())
         notes.append(f"{name}: a systematic shift of boxes: frame, resize or padding (in "
                      f"thousandths: {maps}).")
-    if found["median_error"]:
-        errors = ", ".join(f"{edge} {error:+.1f}" for edge, error in found["median_error"].items())
+    if result["median_error"]:
+        errors = ", ".join(f"{edge} {error:+.1f}"
+                           for edge, error in result["median_error"].items())
         notes.append(f"{name}, boxes right at 0.5: median error {errors} thousandths, area "
-                     f"{found['area_ratio']:.3f} of the answer's.")
+                     f"{result['area_ratio']:.3f} of the answer's.")
     return notes
+
+
+def _signed(gap: dict) -> str:
+    return f"{gap['value']:+.2f} ({gap['ci95'][0]:+.2f} to {gap['ci95'][1]:+.2f})"
 
 
 def split_difference(first: Scored, second: Scored) -> str:
     """A sentence: how much of first over second is calibration, the rest is not."""
-    sides = []
+    raw, refitted = [], []
     for scored in (first, second):
         boxes, answers = boxes_as_read(scored)
-        changed = refit(boxes, answers, number_lists(scored))
-        sides.append([(pairwise_iou(part, answers) >= 0.5).astype(float)
-                      for part in (boxes, changed)])
-    (raw, after), (other_raw, other_after) = sides
-    lists, parts = number_lists(first), []
-    for gaps in (raw - other_raw, after - other_after, raw - other_raw - after + other_after):
-        groups = [(gaps[places], lists[places]) for places in averaged_groups(first)]
-        low, high = gap_interval_by_list(groups)
-        value = macro_mean([values for values, _ in groups])
-        parts.append(f"{100 * value:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})")
-    return (f"acc@0.5, of {parts[0]} points between the two {parts[2]} are calibration; refitted, "
-            f"{parts[1]} remain.")
+        for side, part in ((raw, boxes), (refitted, refit(boxes, answers, number_lists(scored)))):
+            side.append((pairwise_iou(part, answers) >= 0.5).astype(float))
+    whole, rest, part = (
+        _signed(measure_gain(*pair, number_lists(first), averaged_groups(first)))
+        for pair in (raw[::-1], refitted[::-1], (refitted[0] - refitted[1], raw[0] - raw[1])))
+    return (f"acc@0.5, of {whole} points between the two {part} are calibration; refitted, {rest} "
+            "remain.")

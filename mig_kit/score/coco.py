@@ -7,7 +7,6 @@ image without an entry has no box, which is an answer, so nothing can be missing
 import contextlib
 import io
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Container
 
@@ -21,8 +20,6 @@ from mig_kit.common import UserError
 from mig_kit.score.annotations import is_four_numbers, is_number
 from mig_kit.score.result import Scored
 
-ODINW_THRESHOLDS = {"ap": None, "ap50": 0, "ap75": 5}  # places in COCO's ten IoU thresholds
-
 
 def load_coco(annotations: dict, name: str) -> COCO:
     """The annotations as a COCO index; UserError, naming the benchmark, for a missing part."""
@@ -33,21 +30,17 @@ def load_coco(annotations: dict, name: str) -> COCO:
                     for entry in annotations[part]) for part in parts):
         raise UserError(f"the {name} annotations need the lists {', '.join(parts)}, each entry "
                         "with an id; give the benchmark's COCO-style JSON file")
-    images, categories = ({entry["id"] for entry in annotations[part]}
-                          for part in ("images", "categories"))
+    ids = {field: {entry["id"] for entry in annotations[part]}
+           for field, part in (("image_id", "images"), ("category_id", "categories"))}
     boxes = []
     for entry in annotations["annotations"]:
-        has_box = is_four_numbers(entry.get("bbox"))
-        area = entry["bbox"][2] * entry["bbox"][3] if has_box else None
-        box = {"iscrowd": 0, "area": area, **entry}
-        if not (has_box and _is_among(entry.get("image_id"), images)
-                and _is_among(entry.get("category_id"), categories)
-                and isinstance(box["id"], int) and is_number(box["area"])
-                and box["iscrowd"] in (0, 1)):
+        if not (is_four_numbers(entry.get("bbox")) and isinstance(entry["id"], int)
+                and all(_is_among(entry.get(field), known) for field, known in ids.items())
+                and is_number(entry.get("area", 0)) and entry.get("iscrowd", 0) in (0, 1)):
             raise UserError(f"annotation {entry['id']} of {name} needs a whole number as id, the "
                             "image_id and category_id of an image and a category, a bbox of four "
                             "numbers, a number as area and 0 or 1 as iscrowd")
-        boxes.append(box)
+        boxes.append({"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry})
     categories = [{"name": str(entry["id"]), **entry} for entry in annotations["categories"]]
     coco = COCO()
     coco.dataset = {**annotations, "annotations": boxes, "categories": categories}
@@ -63,66 +56,47 @@ def _is_among(value, ids: Container) -> bool:
 def validate_detections(predictions: list[dict], coco: COCO, source: str) -> list[dict]:
     """The fields that count of the predictions, with the annotations' own ids (3 for "3").
 
-    Raises: UserError that lists unknown images or categories, or names a malformed entry.
+    Raises: UserError that names a malformed entry, or an image or category that is unknown.
     """
+    ids = {"image_id": {str(image): image for image in coco.imgs},
+           "category_id": {str(category): category for category in coco.cats}}
     for number, entry in enumerate(predictions, 1):
         if not (is_four_numbers(entry.get("bbox")) and is_number(entry.get("score"))):
             raise UserError(f'entry {number} of {source} needs "bbox", four numbers x, y, width, '
                             'height in pixels, and "score"')
-    ids_by_field = {"image_id": {str(image): image for image in coco.imgs},
-                    "category_id": {str(category): category for category in coco.cats}}
-    for field, ids in ids_by_field.items():
-        unknown = sorted({str(entry.get(field)) for entry in predictions} - set(ids))
-        if unknown:
-            raise UserError(f"{source} has {len(unknown)} values of {field} that the annotations "
-                            f"do not know ({', '.join(unknown[:10])}); use the ids of the "
-                            "annotation file")
+        for field, known in ids.items():
+            if str(entry.get(field)) not in known:
+                raise UserError(f"entry {number} of {source} has the {field} {entry.get(field)}, "
+                                "which the annotations do not know; use the annotation file's ids")
     return [{"bbox": list(entry["bbox"]), "score": entry["score"],
-             **{field: ids[str(entry[field])] for field, ids in ids_by_field.items()}}
+             **{field: known[str(entry[field])] for field, known in ids.items()}}
             for entry in predictions]
 
 
-def _sort_detections(entries: list[dict]) -> tuple[str, ...]:
-    return tuple(sorted(json.dumps(entry, sort_keys=True) for entry in entries))
+def measure_precision(coco: COCO, detections: list[dict],
+                      images: list | None = None) -> dict[int | str, np.ndarray]:
+    """Category id -> (10,) its AP, 0..1, at the IoU thresholds 0.5, 0.55, ... by pycocotools.
 
+    All areas, 100 detections an image. Categories without truth are left out.
 
-def load_detections(coco: COCO, predictions: list[dict]) -> COCO:
-    """The predictions, maybe none, as a COCO index on the annotations' images."""
-    if not predictions:
-        return load_coco({**coco.dataset, "annotations": []}, "empty")
-    with contextlib.redirect_stdout(io.StringIO()):
-        return coco.loadRes([dict(entry) for entry in predictions])
-
-
-def run_coco_eval(coco: COCO, detections: COCO, images: list | None = None,
-                  thresholds: tuple[float, ...] = ()) -> COCOeval:
-    """pycocotools' box evaluation: all areas, 100 detections, only `images` (ids) if not None.
-
-    thresholds: of IoU, COCO's ten if empty.
+    Args:
+        detections: maybe none.
+        images: ids, None for all.
     """
-    evaluation = COCOeval(coco, detections, "bbox")
-    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-    evaluation.params.maxDets = [100]
-    if thresholds:
-        evaluation.params.iouThrs = np.array(thresholds)
-    if images is not None:
-        evaluation.params.imgIds = images
     with contextlib.redirect_stdout(io.StringIO()):
+        found = coco.loadRes([dict(entry) for entry in detections]) if detections else load_coco(
+            {**coco.dataset, "annotations": []}, "empty")
+        evaluation = COCOeval(coco, found, "bbox")
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.params.maxDets = [100]
+        if images is not None:
+            evaluation.params.imgIds = images
         evaluation.evaluate()
         evaluation.accumulate()
-    return evaluation
-
-
-def mean_precision(evaluation: COCOeval, category: int,
-                   threshold: int | None = None) -> float | None:
-    """AP (0..1) of a category at a threshold, or over all for None; None if it has no truth.
-
-    category, threshold: places in the evaluation's parameters.
-    """
-    thresholds = slice(None) if threshold is None else threshold
-    precision = evaluation.eval["precision"][thresholds, :, category, 0, 0]
-    valid = precision[precision > -1]
-    return float(valid.mean()) if valid.size else None
+    # catIds are sorted, as the results are; the file's order may be another
+    precision = dict(zip(evaluation.params.catIds, np.moveaxis(
+        evaluation.eval["precision"][..., 0, 0], 2, 0)))  # (thresholds, recalls) each
+    return {category: part.mean(1) for category, part in precision.items() if part.max() > -1}
 
 
 def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scored:
@@ -132,24 +106,18 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
     """
     coco = load_coco(annotations, "OdinW")
     entries = validate_detections(predictions, coco, source)
-    evaluation = run_coco_eval(coco, load_detections(coco, entries))
     names = _category_names(coco)
-    tasks, precisions = [], {}
-    # catIds are sorted, as the results are; the file's order may be another.
-    for place, category in enumerate(evaluation.params.catIds):
-        values = {metric: mean_precision(evaluation, place, threshold)
-                  for metric, threshold in ODINW_THRESHOLDS.items()}
-        if values["ap"] is not None:
-            tasks += [names[category]] * len(coco.getAnnIds(catIds=[category]))
-            precisions[names[category]] = values
-    if not precisions:
+    precision = {names[category]: values
+                 for category, values in measure_precision(coco, entries).items()}
+    if not precision:
         raise UserError("the OdinW annotations hold no boxes; give the file with annotations")
-    average = {metric: np.mean([values[metric] for values in precisions.values()])
-               for metric in ODINW_THRESHOLDS}
-    aggregates = {name: {metric: 100 * float(value) for metric, value in values.items()}
-                  for name, values in [("avg", average), *precisions.items()]}
-    return Scored(tuple(tasks), {}, True, np.array([]), aggregates=aggregates,
-                  remarks=_id_remarks(annotations), detections=_sort_detections(entries))
+    precision = {"avg": np.mean(list(precision.values()), axis=0), **precision}
+    aggregates = {name: {"ap": 100 * float(values.mean()), "ap50": 100 * float(values[0]),
+                         "ap75": 100 * float(values[5])} for name, values in precision.items()}
+    tasks = [names[category] for category in sorted(coco.cats)
+             for _ in coco.getAnnIds(catIds=[category])]
+    return Scored(tuple(tasks), {}, True, aggregates=aggregates,
+                  detections=tuple(sorted(map(repr, entries))))
 
 
 def _category_names(coco: COCO) -> dict:
@@ -158,15 +126,6 @@ def _category_names(coco: COCO) -> dict:
     counts = Counter(names.values())
     return {category: name if counts[name] == 1 else f"{name} (id {category})"
             for category, name in names.items()}
-
-
-def _id_remarks(annotations: dict) -> tuple[str, ...]:
-    """A sentence on annotations whose ids pycocotools confuses."""
-    counts = Counter(entry["id"] for entry in annotations["annotations"])
-    affected = sum(count if name == 0 else count - 1 for name, count in counts.items())
-    return (f"Annotations with id 0 or the id of another: {affected}. As in pycocotools, a "
-            "detection that matches annotation 0 counts as a false positive, and of one id only "
-            "the last annotation counts.",) if affected else ()
 
 
 def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> Scored:
@@ -181,19 +140,17 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
     tasks = tuple(style for _, style in styled_pairs)
     entries = validate_detections(predictions, coco, source)
     entries = rename_groups(coco, entries, pairs)
-    detections = load_detections(coco, entries)
     with_truth = {image for image in coco.imgs if coco.getAnnIds(imgIds=[image])}
     with_box = {entry["image_id"] for entry in entries}
     accuracy = np.array([all((image in with_truth) == (image in with_box) for image in pair)
                          for pair in pairs], float)
-    aggregates = {"avg": {"ap50": _weighted_ap50(coco, detections, None)}}
+    aggregates = {"avg": {"ap50": _weighted_ap50(coco, entries, None)}}
     for task in dict.fromkeys(tasks):
         images = [image for pair, style in styled_pairs for image in pair if style == task]
-        aggregates[task] = {"ap50": _weighted_ap50(coco, detections, images)}
+        aggregates[task] = {"ap50": _weighted_ap50(coco, entries, images)}
     files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
-    return Scored(tasks, {"accuracy": accuracy}, False, accuracy,
-                  aggregates=aggregates, remarks=_id_remarks(annotations),
-                  detections=_sort_detections(entries),
+    return Scored(tasks, {"accuracy": accuracy}, False, aggregates=aggregates,
+                  detections=tuple(sorted(map(repr, entries))),
                   lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
 
 
@@ -213,13 +170,12 @@ def _styled_pairs(coco: COCO) -> list[tuple[tuple, str]]:
     return [(pair, "all") for pair in zip(images[0::2], images[1::2])]
 
 
-def _weighted_ap50(coco: COCO, detections: COCO, images: list | None) -> float:
+def _weighted_ap50(coco: COCO, detections: list[dict], images: list | None) -> float:
     """AP50 in percent, weighted by the truth's counts; images: ids, None for all."""
-    evaluation = run_coco_eval(coco, detections, images, thresholds=(0.5,))
+    precision = measure_precision(coco, detections, images)
     # the script pairs counts and APs in the file's order, the same if that is sorted by id
-    counts = [len(coco.getAnnIds(imgIds=images or [], catIds=[category]))
-              for category in evaluation.params.catIds]
-    values = [mean_precision(evaluation, place, 0) or 0.0 for place in range(len(counts))]
+    counts = [len(coco.getAnnIds(imgIds=images or [], catIds=[category])) for category in precision]
+    values = [values[0] for values in precision.values()]
     return 100 * float(np.average(values, weights=counts)) if sum(counts) else 0.0
 
 

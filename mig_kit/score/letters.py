@@ -1,13 +1,10 @@
-"""Replies to multiple-choice items: the option that is read, and whether it is correct."""
+"""The option that a reply to a multiple-choice item chooses, by protocol."""
 
 from collections.abc import Callable
 
 from mig_kit.score.annotations import BLINK_CHOICES, BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
 from mig_kit.score.official import last_answer_block
-
-UNREAD = "unread"  # the problem of a reply that no rule reads
-NOT_A_LETTER = "no single letter in <answer>"
 
 
 def read_item(item: BenchmarkItem, response: str) -> tuple[str, str]:
@@ -23,19 +20,5 @@ def read_strictly(item: BenchmarkItem, response: str) -> tuple[str, str]:
     return (letter, "the last <answer>") if is_option else ("", "")
 
 
-def official_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, problem) by the letter that the reply explicitly chooses."""
-    letter, _ = read_item(item, response)
-    return float(letter == item.letter), "" if letter else UNREAD
-
-
-def strict_choice(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(1 or 0, problem): the last <answer> must hold the letter and nothing else."""
-    if last_answer_block(response) is None:
-        return 0.0, "no <answer> block"
-    letter, _ = read_strictly(item, response)
-    return float(letter == item.letter), "" if letter else NOT_A_LETTER
-
-
-CHOICE_JUDGES: dict[str, Callable[[BenchmarkItem, str], tuple[float, str]]] = {
-    "official": official_choice, "strict": strict_choice}
+LETTER_READERS: dict[str, Callable[[BenchmarkItem, str], tuple[str, str]]] = {
+    "official": read_item, "strict": read_strictly}

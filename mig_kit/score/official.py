@@ -14,6 +14,7 @@ import numpy as np
 from mig_kit.boxes import Box, Coordinates
 from mig_kit.common import UserError
 from mig_kit.score.annotations import BenchmarkItem, is_four_numbers
+from mig_kit.score.result import Verdict
 
 # Boxes as the authors' scripts read them.
 _REAL = r"(\d+\.\d+)"
@@ -34,7 +35,6 @@ _HIDDEN = re.compile(r"<(think|seed:think|tool_call)>.*?(?:</\1>|\Z)"
 _RUN_ON = re.compile(r"<\|(?:im_end|eot_id|end|return|endoftext)\|>|</s>|<end_of_turn>"
                      r"|\n\W*(?:Question|Human|User)\s*:")
 _OPENING = re.compile(r"\s*(?:<s>|<\|\w{1,20}\|>(?:assistant)?|assistant\s*\n)")
-TOOL_CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 NO_BOX_ANNOTATED = "counted 0, for the annotations have no box"
@@ -154,26 +154,23 @@ def read_official_box(item: BenchmarkItem) -> Callable[[str], Box | None]:
             Coordinates.NORMALIZED_1000: parse_revised_mig_bench_box}[item.coordinates]
 
 
-def official_iou(item: BenchmarkItem, response: str) -> tuple[float, str]:
-    """(IoU, problem or "") of a free-text reply by the benchmark's own script.
+def official_iou(item: BenchmarkItem, response: str) -> Verdict:
+    """The IoU of a free-text reply by the benchmark's own script.
 
     An item without a box counts 0, as in LISA's and ReVOS's script; one in pixels needs a size.
     """
     if item.box is None:
-        return 0.0, NO_BOX_ANNOTATED
-    read_box = read_official_box(item)
-    box, limit = read_box(response), 1000 if item.coordinates == Coordinates.NORMALIZED_1000 else 1
-    if item.coordinates == Coordinates.PIXELS:
-        width, height = item.size
-        x1, y1, x2, y2 = item.box
-        value = script_iou((x1 / width, y1 / height, x2 / width, y2 / height), box, 1e-6)
-    else:
-        value = script_iou(item.box, box)
+        return Verdict(0.0, NO_BOX_ANNOTATED)
+    box = read_official_box(item)(response)
     if box is None:
-        return value, "no box found"
-    if "<tool_call>" in response and box != read_box(TOOL_CALL.sub(" ", response)):
-        return value, "box inside a <tool_call>, scored all the same"
-    return value, "box outside the image, scored all the same" if max(box) > limit else ""
+        return Verdict(0.0, "no box found")
+    limit = 1000 if item.coordinates == Coordinates.NORMALIZED_1000 else 1
+    problem = "box outside the image, scored all the same" if max(box) > limit else ""
+    answer, added = item.box, 0.0
+    if item.coordinates == Coordinates.PIXELS:
+        answer, added = tuple(np.divide(item.box, (*item.size, *item.size)).tolist()), 1e-6
+    return Verdict(script_iou(answer, box, added), problem,
+                   {"box": box, "rule": "the authors' rule"})
 
 
 def ref_l4_ious(answers: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -188,26 +185,23 @@ def ref_l4_ious(answers: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def judge_boxes(items: list[BenchmarkItem], lines: list[dict | None],
-                source: str) -> tuple[np.ndarray, list[str]]:
-    """((n,) IoU, a problem or "" each) of each line's "pred_bbox"; None counts 0 and as missing.
+                source: str) -> list[Verdict]:
+    """The IoU of each line's "pred_bbox"; None counts 0 and as missing.
 
     Raises: UserError, with the predictions' name `source`, for a malformed line.
     """
     boxes = []
     for item, line in zip(items, lines, strict=True):
-        if line is None:
-            boxes.append([0, 0, 0, 0])
-            continue
-        box, written_as = line["pred_bbox"], line.get("format")
+        box, written_as = (line["pred_bbox"], line.get("format")) if line else ([0] * 4, "xyxy")
         if not is_four_numbers(box) or written_as not in ("xyxy", "xywh"):
             raise UserError(f'{source}: the line of {item.name} needs "pred_bbox", four numbers, '
                             'and "format", xyxy or xywh')
         x, y, third, fourth = box
         boxes.append([x, y, x + third, y + fourth] if written_as == "xywh" else box)
     values = ref_l4_ious(np.array([item.box for item in items]), np.array(boxes))
-    problems = ["" if any(box) else "missing" if line is None else "no box found"
-                for line, box in zip(lines, boxes)]
-    return values, problems
+    return [Verdict(value, "" if any(box) else "missing" if line is None else "no box found",
+                    {"box": line["pred_bbox"], "rule": "pred_bbox"} if line else {})
+            for value, line, box in zip(values, lines, boxes)]
 
 
 def ref_l4_metrics(values: np.ndarray) -> dict[str, np.ndarray]:

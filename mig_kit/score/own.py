@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import dataclass
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, rescale_box
 from mig_kit.image_files import EncodedImage, LazyImages
@@ -13,19 +12,12 @@ from mig_kit.score.annotations import Benchmark, BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
 from mig_kit.score.official import last_answer_block, shown_text
 from mig_kit.score.reply_boxes import UNREAD, parse_named_boxes
+from mig_kit.score.result import Verdict
 
 # An image of a thousand pixels a side is in 0 to 1000 what it is in pixels, so that nothing is
 # converted: boxes count as they are written.
 AS_WRITTEN = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
 UNIT_IMAGE = EncodedImage(b"", (1000, 1000))
-
-
-@dataclass(frozen=True)
-class OwnItem(BenchmarkItem):
-    """targets: (image, box) pairs, of which any answers or, with find_all, all do."""
-
-    targets: tuple[tuple[int, Box], ...] = ()
-    find_all: bool = False
 
 
 def read_own(records: list[dict]) -> Benchmark:
@@ -39,7 +31,7 @@ def read_own(records: list[dict]) -> Benchmark:
         pairs = tuple((target["image"], tuple(map(float, target["box"]))) for target in targets)
         options = tuple(record.get("options", ()))
         first_image, first_box = pairs[0] if pairs else (None, None)
-        items.append(OwnItem(
+        items.append(BenchmarkItem(
             index, record.get("id", f"line-{index + 1}"), record.get("task", "own"),
             record["question"], tuple(record["images"]), first_box,
             Coordinates(record.get("coordinates", "pixels")), first_image, False,
@@ -73,9 +65,9 @@ def read_freely(reply: str, sample: Sample) -> str:
     return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply
 
 
-def judge_own(item: OwnItem, reply: str, protocol: str, coordinates: Coordinates,
-              box_format: BoxFormat, sizes: dict[str, tuple[int, int]]) -> tuple[float, str]:
-    """(1 or 0, problem) of a reply; sizes: of the images, if coordinates are converted.
+def judge_own(item: BenchmarkItem, reply: str, protocol: str, coordinates: Coordinates,
+              box_format: BoxFormat, sizes: dict[str, tuple[int, int]]) -> Verdict:
+    """1 or 0 for a reply; sizes: of the images, if coordinates are converted.
 
     protocol: strict reads the kit's answer format alone, free_text a reply that states its box or
         letter in another.
@@ -91,13 +83,15 @@ def judge_own(item: OwnItem, reply: str, protocol: str, coordinates: Coordinates
                     options=item.choices, letter=item.letter, find_all=item.find_all)
     text = read_freely(reply, sample) if protocol == "free_text" else reply
     answer, boxes = parse_reply(text), parse_boxes(text)
-    problem = ""
-    if item.letter:
-        problem = "" if answer.letter else UNREAD
-    elif (boxes if item.find_all else answer.box) is None:
-        problem = UNREAD
-    elif item.find_all and len(boxes) != len(item.targets):
+    is_read = answer.letter if item.letter else (
+        (boxes if item.find_all else answer.box) is not None)
+    problem = "" if is_read else UNREAD
+    if is_read and item.find_all and len(boxes) != len(item.targets):
         problem = "another number of boxes than there are"
-    elif not item.find_all and not image_set_iou(text, sample):
+    elif is_read and not item.letter and not image_set_iou(text, sample):
         problem = "wrong image"
-    return float(is_correct(text, sample, AS_WRITTEN)), problem
+    rule = "a statement" if is_read else ""
+    read = {"letter": item.letter, "read": answer.letter, "rule": rule} if item.letter else {
+        "image": answer.image, "box": [box for _, box in boxes or ()] if item.find_all else
+        answer.box, "rule": rule}
+    return Verdict(float(is_correct(text, sample, AS_WRITTEN)), problem, read)

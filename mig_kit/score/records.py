@@ -16,6 +16,7 @@ from mig_kit.score.annotations import BenchmarkItem
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TABLES = (".parquet", ".xlsx", ".tsv", ".csv")
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".json")
+REPLIES = ("resps", "filtered_resps", "full_prediction", "prediction")  # of other kits
 
 
 def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
@@ -45,15 +46,15 @@ def read_json(path: str | Path):
 
 
 def _folder_files(folder: Path) -> list[Path]:
-    """The files of records below a folder, by name; of BLINK's data set the validation parts."""
+    """The files of records below a folder, by name: if any are, BLINK's validation parts or
+    lmms-eval's samples.
+    """
     files = sorted(path for path in folder.rglob("*")
                    if path.suffix.lower() in FOLDER_SUFFIXES and path.is_file())
-    for is_wanted in (lambda name: name.startswith("val"), lambda name: "samples_" in name):
-        files = [path for path in files if is_wanted(path.name)] or files
     if not files:
         raise UserError(f"{folder} holds no {', '.join(FOLDER_SUFFIXES)} file; name the folder "
                         "that does")
-    return files
+    return [path for path in files if re.match("val|.*samples_", path.name)] or files
 
 
 def _require_file(path: Path) -> None:
@@ -66,29 +67,24 @@ def _read_table(path: Path) -> list[dict]:
     import pandas  # a second
     from pyarrow import parquet
 
+    suffix = path.suffix.lower()
     try:
-        if path.suffix.lower() == ".parquet":
+        if suffix == ".parquet":
             file = parquet.ParquetFile(path)
             columns = [field.name for field in file.schema_arrow
                        if "binary" not in str(field.type)]
             return file.read(columns).to_pylist()
-        if path.suffix.lower() == ".xlsx":
+        if suffix == ".xlsx":
             return pandas.read_excel(path, keep_default_na=False).to_dict("records")
-    except ImportError:
-        raise UserError(f"{path} needs openpyxl to be read; run pip install openpyxl, or save it "
-                        "as CSV") from None
-    except Exception as error:  # of parquet, zip and XML alike
-        raise UserError(f"{path} is no readable table ({error}); download it again") from None
-    csv.field_size_limit(MAX_LINE)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        reader, records = csv.DictReader(file, delimiter=delimiter), []
-        for record in reader:  # pandas would read a row that was cut as empty cells
-            if None in record or None in record.values():
-                raise UserError(f"line {reader.line_num} of {path} has another number of cells "
-                                "than the first; save it again")
-            records.append(record)
-    return records
+        csv.field_size_limit(MAX_LINE)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
+    except Exception as error:  # of parquet, zip, XML and text alike
+        raise UserError(f"{path} is no readable table ({error}); save it again") from None
+    if any(None in row or None in row.values() for row in rows):  # pandas would fill them up
+        raise UserError(f"{path} has rows with another number of cells than the first; save it "
+                        "again")
+    return rows
 
 
 def _read_numbered(path: Path) -> dict[int, object]:
@@ -97,7 +93,10 @@ def _read_numbered(path: Path) -> dict[int, object]:
         opening = file.read(1 << 16).removeprefix(BYTE_ORDER_MARK).lstrip()
     if opening.startswith(b"[") or opening and path.suffix.lower() == ".json":
         try:
-            return dict(enumerate(_unwrap(read_json(path)), 1))
+            value = read_json(path)
+            if isinstance(value, dict):
+                value = value.get("val", [value])  # of BLINK's outputs
+            return dict(enumerate(value if isinstance(value, list) else [value], 1))
         except UserError as error:
             if "Extra data" not in str(error):  # which more lines are
                 raise
@@ -119,59 +118,47 @@ def _parse_json(text: bytes, where: str):
                         "or one JSON list") from error
 
 
-def _unwrap(value) -> list:
-    """The records in one JSON value: a list, BLINK's "val", lmms-eval's "logs", or columns."""
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        return [value]
-    if isinstance(rows := value.get("val", value.get("logs")), list):
-        return rows
-    if all(isinstance(value.get(name), (list, dict)) for name in ("index", "prediction")):
-        columns = {name: list(column.values()) if isinstance(column, dict) else column
-                   for name, column in value.items()}
-        return [dict(zip(columns, row)) for row in zip(*columns.values())]
-    return [value]
-
-
 def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], field: str,
                       source: str, allow_missing: bool = False,
                       left_out: tuple[int, ...] = ()) -> list[dict | None]:
     """Each item's record, in the items' order, with its prediction under `field`; None if missing.
 
     Args:
-        records: name their items by "index" (from 0) or "id"; a table of VLMEvalKit may count from
-            1. If a record repeats the correct letter, it must be the annotations'.
+        records: name their items by "index" (from 0) or "id"; a whole table of VLMEvalKit may
+            count from 1. If a record repeats the correct letter, it must be the annotations'.
         source: what errors call the predictions.
         left_out: indices without an answer, whose predictions are dropped.
     Raises: UserError for records without the field, and unknown, doubled or missing indices.
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}
-    first = _first_place(records, [item.index for item in items], left_out, source)
+    dropped = set(map(str, left_out))
+    first = _first_place(records, {*by_index}, dropped, source)
     lines: dict[int, dict] = {}
     doubled, unknown = [], []
     for number, record in enumerate(records, 1):
         where = f"prediction {number} of {source}"
-        index, item_id = _read_names(record, by_id, first)
-        # an "id" tells nothing where the benchmark has none
-        name, items_by_name = (index, by_index) if index is not None and (
-            item_id is None or not by_id) else (item_id, by_id or by_index)
-        if isinstance(name, bool) or not isinstance(name, (str, int)):
+        index, name = _read_names(record, by_id)
+        if index is None and not by_id:  # an "id" tells nothing where the benchmark has none
+            index, name = name, None
+        if index is None and name is None:
             raise UserError(f'{where} has no "index" or "id"; a line looks like {{"index": 0, '
                             f'"{field}": ...}}')
-        if str(item_id if index is None else index) in map(str, left_out):
+        if first and index is not None:
+            index = str(int(index) - first)
+        if index in dropped:
             continue
         line = {**record, field: _read_prediction(record, field, where)}
-        item = items_by_name.get(str(name))
-        indexed = item if index is None else by_index.get(str(index), item)
-        if indexed is not item:
-            raise UserError(f'{where} has "index" {index} and "id" {item_id!r}, which are '
-                            "different items")
+        named = [table.get(key) for table, key in ((by_id, name), (by_index, index))
+                 if table and key is not None]
+        if named[0] is not named[-1]:
+            raise UserError(f'{where} has "index" {index} and "id" {name!r}, which are different '
+                            "items")
+        item = named[0]
         if field not in record:
             _compare_letters(item, record.get("target", record.get("answer")), where)
         if item is None:
-            unknown.append(str(name))
+            unknown.append(name or index)
         elif item.index in lines:
             doubled.append(item.name)
         else:
@@ -188,67 +175,51 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
     return [lines.get(item.index) for item in items]
 
 
-def _read_names(record: dict, by_id: dict[str, BenchmarkItem],
-                first: int = 0) -> tuple[object, object]:
-    """(index, id) that a record gives, or None each; first: index of the first item."""
-    index, item_id, idx, doc_id = (None if value != value else value for value in map(
-        record.get, ("index", "id", "idx", "doc_id")))
-    # lmms-eval's doc_id counts within a task, so an id of the benchmark goes before it
+def _read_names(record: dict, by_id: dict[str, BenchmarkItem]) -> tuple[str | None, str | None]:
+    """(index, id) that a record gives, or None each."""
+    index, item_id, idx, doc_id = map(_to_name, map(record.get, ("index", "id", "idx", "doc_id")))
     if {"resps", "filtered_resps"} & set(record) and "response" not in record:
-        parts = [part for part in record.values() if isinstance(part, dict)]
-        names = [str(part[key]) for part in parts for key in ("idx", "id") if key in part]
+        # lmms-eval's doc_id counts within a task, so an id of the benchmark goes before it
+        names = [str(part[key]) for part in record.values() if isinstance(part, dict)
+                 for key in ("idx", "id") if key in part]
         known = next((name for name in names if name in by_id), None)
         return (doc_id if known is None else None), known
-    if isinstance(index, float) and index.is_integer():  # of pandas, if the column has gaps
-        index = int(index)
-    elif isinstance(index, str):  # of a table in CSV
-        index = re.sub(r"\.0$", "", index) or None
-    if first and index is not None:
-        index = int(index) - first
     return index, idx if item_id is None else item_id
 
 
-def _first_place(records: list[dict], scored: list[int], left_out: tuple[int, ...],
-                 source: str) -> int:
+def _to_name(value) -> str | None:
+    """A JSON value or a table's cell as text; None if it is neither text nor a whole number."""
+    if isinstance(value, float) and value.is_integer():  # of a column with gaps
+        value = int(value)
+    return re.sub(r"^(\d+)\.0$", r"\1", str(value)) or None if type(value) in (int, str) else None
+
+
+def _first_place(records: list[dict], scored: set[str], dropped: set[str], source: str) -> int:
     """1 if the records are a whole table that counts from 1, else 0."""
-    if not all("prediction" in record and "response" not in record
-               and "full_prediction" not in record for record in records):
+    places = {_to_name(record.get("index")) if "prediction" in record and not {
+        "response", "full_prediction"} & set(record) else None for record in records}
+    if not places or "0" in places or not all(place and place.isdecimal() for place in places):
         return 0
-    places = {str(_read_names(record, {})[0]) for record in records}
-    for first in (0, 1):
-        if any(places == {str(index + first) for index in indices}
-               for indices in (scored, [*scored, *left_out])):
-            return first
-    if "0" in places or not all(map(str.isdecimal, places)):
-        return 0
-    if any("target" in record or "answer" in record for record in records):
-        return 0  # whose letters are compared
-    raise UserError(f"{source} has no index 0 and lacks rows, so it may count from 0 or from 1; "
-                    "give the whole table, or lines with index (from 0) and response")
+    indices = {str(int(place) - 1) for place in places}
+    if not any(part in (scored, scored | dropped) for part in (places, indices)):
+        raise UserError(f"{source} has no index 0 and lacks rows, so it may count from 0 or from "
+                        "1; give the whole table, or lines with index (from 0) and response")
+    return int(indices in (scored, scored | dropped))
 
 
 def _read_prediction(record: dict, field: str, where: str):
     """What a record predicts: its `field`, or the reply of another kit's log."""
-    reply = record.get(field)
-    if field not in record and {"resps", "filtered_resps"} & set(record):
-        reply = record.get("resps", record.get("filtered_resps"))
-        while isinstance(reply, list) and reply:
-            reply = reply[0]
-        if not isinstance(reply, str):
-            raise UserError(f"{where} has no text in its resps; log the samples of a task that "
-                            "generates")
-    elif field not in record and "full_prediction" in record:
-        reply = record["full_prediction"]
-    elif field not in record and "prediction" in record:
-        prediction, thinking = record["prediction"], record.get("thinking")
-        reply = "" if prediction is None or prediction != prediction else str(prediction)
-        if isinstance(thinking, str) and thinking:
-            reply = f"<think>{thinking}</think>{reply}"
-    elif field not in record:
+    key = next((name for name in (field, *REPLIES) if name in record), "")
+    if not key:
         raise UserError(f'{where} has no "{field}"; a line looks like {{"index": 0, "{field}": '
                         f'...}}, and this one has {", ".join(record)}')
+    reply = record[key]
+    if key == "prediction":  # a cell: text, a number or nothing
+        reply = "" if reply is None or reply != reply else str(reply)
+    while key in ("resps", "filtered_resps") and isinstance(reply, list) and reply:
+        reply = reply[0]
     if field == "response" and not isinstance(reply, str):
-        raise UserError(f'"response" of {where} is no text; write "" where the model said nothing')
+        raise UserError(f'"{key}" of {where} is no text; write "" where the model said nothing')
     return reply
 
 

@@ -7,15 +7,23 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import yaml
 
-from mig_kit.score.annotations import MIG_BENCH_TASKS, PAPER_COUNTS
-from mig_kit.stats import gap_interval_by_list, group_by_task, macro_mean, share_interval_by_list
+from mig_kit.score.annotations import MIG_BENCH_TASKS, PAPER_COUNTS, BenchmarkItem
+from mig_kit.stats import group_by_task, macro_mean, paired_gap_by_list, share_interval_by_list
 
-NOT_READ = ("unread", "no <answer> block", "no single letter in <answer>")
-MEANT_SHARE = 0.1  # of replies with boxes in other coordinates, above which all may be meant so
+NOT_READ = ("unread", "no <answer> block")
+
+
+class Verdict(NamedTuple):
+    """What becomes of a reply."""
+
+    value: float  # IoU, or 1 for a correct item
+    problem: str = ""  # why it scores nothing
+    read: dict = {}  # for --items: what was read, and by which rule
 
 
 @dataclass(frozen=True)
@@ -25,14 +33,18 @@ class Scored:
     tasks: tuple[str, ...]  # (n,)
     metrics: dict[str, np.ndarray]  # name -> (n,) shares in 0..1
     is_macro: bool  # whether the average is over tasks
-    values: np.ndarray  # (n,) IoU, or 1 for a correct item
     problems: dict[str, int] = field(default_factory=dict)  # why replies scored nothing: how many
     # "avg" or task -> metric -> percent, for what is no mean over items (AP)
     aggregates: dict[str, dict[str, float]] = field(default_factory=dict)
     lists: tuple[Hashable, ...] = ()  # (n,) keys, equal for the same images; () if none are
     remarks: tuple[str, ...] = ()  # sentences on what the protocol did
-    judged: tuple[tuple, ...] = ()  # (item, line as read or None, problem) each; () for AP
+    judged: tuple[tuple[BenchmarkItem, Verdict], ...] = ()  # () for AP
     detections: tuple[str, ...] = ()  # of AP: every box with its image, category and score, sorted
+
+    @property
+    def values(self) -> np.ndarray:
+        """(n,) IoU, or 1 for a correct item."""
+        return np.array([verdict.value for _, verdict in self.judged], dtype=float)
 
 
 def averaged_groups(scored: Scored) -> list[np.ndarray]:
@@ -56,7 +68,7 @@ def headline_average(scored: Scored) -> float:
 
 def unread_bound(scored: Scored) -> dict:
     """{"unread": how many replies no rule reads, "at_most": percent if all of them are right}."""
-    unread = np.array([problem in NOT_READ for _, _, problem in scored.judged], dtype=bool)
+    unread = np.array([verdict.problem in NOT_READ for _, verdict in scored.judged], dtype=bool)
     if not unread.any():
         return {"unread": 0}
     values = np.where(unread, 1.0, next(iter(scored.metrics.values())))
@@ -75,41 +87,37 @@ def summarize(scored: Scored) -> dict:
         {"n", "lists", metrics, "ci95"} for each task, "avg" the metrics and "ci95"; "lists" is the
         number of different lists of images, "ci95" of the first metric.
     """
-    headline = next(iter(scored.metrics.values()), None)
     lists = number_lists(scored)
-    tasks = {}
-    for task, places in group_by_task(scored.tasks, np.arange(len(scored.tasks))).items():
-        tasks[task] = {"n": len(places), "lists": len(np.unique(lists[places]))}
-        tasks[task] |= {name: _percent(values[places].mean())
-                        for name, values in scored.metrics.items()}
-        if headline is not None:
-            interval = share_interval_by_list([(headline[places], lists[places])])
-            tasks[task]["ci95"] = [_percent(bound) for bound in interval]
-        tasks[task] |= scored.aggregates.get(task, {})
-    groups = averaged_groups(scored)
-    average = {name: _percent(macro_mean([values[places] for places in groups]))
-               for name, values in scored.metrics.items()}
-    if headline is not None:
-        interval = share_interval_by_list([(headline[places], lists[places]) for places in groups])
-        average["ci95"] = [_percent(bound) for bound in interval]
-    average |= scored.aggregates.get("avg", {})
-    return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks, "avg": average,
+
+    def average(groups: list[np.ndarray]) -> dict:
+        figures = {name: _percent(macro_mean([values[places] for places in groups]))
+                   for name, values in scored.metrics.items()}
+        if figures:
+            headline = next(iter(scored.metrics.values()))
+            interval = share_interval_by_list([(headline[rows], lists[rows]) for rows in groups])
+            figures["ci95"] = [_percent(bound) for bound in interval]
+        return figures
+
+    by_task = group_by_task(scored.tasks, np.arange(len(scored.tasks)))
+    tasks = {task: {"n": len(places), "lists": len(np.unique(lists[places])), **average([places]),
+                    **scored.aggregates.get(task, {})} for task, places in by_task.items()}
+    return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks,
+            "avg": average(averaged_groups(scored)) | scored.aggregates.get("avg", {}),
             "problems": scored.problems, **unread_bound(scored), "remarks": list(scored.remarks)}
 
 
-def paired_difference(first: Scored, second: Scored, is_same: bool = False) -> dict:
-    """Paired difference first - second in points: {metric: {"value", "ci95"}}, not rounded.
+def paired_difference(first: Scored, second: Scored) -> dict:
+    """Paired difference first - second in points: {metric: {"value", "ci95"}}.
 
-    is_same: the same was read in every item, so the interval is [0, 0]. AP has no interval.
+    The interval is [0, 0] if the same was read in every item; AP has none.
     """
-    lists = number_lists(first)
+    lists, groups = number_lists(first), averaged_groups(first)
+    is_same = (first.judged, first.detections) == (second.judged, second.detections)
     differences = {}
     for name, values in first.metrics.items():
         gaps = np.subtract(values, second.metrics[name], dtype=float)
-        groups = [(gaps[places], lists[places]) for places in averaged_groups(first)]
-        interval = [0.0, 0.0] if is_same else gap_interval_by_list(groups)
-        differences[name] = {"value": _percent(macro_mean([part for part, _ in groups])),
-                             "ci95": [_percent(bound) for bound in interval]}
+        differences[name] = paired_gap_by_list([(gaps[rows], lists[rows]) for rows in groups],
+                                               is_same)
     for name, value in first.aggregates.get("avg", {}).items():
         differences[name] = {"value": value - second.aggregates["avg"][name], "ci95": None}
     return differences
@@ -165,32 +173,22 @@ def table_notes(result: dict, published: list[dict]) -> list[str]:
     benchmark, protocol, problems = result["benchmark"], result["protocol"], result["problems"]
     judges_letters = benchmark in ("blink", "mmiu") and protocol == "official"
     answered = result["n"] - problems.get("missing", 0)
-
-    def is_usual(words: str) -> bool:
-        return sum(count for reason, count in problems.items()
-                   if words in reason) > MEANT_SHARE * answered
-
     rule = f"{protocol} (letters by the kit's own rule)" if judges_letters else protocol
     notes = [f"{benchmark}, version {result['version'] or 'as given'}, protocol {rule}, "
              f"{result['n']} items."]
     if problems.get("missing"):
         notes.append("Replies are missing: do not set these numbers beside published ones.")
-    elif result["complete"] is False:
-        notes.append("The annotations do not hold every item of the benchmark: do not set these "
-                     "numbers beside published ones.")
-    if result["complete"] is None and benchmark != "own":
-        known = (f"its paper counts {PAPER_COUNTS[benchmark]:,}" if benchmark in PAPER_COUNTS
-                 else "no number is published")
-        notes.append(f"Whether these are all items of {benchmark} is not known ({known}): set "
-                     "these numbers beside published ones only if they are.")
+    elif not result["complete"] and benchmark != "own":
+        count = PAPER_COUNTS.get(benchmark)
+        known = f" (its paper counts {count:,})" if count else ""
+        notes.append(f"These are not known to be all items of {benchmark}{known}: set them beside "
+                     "published numbers only if they are.")
     if protocol != "official" and benchmark != "own":
         notes.append("Published figures follow the authors' own rules, so none stands beside this "
                      "protocol.")
-    if result["lists"] < result["n"]:
-        notes.append(f"The questions are about {result['lists']} lists of images. Intervals are "
-                     "over lists, because questions about the same images are not independent.")
     if "ci95" in result["avg"]:
-        notes.append("Intervals are a bootstrap over lists, and exact where few replies differ.")
+        notes.append(f"Intervals are a bootstrap over the {result['lists']:,} lists of images, "
+                     "and exact where few replies differ.")
     if result.get("unread"):
         headline, asks = next(iter(result["avg"])), judges_letters and "judge" not in result
         notes.append(f"{result['unread']:,} of {answered:,} replies unread "
@@ -212,11 +210,6 @@ def table_notes(result: dict, published: list[dict]) -> list[str]:
               for row in published if "doubt" in row]
     notes += [f"Replies, {reason}: {count}."
               for reason, count in sorted(problems.items(), key=lambda problem: -problem[1])]
-    if is_usual("outside the image"):
-        notes.append("Say what boxes outside the image are measured in: --coordinates absolute for "
-                     "pixels of the resized image (Qwen2.5-VL), with the --min-pixels and "
-                     "--max-pixels that its processor had, or pixels for those of the original; "
-                     "both with --images.")
     return notes + (_comparison_notes(result) if "compare" in result else [])
 
 
@@ -224,10 +217,8 @@ def _comparison_notes(result: dict) -> list[str]:
     other = result["compare"]
     notes = [f"Replies of {other['predictions']}, {reason}: {count}."
              for reason, count in sorted(other["problems"].items())]
-    systems = f"{result['predictions']} minus {other['predictions']}"
     for metric, gap in other["difference"].items():
-        interval = "no interval"
-        if gap["ci95"]:
-            interval = " to ".join(map(_signed, gap["ci95"]))
-        notes.append(f"{metric}, {systems}: {_signed(gap['value'])} points ({interval}), paired.")
+        interval = " to ".join(map(_signed, gap["ci95"])) if gap["ci95"] else "no interval"
+        notes.append(f"{metric}, {result['predictions']} minus {other['predictions']}: "
+                     f"{_signed(gap['value'])} points ({interval}), paired.")
     return notes

@@ -1,24 +1,27 @@
-"""Real benchmarks for `mig-kit eval`: items as samples, and replies as lines for both protocols."""
+"""Real benchmarks for `mig-kit eval`: their items as samples."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box
+from mig_kit.boxes import BoxFormat, coordinate_size, rescale_box
 from mig_kit.common import UserError
-from mig_kit.image_files import EncodedImage, LazyImages, is_regular_file, read_size
+from mig_kit.image_files import EncodedImage, LazyImages
 from mig_kit.sample import Sample, Target
-from mig_kit.score.annotations import READERS, Benchmark, BenchmarkItem, resolve_image_path
-from mig_kit.score.convert_boxes import convert_exactly, to_official_line
+from mig_kit.score.annotations import (
+    READERS,
+    Benchmark,
+    BenchmarkItem,
+    read_image_sizes,
+    resolve_image_path,
+)
 from mig_kit.score.records import read_records
 from mig_kit.stats import group_by_task
 
 # Not MC-Bench and OdinW, which ask for every box of an image, with a score.
 RUNNABLE = tuple(READERS)
-PROTOCOLS = ("official", "strict")
 
 _INLINE_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 
@@ -27,8 +30,8 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
                   limit: int = 0) -> tuple[Benchmark, list[Sample]]:
     """A benchmark of RUNNABLE and its items as samples; limit: items per task, 0 for all.
 
-    Raises UserError for items without images, multiple choice without options, and missing images;
-    BadImage for a file that is no image.
+    Raises UserError for items without images, multiple choice without options, and images that are
+    missing or none.
     """
     benchmark = READERS[name](read_records(annotations))
     if limit:
@@ -37,25 +40,18 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
         chosen = sorted(row for part in by_task.values() for row in part[:limit])
         benchmark = replace(benchmark, complete=False,
                             items=tuple(benchmark.items[row] for row in chosen))
-    without_images = [item.name for item in benchmark.items if not item.images]
-    if without_images:
-        raise UserError(f"{len(without_images)} items of {annotations} name no images (first: "
-                        f"{', '.join(without_images[:3])}); give every record its \"images\", "
-                        "a list of file names below the image root")
-    without_options = [item.name for item in benchmark.items
-                       if item.letter and not 2 <= len(item.choices) <= 8]
-    if without_options:
-        raise UserError(f"{len(without_options)} multiple-choice items of {annotations} have no 2 "
-                        f"to 8 options that can be read (first: {', '.join(without_options[:3])});"
-                        ' write BLINK\'s as a list, "choices", and MMIU\'s as "A: ... B: ..."')
-    names = dict.fromkeys(name for item in benchmark.items for name in item.images)
-    paths = {name: resolve_image_path(root, name) for name in names}
-    missing = [name for name, path in paths.items() if not is_regular_file(path)]
-    if missing:
-        raise UserError(f"{len(missing)} of {len(paths)} images are missing below {root} (first: "
-                        f"{', '.join(missing[:3])}); download and unpack them, or correct "
-                        "--images")
-    images = {name: EncodedImage(path, read_size(path)) for name, path in paths.items()}
+    for is_usable, problem in (
+            (lambda item: item.images, 'name no images; give every record its "images", a list of '
+                                       "file names below the image root"),
+            (lambda item: not item.letter or 2 <= len(item.choices) <= 8,
+             'have no 2 to 8 options that can be read; write BLINK\'s as a list, "choices", and '
+             'MMIU\'s as "A: ... B: ..."')):
+        if bad := [item.name for item in benchmark.items if not is_usable(item)]:
+            raise UserError(f"{len(bad)} items of {annotations} (first: {', '.join(bad[:3])}) "
+                            f"{problem}")
+    sizes = read_image_sizes((name for item in benchmark.items for name in item.images), root)
+    images = {name: EncodedImage(resolve_image_path(root, name), size)
+              for name, size in sizes.items()}
     return benchmark, [to_sample(item, benchmark.name,
                                  LazyImages(tuple(images[name] for name in item.images)))
                        for item in benchmark.items]
@@ -78,23 +74,3 @@ def to_sample(item: BenchmarkItem, benchmark: str, images: LazyImages) -> Sample
     options = item.choices if item.letter else ()
     return Sample(f"{benchmark}/{item.index}", benchmark, item.task, "test", images, question,
                   targets, reference, options, item.letter)
-
-
-def prediction_lines(benchmark: Benchmark, samples: Sequence[Sample], replies: Sequence[str],
-                     box_format: BoxFormat, exact: bool = False) -> list[dict]:
-    """Lines for `mig-kit score`: {"index", "response"}; of Ref-L4 also "pred_bbox" and "format".
-
-    Boxes are converted from the model's coordinates. exact: for the strict protocol.
-    """
-    lines = []
-    for item, sample, reply in zip(benchmark.items, samples, replies, strict=True):
-        line = {"index": item.index, "response": reply}
-        is_read_as_it_is = (box_format.coordinates == Coordinates.NORMALIZED_1000
-                            and benchmark.name != "ref_l4" and not exact)
-        if exact and not item.letter:
-            line["response"] = convert_exactly(reply, sample.sizes, item.target, box_format)
-        elif not item.letter and not is_read_as_it_is:
-            line = to_official_line(item, benchmark.name, line, sample.sizes,
-                                    box_format.coordinates, box_format)
-        lines.append(line)
-    return lines

@@ -8,14 +8,13 @@ from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import progress_bar, release_memory
 from mig_kit.image_files import LazyImages
 from mig_kit.models.loading import Hardware, Policy, load_policy
-from mig_kit.models.sample_prompts import SampleCache, make_cache, reply_logps
+from mig_kit.models.sample_prompts import SampleCache, make_cache
 from mig_kit.sample import Sample
 from mig_kit.serving.server import Question, ServedModel, serve_model
 from mig_kit.serving.stored_replies import count_endings, format_row, load_replies
@@ -31,7 +30,6 @@ from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 BATCH_SIZE = 64  # prompts of a batch
 CPU_WORKERS = 2  # batches under way at a time on a CPU, each on its share of the cores
-KL_SAMPLES = 10  # of a suite
 Drawn = tuple[list[str], list[str]]  # replies to a sample, and why each of them ended
 
 
@@ -253,48 +251,3 @@ def _system_replies(policy: Policy | ServedModel, system: str, cache: SampleCach
         answers[suite] = {"greedy": [greedy[sample.id][0] for sample in suite_samples],
                           "drawn": [drawn.get(sample.id, []) for sample in suite_samples]}
     return answers
-
-
-def kl_from_base(models: dict[str, str | Path], samples: dict[str, list[Sample]], replies: dict,
-                 hardware: Hardware, box_format: BoxFormat) -> dict:
-    """KL(system || base) in nats, the mean of log p_system - log p_base over the system's replies.
-
-    Args:
-        models, samples: as in `suite_replies`; replies: what it returned. The first reply at
-            temperature 1 to KL_SAMPLES samples of a suite counts.
-    Returns: system -> suite -> {"per_token", "per_reply", "standard_error" of per_reply, "replies":
-    their number}.
-    """
-    questions: dict[str, dict[str, list[tuple[Sample, str]]]] = {
-        system: {suite: _spread_replies(samples[suite], answers["drawn"])
-                 for suite, answers in by_suite.items()}
-        for system, by_suite in replies.items() if system != "base"}
-    own: dict[str, dict[str, list[np.ndarray]]] = {}
-    for system, by_suite in questions.items():
-        policy = None  # frees the system before the next
-        policy = load_policy(models[system], hardware, box_format)
-        own[system] = {suite: _reply_logps(policy, rows) for suite, rows in by_suite.items()}
-    policy = None
-    policy = load_policy(models["base"], hardware, box_format)
-    return {system: {suite: _summarize_kl(own[system][suite], _reply_logps(policy, rows))
-                     for suite, rows in by_suite.items()}
-            for system, by_suite in questions.items()}
-
-
-def _spread_replies(samples: list[Sample], drawn: Sequence[list[str]]) -> list[tuple[Sample, str]]:
-    rows = [row for row, replies in enumerate(drawn) if replies]
-    return [(samples[row], drawn[row][0])
-            for row in rows[::max(1, len(rows) // KL_SAMPLES)][:KL_SAMPLES]]
-
-
-def _reply_logps(policy: Policy, rows: list[tuple[Sample, str]]) -> list[np.ndarray]:
-    samples, replies = map(list, zip(*rows))
-    logps = reply_logps(policy.model, policy.processor, samples, replies, policy.box_format)
-    return [values.double().numpy() for values in logps]
-
-
-def _summarize_kl(own: list[np.ndarray], base: list[np.ndarray]) -> dict:
-    sums = np.array([(a - b).sum() for a, b in zip(own, base, strict=True)])
-    error = sums.std(ddof=1) / len(sums) ** 0.5 if len(sums) > 1 else None
-    return {"per_token": float(sums.sum() / sum(map(len, own))), "per_reply": float(sums.mean()),
-            "standard_error": error, "replies": len(sums)}

@@ -44,7 +44,7 @@ DRAWN_SIZES = {"eval_seed": 53, "suites": {  # as notebook 06
 DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "dtype": "auto"}
 OWN_FILE = "own data (a file)"  # in tables and cards, of questions that may be trained ones
 MODEL = "model"  # what the one system is called
-UNREAD = ("empty", "no box found", "no option chosen")  # problems of replies
+UNREAD = ("empty", "no box found", "unread")  # problems of replies
 BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
                "rejection": "rejection rate", "wrong_rejection": "wrongly none"}
 REASONING_FIGURES = {"truth": "true claims", "grounded": "grounded, of correct replies",
@@ -209,12 +209,11 @@ def judge_benchmark(benchmark: Benchmark, samples: dict[str, list[Sample]],
                     box_format: BoxFormat) -> tuple[dict, list[dict]]:
     """As `judge_suites`, of a real benchmark by its protocols; root: of its images."""
     name = benchmark.name
-    lines = {protocol: run_benchmark.prediction_lines(
-        benchmark, samples[name], replies[name]["greedy"], box_format, exact=protocol == "strict")
-        for protocol in run_benchmark.PROTOCOLS}
+    lines = [{"index": item.index, "response": reply} for item, reply in
+             zip(benchmark.items, replies[name]["greedy"], strict=True)]
     scored = {protocol: protocols.score_predictions(
-        benchmark, part, "the replies", box_format, protocol, images=str(root))
-        for protocol, part in lines.items()}
+        benchmark, lines, "the replies", box_format, protocol, box_format.coordinates, str(root))
+        for protocol in protocols.PROTOCOLS[name]}
     official = scored["official"]
     items = {"id": [sample.id for sample in samples[name]],
              "part": [task if official.is_macro else "" for task in official.tasks],
@@ -223,7 +222,7 @@ def judge_benchmark(benchmark: Benchmark, samples: dict[str, list[Sample]],
                 for protocol, result in scored.items()}}
     return {"scores": {protocol: {name: summarize(result)} for protocol, result in scored.items()},
             "items": {name: items},
-            "unread": sum(official.problems.get(reason, 0) for reason in UNREAD)}, lines["official"]
+            "unread": sum(official.problems.get(reason, 0) for reason in UNREAD)}, lines
 
 
 def read_result(folder: Path) -> dict:

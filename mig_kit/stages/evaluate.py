@@ -18,9 +18,11 @@ from mig_kit.image_files import image_digests
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import name_data
 from mig_kit.pipeline.stage_params import START_WORDS
-from mig_kit.prompts import is_well_formed, parse_boxes
+from mig_kit.prompts import is_well_formed, parse_boxes, reply_boxes_in_original
 from mig_kit.rewards import image_set_iou, is_correct, match_score, weakest_iou
 from mig_kit.sample import Sample, TableRows, read_samples
+from mig_kit.score import calibration
+from mig_kit.score.blind import pairwise_iou
 from mig_kit.stats import (
     group_by_task,
     macro_mean,
@@ -322,6 +324,41 @@ def compare_systems(samples: dict[str, list[Sample]], replies: dict,
             part, replies[after][suite]["greedy"], replies[before][suite]["greedy"],
             replies[after][suite]["drawn"], replies[before][suite]["drawn"], box_format)
         for suite, part in samples.items()} for after, before in pairs}
+
+
+def calibrate_systems(samples: dict[str, list[Sample]], replies: dict,
+                      box_format: BoxFormat) -> dict:
+    """system -> suite -> `calibration.measure_gain` at IoU 0.5, of the questions for one box."""
+    return {system: {suite: calibrate_boxes(samples[suite], answers["greedy"], box_format)
+                     for suite, answers in by_suite.items()
+                     if any(_asks_for_one_box(sample) for sample in samples[suite])}
+            for system, by_suite in replies.items()}
+
+
+def _asks_for_one_box(sample: Sample) -> bool:
+    return bool(sample.targets) and not sample.options and not sample.find_all
+
+
+def calibrate_boxes(samples: list[Sample], greedy: list[str], box_format: BoxFormat) -> dict:
+    """What comes back of one system's boxes if a line for each edge is fitted on other images.
+
+    Shares of the image that holds the target; a box in another image stays wrong.
+    """
+    pairs = [(sample, reply) for sample, reply in zip(samples, greedy, strict=True)
+             if _asks_for_one_box(sample)]
+    asked, boxes, answers = [sample for sample, _ in pairs], [], []
+    for sample, reply in pairs:
+        image, box = next(iter(reply_boxes_in_original(sample, reply, box_format)), (None, None))
+        target = max(sample.targets, key=lambda target: (
+            target.image == image, box is not None and iou(box, target.box)))
+        sides = sample.sizes[target.image - 1] * 2
+        boxes.append(np.divide(box, sides) if image == target.image else [np.nan] * 4)
+        answers.append(np.divide(target.box, sides))
+    boxes, answers, lists = np.array(boxes), np.array(answers), number_image_lists(asked)
+    reached = ((pairwise_iou(part, answers) >= 0.5).astype(float)
+               for part in (boxes, calibration.refit(boxes, answers, lists)))
+    return calibration.measure_gain(*reached, lists,
+                                    split_for_score(asked, np.arange(len(asked))))
 
 
 def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],

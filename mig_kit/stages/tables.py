@@ -56,9 +56,12 @@ def score_rows(systems: dict, figure: str = "score") -> list[dict]:
     return _rows_by_suite("system", systems, lambda result: result[figure])
 
 
-def kl_rows(kl: dict) -> list[dict]:
-    """Rows {system, suite -> nats per token}; kl: of `reply_files.kl_from_base`."""
-    return _rows_by_suite("system", kl, lambda figures: round(figures["per_token"], 3))
+def calibration_rows(calibration: dict) -> list[dict]:
+    """Rows {suite, system, acc@0.5, refitted, points} of `evaluate.calibrate_systems`."""
+    return [{"suite": suite_title(suite), "system": SYSTEM_LABELS.get(system, system),
+             "acc@0.5": round(gain["before"], 1), "edges refitted": round(gain["after"], 1),
+             "points": gap_text(gain)}
+            for system, by_suite in calibration.items() for suite, gain in by_suite.items()]
 
 
 def difference_rows(deltas: dict) -> list[dict]:

@@ -2,12 +2,25 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from mig_bench_records import mig_records, run_score
+from mig_bench_records import (
+    BLINK_FILES,
+    MIG_FILE,
+    mig_records,
+    needs_data,
+    run_score,
+    save_image,
+    score_predictions,
+)
 
-from mig_kit.score import blind, calibration
+from mig_kit.boxes import iou
+from mig_kit.score import annotations, blind, calibration, own
+from mig_kit.score.records import read_records
+from mig_kit.score.result import number_lists
+from mig_kit.stats import gap_interval_by_list
 
 
 def random_boxes(rng, n):
@@ -54,6 +67,66 @@ def test_an_items_own_list_is_never_in_its_fit(tmp_path):
     assert result["blind"]["rows"]["constant box"]["avg"] == pytest.approx(100 * 29 / 30)
 
 
+def shapes():
+    """Benchmark -> records of two lists of images a question or more, boxes of the same shares."""
+    shares = random_boxes(np.random.default_rng(5), 60)
+    width, height = 640, 480
+    pixels = (shares * [width, height, width, height]).tolist()
+    names = [f"{row // 2}.png" for row in range(60)]
+    yield "lisa", [{"image_path": name, "instruction": "", "boxes": [box]}
+                   for name, box in zip(names, pixels)]
+    yield "ref_l4", [{"id": str(row), "file_name": name, "width": width, "height": height,
+                      "bbox": [x1, y1, x2 - x1, y2 - y1]}
+                     for row, (name, (x1, y1, x2, y2)) in enumerate(zip(names, pixels))]
+    yield "own", [{"images": [name], "question": "q", "image": 1, "box": (1000 * share).tolist(),
+                   "coordinates": "normalized_1000"} for name, share in zip(names, shares)]
+    yield "mig_bench", [{**mig_records()[4], "images": [name] * 3, "answer": share.tolist()}
+                        for name, share in zip(names, shares)]
+
+
+@pytest.mark.parametrize("name,records", shapes(), ids=lambda value: str(value)[:9])
+def test_rows_by_brute_force(tmp_path, name, records):
+    """The constant of each question is refitted here one question at a time."""
+    for number in range(30):
+        save_image(tmp_path / f"{number}.png", (640, 480))
+    read = own.read_own if name == "own" else annotations.READERS[name]
+    scored = score_predictions(read(records), [
+        {"index": row, "id": str(row), "response": "x", "pred_bbox": [0, 0, 1, 1],
+         "format": "xyxy"} if name != "own" else {"index": row, "response": "x"}
+        for row in range(60)], "free_text" if name == "own" else "official", images=str(tmp_path))
+    values, lists = blind.blind_values(scored), number_lists(scored)
+    boxes = blind.shares_of_image([item for item, _ in scored.judged])
+    for row, task in enumerate(scored.tasks):
+        rest = [other for other, its_task in enumerate(scored.tasks)
+                if its_task == task and lists[other] % 5 != lists[row] % 5]
+        constant = blind.fit_constant_box(boxes[rest])
+        assert values[blind.CONSTANT][row] == (iou(tuple(constant), tuple(boxes[row])) >= 0.5)
+        assert values[blind.WHOLE][row] == (iou((0, 0, 1, 1), tuple(boxes[row])) >= 0.5)
+
+
+@needs_data
+def test_letters_of_blink_by_brute_force():
+    records = read_records(BLINK_FILES[0])
+    scored = score_predictions(annotations.read_blink(records), records)
+    letters = [item.letter for item, _ in scored.judged]
+    values, lists = blind.blind_values(scored)[blind.LETTER], number_lists(scored)
+    for row in range(0, len(letters), 37):
+        rest = [letter for letter, task, number in zip(letters, scored.tasks, lists)
+                if task == scored.tasks[row] and number % 5 != lists[row] % 5]
+        assert values[row] == (letters[row] == max(dict.fromkeys(rest), key=rest.count))
+
+
+@needs_data
+@pytest.mark.parametrize("name,constant", [("revised_MIG_bench", 56.2), ("MIG_data", 48.8)])
+def test_a_constant_box_on_common_object(name, constant):
+    benchmark = annotations.read_mig_bench(read_records(MIG_FILE.with_name(f"{name}.json")))
+    items = tuple(item for item in benchmark.items if item.task == "common_object")
+    scored = score_predictions(replace(benchmark, items=items), [
+        {"index": item.index, "response": ""} for item in items])
+    assert 100 * blind.blind_values(scored)[blind.CONSTANT].mean() == pytest.approx(constant,
+                                                                                   abs=0.1)
+
+
 PLANTED = {"shift": [[1, 0.03]] * 4, "scale": [[0.9, 0]] * 4,
            "padded square": [[1, 0], [0.7, 0.15], [1, 0], [0.7, 0.15]],
            "y2 short": [[1, 0], [1, 0], [1, 0], [0.91, 0]]}
@@ -80,7 +153,7 @@ def test_a_model_without_a_shift_gains_nothing():
         changed = calibration.refit(boxes, answers, np.arange(200))
         gaps = (blind.pairwise_iou(changed, answers) >= 0.5).astype(float) - (
             blind.pairwise_iou(boxes, answers) >= 0.5)
-        alarms += calibration.gap_interval_by_list([(gaps, np.arange(200))])[0] > 0
+        alarms += gap_interval_by_list([(gaps, np.arange(200))])[0] > 0
     assert alarms <= 2
 
 
@@ -90,7 +163,7 @@ def test_a_shift_is_called_one(tmp_path):
                for box in answers]
     result, output = score(tmp_path, answers.tolist(), replies, "--calibrate")
     part = result["calibration"]["acc"]["0.5"]
-    assert part["gain"] > 10 and part["ci95"][0] > 0 and part["after"] > 95
+    assert part["value"] > 10 and part["ci95"][0] > 0 and part["after"] > 95
     assert "a systematic shift of boxes: frame, resize or padding" in output
     refused = run_score(tmp_path, "blink", "--calibrate", records=[
         {"idx": "val_T_1", "task": "T", "answer": "(A)"}], replies=["A"])

@@ -1,7 +1,5 @@
 """Intervals over lists of images: by hand, their properties, and how often they cover the truth."""
 
-import itertools
-
 import numpy as np
 import pytest
 from mig_bench_records import prediction_lines, run_score, write_lines
@@ -67,15 +65,16 @@ def test_tasks_about_the_same_images_do_not_narrow_the_average():
 
 def test_scores_take_their_intervals_over_lists_and_are_not_rounded():
     values = np.array([1.0, 1, 0, 0, 1, 0, 1])
-    scored = Scored(("a",) * 7, {"acc": values}, True, values, lists=tuple("xxyyzzz"))
+    scored = Scored(("a",) * 7, {"acc": values}, True, lists=tuple("xxyyzzz"))
     result = summarize(scored)
     assert result["lists"] == result["tasks"]["a"]["lists"] == 3
     assert result["avg"]["acc"] == pytest.approx(100 * 4 / 7, abs=1e-12)
     expected = share_of(values, np.array([0, 0, 1, 1, 2, 2, 2]))
     assert result["avg"]["ci95"] == pytest.approx([100 * bound for bound in expected], abs=1e-9)
-    other = Scored(("a",) * 7, {"acc": np.zeros(7)}, True, values, lists=scored.lists)
+    other = Scored(("a",) * 7, {"acc": np.zeros(7)}, True, lists=scored.lists,
+                   detections=("another",))
     gap = paired_difference(scored, other)["acc"]
-    assert gap["value"] == pytest.approx(400 / 7, abs=1e-12)
+    assert gap["value"] == pytest.approx(400 / 7, abs=1e-9)
     assert gap["ci95"][0] < gap["value"] < gap["ci95"][1]
 
 
@@ -115,18 +114,6 @@ def test_intervals_cover_the_truth_where_outcomes_in_a_list_correlate():
     coverage = {name: count / repeats / len(accuracies) for name, count in hits.items()}
     assert coverage.pop("by question") < 0.8
     assert all(0.92 <= share <= 0.985 for share in coverage.values()), coverage
-
-
-@pytest.mark.parametrize("sizes, least, most", [
-    ([1] * 50, 0.92, 0.985), ([5] * 20, 0.92, 0.985), ([200] * 20, 0.92, 0.985),
-    ([40] * 5, 0.9, 0.985), ([1, 2, 4, 8, 16, 32, 64] * 4, 0.92, 0.99), ([40] + [1] * 20, 0.98, 1)])
-def test_coverage_by_size_of_the_lists(sizes, least, most):
-    """At correlations of 0.2 to 0.8; of very uneven lists intervals are too wide."""
-    rng, lists, hits = np.random.default_rng(7), np.repeat(np.arange(len(sizes)), sizes), []
-    for accuracy, correlation in itertools.product((0.2, 0.5, 0.8) * 25, (0.2, 0.5, 0.8)):
-        low, high = share_of(draw_outcomes(rng, lists, accuracy, correlation), lists)
-        hits.append(low <= accuracy <= high)
-    assert least <= np.mean(hits) <= most, np.mean(hits)
 
 
 def test_equal_replies_differ_by_exactly_0(tmp_path):

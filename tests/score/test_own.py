@@ -51,9 +51,9 @@ def test_every_reply_is_judged_as_by_eval(folder, lines):
         for reply in REPLIES:
             for protocol, text in (("strict", reply),
                                    ("free_text", own.read_freely(reply, sample))):
-                value, _ = own.judge_own(item, reply, protocol, Coordinates.NORMALIZED_1000,
-                                         box_format, SIZES)
-                assert value == is_correct(text, sample, box_format), reply
+                verdict = own.judge_own(item, reply, protocol, Coordinates.NORMALIZED_1000,
+                                        box_format, SIZES)
+                assert verdict.value == is_correct(text, sample, box_format), reply
 
 
 def test_own_data_is_an_annotation_file(folder):

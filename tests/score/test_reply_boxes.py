@@ -74,7 +74,7 @@ def test_boxes_in_new_wordings_never_score_wrongly_and_never_fail_in_silence(nam
         item = annotations.read_mig_bench([case["item"]]).items[0]
         is_strict = case.get("protocol", "strict") == "strict"
         reply = case["response"] if is_strict else f"<answer>{case['response']}</answer>"
-        value, problem = protocols.strict_iou(item, reply, THOUSAND, BoxFormat())
+        value, problem, _ = protocols.strict_iou(item, reply, THOUSAND, BoxFormat(), {})
         assert case["should"] or value < 0.5 or not is_strict, case["response"]
         assert value >= 0.5 or problem or not case["should"], case["response"]
 
@@ -86,7 +86,7 @@ def test_boxes_in_new_wordings_never_score_wrongly_and_never_fail_in_silence(nam
 def test_a_box_one_unit_outside_is_cut_to_the_image(written, coordinates, iou):
     item = annotations.BenchmarkItem(0, "", "region", "", ("a",), (0, 0, 1, 1), target=1)
     reply = f"<answer>{written}</answer>"
-    assert protocols.strict_iou(item, reply, coordinates, BoxFormat())[0] == pytest.approx(iou)
+    assert protocols.strict_iou(item, reply, coordinates, BoxFormat(), {})[0] == pytest.approx(iou)
 
 
 def test_the_kits_own_answers():
@@ -139,6 +139,6 @@ def test_every_text_is_read_and_has_a_score(text):
         assert choice_parsers.read_choice(text, "ABCD", choices)[0] in ("", *"ABCD")
     normalized, box = item_in(Coordinates.NORMALIZED_1, (0.1, 0.2, 0.3, 0.4)), (1, 2, 300, 400)
     for coordinates in (THOUSAND, Coordinates.NORMALIZED_1):
-        assert 0 <= protocols.strict_iou(normalized, text, coordinates, BoxFormat())[0] <= 1
+        assert 0 <= protocols.strict_iou(normalized, text, coordinates, BoxFormat(), {})[0] <= 1
     for item in (normalized, item_in(THOUSAND, box), item_in(Coordinates.PIXELS, box, (640, 480))):
         assert 0 <= official.official_iou(item, text)[0] <= 1 + 1e-9

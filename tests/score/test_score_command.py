@@ -78,26 +78,15 @@ def test_items_say_what_became_of_each_question(files):
     assert "is given twice" in str(refused.exception)
 
 
-@pytest.mark.parametrize("protocol", ["official", "strict"])
 @pytest.mark.parametrize("scale,order,sentence", [
     (0.001, (0, 1, 2, 3), "All boxes lie within 0 to 1: with --coordinates normalized_1 they"),
     (1, (1, 0, 3, 2), "With --box-order yxyx they would score 100.00 instead of 0.00.")])
-def test_other_units_and_orders_are_said_to_be_worth_more(files, protocol, scale, order, sentence):
+def test_other_units_and_orders_are_said_to_be_worth_more(files, scale, order, sentence):
     record = mig_records()[4] | {"answer": [.1, .6, .3, .9]}
-    box = [round(scale * (100, 600, 300, 900)[place], 1 + (scale < .1)) for place in order]
-    if scale >= 0.1:
-        box = list(map(round, box))
-    output = run_score(files, "mig_bench", "--protocol", protocol, records=[record] * 3,
-                       replies=[f"<answer>{box}</answer>"] * 3).output
-    assert (sentence in output) != (scale < .1 and protocol == "official")
-
-
-def test_what_the_compared_file_lacks_is_said(files):
-    (files / "part.jsonl").write_text(json.dumps(prediction_lines(REPLIES)[0]) + "\n")
-    part = run_score(files, "mig-bench", "--compare", str(files / "part.jsonl"), "--allow-missing")
-    assert "Replies of part.jsonl, missing: 5." in part.output
-    alone = run_score(files, "mig-bench", "--compare-coordinates", "pixels")
-    assert "add that, or leave them out" in str(alone.exception)
+    box = [f"{scale * (100, 600, 300, 900)[place]:g}" for place in order]
+    output = run_score(files, "mig_bench", "--protocol", "strict", records=[record] * 3,
+                       replies=[f"<answer>[{', '.join(box)}]</answer>"] * 3).output
+    assert sentence in output
 
 
 def test_command_writes_the_result(files):
@@ -110,7 +99,7 @@ def test_command_writes_the_result(files):
     assert written["compare"]["difference"]["acc@0.5"]["value"] == 75
     assert "| avg | 6 | 75.00 |" in result.output
     assert "63.82" not in result.output, "published averages are of all items"
-    assert "do not hold every item" in result.output
+    assert "not known to be all items" in result.output
 
 
 @pytest.mark.parametrize("words,changes,sentence", [
@@ -144,32 +133,25 @@ def test_one_reply_of_200_is_no_complete_result(files):
     assert "UniVG" in result.output and "coordinates" not in result.output
 
 
-@pytest.mark.parametrize("protocol", ["official", "strict"])
-def test_pixels_of_small_pictures_are_said_to_be_worth_more(files, protocol):
+def test_pixels_of_small_pictures_are_said_to_be_worth_more(files):
     record = mig_records()[4] | {"answer": [.1, .1, .3, .3]}
     for name in record["images"]:
         Image.new("RGB", (640, 480)).save(files / name)
-    words = ("mig_bench", "--protocol", protocol)
-    settings = {"records": [record] * 12, "replies": ["<answer>(64,48),(192,144)</answer>"] * 12}
-    result = run_score(files, *words, **settings)
+    settings = {"records": [record] * 12, "replies": ["(64,48),(192,144)"] * 12}
+    result = run_score(files, "mig_bench", **settings)
     assert "95 % of the boxes reach no further than 192: if these are pixels, add --images" in (
         result.output)
-    result = run_score(files, *words, "--images", str(files), **settings)
-    assert "| avg | 12 | 0.00 |" in result.output
-    assert ("With --coordinates pixels they would score 100.00 instead of 0.00."
-            in result.output)
-    result = run_score(files, *words, "--images", str(files), "--coordinates", "pixels", **settings)
-    assert "| avg | 12 | 100.00 |" in result.output and "would score" not in result.output
+    result = run_score(files, "mig_bench", "--images", str(files), **settings)
+    assert "With --coordinates pixels they would score 100.00 instead of 0.00." in result.output
 
 
-@pytest.mark.parametrize("protocol", ["official", "strict"])
-def test_the_order_of_the_numbers_is_the_users_to_say(files, protocol):
+def test_the_order_of_the_numbers_is_the_users_to_say(files):
     """A file in which Gemini writes y first, and of its rival x first."""
     reply = '<answer>{{"image": 1, "box_2d": {}}}</answer>'.format
     record = mig_records()[4] | {"answer": [.1, .6, .3, .9]}
     write_lines(files / "x_first.jsonl", prediction_lines([reply([100, 600, 300, 900])] * 2))
-    result = run_score(files, "mig_bench", "--protocol", protocol, "--box-order", "yxyx",
-                       "--compare", str(files / "x_first.jsonl"), "--compare-box-order", "xyxy",
+    result = run_score(files, "mig_bench", "--box-order", "yxyx", "--compare",
+                       str(files / "x_first.jsonl"), "--compare-box-order", "xyxy",
                        records=[record] * 2, replies=[reply([600, 100, 900, 300])] * 2)
     assert "| avg | 2 | 100.00 |" in result.output and "+0.00 points" in result.output
     assert "rewritten as x1, y1, x2, y2" in result.output
@@ -198,16 +180,11 @@ def test_the_same_replies_in_another_order_differ_by_exactly_0(files):
 
 
 def test_replies_that_hold_no_answer_are_counted_apart(files):
-    replies = ["", "x" * 32767, '<tool_call>{"bbox_2d": [0, 0, 1000, 1000]}</tool_call>',
+    replies = ["", '<tool_call>{"bbox_2d": [0, 0, 1000, 1000]}</tool_call>',
                "<answer>images 1 and 2: [0, 0, 1000, 1000]</answer>",
                '<answer>{"x": 0, "y": 0, "width": 1000, "height": 1000}</answer>']
-    settings = {"records": mig_records()[4:5] * 5, "replies": replies}
-    official = run_score(files, "mig_bench", **settings).output
-    strict = run_score(files, "mig_bench", "--protocol", "strict", **settings).output
-    for output in (official, strict):
-        assert "Replies, empty: 1." in output
-        assert "Replies, cut at 32,767 characters, as a spreadsheet does: 1." in output
-    assert "Replies, box inside a <tool_call>, scored all the same: 1." in official
-    for sentence in ("Replies, no <answer> block: 1.", "Replies, unread: 2."):
-        assert sentence in strict
-    assert "| avg | 5 | 0.00 |" in strict
+    output = run_score(files, "mig_bench", "--protocol", "strict",
+                       records=mig_records()[4:5] * 4, replies=replies).output
+    for sentence in ("Replies, empty: 1.", "Replies, no <answer> block: 1.",
+                     "Replies, unread: 2.", "| avg | 4 | 0.00 |"):
+        assert sentence in output

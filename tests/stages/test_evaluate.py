@@ -3,12 +3,13 @@
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.common import write_json
 from mig_kit.sample import TableRows, read_samples, write_samples
-from mig_kit.stages import evaluate
+from mig_kit.stages import evaluate, tables
 from mig_kit.stages.evaluate import paired_difference, summarize_suite
 from mig_kit.stats import to_percent
 from mig_kit.world.suites import make_suite
@@ -171,8 +172,31 @@ def test_which_samples_are_scored(tmp_path, monkeypatch):
 
 
 def test_rl_that_started_from_a_folder_is_compared_with_it(tmp_path):
-    assert [evaluate.find_rl_start(name) for name in ("merged", "base", "adapter")] == [None] * 3
+    assert [evaluate.find_rl_start(name) for name in ("merged", "base")] == [None] * 2
     assert evaluate.find_rl_start(str(tmp_path)) == tmp_path
     with pytest.raises(ValueError, match="RL started from /nowhere/x, which is gone"):
         evaluate.find_rl_start("/nowhere/x")
     assert evaluate.list_pairs(("base", "start", "grpo")) == [("grpo", "start"), ("grpo", "base")]
+
+
+def test_shifted_boxes_of_a_system_come_back():
+    """Every box five hundredths too far right and down; the base names no box."""
+    samples = [make_sample("region", "test", number) for number in range(60)]
+
+    def reply(sample, shift):
+        target, = sample.targets
+        step = [shift * side for side in sample.sizes[target.image - 1]] * 2
+        moved = tuple(np.add(target.box, step).tolist())
+        return reply_to(replace(sample, targets=(target._replace(box=moved),)))
+
+    replies = {name: {"mig_bench": {"greedy": texts, "drawn": []}} for name, texts in {
+        "base": ["none"] * 60, "sft": [reply(sample, 0.05) for sample in samples],
+        "grpo": [reply(sample, 0) for sample in samples]}.items()}
+    gains = evaluate.calibrate_systems({"mig_bench": samples}, replies, BOX_FORMAT)
+    assert gains["sft"]["mig_bench"]["before"] < 60 and gains["sft"]["mig_bench"]["after"] > 95
+    assert gains["sft"]["mig_bench"]["ci95"][0] > 0
+    assert gains["grpo"]["mig_bench"]["before"] == gains["grpo"]["mig_bench"]["after"] == 100
+    assert gains["base"]["mig_bench"]["value"] == 0
+    rows = tables.calibration_rows(gains)
+    assert [row["system"] for row in rows] == ["base", "SFT", "GRPO"]
+    assert rows[1]["points"].startswith("▲ +")
