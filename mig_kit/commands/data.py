@@ -91,7 +91,8 @@ def _write_correct(lines: Iterable, remarks, file: Path, word: str, out: Path | 
     written = (f"; {n_correct} written to {out} (image root: {root})" if is_written
                else "; nothing written" * bool(out))
     more = f" (the first {SHOWN} shown)" if counts.total() > SHOWN else ""
-    click.echo(f"{remarks.n_lines} {word}s, {n_correct} correct, {counts.total()} wrong{more}{written}")
+    click.echo(f"{remarks.n_lines} {word}s, {n_correct} correct, {counts.total()} wrong{more}"
+               f"{written}")
     for sentence in [*describe_counts(counts),
                      *(f"remark: {sentence}" for sentence in remarks.sentences())]:
         click.echo(sentence)
@@ -147,13 +148,10 @@ def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
 @click.option("--several", type=click.Choice(["any", "all"]),
               help="Of several boxes in an answer any is correct, or all must be found; without "
                    "it, such answers are left out.")
-@click.option("--all-turns", is_flag=True,
-              help="Later turns of a conversation are questions of their own.")
-@click.option("--split", default="train", show_default=True,
-              help='What is taken of a file whose records name their splits; "" takes all.')
+@click.option("--split", default="",
+              help="Take the records of this split; left out: train, and those that name none.")
 def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
-                   min_pixels: int, max_pixels: int, several: str | None, all_turns: bool,
-                   split: str) -> None:
+                   min_pixels: int, max_pixels: int, several: str | None, split: str) -> None:
     """Write FILE, a data set of another project, as own data, and say what is left out, and why.
 
     own: tables of own data (JSON, CSV, parquet), also with images in them. swift: ms-swift. llava:
@@ -169,8 +167,7 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
     root = root or (out if records.entry_word(file) == "row" else file).parent
     remarks = own_data.Remarks()
     rules = importers.ImportRules(root, f"{out.stem}_images", coordinates or "",
-                                  BoxFormat(min_pixels, max_pixels), several or "", all_turns,
-                                  split)
+                                  BoxFormat(min_pixels, max_pixels), several or "", split)
     lines = own_data.check_records(importers.iter_own_records(form, file, rules), root,
                                    remarks=remarks)
     if not _write_correct(lines, remarks, file, "question", out, root)[1]:

@@ -32,8 +32,7 @@ class ImportRules:
         coordinates: of all boxes, in place of what the file says; "" for the file's word.
         box_format: absolute boxes are pixels of an image that is resized to these limits.
         several: several boxes in an answer: any is correct, all must be found, "" not used.
-        all_turns: later turns of a conversation are questions of their own.
-        split: taken of a file whose records name their splits; "" for all.
+        split: the one that is taken; "" for train where a record names its split, and all else.
     """
 
     root: Path
@@ -41,8 +40,7 @@ class ImportRules:
     coordinates: str = ""
     box_format: BoxFormat = BoxFormat()
     several: str = ""
-    all_turns: bool = False
-    split: str = "train"
+    split: str = ""
 
 
 def iter_own_records(form: str, path: Path, rules: ImportRules
@@ -141,7 +139,7 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
                 raise record
             _require_split(record, rules.split)
             lines = [_clean_line(record)] if form == "own" else read_record(
-                form, record, rules.several, rules.all_turns)
+                form, record, rules.several)
         except Problem as error:
             lines = [error]
         for turn, line in enumerate(lines, 1):
@@ -149,10 +147,12 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
 
 
 def _require_split(record: dict, split: str) -> None:
-    """Problem for a record that names another split."""
-    own = record.get("split")
-    is_taken = not (split and isinstance(own, str) and own.strip()) or own.casefold() == split
-    require(is_taken, f"of the split {str(own)[:40]!r}", is_fault=False)
+    """Problem for a record of another split, or that names none if one is asked for."""
+    own = str(record.get("split") or "").strip()
+    require(bool(own or not split), "no split named", f"--split asks for {split}, and the record "
+            "has no 'split'; leave the option out, or give a file of that split alone")
+    require(not own or own.casefold() == (split or "train"), f"of the split {own[:40]!r}",
+            is_fault=False)
 
 
 def _clean_line(record: dict) -> dict:

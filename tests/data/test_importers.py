@@ -126,14 +126,12 @@ def test_an_index_says_which_of_several_images_a_box_is_in_and_no_prose_is_read(
     assert not lines or lines[0]["question"] == "and image 2: where in image 2 is it?"
 
 
-def test_later_turns_are_left_out_unless_they_stand_alone(root):
+def test_later_turns_are_left_out(root):
     record = {"image": "b.png", "messages": of_two_images(
         ("<image>Find the cup.", "[1, 2, 9, 9]"), ("And there?", "[5, 6, 30, 40]"))["messages"]}
     (line,), (sentence,) = import_all(root, "llava", record, coordinates="pixels")
     assert line["question"] == "Find the cup." and line["id"] == "line-1-turn-1"
-    assert "may lean on the turns before it; --all-turns takes it" in sentence
-    lines, _ = import_all(root, "llava", record, coordinates="pixels", all_turns=True)
-    assert [line["question"] for line in lines] == ["Find the cup.", "And there?"]
+    assert "may lean on the turns before it; write it as a question of its own" in sentence
 
 
 @pytest.fixture
@@ -264,7 +262,9 @@ def test_one_split_is_taken(root):
     rows = [{**LLAVA, "split": split} for split in ("train", "val", "Train", None)]
     lines, sentences = import_all(root, "llava", *rows, coordinates="normalized_1")
     assert len(lines) == 3 and "of the split 'val'" in sentences[0]
-    assert len(import_all(root, "llava", *rows, coordinates="normalized_1", split="")[0]) == 4
+    lines, sentences = import_all(root, "llava", *rows, coordinates="normalized_1", split="val")
+    assert len(lines) == 1 and "--split asks for val, and the record has no 'split'" in (
+        sentences[-1])
 
 
 def test_tables_with_images_in_them(tmp_path):
