@@ -32,6 +32,7 @@ def check(rewards: tuple[str, ...], file: Path, root: Path | None, profile: str,
     from mig_kit.boxes import BoxFormat
     from mig_kit.data.own_data import iter_samples
     from mig_kit.pipeline.params import profile_params
+    from mig_kit.rewards import REWARDS
     from mig_kit.training import reward_check, reward_loading
 
     of_run, params = profile_params("01_synthesize", profile), profile_params("05_grpo", profile)
@@ -40,8 +41,9 @@ def check(rewards: tuple[str, ...], file: Path, root: Path | None, profile: str,
     references = [f"{Path.cwd() / text}" if ":" in text else text for text in rewards]
     loaded = reward_loading.load_rewards(references, None)
     if engine:
-        loaded = {name: reward_loading.as_batch_reward(function, engine) if ":" in text else function
-                  for text, (name, function) in zip(rewards, loaded.items())}
+        loaded = {name: function if name in REWARDS else
+                  reward_loading.as_batch_reward(function, engine)
+                  for name, function in loaded.items()}
     samples = list(iter_samples(file, root or file.parent, reward_check.MOST_TRIED))
     click.echo(f"{len(samples)} questions; boxes in {box_format.coordinates.description}")
     failures = []

@@ -57,7 +57,8 @@ def constructed_replies(sample: Sample, box_format: BoxFormat) -> dict[str, str]
     answer = correct_answer(sample, box_format)
     replies = {RIGHT: _reply(answer), EMPTY: ""}
     if sample.targets or sample.options:
-        replies |= {FORMAT: _reply(""), "cut": _reply(answer[:len(answer) // 2])[:-len("</answer>")]}
+        cut = _reply(answer[:len(answer) // 2]).removesuffix("</answer>")
+        replies |= {FORMAT: _reply(""), "cut": cut}
     if sample.options:
         other = LETTERS[(LETTERS.index(sample.letter) + 1) % len(sample.options)]
         return replies | {WRONG_LETTER: _reply(other)}
@@ -181,7 +182,8 @@ class Payment:
 
 
 def measure_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box_format: BoxFormat,
-                     weights: dict[str, float], penalty: str = "none", group: int = 1) -> list[Payment]:
+                     weights: dict[str, float], penalty: str = "none",
+                     group: int = 1) -> list[Payment]:
     """What their weighted sum pays, then what each reward pays that is not the kit's.
 
     Args:
@@ -205,18 +207,17 @@ def measure_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box_
                 values[kind][index] = value
             of_constants[index, :len(more)] = paid[len(by_kind):]
         values |= {f"constant {number}": column for number, column in enumerate(of_constants.T)}
-        is_own = rewards[name] is not REWARDS.get(name)
-        if is_own and np.isnan(list(values.values())).all():
-            _require_value(score, samples, group)
-        elif is_own:
-            payments.append((name, values))
+        if rewards[name] is not REWARDS.get(name):
+            if np.isnan(list(values.values())).all():
+                _require_value(score, samples, group)
+            else:
+                payments.append(Payment(name, _best_constant(values), False))
         for kind, column in values.items():
-            weighted = weights.get(name, 1.0) * column
-            total[kind] = np.where(np.isnan(total.get(kind, column * np.nan)), weighted,
-                                   total.get(kind, 0) + np.nan_to_num(weighted))
-    parts = [Payment(name, _best_constant(values), False) for name, values in payments]
-    pay_sum = Payment(" + ".join(rewards), _best_constant(total), True)
-    return [pay_sum] if len(rewards) == 1 else [pay_sum, *parts]
+            total.setdefault(kind, []).append(weights.get(name, 1.0) * column)
+    total = {kind: np.where(np.isnan(columns).all(0), np.nan, np.nansum(columns, 0))
+             for kind, columns in total.items()}
+    of_sum = Payment(" + ".join(rewards), _best_constant(total), True)
+    return [of_sum, *(payments if len(rewards) > 1 else [])]
 
 
 def _best_constant(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -229,14 +230,14 @@ def _best_constant(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _pay(score: Score, replies: list[str], sample: Sample, group: int = 1) -> list[float]:
     """What the replies earn, as one batch; NaN for None. Their tokens are letters."""
-    padded, given = [*replies, *[""] * (-len(replies) % group)], {}
+    padded, fields = [*replies, *[""] * (-len(replies) % group)], {}
     if isinstance(score.reward, BatchReward):
         from transformers import TrainerState
 
-        given = {"completions": as_completions(padded), "trainer_state": TrainerState(),
-                 "completion_ids": [[*map(ord, reply), 0] for reply in padded],
-                 "log_extra": lambda *_: None, "log_metric": lambda *_: None}
-    values = score.score_batch(padded, [sample] * len(padded), **given)[:len(replies)]
+        fields = {"completions": as_completions(padded), "trainer_state": TrainerState(),
+                  "completion_ids": [[*map(ord, reply), 0] for reply in padded],
+                  "log_extra": lambda *_: None, "log_metric": lambda *_: None}
+    values = score.score_batch(padded, [sample] * len(padded), **fields)[:len(replies)]
     return [np.nan if value is None else value for value in values]
 
 

@@ -105,7 +105,8 @@ FAULTS = {
         compared_raw(lambda box, size: box), ABSOLUTE, "as pixels of the original earns"),
     "thousandths read as pixels": (
         compared_raw(lambda box, size: box), THOUSAND, "as pixels of the original earns"),
-    "pixels read as thousandths": (compared_raw(scaled(1000, 1000)), ABSOLUTE, "as 0 to 1000 earns"),
+    "pixels read as thousandths": (compared_raw(scaled(1000, 1000)), ABSOLUTE,
+                                   "as 0 to 1000 earns"),
     "targets in 0 to 1": (compared_raw(scaled(1, 1)), THOUSAND, "as 0 to 1 earns"),
     "targets in percent": (compared_raw(scaled(100, 100)), THOUSAND, "as percent earns"),
     "targets as x, y, width, height": (compared_raw(lambda box, size: (
@@ -238,8 +239,8 @@ def test_the_command(samples, tmp_path, engine, text):
         Image.new("RGB", [side // 5 for side in size]).save(tmp_path / f"{number}.png")
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({
         "images": ["0.png", "1.png", "2.png"], "question": "Find it.", "coordinates": "pixels",
-        "image": sample.targets[0].image, "box": [value / 5 for value in sample.targets[0].box]}) + "\n"
-        for sample in samples))
+        "image": target.image, "box": [value / 5 for value in target.box]}) + "\n"
+        for sample in samples for target in sample.targets))
     (tmp_path / "my.py").write_text(text + "def zero(reply, sample, box_format):\n    return 0\n")
     words = ("--data", str(tmp_path / "mine.jsonl"))
     done = CliRunner().invoke(check, [f"{tmp_path}/my.py:f", *words, "--as", engine])

@@ -77,8 +77,8 @@ BATCH = "def center(completions, solution, {}**columns):\n    return "
      "(len(completions) // 2)\n", [1, None]),
     ("from trl.rewards import get_soft_overlong_punishment\n"
      "center = get_soft_overlong_punishment(5, 4)\n", [-0.25, -1]),
-    ("class Judge:\n    def __call__(self, prompts, **columns):\n        return [1] * len(prompts)\n"
-     "center = Judge()\n", [1, 1]),
+    ("class Judge:\n    def __call__(self, prompts, **columns):\n"
+     "        return [1] * len(prompts)\ncenter = Judge()\n", [1, 1]),
     ("import numpy\ndef center(completions, **columns):\n    groups = numpy.reshape("
      "[len(c[0]['content']) for c in completions], (-1, 2))\n"
      "    return (groups - groups.mean(1, keepdims=True)).ravel()\n", [-1, 1]),
@@ -129,7 +129,8 @@ def test_a_file_that_cannot_be_imported_shows_its_own_line(load, text, error):
 
 @pytest.mark.parametrize(("text", "sentence"), [
     ("def center(completions, **columns):\n    return [1.0]\n", "gave 1 values for "),
-    ("def center(completions, **columns):\n    return [1e999] * len(completions)\n", "gave inf for sample"),
+    ("def center(completions, **columns):\n    return [1e999] * len(completions)\n",
+     "gave inf for sample"),
     (HEAD + "    return float('nan')\n", "gave nan for sample "),
     (HEAD + "    return 'much'\n", "gave 'much'")])
 def test_a_value_that_is_no_number_is_one_sentence(load, samples, text, sentence):
