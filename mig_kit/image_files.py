@@ -5,7 +5,6 @@ sizes and pixels are those of the upright picture, turned as its EXIF orientatio
 """
 
 import base64
-import errno
 import hashlib
 import io
 import os
@@ -26,10 +25,10 @@ IMAGE_MANIFEST = "images.txt"  # lists them
 MAX_PIXELS = 2**26  # of an image, some 67 million: decoded and copied it takes 400 MB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by MAX_PIXELS
 MAX_ASPECT_RATIO = 200
-LFS_POINTER = "is a Git LFS pointer, not the file itself; run git lfs pull"
 CUT = "is cut or broken; copy it again"
 ORIENTATION = ExifTags.Base.Orientation
 SWAPS_SIDES = (5, 6, 7, 8)  # of the orientations 1 to 8; 1 is upright
+is_regular_file = os.path.isfile  # False for a name that no file system takes
 # what Pillow's readers raise for broken files; those of AVIF, DDS and JPEG 2000 the last two
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, MemoryError)
 
@@ -67,24 +66,6 @@ def resolve_under_root(root: Path, name: str) -> Path:
     return path
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a readable file only stands for the one that Git LFS has."""
-    with path.open("rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs")
-
-
-def is_regular_file(path: Path) -> bool:
-    """True for a regular file; OSError if the system does not say, for want of rights."""
-    try:
-        return path.is_file()
-    except ValueError:
-        return False
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return False
-
-
 def read_orientation(image: Image.Image) -> int:
     """The EXIF orientation of an opened image, 1 to 8; 1 also for EXIF data that are broken."""
     try:
@@ -115,7 +96,8 @@ def read_header(path: Path, takes_frames: bool = True,
         width, height = image.size
         orientation, is_tiff = read_orientation(image), image.format == "TIFF"
         is_deep = image.mode.startswith("I") or image.mode == "F"
-        is_film = not takes_frames and _has_frames(image)
+        # the smaller pictures that phones add to a photo (MPO) are no film
+        is_film = not takes_frames and image.format != "MPO" and getattr(image, "n_frames", 1) > 1
     too_long = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
     for is_wrong, reason, sentence in (
             (width * height > MAX_PIXELS or too_long, "image too large",
@@ -133,18 +115,6 @@ def read_header(path: Path, takes_frames: bool = True,
             raise BadImage(reason, f"{path.name!r} {sentence}")
     upright = (height, width) if orientation in SWAPS_SIDES else (width, height)
     return ImageHeader(upright, (width, height))
-
-
-def _has_frames(image: Image.Image) -> bool:
-    """Whether it is a film; the smaller pictures that phones add to a photo (MPO) do not count."""
-    size, count = image.size, getattr(image, "n_frames", 1)
-    if image.format != "MPO":
-        return count > 1
-    for number in range(1, count):
-        image.seek(number)
-        if image.size == size:
-            return True
-    return False
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -179,8 +149,9 @@ def _name_fault(path: Path, broken: str) -> Iterator[None]:
             raise BadImage("closed file", f"{path.name!r} cannot be read: {error.strerror}; the "
                                           "image may be good: mend its rights, the disk or the "
                                           "limit, and start again") from error
-        if is_lfs_pointer(path):
-            raise BadImage("Git LFS pointer", f"{path.name!r} {LFS_POINTER}") from error
+        with path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                broken = "is a Git LFS pointer, not the file itself; run git lfs pull"
         raise BadImage("unreadable image", f"{path.name!r} {broken}") from error
 
 

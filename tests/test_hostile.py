@@ -57,7 +57,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, width, height):
     row = {"images": ["a.png"], "question": "Find it.", "image": 1, "box": [1, 2, 3, 4],
            "coordinates": "pixels"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    (line,) = own_data.check_file(tmp_path / "a.jsonl", tmp_path)
+    (line,) = own_data.iter_checked_lines(tmp_path / "a.jsonl", tmp_path, True)
     assert line.problems, "the image is named as a problem"
 
 

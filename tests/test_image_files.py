@@ -36,21 +36,22 @@ def test_near_duplicates_finds_copies_and_nothing_else(tmp_path):
             (tmp_path / folder).mkdir(exist_ok=True)
             if folder == "t" or number < 4:
                 image.save(tmp_path / folder / f"{number}.png")
-    hashes = [hash_images(tmp_path / folder, SkipReport()) for folder in "te"]
+    hashes = [hash_images(tmp_path / folder, print) for folder in "te"]
     pairs = list(find_near_duplicates(*hashes))
     assert {(a, b) for a, b, _ in pairs} == {(f"{i}.png", f"{i}.png") for i in range(4)}
     assert all(0 <= bits <= 4 for _, _, bits in pairs)
 
 
-def test_a_report_names_the_first_few_of_each_reason():
-    report = SkipReport(read=9, kept=1)
+def test_a_report_counts_reasons_and_its_file_names_all(tmp_path):
+    report = SkipReport(tmp_path / "names.txt", read=9, kept=1)
     report.add("missing image", "a\n.png")
     for number in range(6):
         report.add("unreadable image", f"{number}.png")
     assert report.summarize().splitlines() == [
         "records 9, questions kept 1, left out 7",
-        "        6  unreadable image: 0.png, 1.png, 2.png, 3.png, 4.png, ...",
-        "        1  missing image: a?.png"]
+        "        6  unreadable image", "        1  missing image"]
+    names = (tmp_path / "names.txt").read_text().splitlines()
+    assert names[0] == "missing image: a?.png" and len(names) == 7
 
 
 def test_a_size_is_read_from_the_header_and_what_is_no_image_is_refused(tmp_path):
@@ -140,9 +141,10 @@ def test_a_folders_images_come_in_order_and_others_are_counted(tmp_path):
         Image.new("L", (8, 8)).save(tmp_path / name)
     (tmp_path / "e.png").write_text("no image")
     Image.new("L", (8, 8)).save(tmp_path / "g", format="GIF")
-    report = SkipReport()
-    assert hash_images(tmp_path, report)[0] == ["a.JPG", "b/c.png", "d.bmp", "g"]
-    assert "1  unreadable image: e.png" in report.summarize()
+    (tmp_path / "h").symlink_to(tmp_path / "b")
+    skipped = []
+    assert hash_images(tmp_path, skipped.append)[0] == ["a.JPG", "b/c.png", "d.bmp", "g"]
+    assert "e.png: 'e.png' is no readable image" in skipped[0] and "link to a folder" in skipped[1]
 
 
 @pytest.mark.parametrize("mode, black, clear", [

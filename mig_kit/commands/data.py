@@ -1,6 +1,8 @@
 """`mig-kit data`: check, look at, import and compare training data; nothing here loads a model."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -44,31 +46,57 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None) 
     """
     from mig_kit.data import own_data, records
 
+    remarks, root = own_data.Remarks(), root or file.parent
+    lines = own_data.check_for_model(
+        own_data.iter_checked_lines(file, root, True, remarks), _prompt_measure(profile),
+        _box_formats(profile))
+    counts, _ = _write_correct(lines, remarks, file, records.entry_word(file), out, root)
+    own_data.require_lines(file, remarks.n_lines)
+    if counts:
+        raise click.exceptions.Exit(1)
+
+
+def _write_correct(lines: Iterable, remarks, file: Path, word: str, out: Path | None,
+                   root: Path) -> tuple[Counter, bool]:
+    """Print what is wrong with lines of own data, and write the correct ones to `out`.
+
+    Nothing is written if none is correct, or if one reason refuses a fifth of the file.
+
+    Returns: the wrong lines by reason, and whether `out` is written.
+    """
+    from mig_kit.data.records import describe_counts
+
     if out and out.exists() and out.samefile(file):
         raise UserError(f"--out {out} is FILE itself; name another file")
-    wrong, word, remarks = 0, records.entry_word(file), own_data.Remarks()
-    measure, formats = _prompt_measure(profile), _box_formats(profile)
+    if out and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out} is in no folder that exists; make {out.parent} first")
+    counts: Counter[str] = Counter()
     temporary = out and out.with_name(f"{out.name}.tmp")
-    with temporary.open("w") if out else nullcontext() as correct:
-        for line in own_data.check_file(file, root or file.parent, measure, formats, remarks):
-            wrong += bool(line.problems)
-            if line.problems and wrong <= SHOWN:
-                click.echo(f"{word} {line.number}: {'; '.join(map(str, line.problems))}")
-            if correct and not line.problems:
-                correct.write(json.dumps(line.record) + "\n")
-    total, fault = remarks.n_lines, remarks.file_fault()
-    is_written = bool(out) and wrong < total and not fault  # an older file is not replaced by none
-    if out:
-        temporary.replace(out) if is_written else temporary.unlink()
-    more = f" (the first {SHOWN} shown)" if wrong > SHOWN else ""
-    place = f"; the correct ones are in {out} (image root: {root or file.parent})"
-    place = place if is_written else "; nothing is written" * bool(out)
-    click.echo(f"{total} {word}s, {total - wrong} correct, {wrong} wrong{more}{place}")
-    for sentence in remarks.sentences():
-        click.echo(f"remark: {sentence}")
-    own_data.require_lines(file, total)
-    if wrong:
-        raise click.exceptions.Exit(1)
+    try:
+        with temporary.open("w", encoding="utf-8") if out else nullcontext() as correct:
+            for line in lines:
+                if line.problems:
+                    counts[line.problems[0].reason] += 1
+                    if counts.total() <= SHOWN:
+                        click.echo(f"{line.place}: {'; '.join(map(str, line.problems))}")
+                elif correct:
+                    correct.write(json.dumps(line.record) + "\n")
+        n_correct = remarks.n_lines - counts.total()
+        is_written = bool(out and n_correct and not remarks.file_fault())
+        if is_written:  # an older file is not replaced by none
+            temporary.replace(out)
+    finally:
+        if out:
+            temporary.unlink(missing_ok=True)
+    written = (f"; {n_correct} written to {out} (image root: {root})" if is_written
+               else "; nothing written" * bool(out))
+    more = f" (the first {SHOWN} shown)" if counts.total() > SHOWN else ""
+    click.echo(f"{remarks.n_lines} {word}s, {n_correct} correct, {counts.total()} wrong{more}"
+               f"{written}")
+    for sentence in [*describe_counts(counts),
+                     *(f"remark: {sentence}" for sentence in remarks.sentences())]:
+        click.echo(sentence)
+    return counts, is_written
 
 
 def _prompt_measure(profile: str | None):
@@ -120,43 +148,29 @@ def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
 @click.option("--several", type=click.Choice(["any", "all"]),
               help="Of several boxes in an answer any is correct, or all must be found; without "
                    "it, such answers are left out.")
-@click.option("--all-turns", is_flag=True,
-              help="Later turns of a conversation are questions of their own.")
-@click.option("--split", default="train", show_default=True,
-              help='What is taken of a file whose records name their splits; "" takes all.')
+@click.option("--split", default="",
+              help="Take the records of this split; left out: train, and those that name none.")
 def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
-                   min_pixels: int, max_pixels: int, several: str | None, all_turns: bool,
-                   split: str) -> None:
+                   min_pixels: int, max_pixels: int, several: str | None, split: str) -> None:
     """Write FILE, a data set of another project, as own data, and say what is left out, and why.
 
     own: tables of own data (JSON, CSV, parquet), also with images in them. swift: ms-swift. llava:
     LLaVA, Qwen-VL. mgrounding: MGrounding-630k. coco. Images in a table are written to the folder
     of OUT if no root is given.
     """
-    from mig_kit.data import importers, records
+    from mig_kit.data import importers, own_data, records
 
+    if form == "llava" and not coordinates:
+        raise UserError("files of this format do not say what their boxes are measured in; give "
+                        "--coordinates: pixels, absolute (of the resized image, with "
+                        "--max-pixels), normalized_1000 or normalized_1")
     root = root or (out if records.entry_word(file) == "row" else file).parent
-    problems = 0
-
-    def print_problem(sentence: str) -> None:
-        nonlocal problems
-        problems += 1
-        if problems <= SHOWN:
-            click.echo(sentence)
-
-    rules = importers.ImportRules(root, coordinates or "", BoxFormat(min_pixels, max_pixels),
-                                  several or "", all_turns, split)
-    report, remarks = importers.import_file(form, file, out, rules, print_problem)
-    is_written = report.kept and not remarks.file_fault()
-    written = (f"{report.kept} written to {out} (image root: {root})" if is_written
-               else "nothing written")
-    more = f" (the first {SHOWN} shown)" if problems > SHOWN else ""
-    click.echo(f"{report.read} questions read, {written}, {problems} left out{more}")
-    if report.counts:
-        click.echo(report.summarize())
-    for sentence in remarks.sentences():
-        click.echo(f"remark: {sentence}")
-    if not is_written:
+    remarks = own_data.Remarks()
+    rules = importers.ImportRules(root, f"{out.stem}_images", coordinates or "",
+                                  BoxFormat(min_pixels, max_pixels), several or "", split)
+    lines = own_data.check_records(importers.iter_own_records(form, file, rules), root,
+                                   remarks=remarks)
+    if not _write_correct(lines, remarks, file, "question", out, root)[1]:
         raise click.exceptions.Exit(1)
 
 
@@ -168,12 +182,8 @@ def duplicates(train: Path, held_out: Path) -> None:
     if there are any.
     """
     from mig_kit.data.inspection import find_near_duplicates, hash_images
-    from mig_kit.data.records import SkipReport
 
-    report = SkipReport()
-    hashes = [hash_images(folder, report) for folder in (train, held_out)]
-    for reason, names in report.names.items():
-        click.echo(f"left out, {reason}: {report.counts[reason]} ({', '.join(names)})")
+    hashes = [hash_images(folder, click.echo) for folder in (train, held_out)]
     for folder, (names, _) in zip((train, held_out), hashes):
         if not names:
             raise UserError(f"there is no image that can be read below {folder}; name the folder "

@@ -9,6 +9,7 @@ import click
 from mig_kit import LATE, __version__
 from mig_kit.commands.ask import absolute_folder, eval_command, ground
 from mig_kit.commands.data import data
+from mig_kit.commands.reward import reward
 from mig_kit.commands.score import score_command
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, UserError, write_json
 from mig_kit.pipeline import store
@@ -233,5 +234,5 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
         write_json(out, result)
 
 
-for command in (score_command, eval_command, ground, data):
+for command in (score_command, eval_command, ground, data, reward):
     cli.add_command(command)

@@ -1,7 +1,7 @@
 """Conversations of LLaVA, ms-swift and MGrounding-630k as lines of own data.
 
-Which image a box is in, the format says, or the record has one image; no prose is read for it. Read
-is the first turn, since later ones may lean on it; `all_turns` reads each as a question of its own.
+Which image a box is in, the format says, or the record has one image; no prose is read for it. Only
+the first turn is read, since later ones may lean on it.
 """
 
 import json
@@ -43,7 +43,7 @@ class Turn:
     answers: Boxes
 
 
-def read_record(form: str, record: dict, several: str, all_turns: bool) -> list[dict | Problem]:
+def read_record(form: str, record: dict, several: str) -> list[dict | Problem]:
     """A record's turns as lines of own data without ids, or as Problems; may raise Problem.
 
     form: swift, llava or mgrounding.
@@ -61,17 +61,12 @@ def read_record(form: str, record: dict, several: str, all_turns: bool) -> list[
         coordinates = {"coordinates": str(kind)}
     else:
         turns = [_read_texts(form, *turn, len(images)) for turn in texts]
-    lines: list[dict | Problem] = []
-    n_tags = 0  # in the turns before
-    for number, (turn, (asked, _)) in enumerate(zip(turns, texts)):
-        try:
-            require(number == 0 or all_turns, "a later turn", "a later turn may lean on the turns "
-                    "before it; --all-turns takes it as a question of its own", False)
-            lines.append(_make_line(turn, images, several, n_tags) | coordinates)
-        except Problem as problem:
-            lines.append(problem)
-        n_tags += asked.count("<image>")
-    return lines
+    try:
+        lines: list[dict | Problem] = [_make_line(turns[0], images, several) | coordinates]
+    except Problem as problem:
+        lines = [problem]
+    return lines + [Problem("a later turn", "a later turn may lean on the turns before it; write "
+                            "it as a question of its own", False)] * (len(turns) - 1)
 
 
 def _read_turns(record: dict) -> list[tuple[str, str]]:
@@ -171,8 +166,8 @@ def _read_objects(texts: list[tuple[str, str]], objects: object, n_images: int
     return turns, SWIFT_COORDINATES[kind]
 
 
-def _make_line(turn: Turn, images: list, several: str, n_tags: int) -> dict:
-    """A turn as a line of own data; n_tags: <image> tags in the turns before."""
+def _make_line(turn: Turn, images: list, several: str) -> dict:
+    """A turn as a line of own data."""
     require(None not in (number for number, _ in turn.answers), "no image of a box", NO_IMAGE,
             False)
     require([number for number, _ in turn.references] in ([], [1]), "a box in the question",
@@ -182,7 +177,7 @@ def _make_line(turn: Turn, images: list, several: str, n_tags: int) -> dict:
             "the answer stands in the question", is_fault=False)
     reference = {"reference": turn.references[0][1]} if turn.references else {}
     return {"images": images, **target_keys(turn.answers, several), **reference,
-            "question": name_tags(TEXT_TAGS.sub("", turn.question), n_tags)}
+            "question": name_tags(TEXT_TAGS.sub("", turn.question))}
 
 
 def target_keys(boxes: Boxes, several: str) -> dict:
@@ -199,9 +194,9 @@ def target_keys(boxes: Boxes, several: str) -> dict:
     return {"image": boxes[0][0], **key}
 
 
-def name_tags(text: str, n_before: int = 0) -> str:
+def name_tags(text: str) -> str:
     """The text without <image> tags at its start; the others become "image 2", in their order."""
-    text = text.strip()
+    text, n_before = text.strip(), 0
     while text.startswith("<image>"):
         text, n_before = text.removeprefix("<image>").lstrip(), n_before + 1
     while "<image>" in text:

@@ -6,7 +6,6 @@ Images stay in place; those inside the file become files. The result passes the 
 import base64
 import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,30 +14,12 @@ from pathlib import Path
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box
-from mig_kit.common import UserError, write_atomically
+from mig_kit.common import write_atomically
 from mig_kit.data.conversations import name_tags, read_record, target_keys
-from mig_kit.data.file_remarks import Remarks
-from mig_kit.data.line_checks import (
-    OwnLine,
-    find_file_problems,
-    headers_below,
-    parse_line,
-    simplify,
-)
-from mig_kit.data.records import (
-    Problem,
-    SkipReport,
-    entry_word,
-    iter_entries,
-    iter_records,
-    require,
-)
+from mig_kit.data.line_checks import OwnLine, headers_below, parse_line, simplify
+from mig_kit.data.records import Problem, iter_entries, iter_records, require
 from mig_kit.image_files import DECODE_ERRORS, BadImage, ImageHeader
 
-FORMATS = (
-    "own",  # tables of own data whose images are in the file, or whose questions hold <image>
-    "swift", "llava", "mgrounding",  # conversations, see conversations.py
-    "coco")  # a question per image and category
 MARGIN = 1.0  # pixels by which annotation tools let boxes leave the image
 
 
@@ -47,100 +28,58 @@ class ImportRules:
     """How a file of another project is read.
 
     Args:
-        root: the folder that holds all images.
+        root: the folder that holds all images; folder: in it, of those that the file holds.
         coordinates: of all boxes, in place of what the file says; "" for the file's word.
         box_format: absolute boxes are pixels of an image that is resized to these limits.
         several: several boxes in an answer: any is correct, all must be found, "" not used.
-        all_turns: later turns of a conversation are questions of their own.
-        split: taken of a file whose records name their splits; "" for all.
+        split: the one that is taken; "" for train where a record names its split, and all else.
     """
 
     root: Path
+    folder: str
     coordinates: str = ""
     box_format: BoxFormat = BoxFormat()
     several: str = ""
-    all_turns: bool = False
-    split: str = "train"
+    split: str = ""
 
 
-def import_file(form: str, path: Path, out: Path, rules: ImportRules,
-                on_problem: Callable[[str], object]) -> tuple[SkipReport, Remarks]:
-    """Write the correct questions of `path` to `out` as own data; returns counts and remarks.
-
-    Nothing is written if none is correct, or if one reason refuses a fifth of the file.
+def iter_own_records(form: str, path: Path, rules: ImportRules
+                     ) -> Iterator[tuple[str, dict | Problem]]:
+    """(place, record of own data or why there is none) for every question of a file.
 
     Args:
-        form: one of FORMATS.
-        on_problem: called with a sentence for each thing that is left out.
-    Raises: UserError for rules that do not go together.
+        form: own (tables whose images are in the file, or whose questions hold <image>), swift,
+            llava, mgrounding (conversations) or coco.
     """
-    if out.exists() and out.samefile(path):
-        raise UserError(f"--out is {path} itself; name another file")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out} is in no folder that exists; make {out.parent} first")
-    if form == "llava" and not rules.coordinates:
-        raise UserError("files of this format do not say what their boxes are measured in; give "
-                        "--coordinates: pixels, absolute (of the resized image, with "
-                        "--max-pixels), normalized_1000 or normalized_1")
-    report, remarks = SkipReport(), Remarks()
-    temporary = out.with_name(f"{out.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for place, line in _iter_correct(form, path, rules, rules.root / f"{out.stem}_images",
-                                         report, remarks, on_problem):
-            file.write(json.dumps({"id": place.replace(" ", "-"), **line}) + "\n")
-    if report.kept and not remarks.file_fault():
-        temporary.replace(out)
-    else:  # an older result stays
-        temporary.unlink()
-    return report, remarks
-
-
-def _iter_correct(form: str, path: Path, rules: ImportRules, folder: Path, report: SkipReport,
-                  remarks: Remarks, on_problem: Callable) -> Iterator[tuple[str, dict]]:
-    """(place, line) of every question that passes the checks; folder: for images in the file."""
-    read, ids = headers_below(rules.root), set()
+    read = headers_below(rules.root)
     entries = _iter_coco(path, rules) if form == "coco" else _iter_lines_of(form, path, rules)
     for place, record in entries:
-        report.read += 1
-        line, headers, problems = None, [], []
         try:
-            if isinstance(record, Problem):
-                raise record
-            stated_size = record.pop("stated_size", None)
-            record["images"] = [_image_name(image, rules.root, folder)
-                                for image in record.get("images") or []]
-            is_absolute = rules.coordinates == Coordinates.ABSOLUTE
-            if rules.coordinates:
-                record["coordinates"] = "pixels" if is_absolute else rules.coordinates
-            line, problems = parse_line(record)
-            if line and is_absolute and not problems:
-                record |= _to_pixels(line, read, rules.box_format)
-                line, problems = parse_line(record)
-            if line:
-                headers, file_problems = find_file_problems(line, read)
-                problems += file_problems
-                if isinstance(headers[0], ImageHeader) and stated_size not in (
-                        None, headers[0].size):
-                    problems.insert(0, Problem(
-                        "another size than the file says", "the file says {}x{}, the image has "
-                        "{}x{} pixels when it is upright; use the images that the file was made "
-                        "from, and boxes of the upright picture".format(*stated_size,
-                                                                        *headers[0].size)))
-            name = hash(record.get("id", place))
-            if name in ids:
-                problems.append(Problem("an id twice", f"id {record.get('id')!r} is there twice"))
-            ids.add(name)
-        except Problem as problem:
-            problems = [problem]
+            if not isinstance(record, Problem):
+                record = {"id": place.replace(" ", "-")} | _finish_record(record, read, rules)
         except BadImage as problem:
-            problems = [Problem(problem.reason, str(problem), is_fault=False)]
-        remarks.add(place, line, headers, problems)
-        if problems:
-            report.add(problems[0].reason, place)
-            on_problem(f"{place}: {'; '.join(map(str, problems))}")
-            continue
-        report.kept += 1
+            record = Problem(problem.reason, str(problem), is_fault=False)
+        except Problem as problem:
+            record = problem
         yield place, record
+
+
+def _finish_record(record: dict, read: Callable, rules: ImportRules) -> dict:
+    """The record with paths of its images, in the coordinates that the rules state."""
+    stated_size = record.pop("stated_size", None)
+    record["images"] = [_image_name(image, rules) for image in record.get("images") or []]
+    is_absolute = rules.coordinates == Coordinates.ABSOLUTE
+    if rules.coordinates:
+        record["coordinates"] = "pixels" if is_absolute else rules.coordinates
+    line, problems = parse_line(record) if is_absolute or stated_size else (None, [])
+    if line and is_absolute and not problems:
+        record |= _to_pixels(line, read, rules.box_format)
+    if line and stated_size and isinstance(header := read(line.images[0]), ImageHeader):
+        require(stated_size == header.size, "another size than the file says",
+                "the file says {}x{}, the image has {}x{} pixels when it is upright; use the "
+                "images that the file was made from, and boxes of the upright picture".format(
+                    *stated_size, *header.size))
+    return record
 
 
 def _to_pixels(line: OwnLine, read: Callable, box_format: BoxFormat) -> dict:
@@ -161,18 +100,18 @@ def _to_pixels(line: OwnLine, read: Callable, box_format: BoxFormat) -> dict:
     return {key: value for key, value in keys.items() if value}
 
 
-def _image_name(image: object, root: Path, folder: Path) -> str:
-    """The path of an image below the root; bytes or base64 are written to `folder`."""
+def _image_name(image: object, rules: ImportRules) -> str:
+    """The path of an image below the root; bytes or base64 become a file."""
     content = image.get("bytes") if isinstance(image, dict) else None
     if isinstance(image, dict) and not content:
         image = image.get("path")
     if isinstance(image, str) and image.startswith("data:"):
         content = image.partition(",")[2]
     if content:
-        return _write_image(content, folder).relative_to(root).as_posix()
+        return _write_image(content, rules.root / rules.folder).relative_to(rules.root).as_posix()
     require(isinstance(image, str) and bool(image), "an image must be named by its path")
-    image = image.removeprefix("file://")
-    return image.removeprefix(os.path.abspath(root) + os.sep).removeprefix("./")
+    image = image.removeprefix("file://").removeprefix(os.path.abspath(rules.root) + os.sep)
+    return image.removeprefix("./")
 
 
 def _write_image(content: object, folder: Path) -> Path:
@@ -194,14 +133,13 @@ def _write_image(content: object, folder: Path) -> Path:
 def _iter_lines_of(form: str, path: Path, rules: ImportRules
                    ) -> Iterator[tuple[str, dict | Problem]]:
     """(place, a question as a line of own data, or why there is none) of the file."""
-    word = entry_word(path)
-    for number, record, problem in iter_entries(path):
-        place = f"{word} {number}"
+    for place, record in iter_entries(path):
         try:
-            require(not problem, problem)
+            if isinstance(record, Problem):
+                raise record
             _require_split(record, rules.split)
             lines = [_clean_line(record)] if form == "own" else read_record(
-                form, record, rules.several, rules.all_turns)
+                form, record, rules.several)
         except Problem as error:
             lines = [error]
         for turn, line in enumerate(lines, 1):
@@ -209,10 +147,12 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
 
 
 def _require_split(record: dict, split: str) -> None:
-    """Problem for a record that names another split."""
-    own = record.get("split")
-    is_taken = not (split and isinstance(own, str) and own.strip()) or own.casefold() == split
-    require(is_taken, f"of the split {str(own)[:40]!r}", is_fault=False)
+    """Problem for a record of another split, or that names none if one is asked for."""
+    own = str(record.get("split") or "").strip()
+    require(bool(own or not split), "no split named", f"--split asks for {split}, and the record "
+            "has no 'split'; leave the option out, or give a file of that split alone")
+    require(not own or own.casefold() == (split or "train"), f"of the split {own[:40]!r}",
+            is_fault=False)
 
 
 def _clean_line(record: dict) -> dict:

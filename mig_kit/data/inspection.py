@@ -1,6 +1,7 @@
 """What a person looks at before a training: near duplicates of images, and boxes on a page."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 
 import imagehash
@@ -8,7 +9,6 @@ import numpy as np
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_atomically
-from mig_kit.data.records import SkipReport
 from mig_kit.image_files import BadImage, open_rgb, resolve_under_root, to_data_url
 from mig_kit.prompts import format_question
 from mig_kit.sample import Sample
@@ -18,41 +18,29 @@ from mig_kit.sample import Sample
 MOST_BITS = 4
 
 Hashes = tuple[list[str], np.ndarray]
-PREVIEW = """<!doctype html>
-<meta charset="utf-8">
+PAGE = """<!doctype html><meta charset="utf-8"><title>Preview</title>
 <meta http-equiv="Content-Security-Policy"
       content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Preview</title>
-<style>
-body { font: 15px sans-serif; margin: 2em }
-h2 { font-size: 15px; margin: 1.5em 0 0 }
-p { margin: .3em 0 }
-img { max-width: 100% }
-</style>
-{% for name, question, correct, url in rows %}
-<h2>{{ name }}</h2>
-<p>{{ question }} (correct: {{ correct }})</p>
-<img alt="" src="{{ url }}">
-{% endfor %}
+<style>body { font: 15px sans-serif; margin: 2em } img { max-width: 100% }</style>
 """
 
 
-def hash_images(folder: Path, report: SkipReport) -> Hashes:
+def hash_images(folder: Path, on_skip: Callable[[str], object]) -> Hashes:
     """Sorted names below the folder, and (n,) uint64: ImageHash's 64-bit phash of each image.
 
-    The report counts files that cannot be opened.
+    on_skip: called with a sentence for a file that cannot be opened, or a link to a folder.
     """
     names, hashes = [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_dir():
             if path.is_symlink():
-                report.add("a link to a folder, not looked at", name)
+                on_skip(f"left out, {name}: a link to a folder, not looked at")
             continue
         try:
             image = open_rgb(resolve_under_root(folder, name))
         except BadImage as error:
-            report.add(error.reason, name)
+            on_skip(f"left out, {name}: {error}")
             continue
         names.append(name)
         hashes.append(int(str(imagehash.phash(image)), 16))
@@ -73,20 +61,19 @@ def write_preview(samples: Iterator[Sample], out: Path) -> int:
 
     Raises: UserError for a name not ending in .html, a missing folder, or no sample.
     """
-    import jinja2  # of an extra, as matplotlib of the next
+    from mig_kit.drawing.pictures import draw_sample  # of an extra
 
-    from mig_kit.drawing.pictures import draw_sample
-
-    if out.suffix.lower() != ".html":
-        raise UserError(f"{out} must end in .html")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"{out} is in no folder that exists; make {out.parent} first")
-    rows = [(sample.id, format_question(sample, BoxFormat(), with_instruction=False),
-             sample.letter or f"{len(sample.targets)} drawn in green",
-             to_data_url(draw_sample(sample, height=220))) for sample in samples]
+    if out.suffix.lower() != ".html" or not out.absolute().parent.is_dir():
+        raise UserError(f"{out} must end in .html, in a folder that exists")
+    rows = []
+    for sample in samples:
+        question = format_question(sample, BoxFormat(), with_instruction=False)
+        answer = sample.letter or f"{len(sample.targets)} drawn in green"
+        rows.append(f"<h4>{escape(sample.id)}</h4>\n<p>{escape(question)} (correct: "
+                    f'{escape(answer)})</p>\n<img alt="" src="'
+                    f'{to_data_url(draw_sample(sample, height=220))}">\n')
     if not rows:
         raise UserError("there is no question to draw; the file is empty, or has no correct line "
-                         "(mig-kit data check lists what is wrong)")
-    page = jinja2.Environment(autoescape=True).from_string(PREVIEW).render(rows=rows)
-    write_atomically(out, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+                        "(mig-kit data check lists what is wrong)")
+    write_atomically(out, lambda temporary: temporary.write_text(PAGE + "".join(rows), "utf-8"))
     return len(rows)

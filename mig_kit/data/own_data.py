@@ -4,7 +4,7 @@ notebooks/guide/own_data.md explains the keys. If one line has "targets" or says
 answers, every question of the file asks for all boxes; else the prompt would tell how many.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,9 +29,9 @@ from mig_kit.sample import Sample, Target
 
 @dataclass(frozen=True)
 class Line:
-    """A checked line, numbered from 1; sample: None if there are problems."""
+    """A checked line; place: as "line 3". sample: None if there are problems."""
 
-    number: int
+    place: str
     problems: list[Problem]
     sample: Sample | None = None
     reply: str = ""  # the line's own
@@ -52,48 +52,36 @@ WRONG_REPLIES = {
            "--profile names", "leak": "its reasoning gives the answer away"}
 
 
-def find_problems(record: dict) -> list[Problem]:
-    """What is wrong with a line of own data, without a look at its image files."""
-    return parse_line(record)[1]
-
-
-def check_file(path: Path, root: Path, measure: Callable[[Sample], str] | None = None,
-               formats: Sequence[BoxFormat] = (), remarks: Remarks | None = None
-               ) -> Iterator[Line]:
-    """Every line of the file with its problems; reads the pixels of every image once.
-
-    Args:
-        measure: gives a sentence on a sample that is too long for a model, or "".
-        formats: a line's own reply must pass stage 01's filter in one of these formats.
-        remarks: takes in every line.
-    """
-    for line in iter_checked_lines(path, root, True, remarks):
-        if line.sample and measure and (sentence := measure(line.sample)):
-            line.problems.append(Problem("prompts that are too long", sentence, is_fault=False))
-        reasons = [drop_reason(line.reply, line.sample, box_format)
-                   for box_format in formats if line.reply]
-        if reasons and all(reasons):
-            line.problems.append(Problem(
-                "replies that 01 drops", f"01 would drop its 'reply': {WRONG_REPLIES[reasons[0]]}",
-                is_fault=False))
-        yield line
-
-
 def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
                        remarks: Remarks | None = None) -> Iterator[Line]:
-    """Every line of the file; UserError for a file of another kind. See `check_file`."""
+    """Every line of the file; UserError for a file of another kind. See `check_records`."""
     with path.open("rb") as file:
         if file.read(4) == PARQUET:
             raise UserError(f"{path} is a parquet table; mig-kit data import own {path} --out OUT "
                             "writes it and the images in it as own data")
-    word, read = entry_word(path), headers_below(root, decodes)
-    find_all, ids = file_asks_for_all(path), set()
-    for number, record, problem in iter_entries(path):
-        line, problems, headers = None, [Problem(problem)], []
-        if not problem:
+    return check_records(iter_entries(path), root, decodes, remarks, file_asks_for_all(path))
+
+
+def check_records(records: Iterable[tuple[str, dict | Problem]], root: Path, decodes: bool = False,
+                  remarks: Remarks | None = None, find_all: bool = False) -> Iterator[Line]:
+    """A Line for every record of own data.
+
+    Args:
+        records: (place, record or what is wrong with it).
+        root: the folder that image names are relative to.
+        decodes: read the pixels of every image, once.
+        remarks: takes in every line.
+        find_all: the questions ask for all boxes.
+    """
+    read, ids = headers_below(root, decodes), set()
+    for place, record in records:
+        line, problems, headers = None, [record], []
+        if isinstance(record, Problem):
+            record = {}
+        else:
             line, problems = parse_line(record)
         if line:
-            line.id = line.id or f"{word}-{number}"
+            line.id = line.id or place.replace(" ", "-")
             headers, file_problems = find_file_problems(line, read)
             problems += file_problems
             if find_all and line.boxes:
@@ -104,19 +92,38 @@ def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
                 problems.append(Problem("an id twice", f"id {line.id[:40]!r} is there twice"))
             ids.add(hash(line.id))
         if remarks:
-            remarks.add(f"{word} {number}", line, headers, problems)
+            remarks.asks_for_all = find_all
+            remarks.add(place, line, headers, problems)
         sample = None if problems else make_sample(line, root, headers, find_all)
-        yield Line(number, problems, sample, line and line.reply or "", record)
-    if remarks:
-        remarks.asks_for_all = find_all
+        yield Line(place, problems, sample, line and line.reply or "", record)
+
+
+def check_for_model(lines: Iterable[Line], measure: Callable[[Sample], str] | None,
+                    formats: Sequence[BoxFormat]) -> Iterator[Line]:
+    """The lines, with what a model would not take.
+
+    Args:
+        measure: gives a sentence on a sample that is too long for the model, or "".
+        formats: a line's own reply must pass stage 01's filter in one of these formats.
+    """
+    for line in lines:
+        if line.sample and measure and (sentence := measure(line.sample)):
+            line.problems.append(Problem("prompts that are too long", sentence, is_fault=False))
+        reasons = [drop_reason(line.reply, line.sample, box_format)
+                   for box_format in formats if line.sample and line.reply]
+        if reasons and all(reasons):
+            line.problems.append(Problem(
+                "replies that 01 drops", f"01 would drop its 'reply': {WRONG_REPLIES[reasons[0]]}",
+                is_fault=False))
+        yield line
 
 
 def file_asks_for_all(path: Path) -> bool:
     """Whether a line has "targets" or says that no image answers, so that all ask for all boxes."""
     is_possible = path.suffix == ".csv" or any(
         line is None or b"targets" in line or b"null" in line for _, line in iter_lines(path))
-    return is_possible and any("targets" in simplify(record)
-                               for _, record, problem in iter_entries(path) if not problem)
+    return is_possible and any("targets" in simplify(record) for _, record in iter_entries(path)
+                               if not isinstance(record, Problem))
 
 
 def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None) -> int:
@@ -127,7 +134,7 @@ def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None
     for line in progress_bar(lines, "check lines", total=total, delay=2):
         if line.problems and not line.is_damaged:
             n_wrong += 1
-            first = first or f"{word} {line.number}: {line.problems[0]}"
+            first = first or f"{line.place}: {line.problems[0]}"
     require_lines(path, remarks.n_lines)
     if n_wrong:
         fault = remarks.file_fault()
@@ -148,9 +155,8 @@ def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[S
     """The samples of the first `limit` lines (None: all); UserError at the first wrong line."""
     for line in islice(iter_checked_lines(path, root), limit):
         if line.problems:
-            word = entry_word(path)
-            raise UserError(f"{path} {word} {line.number}: {line.problems[0]} (mig-kit data check "
-                            f"{path} --root {root} lists every {word})")
+            raise UserError(f"{path} {line.place}: {line.problems[0]} (mig-kit data check {path} "
+                            f"--root {root} lists every {entry_word(path)})")
         yield line.sample
 
 

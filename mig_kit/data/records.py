@@ -11,7 +11,6 @@ import ijson
 
 from mig_kit.common import MAX_LINE, UserError, iter_lines
 
-MAX_NAMES = 5  # of what is left out, per reason
 PARQUET = b"PAR1"
 NOT_IN_CSV = ("question", "letter", "id", "task", "reply", "coordinates")  # cells that are no JSON
 
@@ -29,33 +28,30 @@ class Problem(UserError):
 
 @dataclass
 class SkipReport:
-    """What was left out of a data set, and why."""
+    """What stage 01 leaves out of a data set, and why."""
 
+    file: Path  # gets every name with its reason
     read: int = 0  # records
     kept: int = 0  # questions
     counts: Counter = field(default_factory=Counter)  # by reason
-    names: dict[str, list[str]] = field(default_factory=dict)  # the first MAX_NAMES, by reason
-    file: Path | None = None  # gets every name with its reason
 
     def add(self, reason: str, name: str) -> None:
-        """Count one more thing left out for `reason`; the first few are remembered by name."""
+        """Count one more thing left out for `reason`."""
         self.counts[reason] += 1
         name = "".join(letter if letter.isprintable() else "?" for letter in name[:200])
-        names = self.names.setdefault(reason, [])
-        names += [name] * (len(names) < MAX_NAMES)
-        if self.file is not None:
-            with self.file.open("a") as file:
-                file.write(f"{reason}: {name}\n")
+        with self.file.open("a") as file:
+            file.write(f"{reason}: {name}\n")
 
     def summarize(self) -> str:
         """One line per reason, the most frequent first."""
         lines = [f"records {self.read}, questions kept {self.kept}, left out "
                  f"{self.counts.total()}"]
-        for reason, count in self.counts.most_common():
-            names = self.names[reason]
-            more = ", ..." if count > len(names) else ""
-            lines.append(f"  {count:>7}  {reason}: {', '.join(names)}{more}")
-        return "\n".join(lines)
+        return "\n".join(lines + describe_counts(self.counts))
+
+
+def describe_counts(counts: Counter) -> list[str]:
+    """A line per reason, the most frequent first."""
+    return [f"  {count:>7}  {reason}" for reason, count in counts.most_common()]
 
 
 def require(condition: bool, reason: str, sentence: str = "", is_fault: bool = True) -> None:
@@ -76,8 +72,8 @@ def _read_opening(path: Path) -> bytes:
         return file.read(1024).lstrip()
 
 
-def iter_entries(path: Path) -> Iterator[tuple[int, dict, str]]:
-    """(number from 1, record, what is wrong with it) of every entry, one in memory at a time.
+def iter_entries(path: Path) -> Iterator[tuple[str, dict | Problem]]:
+    """("line 1", its record or what is wrong with it) of every entry, one in memory at a time.
 
     Raises: UserError for a file of another kind, and where a list or table is cut.
     """
@@ -89,27 +85,23 @@ def iter_entries(path: Path) -> Iterator[tuple[int, dict, str]]:
     if word == "line" and opening.partition(b"\n")[0].strip() == b"{" and b'"' in opening:
         raise UserError(f"{path} holds one JSON object over several lines; save its questions as "
                         "one list, [{...}, {...}], or one object a line")
-    if word == "line":
-        entries = map(_read_json, (line for _, line in iter_lines(path)))
-    else:
-        read = (_iter_csv if path.suffix == ".csv" else
-                _iter_parquet if word == "row" else iter_records)
-        entries = ((record, "") for record in read(path))
-    for number, (record, problem) in enumerate(entries, 1):
-        if not problem and not isinstance(record, dict):
-            problem = f"the {word} is no JSON object; write one {{...}} per {word}"
-        yield number, record if isinstance(record, dict) else {}, problem
+    entries = (_iter_json_lines if word == "line" else _iter_csv if path.suffix == ".csv" else
+               _iter_parquet if word == "row" else iter_records)(path)
+    for number, record in enumerate(entries, 1):
+        if not isinstance(record, dict | Problem):
+            record = Problem(f"the {word} is no JSON object; write one {{...}} per {word}")
+        yield f"{word} {number}", record
 
 
-def _read_json(line: bytes | None) -> tuple[object, str]:
-    """The value on a line, and why there is none; None for a line over MAX_LINE bytes."""
-    if line is None:
-        return None, (f"the line is longer than {MAX_LINE} bytes; put one question on a line, and "
-                      "images into files of their own")
-    try:
-        return json.loads(line), ""
-    except (ValueError, RecursionError) as error:
-        return None, f"the line is no JSON object ({str(error)[:60]}); write one {{...}} per line"
+def _iter_json_lines(path: Path) -> Iterator[object]:
+    for _, line in iter_lines(path):
+        try:
+            yield Problem(f"the line is longer than {MAX_LINE} bytes; put one question on a line, "
+                          "and images into files of their own"
+                          ) if line is None else json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield Problem(f"the line is no JSON object ({str(error)[:60]}); write one {{...}} per "
+                          "line")
 
 
 def _iter_parquet(path: Path) -> Iterator[dict]:

@@ -59,7 +59,7 @@ def _open_writers(folder: Path, stack: ExitStack) -> dict[str, SampleWriter]:
 
 def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     (folder / NAMES_FILE).unlink(missing_ok=True)  # of a killed start
-    report = SkipReport(file=folder / NAMES_FILE)
+    report = SkipReport(folder / NAMES_FILE)
     shares = p.data_shares
     if p.teacher == "none":
         shares = [0.0, shares[0] + shares[1], shares[2]]
@@ -73,10 +73,10 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
         writers = _open_writers(folder, stack)
         bar = stack.enter_context(progress_bar(None, "store questions", total=n_lines))
         for line in own_data.iter_checked_lines(path, root):
-            bar.update(line.number - bar.n)
+            bar.update()
             report.read += 1
             if line.problems:
-                report.add("unreadable image", f"line {line.number}: {line.problems[0]}")
+                report.add("unreadable image", f"{line.place}: {line.problems[0]}")
                 continue
             sample = line.sample
             try:

@@ -20,7 +20,6 @@ from mig_kit.prompts import chat_messages, correct_answer
 from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
 
-MOST_TRIED = 1000  # questions that a reward without a value is tried on
 FOLDER = "rewards"  # in a stage's folder: copies of the files that its rewards are from
 RL_NEEDS = ("RL makes likelier what a model sometimes gets right; let it learn from traces first "
             "(teacher own or endpoint in 01), or start from the folder of a model that answers "
@@ -45,12 +44,12 @@ class BatchReward:
         """None, because one reply is no batch."""
 
 
-def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
+def load_rewards(references: Sequence[str], folder: Path | None) -> dict[str, Reward]:
     """Name -> reward; functions in TRL's form become BatchRewards.
 
     Args:
         references: names of the kit's rewards, or "file.py:function".
-        folder: the stage's, which holds copies of the files.
+        folder: the stage's, which holds copies of the files; None to read the files.
     Raises: UserError for a file without the function, and whatever the file raises.
     """
     rewards = {}
@@ -59,12 +58,33 @@ def load_rewards(references: Sequence[str], folder: Path) -> dict[str, Reward]:
             rewards[text] = REWARDS[text]
             continue
         path, name = split_function_name(text)
-        module = _import_file(folder / FOLDER / path.name, path)
+        module = _import_file(folder / FOLDER / path.name if folder else path, path)
         reward = getattr(module, name, None)
         if not callable(reward):
             raise UserError(f"{path} has no function '{name}'")
         rewards[name] = BatchReward(reward) if _has_trls_form(reward) else reward
     return rewards
+
+
+def as_batch_reward(function: Callable, engine: str) -> BatchReward:
+    """A reward in the form of trl, verl or swift, which both get the column solution.
+
+    verl's is f(data_source, solution_str, ground_truth, extra_info), ms-swift's a class or function
+    of the replies' texts and columns.
+    """
+    if isinstance(function, BatchReward):
+        function = function.function
+
+    def call_verl(completions, solution, **columns) -> list[float | None]:
+        results = [function("mig-kit", completion[0]["content"], truth, {"index": number})
+                   for number, (completion, truth) in enumerate(zip(completions, solution))]
+        return [result["score"] if isinstance(result, dict) else result for result in results]
+
+    def call_swift(completions, **columns) -> list[float | None]:
+        reward = function() if inspect.isclass(function) else function
+        return reward([completion[0]["content"] for completion in completions], **columns)
+
+    return BatchReward({"trl": function, "verl": call_verl, "swift": call_swift}[engine])
 
 
 def _has_trls_form(reward: Callable) -> bool:
@@ -141,9 +161,10 @@ def _batch_columns(samples: Sequence[Sample], box_format: BoxFormat) -> dict[str
     from trl.data_utils import prepare_multimodal_messages  # takes seconds to import
 
     images = {id(sample): list(sample.images) for sample in samples}  # decoded once
+    prompts = {id(sample): prepare_multimodal_messages(
+        chat_messages(sample, box_format), images=images[id(sample)]) for sample in samples}
     return {
-        "prompts": [prepare_multimodal_messages(chat_messages(sample, box_format),
-                                                images=images[id(sample)]) for sample in samples],
+        "prompts": [prompts[id(sample)] for sample in samples],
         "images": [images[id(sample)] for sample in samples],
         "question": [sample.question for sample in samples],
         "sizes": [list(sample.sizes) for sample in samples],
@@ -168,46 +189,3 @@ def score_functions(rewards: dict[str, Reward], box_format: BoxFormat,
     penalised = {"none": (), "format": ("format",), "all": tuple(rewards)}
     return {name: Score(name, reward, box_format, name in penalised[hallucinated_image_penalty])
             for name, reward in rewards.items()}
-
-
-def correct_reply(sample: Sample, box_format: BoxFormat) -> str:
-    """A well-formed reply that answers the sample correctly."""
-    return f"<think>Search.</think><answer>{correct_answer(sample, box_format)}</answer>"
-
-
-def try_rewards(rewards: dict[str, Reward], samples: Sequence[Sample], box_format: BoxFormat,
-                group: int = 2) -> None:
-    """Try the rewards on a correct and an empty reply to the first question of each kind.
-
-    Raises: UserError for a reward of the user's that never has a value.
-    """
-    if of_batches := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
-        print(f"warning: {', '.join(of_batches)} judge whole batches, as TRL gives them: the "
-              "replies that are kept, and the report, show the other rewards alone", flush=True)
-    kinds = {(bool(sample.options), bool(sample.targets), sample.find_all): sample
-             for sample in reversed(samples[:64])}
-    for name, reward in rewards.items():
-        def has_value(sample: Sample, score: Score = Score(name, reward, box_format)) -> bool:
-            replies = [correct_reply(sample, box_format), ""]
-            values = (_try_batch(score, (replies * group)[:group], sample)
-                      if isinstance(score.reward, BatchReward) else
-                      [score(reply, sample) for reply in replies])
-            return set(values) != {None}
-
-        counts = any([has_value(sample) for sample in kinds.values()])  # tries every kind
-        is_own = reward is not REWARDS.get(name)
-        if is_own and not counts and not any(map(has_value, samples[:MOST_TRIED])):
-            raise UserError(
-                f"the reward '{name}' gave None for every reply, so nothing "
-                "would learn from it: it may lack a return; return a number, or None only for "
-                "questions that it is not about")
-
-
-def _try_batch(score: Score, replies: list[str], sample: Sample) -> list[float | None]:
-    """What a BatchReward gives a group of replies to one prompt, whose tokens are letters."""
-    from transformers import TrainerState
-
-    return score.score_batch(
-        replies, [sample] * len(replies), completions=as_completions(replies),
-        completion_ids=[[*map(ord, reply), 0] for reply in replies], trainer_state=TrainerState(),
-        log_extra=lambda *_: None, log_metric=lambda *_: None)

@@ -12,7 +12,6 @@ from data_files import GOOD, call, check, write_lines
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, rescale_box, seen_size
-from mig_kit.common import UserError
 from mig_kit.data import importers, own_data
 from mig_kit.data.importers import ImportRules
 from mig_kit.image_files import encode_image
@@ -45,16 +44,15 @@ MGROUNDING = {"images": ["./MGrounding-630k/Group/1.png", "./MGrounding-630k/Gro
 
 def import_all(root, form, *records, path=None, **rules):
     """(lines of own data, sentences); the lines pass the checks of own data."""
-    sentences, out = [], root / "out.jsonl"
     path = path or write_lines(root, *records, name="in.jsonl")
-    out.unlink(missing_ok=True)
-    report, _ = importers.import_file(form, path, out, ImportRules(root, **rules), sentences.append)
-    lines = []
-    if out.exists():
-        assert not any(check(out, root))
-        lines = [json.loads(line) for line in out.read_text().splitlines()]
-        assert report.kept == len(lines)
-    assert report.read == report.kept + len(sentences)
+    converted = importers.iter_own_records(form, path, ImportRules(root, "in_file", **rules))
+    lines, sentences = [], []
+    for line in own_data.check_records(converted, root):
+        if line.problems:
+            sentences.append(f"{line.place}: {'; '.join(map(str, line.problems))}")
+        else:
+            lines.append(line.record)
+    assert not any(check(write_lines(root, *lines, name="out.jsonl"), root))
     return lines, sentences
 
 
@@ -128,14 +126,12 @@ def test_an_index_says_which_of_several_images_a_box_is_in_and_no_prose_is_read(
     assert not lines or lines[0]["question"] == "and image 2: where in image 2 is it?"
 
 
-def test_later_turns_are_left_out_unless_they_stand_alone(root):
+def test_later_turns_are_left_out(root):
     record = {"image": "b.png", "messages": of_two_images(
         ("<image>Find the cup.", "[1, 2, 9, 9]"), ("And there?", "[5, 6, 30, 40]"))["messages"]}
     (line,), (sentence,) = import_all(root, "llava", record, coordinates="pixels")
     assert line["question"] == "Find the cup." and line["id"] == "line-1-turn-1"
-    assert "may lean on the turns before it; --all-turns takes it" in sentence
-    lines, _ = import_all(root, "llava", record, coordinates="pixels", all_turns=True)
-    assert [line["question"] for line in lines] == ["Find the cup.", "And there?"]
+    assert "may lean on the turns before it; write it as a question of its own" in sentence
 
 
 @pytest.fixture
@@ -266,7 +262,9 @@ def test_one_split_is_taken(root):
     rows = [{**LLAVA, "split": split} for split in ("train", "val", "Train", None)]
     lines, sentences = import_all(root, "llava", *rows, coordinates="normalized_1")
     assert len(lines) == 3 and "of the split 'val'" in sentences[0]
-    assert len(import_all(root, "llava", *rows, coordinates="normalized_1", split="")[0]) == 4
+    lines, sentences = import_all(root, "llava", *rows, coordinates="normalized_1", split="val")
+    assert len(lines) == 1 and "--split asks for val, and the record has no 'split'" in (
+        sentences[-1])
 
 
 def test_tables_with_images_in_them(tmp_path):
@@ -279,7 +277,7 @@ def test_tables_with_images_in_them(tmp_path):
     table = datasets.Dataset.from_list([row, {**row, "question": "Find the dog."}], features)
     table.to_parquet(tmp_path / "train.parquet")
     code, text = call("import", "own", tmp_path / "train.parquet", "--out", tmp_path / "mine.jsonl")
-    assert code == 0 and "2 questions read, 2 written" in text, text
+    assert code == 0 and "2 questions, 2 correct, 0 wrong; 2 written" in text, text
     assert len(list((tmp_path / "mine_images").iterdir())) == 2
     sample, _ = own_data.iter_samples(tmp_path / "mine.jsonl", tmp_path)
     assert sample.targets == ((2, (10, 20, 60, 90)),) and sample.id == "row-1"
@@ -294,14 +292,13 @@ def test_the_command(root, tmp_path):
     path, out = write_lines(root, SWIFT, b"{", SWIFT), tmp_path / "own.jsonl"
     result = run_mig_kit("data", "import", "swift", str(path), "--out", str(out))
     assert result.returncode == 0 and "line 2: the line is no JSON object" in result.stdout
-    assert "3 questions read, 2 written to" in result.stdout and "1 left out" in result.stdout
+    assert "3 questions, 2 correct, 1 wrong; 2 written to" in result.stdout
     assert f"(image root: {root})" in result.stdout
     assert "give --coordinates" in call("import", "llava", path, "--out", out)[1]
     assert "in no folder that exists" in call("import", "swift", path, "--out", out / "no" / "b")[1]
-    with pytest.raises(UserError, match="name another file"):
-        importers.import_file("swift", path, path, ImportRules(root), print)
+    assert "name another file" in call("import", "swift", path, "--out", path)[1]
     out.write_text("kept")
-    assert "nothing written, 1 left out" in call(
+    assert "1 wrong; nothing written" in call(
         "import", "swift", write_lines(root, b"{"), "--out", out)[1]
     assert out.read_text() == "kept" and not (tmp_path / "own.jsonl.tmp").exists()
     (root / "cut.json").write_text("[{}, ")

@@ -284,7 +284,7 @@ def test_preview_draws_boxes_and_escapes_text(root, tmp_path):
     path, page = write_lines(root, hostile, GOOD), tmp_path / "p.html"
     assert write_preview(own_data.iter_samples(path, root), page) == 2
     text = page.read_text()
-    assert "<script>" not in text and "<h2>&lt;b&gt;</h2>" in text
+    assert "<script>" not in text and "<h4>&lt;b&gt;</h4>" in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Find\nit (correct: 1 drawn" in text
     assert text.count('<img alt="" src="data:image/png;base64,') == 2
     assert "default-src 'none'; img-src data:" in text
@@ -303,7 +303,7 @@ def test_the_commands(root, tmp_path):
     assert "line 2: 'box' is in image 7, but there are 2 images" in result.stdout
     assert "12 of 14 lines are refused for one reason: an image that is not there" in result.stdout
     code, text = call("check", path, "--out", tmp_path / "out.jsonl")
-    assert "nothing is written" in text and not (tmp_path / "out.jsonl").exists()
+    assert "nothing written" in text and not (tmp_path / "out.jsonl").exists()
     assert "2 questions drawn" in call("preview", path, "--out", tmp_path / "a.html")[1]
     assert call("check", write_lines(root, GOOD), "--root", root)[0] == 0
     for name in ("train", "held", "none"):
@@ -313,7 +313,7 @@ def test_the_commands(root, tmp_path):
     (tmp_path / "held" / "z.jpg").write_bytes(b"no image")
     code, text = call("duplicates", tmp_path / "train", tmp_path / "held")
     assert code == 1 and "1 against 1 images: 1 pairs" in text
-    assert "left out, unreadable image: 1 (z.jpg)" in text
+    assert "left out, z.jpg: 'z.jpg' is no readable image" in text
     code, text = call("duplicates", tmp_path / "train", tmp_path / "none")
     assert code == 1 and "no image that can be read below" in text
 
@@ -329,7 +329,7 @@ def test_check_reads_replies_and_writes_the_correct_lines(root):
                "On the left.": "it must end in <answer>"}
     path, out = write_lines(root, *[changed(reply=reply) for reply in replies]), root / "good.jsonl"
     code, text = call("check", path, "--out", out)
-    assert code == 1 and "6 lines, 2 correct, 4 wrong; the correct ones are in" in text
+    assert code == 1 and "6 lines, 2 correct, 4 wrong; 2 written to" in text
     for number, sentence in enumerate(replies.values(), 1):
         assert f"line {number}: " not in text if not sentence else sentence in text
     assert call("check", out)[0] == 0 and len(out.read_text().splitlines()) == 2

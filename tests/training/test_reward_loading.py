@@ -10,12 +10,22 @@ from mig_kit.common import UserError
 from mig_kit.pipeline.reward_names import check_rewards
 from mig_kit.rewards import REWARDS, is_correct
 from mig_kit.training import reward_loading
-from mig_kit.training.reward_loading import Score, correct_reply, load_rewards, try_rewards
+from mig_kit.training.reward_check import constructed_replies, require_sound_rewards
+from mig_kit.training.reward_loading import Score, load_rewards
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
 HEAD = "def center(reply, sample, box_format):\n"
+
+
+def right_reply(sample):
+    return constructed_replies(sample, BOX_FORMAT)["right"]
+
+
+def try_rewards(rewards, samples):
+    """Beside the kit's, so that nothing is said of what they leave out."""
+    require_sound_rewards({**REWARDS, **rewards}, samples, BOX_FORMAT, {"center": 0}, group=2)
 
 
 @pytest.fixture
@@ -53,7 +63,7 @@ def test_dataclasses_and_the_kit_can_be_used(load, samples):
                      "from mig_kit.rewards import box_reward\n"
                      "@dataclass\nclass Part:\n    value: float\n"
                      + HEAD + "    return Part(box_reward(reply, sample, box_format)).value\n")
-    assert reward(correct_reply(samples[0], BOX_FORMAT), samples[0], BOX_FORMAT) > 0.9
+    assert reward(right_reply(samples[0]), samples[0], BOX_FORMAT) > 0.9
 
 
 BATCH = "def center(completions, solution, {}**columns):\n    return "
@@ -63,25 +73,27 @@ BATCH = "def center(completions, solution, {}**columns):\n    return "
     (BATCH.format("") + "[len(text[0]['content']) for text in completions]\n", [1, 3]),
     ("def center(completions, **columns):\n    sizes = [len(c[0]['content']) for c in completions]"
      "\n    return [float(size == min(sizes)) for size in sizes]\n", [1, 0]),
-    ("def center(prompts, completions, **columns):\n    return [1, float('nan')]\n", [1, None]),
+    ("def center(prompts, completions, **columns):\n    return [1, float('nan')] * "
+     "(len(completions) // 2)\n", [1, None]),
     ("from trl.rewards import get_soft_overlong_punishment\n"
      "center = get_soft_overlong_punishment(5, 4)\n", [-0.25, -1]),
-    ("class Judge:\n    def __call__(self, prompts, **columns):\n        return [1, 2]\n"
-     "center = Judge()\n", [1, 2]),
+    ("class Judge:\n    def __call__(self, prompts, **columns):\n"
+     "        return [1] * len(prompts)\ncenter = Judge()\n", [1, 1]),
     ("import numpy\ndef center(completions, **columns):\n    groups = numpy.reshape("
      "[len(c[0]['content']) for c in completions], (-1, 2))\n"
      "    return (groups - groups.mean(1, keepdims=True)).ravel()\n", [-1, 1]),
-    ("import torch\ndef center(completions, **columns):\n    return torch.tensor([3., 4.])\n",
-     [3, 4]),
+    ("import torch\ndef center(completions, **columns):\n    return torch.full([len("
+     "completions)], 3.)\n", [3, 3]),
     ("def center(**columns):\n    return [len(rows) for rows in columns['images']]\n", None),
-    ("from functools import partial\ndef f(completions, by, **columns):\n    return [by, by]\n"
+    ("from functools import partial\ndef f(completions, by, **columns):\n    return [by] * len("
+     "completions)\n"
      "center = partial(f, by=7)\n", [7, 7]),
-    (BATCH.format("log_metric, trainer_state, ") + "[log_metric('a', trainer_state.max_steps), 2]"
-     "\n", [None, 2])])
+    (BATCH.format("log_metric, trainer_state, ") + "[log_metric('a', trainer_state.max_steps) or 2"
+     " for _ in completions]\n", [2, 2])])
 def test_a_reward_in_trls_form_gets_the_batch(load, samples, text, values):
     reward, file = load(text)
     check_rewards([f"{file}:center"], {}, {})
-    try_rewards({"center": reward}, samples, BOX_FORMAT)
+    try_rewards({"center": reward}, samples)
     score = Score("center", reward, BOX_FORMAT)
     results = score.score_batch(
         ["a", "bcd"], samples[:2], completions=reward_loading.as_completions(["a", "bcd"]),
@@ -98,7 +110,7 @@ def test_a_reward_in_trls_form_gets_the_batch(load, samples, text, values):
 def test_a_reward_that_fails_shows_its_own_line(load, samples, text, error, words):
     reward, file = load(text)
     with pytest.raises(error, match=words) as caught:
-        try_rewards({"center": reward}, samples, BOX_FORMAT)
+        try_rewards({"center": reward}, samples)
     files = [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert (str(file) in files) == (error in (ZeroDivisionError, AttributeError))
 
@@ -116,17 +128,17 @@ def test_a_file_that_cannot_be_imported_shows_its_own_line(load, text, error):
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
-    ("def center(completions, **columns):\n    return [1.0]\n", "gave 1 values for 2 completions"),
-    ("def center(completions, **columns):\n    return [1e999, 1]\n", "gave inf for sample"),
+    ("def center(completions, **columns):\n    return [1.0]\n", "gave 1 values for "),
+    ("def center(completions, **columns):\n    return [1e999] * len(completions)\n",
+     "gave inf for sample"),
     (HEAD + "    return float('nan')\n", "gave nan for sample "),
     (HEAD + "    return 'much'\n", "gave 'much'")])
 def test_a_value_that_is_no_number_is_one_sentence(load, samples, text, sentence):
     reward, _ = load(text)
     with pytest.raises(UserError, match=f"the reward 'center' {sentence}"):
-        try_rewards({"center": reward}, samples, BOX_FORMAT)
-    try_rewards(REWARDS, samples, BOX_FORMAT)
-    assert all(is_correct(correct_reply(sample, BOX_FORMAT), sample, BOX_FORMAT)
-               for sample in samples)
+        try_rewards({"center": reward}, samples)
+    try_rewards(REWARDS, samples)
+    assert all(is_correct(right_reply(sample), sample, BOX_FORMAT) for sample in samples)
 
 
 @pytest.mark.parametrize("body", ["    len(reply)\n", "    return None\n",
@@ -134,7 +146,7 @@ def test_a_value_that_is_no_number_is_one_sentence(load, samples, text, sentence
 def test_a_reward_that_gives_none_for_every_reply_is_refused(load, samples, body):
     reward, _ = load(HEAD + body)
     with pytest.raises(UserError, match="the reward 'center' gave None for every reply, so noth"):
-        try_rewards({"box": REWARDS["box"], "center": reward}, samples, BOX_FORMAT)
+        try_rewards({"box": REWARDS["box"], "center": reward}, samples)
 
 
 @pytest.mark.parametrize("condition", ["sample.options", "not sample.options", "not reply",
@@ -143,5 +155,5 @@ def test_a_reward_may_be_about_some_questions_or_replies(load, samples, conditio
     reward, _ = load(HEAD + f"    return 1 if {condition} else None\n")
     many = [*samples, *(make_sample("diff", "val", i) for i in range(70)),
             make_sample("region", "val", 0)]
-    try_rewards({"center": reward}, many, BOX_FORMAT)
-    try_rewards({"choice": REWARDS["choice"]}, many[-9:], BOX_FORMAT)
+    try_rewards({"center": reward}, many)
+    try_rewards({"choice": REWARDS["choice"]}, many[-9:])

@@ -1,0 +1,58 @@
+"""`mig-kit reward check`: what a reward pays for, before anyone trains with it."""
+
+from pathlib import Path
+
+import click
+
+from mig_kit.common import UserError
+
+
+@click.group()
+def reward() -> None:
+    """Try rewards before they train; nothing here loads a model."""
+
+
+@reward.command()
+@click.argument("rewards", metavar="FILE.py:FUNCTION ...", nargs=-1, required=True)
+@click.option("--data", "file", required=True,
+              type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Own data, whose questions the replies are constructed for.")
+@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Image root; else the folder of --data.")
+@click.option("--profile", default="tiny", show_default=True,
+              help="Whose coordinates, pixel limits and weights count: tiny, or a folder of "
+                   "params/.")
+@click.option("--as", "engine", type=click.Choice(["trl", "verl", "swift"]),
+              help="The form of a function for another engine; the kit's and TRL's are recognised.")
+def check(rewards: tuple[str, ...], file: Path, root: Path | None, profile: str,
+          engine: str | None) -> None:
+    """Print what REWARDS, summed, pay for replies to real questions: right, empty, in another
+    frame, ...; exit code 1 if they pay for the wrong thing. A name of the kit's is a reward, too.
+    """
+    from mig_kit.boxes import BoxFormat
+    from mig_kit.data.own_data import iter_samples
+    from mig_kit.pipeline.params import profile_params
+    from mig_kit.rewards import REWARDS
+    from mig_kit.training import reward_check, reward_loading
+
+    of_run, params = profile_params("01_synthesize", profile), profile_params("05_grpo", profile)
+    box_format = BoxFormat(of_run["min_pixels"], of_run["max_pixels"], of_run["coordinates"])
+    # a file is named from where the command is given
+    references = [f"{Path.cwd() / text}" if ":" in text else text for text in rewards]
+    loaded = reward_loading.load_rewards(references, None)
+    if engine:
+        loaded = {name: function if name in REWARDS else
+                  reward_loading.as_batch_reward(function, engine)
+                  for name, function in loaded.items()}
+    samples = list(iter_samples(file, root or file.parent, reward_check.MOST_TRIED))
+    click.echo(f"{len(samples)} questions; boxes in {box_format.coordinates.description}")
+    failures = []
+    for payment in reward_check.measure_payments(loaded, samples, box_format,
+                                                 params["reward_weights"]):
+        faults, warnings = payment.judge()
+        click.echo(f"{payment.name}\n{payment.table()}")
+        for sentence in warnings:
+            click.echo(f"warning: {payment.name}: {sentence}")
+        failures += [f"{payment.name}: {sentence}" for sentence in faults]
+    if failures:
+        raise UserError("; ".join(failures))
