@@ -1,18 +1,26 @@
 """Put the notebooks of a finished run into notebooks/executed: `make executed RUN_ID=default`.
 
-run.json beside them says of which run they are, and holds a digest of each one's outputs.
+05b, which is no stage, is executed on that run. run.json beside them says of which run they are, and
+holds a digest of each one's outputs.
 """
 
 import hashlib
 import json
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import nbformat
+import papermill
 
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
 from mig_kit.pipeline import store
+from mig_kit.pipeline.execute import ThisPython
+from mig_kit.pipeline.run_facts import describe_machine
 
 FOLDER = NOTEBOOKS / "executed"
+BY_HAND = "05b_grpo_by_hand"
 FACTS = ("run_id", "started", "seconds", "machine", "versions", "git")
 
 
@@ -22,26 +30,43 @@ def outputs_digest(notebook) -> str:
     return hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
 
 
+def keep_notebook(path: Path) -> str:
+    """Write an executed notebook into FOLDER, without this machine's paths; its outputs' digest."""
+    text = path.read_text()
+    for folder in (PROJECT_ROOT, PROJECT_ROOT.resolve()):
+        text = text.replace(f"{folder}/", "")
+    notebook = nbformat.reads(text, 4)
+    for part in (notebook, *notebook.cells):
+        for name in ("papermill", "execution"):
+            part.metadata.pop(name, None)
+    nbformat.write(notebook, FOLDER / path.name)
+    return outputs_digest(notebook)
+
+
+def run_by_hand(run_id: str) -> dict:
+    """Execute 05b on the run and keep it; its facts."""
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    clock = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{BY_HAND}.ipynb"
+        papermill.execute_notebook(NOTEBOOKS / path.name, path, {"run_id": run_id},
+                                   cwd=str(NOTEBOOKS), kernel_manager_class=ThisPython)
+        digest = keep_notebook(path)
+    return {"run_id": run_id, "started": started, "seconds": round(time.monotonic() - clock, 1),
+            **describe_machine(), "outputs": digest}
+
+
 def main(run_id: str) -> None:
     """Write the notebooks of all stages that the run has finished."""
     FOLDER.mkdir(exist_ok=True)
     facts = {}
     for stage in store.STAGES:
         path = store.stage_folder(stage, run_id) / f"{stage}.ipynb"
-        if not path.is_file():
-            continue
-        text = path.read_text()
-        for folder in (PROJECT_ROOT, PROJECT_ROOT.resolve()):  # paths of this machine
-            text = text.replace(f"{folder}/", "")
-        notebook = nbformat.reads(text, 4)
-        notebook.metadata.pop("papermill", None)
-        for cell in notebook.cells:
-            cell.metadata.pop("papermill", None)
-            cell.metadata.pop("execution", None)
-        nbformat.write(notebook, FOLDER / path.name)
-        record = store.load_record(stage, run_id)
-        facts[stage] = {name: record[name] for name in FACTS} | {
-            "outputs": outputs_digest(notebook)}
+        if path.is_file():
+            record = store.load_record(stage, run_id)
+            facts[stage] = {name: record[name] for name in FACTS} | {
+                "outputs": keep_notebook(path)}
+    facts[BY_HAND] = run_by_hand(run_id)
     write_json(FOLDER / "run.json", facts)
 
 
