@@ -69,7 +69,7 @@ def test_updates_that_learn_again_from_the_same_replies_are_passed_over():
      "no box met its target .* though 80% of the images were correct; .* parameters coordinates"),
     ({"rewards/box/mean": 0.0, "rewards/image/mean": 0.0},
      "^no reply earned anything for box, image in all of the first 3 steps: RL only "
-     "strengthens what a model sometimes gets right; let it learn from traces first .*start_from of 05"),
+     "strengthens what a model sometimes gets right; let it learn from traces .*start_from of 05"),
     ({"rewards/box/mean": 0.0, "rewards/image/mean": 0.0, "rewards/choice/mean": 0.4},
      "^no reply earned anything for box, image in"),
     ({"rewards/choice/mean": 0.0}, "^no reply earned anything for choice in"),
