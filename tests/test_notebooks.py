@@ -90,7 +90,7 @@ def test_notebook_05b_learns_by_hand_what_the_trainer_computes(runs, tmp_path, m
     """Few steps on the smoke run's model; its last cell asserts the trainer's gradient."""
     monkeypatch.setenv("MIG_KIT_RUNS", str(runs))
     few = {"run_id": "smoke", "n_questions": 4, "n_held_out": 2, "steps": 2, "n_prompts": 2,
-           "group_size": 4, "max_new_tokens": 24}
+           "group_size": 4, "max_new_tokens": 24, "photo_side": 112}
     executed = papermill.execute_notebook(
         NOTEBOOKS / "05b_grpo_by_hand.ipynb", tmp_path / "out.ipynb", few, progress_bar=False,
         kernel_manager_class=execute.ThisPython)
