@@ -164,7 +164,7 @@ def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Fig
     """Change of each reply's log-probability by one update, in nats, coloured by advantage."""
     figure, axis = plt.subplots(figsize=(6.4, 3), layout="constrained")
     _draw_signed_bars(axis, change, advantages)
-    axis.bar_label(axis.containers[0], fmt="{:+.1f}", fontsize=8, padding=2)
+    axis.bar_label(axis.containers[0], fmt="{:+.2f}", fontsize=8, padding=2)
     axis.margins(y=0.15)
     _label(axis, "Change of each reply's log-probability by one update",
            "change (nats)", range(1, len(change) + 1))
