@@ -100,15 +100,10 @@ def test_frames_are_no_links_out_of_the_root(root):
         annotations.resolve_image_path(root, "video#0")
 
 
-def test_a_limit_and_questions_about_the_same_images_which_are_asked_side_by_side(root):
+def test_a_limit_is_per_task(root):
     (root / "mig_bench.json").write_text(json.dumps(RECORDS["mig_bench"] * 2))
     tasks = [sample.task for sample in read(root, limit=1)[1]]
     assert tasks == ["multi_view", "diff", "group_grounding"]
-    _, samples = read(root)
-    pytest.importorskip("torch")
-    from mig_kit.serving.reply_files import _cut_batches  # imports torch
-
-    assert _cut_batches(samples) == [[1, 4, 0, 3, 2, 5]]
 
 
 @needs_data
