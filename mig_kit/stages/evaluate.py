@@ -22,7 +22,6 @@ from mig_kit.prompts import is_well_formed, parse_boxes, reply_boxes_in_original
 from mig_kit.rewards import image_set_iou, is_correct, match_score, weakest_iou
 from mig_kit.sample import Sample, TableRows, read_samples
 from mig_kit.score import calibration
-from mig_kit.score.blind import pairwise_iou
 from mig_kit.stats import (
     group_by_task,
     macro_mean,
@@ -328,7 +327,7 @@ def compare_systems(samples: dict[str, list[Sample]], replies: dict,
 
 def calibrate_systems(samples: dict[str, list[Sample]], replies: dict,
                       box_format: BoxFormat) -> dict:
-    """system -> suite -> `calibration.measure_gain` at IoU 0.5, of the questions for one box."""
+    """system -> suite -> `calibration.measure_refit`, of the questions for one box."""
     return {system: {suite: calibrate_boxes(samples[suite], answers["greedy"], box_format)
                      for suite, answers in by_suite.items()
                      if any(_asks_for_one_box(sample) for sample in samples[suite])}
@@ -354,11 +353,8 @@ def calibrate_boxes(samples: list[Sample], greedy: list[str], box_format: BoxFor
         sides = sample.sizes[target.image - 1] * 2
         boxes.append(np.divide(box, sides) if image == target.image else [np.nan] * 4)
         answers.append(np.divide(target.box, sides))
-    boxes, answers, lists = np.array(boxes), np.array(answers), number_image_lists(asked)
-    reached = ((pairwise_iou(part, answers) >= 0.5).astype(float)
-               for part in (boxes, calibration.refit(boxes, answers, lists)))
-    return calibration.measure_gain(*reached, lists,
-                                    split_for_score(asked, np.arange(len(asked))))
+    return calibration.measure_refit(np.array(boxes), np.array(answers), number_image_lists(asked),
+                                     split_for_score(asked, np.arange(len(asked))))
 
 
 def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
