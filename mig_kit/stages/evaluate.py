@@ -98,11 +98,9 @@ def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, 
     """
     correct = float(is_correct(reply, sample, box_format))
     well_formed = float(is_well_formed(reply, sample))
-    if sample.options:
-        return {"iou": correct, "correct": correct, "image": correct, "format": well_formed}
-    if not sample.targets and not sample.find_all:
+    if sample.options or not sample.targets and not sample.find_all:
         return {"iou": correct, "correct": correct, "image": correct,
-                "format": max(correct, well_formed)}
+                "format": well_formed if sample.options else max(correct, well_formed)}
     return {"iou": weakest_iou(reply, sample, box_format), "correct": correct,
             "image": image_set_iou(reply, sample), "format": well_formed}
 
@@ -189,19 +187,19 @@ def summarize_reasoning(samples: list[Sample], replies: list[str], box_format: B
     """How true the reasoning about drawn samples is, in percent, with NAME_ci95 of each figure.
 
     Returns:
-        claims, unjudged: number of claims, and of sentences that cannot be judged.
-        truth: share of the claims that are true.
+        claims: number of claims that can be judged.
+        truth: share of these that are true.
         grounded: share of the correct replies that make a claim, and no false one.
-        coverage: share of the objects to list that are listed, by replies that list images.
         Figures without a case are None.
     """
-    counts = np.array([[*count_claims(reply, sample), is_correct(reply, sample, box_format)]
-                       for reply, sample in zip(replies, samples, strict=True)], dtype=float)
-    n_true, judged, unjudged, listed, to_list, correct = counts.T
-    grounded = correct * (judged > 0) * (n_true == judged)
-    summary = {"claims": int(judged.sum()), "unjudged": int(unjudged.sum())}
-    for name, (part, total) in {"truth": (n_true, judged), "grounded": (grounded, correct),
-                                "coverage": (listed, to_list)}.items():
+    counts = [count_claims(reply, sample) for reply, sample in zip(replies, samples)]
+    n_true, judged = np.array([(count.true, count.judged) for count in counts], dtype=float).T
+    correct = np.array([reply_is_correct(reply, sample, box_format)
+                        for reply, sample in zip(replies, samples)])
+    summary = {"claims": int(judged.sum())}
+    for name, (part, total) in {
+            "truth": (n_true, judged),
+            "grounded": (correct * (judged > 0) * (n_true == judged), correct)}.items():
         summary[name], summary[f"{name}_ci95"] = _summarize_ratio(part, total)
     return summary
 

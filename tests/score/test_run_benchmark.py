@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from benchmark_files import RECORDS, write_benchmarks
+from benchmark_files import RECORDS, correct_reply, write_benchmarks
 from mig_bench_records import MIG_FILE, needs_data
 
 from mig_kit import image_files
@@ -16,7 +16,6 @@ from mig_kit.score import annotations, protocols, run_benchmark
 from mig_kit.score.records import read_records
 from mig_kit.score.result import summarize
 from mig_kit.score.run_benchmark import to_sample
-from mig_kit.training.reward_loading import correct_reply
 
 BOX_FORMAT = BoxFormat()
 
