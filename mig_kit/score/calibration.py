@@ -11,7 +11,7 @@ import numpy as np
 from mig_kit.boxes import Coordinates
 from mig_kit.score.blind import pairwise_iou, shares_of_image
 from mig_kit.score.result import Scored, averaged_groups, number_lists
-from mig_kit.stats import macro_mean, paired_gap_by_list
+from mig_kit.stats import macro_mean, paired_gap_by_list, to_percent
 
 THRESHOLDS = (0.5, 0.75, 0.9)
 NEAR, LEAST = (0.3, 0.5), 10  # IoUs from which a box means the answer; fewer such are not fitted
@@ -94,7 +94,7 @@ def measure_gain(before: np.ndarray, after: np.ndarray, lists: np.ndarray,
         lists: (n,) numbers of the lists of images, from 0.
         groups: rows of each task that counts alike.
     """
-    means = {name: 100 * macro_mean([values[rows] for rows in groups])
+    means = {name: to_percent(macro_mean([values[rows] for rows in groups]))
              for name, values in (("before", before), ("after", after))}
     return means | paired_gap_by_list([((after - before)[rows], lists[rows]) for rows in groups])
 
