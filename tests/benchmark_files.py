@@ -4,6 +4,8 @@ import json
 
 from PIL import Image
 
+from mig_kit.prompts import correct_answer
+
 SIZES = {"a.png": (400, 200), "b.png": (150, 333), "c.png": (90, 90)}
 CUP = {"task": "group_grounding", "images": ["c.png", "b.png", "a.png"],
        "answer": [0.5, 0.5, 1.0, 1.0], "additional_info": "It is in the third image.",
@@ -35,3 +37,8 @@ def write_benchmarks(folder):
         Image.new("RGB", size).save(folder / name)
     for name, records in RECORDS.items():
         (folder / f"{name}.json").write_text(json.dumps(records))
+
+
+def correct_reply(sample, box_format):
+    """A well-formed reply that answers the sample correctly."""
+    return f"<think>Search.</think><answer>{correct_answer(sample, box_format)}</answer>"

@@ -35,8 +35,8 @@ STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "tables": set(),
 # compare reads the results of finished ones; eval_model asks and judges as 06 does
 READS_STAGES = {"compare": {"evaluate", "evaluated_runs"},
                 "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate"}}
-# the notebook-less 06 judges real benchmarks, and 06's key holds the images that they name
-READS_SCORING = {"stages.eval_model"}
+# the notebook-less 06 judges real benchmarks; 06 refits the edges of boxes
+READS_SCORING = {"stages.eval_model": "", "stages.evaluate": "calibration"}  # module: "" for all
 OTHER_HOMES = {  # module and test of a stage that is none of the recipe
     "08_benchmark": ("mig_kit/lab/benchmark.py", "tests/lab/test_benchmark.py"),
     "90_tiny_base": ("notebooks/tiny_base/training.py", "tests/test_tiny_base.py")}
@@ -66,7 +66,7 @@ def is_allowed(name, other):
     if not wing:
         return other in HALL[name]
     if name in READS_SCORING and other_wing == "score":
-        return True
+        return READS_SCORING[name] in ("", other_module)
     if wing == other_wing == "stages":
         may_read = STAGE_HELPERS.get(module, set()) | READS_STAGES.get(module, set())
         return other_module in STAGE_HELPERS or other_module in may_read

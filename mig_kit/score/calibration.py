@@ -11,7 +11,7 @@ import numpy as np
 from mig_kit.boxes import Coordinates
 from mig_kit.score.blind import pairwise_iou, shares_of_image
 from mig_kit.score.result import Scored, averaged_groups, number_lists
-from mig_kit.stats import macro_mean, paired_gap_by_list
+from mig_kit.stats import macro_mean, paired_gap_by_list, to_percent
 
 THRESHOLDS = (0.5, 0.75, 0.9)
 NEAR, LEAST = (0.3, 0.5), 10  # IoUs from which a box means the answer; fewer such are not fitted
@@ -87,16 +87,27 @@ def refit(boxes: np.ndarray, answers: np.ndarray, lists: np.ndarray) -> np.ndarr
 
 def measure_gain(before: np.ndarray, after: np.ndarray, lists: np.ndarray,
                  groups: list[np.ndarray]) -> dict:
-    """What a refit brings back: {"before", "after", "value", "ci95"}, percent and points.
+    """{"before", "after", "value", "ci95"}, percent and points, of a change of a score.
 
     Args:
         before, after: (n,) 0 or 1 for each item.
         lists: (n,) numbers of the lists of images, from 0.
         groups: rows of each task that counts alike.
     """
-    means = {name: 100 * macro_mean([values[rows] for rows in groups])
+    means = {name: to_percent(macro_mean([values[rows] for rows in groups]))
              for name, values in (("before", before), ("after", after))}
     return means | paired_gap_by_list([((after - before)[rows], lists[rows]) for rows in groups])
+
+
+def _reach(boxes: np.ndarray, answers: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    return (pairwise_iou(boxes, answers) >= threshold).astype(float)
+
+
+def measure_refit(boxes: np.ndarray, answers: np.ndarray, lists: np.ndarray,
+                  groups: list[np.ndarray]) -> dict:
+    """`measure_gain` at IoU 0.5 of what a refit brings back; boxes, answers: as of `refit`."""
+    changed = refit(boxes, answers, lists)
+    return measure_gain(_reach(boxes, answers), _reach(changed, answers), lists, groups)
 
 
 def calibrate(scored: Scored) -> dict:
@@ -108,14 +119,13 @@ def calibrate(scored: Scored) -> dict:
         at 0.5}.
     """
     (boxes, answers), lists = boxes_as_read(scored), number_lists(scored)
-    before, after = (pairwise_iou(part, answers)
-                     for part in (boxes, refit(boxes, answers, lists)))
+    changed = refit(boxes, answers, lists)
 
     def gain(threshold: float, groups: list[np.ndarray]) -> dict:
-        reached = ((values >= threshold).astype(float) for values in (before, after))
-        return measure_gain(*reached, lists, groups)
+        return measure_gain(_reach(boxes, answers, threshold), _reach(changed, answers, threshold),
+                            lists, groups)
 
-    groups, right = averaged_groups(scored), before >= 0.5
+    groups, right = averaged_groups(scored), _reach(boxes, answers) > 0
     sides = [part[right, 2:] - part[right, :2] for part in (boxes, answers)]
     return {"map": {edge: [float(a), 1000 * float(b)]
                     for edge, (a, b) in zip(EDGES, fit_map(boxes, answers))},
@@ -155,10 +165,10 @@ def split_difference(first: Scored, second: Scored) -> str:
     raw, refitted = [], []
     for scored in (first, second):
         boxes, answers = boxes_as_read(scored)
-        for side, part in ((raw, boxes), (refitted, refit(boxes, answers, number_lists(scored)))):
-            side.append((pairwise_iou(part, answers) >= 0.5).astype(float))
-    whole, rest, part = (
+        raw.append(_reach(boxes, answers))
+        refitted.append(_reach(refit(boxes, answers, number_lists(scored)), answers))
+    difference, remainder, shifted = (
         _signed(measure_gain(*pair, number_lists(first), averaged_groups(first)))
         for pair in (raw[::-1], refitted[::-1], (refitted[0] - refitted[1], raw[0] - raw[1])))
-    return (f"acc@0.5, of {whole} points between the two {part} are calibration; refitted, {rest} "
-            "remain.")
+    return (f"acc@0.5, of {difference} points between the two {shifted} are calibration; refitted, "
+            f"{remainder} remain.")

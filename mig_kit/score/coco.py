@@ -84,9 +84,9 @@ def measure_precision(coco: COCO, detections: list[dict],
         images: ids, None for all.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        found = coco.loadRes([dict(entry) for entry in detections]) if detections else load_coco(
+        results = coco.loadRes([dict(entry) for entry in detections]) if detections else load_coco(
             {**coco.dataset, "annotations": []}, "empty")
-        evaluation = COCOeval(coco, found, "bbox")
+        evaluation = COCOeval(coco, results, "bbox")
         evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
         evaluation.params.maxDets = [100]
         if images is not None:

@@ -22,9 +22,9 @@ UNIT_IMAGE = EncodedImage(b"", (1000, 1000))
 
 def read_own(records: list[dict]) -> Benchmark:
     """The lines of an own-data file, which must be correct ones."""
-    find_all = any("targets" in record or record.get("image", 0) is None for record in records)
-    items = []
+    find_all, items = any(_asks_for_all(record) for record in records), []
     for index, record in enumerate(records):
+        record = {key: value for key, value in record.items() if value is not None}
         boxes = [record["box"]] if "box" in record else record.get("boxes", [])
         targets = record.get("targets") or [{"image": record.get("image"), "box": box}
                                             for box in boxes if record.get("image")]
@@ -38,6 +38,13 @@ def read_own(records: list[dict]) -> Benchmark:
             letter=record.get("letter", ""), options=LETTERS[:len(options)], choices=options,
             targets=pairs, find_all=find_all and not options))
     return Benchmark("own", "", tuple(items), None)
+
+
+def _asks_for_all(record: dict) -> bool:
+    """Whether a line has targets, or says that no image answers: null counts as absent else."""
+    answers = [record.get(key) for key in ("box", "boxes", "options")]
+    return record.get("targets") is not None or (
+        record.get("image", 0) is None and answers == [None] * 3)
 
 
 def read_freely(reply: str, sample: Sample) -> str:

@@ -124,8 +124,8 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
     """Each item's record, in the items' order, with its prediction under `field`; None if missing.
 
     Args:
-        records: name their items by "index" (from 0) or "id"; a whole table of VLMEvalKit may
-            count from 1. If a record repeats the correct letter, it must be the annotations'.
+        records: name their items by "index" (from 0) or "id". If a record of another kit repeats
+            the correct letter, it must be the annotations'.
         source: what errors call the predictions.
         left_out: indices without an answer, whose predictions are dropped.
     Raises: UserError for records without the field, and unknown, doubled or missing indices.
@@ -133,7 +133,6 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}
     dropped = set(map(str, left_out))
-    first = _first_place(records, {*by_index}, dropped, source)
     lines: dict[int, dict] = {}
     doubled, unknown = [], []
     for number, record in enumerate(records, 1):
@@ -144,8 +143,6 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
         if index is None and name is None:
             raise UserError(f'{where} has no "index" or "id"; a line looks like {{"index": 0, '
                             f'"{field}": ...}}')
-        if first and index is not None:
-            index = str(int(index) - first)
         if index in dropped:
             continue
         line = {**record, field: _read_prediction(record, field, where)}
@@ -170,6 +167,8 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
                 if names]
     if problems:
         hint = " (or pass --allow-missing to count missing ones wrong)" if missing else ""
+        if str(len(items)) in unknown:
+            hint += "; a table that counts from 1 needs every index less 1"
         raise UserError(f"{source}: {'; '.join(problems)}; give one prediction for each of the "
                         f"{len(items)} items{hint}")
     return [lines.get(item.index) for item in items]
@@ -192,19 +191,6 @@ def _to_name(value) -> str | None:
     if isinstance(value, float) and value.is_integer():  # of a column with gaps
         value = int(value)
     return re.sub(r"^(\d+)\.0$", r"\1", str(value)) or None if type(value) in (int, str) else None
-
-
-def _first_place(records: list[dict], scored: set[str], dropped: set[str], source: str) -> int:
-    """1 if the records are a whole table that counts from 1, else 0."""
-    places = {_to_name(record.get("index")) if "prediction" in record and not {
-        "response", "full_prediction"} & set(record) else None for record in records}
-    if not places or "0" in places or not all(place and place.isdecimal() for place in places):
-        return 0
-    indices = {str(int(place) - 1) for place in places}
-    if not any(part in (scored, scored | dropped) for part in (places, indices)):
-        raise UserError(f"{source} has no index 0 and lacks rows, so it may count from 0 or from "
-                        "1; give the whole table, or lines with index (from 0) and response")
-    return int(indices in (scored, scored | dropped))
 
 
 def _read_prediction(record: dict, field: str, where: str):

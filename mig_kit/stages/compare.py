@@ -24,7 +24,7 @@ from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
 METHOD = ("Intervals: Student's t over samples, over runs too where a group has several; of one "
           "run's score a bootstrap over lists, exact where few differ.")
-REASONING = ("truth", "grounded", "coverage")  # of `evaluate.summarize_reasoning`
+REASONING = ("truth", "grounded")  # of `evaluate.summarize_reasoning`
 
 
 class _Scope(NamedTuple):

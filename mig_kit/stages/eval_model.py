@@ -47,8 +47,6 @@ MODEL = "model"  # what the one system is called
 UNREAD = ("empty", "no box found", "unread")  # problems of replies
 BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
                "rejection": "rejection rate", "wrong_rejection": "wrongly none"}
-REASONING_FIGURES = {"truth": "true claims", "grounded": "grounded, of correct replies",
-                     "coverage": "objects listed"}
 
 
 @dataclass(frozen=True)
@@ -276,9 +274,6 @@ def _suite_cells(suite: str, summary: dict) -> dict[str, str]:
         cells = {suite_title(suite): _with_interval(summary["score"], summary["ci95"])}
         parts = {label: summary["boxes"][key] for key, label in BOX_FIGURES.items()
                  if "boxes" in summary}
-        reasoning = summary.get("reasoning", {})
-        cells |= {f"  {suite}: {label}": _with_interval(reasoning[key], reasoning[f"{key}_ci95"])
-                  for key, label in REASONING_FIGURES.items() if reasoning.get("claims")}
     else:
         average = summary["avg"]
         metric = next(key for key in average if key != "ci95")

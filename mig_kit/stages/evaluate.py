@@ -22,7 +22,6 @@ from mig_kit.prompts import is_well_formed, parse_boxes, reply_boxes_in_original
 from mig_kit.rewards import image_set_iou, is_correct, match_score, weakest_iou
 from mig_kit.sample import Sample, TableRows, read_samples
 from mig_kit.score import calibration
-from mig_kit.score.blind import pairwise_iou
 from mig_kit.stats import (
     group_by_task,
     macro_mean,
@@ -99,11 +98,9 @@ def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, 
     """
     correct = float(is_correct(reply, sample, box_format))
     well_formed = float(is_well_formed(reply, sample))
-    if sample.options:
-        return {"iou": correct, "correct": correct, "image": correct, "format": well_formed}
-    if not sample.targets and not sample.find_all:
+    if sample.options or not sample.targets and not sample.find_all:
         return {"iou": correct, "correct": correct, "image": correct,
-                "format": max(correct, well_formed)}
+                "format": well_formed if sample.options else max(correct, well_formed)}
     return {"iou": weakest_iou(reply, sample, box_format), "correct": correct,
             "image": image_set_iou(reply, sample), "format": well_formed}
 
@@ -190,19 +187,19 @@ def summarize_reasoning(samples: list[Sample], replies: list[str], box_format: B
     """How true the reasoning about drawn samples is, in percent, with NAME_ci95 of each figure.
 
     Returns:
-        claims, unjudged: number of claims, and of sentences that cannot be judged.
-        truth: share of the claims that are true.
+        claims: number of claims that can be judged.
+        truth: share of these that are true.
         grounded: share of the correct replies that make a claim, and no false one.
-        coverage: share of the objects to list that are listed, by replies that list images.
         Figures without a case are None.
     """
-    counts = np.array([[*count_claims(reply, sample), is_correct(reply, sample, box_format)]
-                       for reply, sample in zip(replies, samples, strict=True)], dtype=float)
-    n_true, judged, unjudged, listed, to_list, correct = counts.T
-    grounded = correct * (judged > 0) * (n_true == judged)
-    summary = {"claims": int(judged.sum()), "unjudged": int(unjudged.sum())}
-    for name, (part, total) in {"truth": (n_true, judged), "grounded": (grounded, correct),
-                                "coverage": (listed, to_list)}.items():
+    counts = [count_claims(reply, sample) for reply, sample in zip(replies, samples)]
+    n_true, judged = np.array([(count.true, count.judged) for count in counts], dtype=float).T
+    correct = np.array([reply_is_correct(reply, sample, box_format)
+                        for reply, sample in zip(replies, samples)])
+    summary = {"claims": int(judged.sum())}
+    for name, (part, total) in {
+            "truth": (n_true, judged),
+            "grounded": (correct * (judged > 0) * (n_true == judged), correct)}.items():
         summary[name], summary[f"{name}_ci95"] = _summarize_ratio(part, total)
     return summary
 
@@ -328,7 +325,7 @@ def compare_systems(samples: dict[str, list[Sample]], replies: dict,
 
 def calibrate_systems(samples: dict[str, list[Sample]], replies: dict,
                       box_format: BoxFormat) -> dict:
-    """system -> suite -> `calibration.measure_gain` at IoU 0.5, of the questions for one box."""
+    """system -> suite -> `calibration.measure_refit`, of the questions for one box."""
     return {system: {suite: calibrate_boxes(samples[suite], answers["greedy"], box_format)
                      for suite, answers in by_suite.items()
                      if any(_asks_for_one_box(sample) for sample in samples[suite])}
@@ -354,11 +351,8 @@ def calibrate_boxes(samples: list[Sample], greedy: list[str], box_format: BoxFor
         sides = sample.sizes[target.image - 1] * 2
         boxes.append(np.divide(box, sides) if image == target.image else [np.nan] * 4)
         answers.append(np.divide(target.box, sides))
-    boxes, answers, lists = np.array(boxes), np.array(answers), number_image_lists(asked)
-    reached = ((pairwise_iou(part, answers) >= 0.5).astype(float)
-               for part in (boxes, calibration.refit(boxes, answers, lists)))
-    return calibration.measure_gain(*reached, lists,
-                                    split_for_score(asked, np.arange(len(asked))))
+    return calibration.measure_refit(np.array(boxes), np.array(answers), number_image_lists(asked),
+                                     split_for_score(asked, np.arange(len(asked))))
 
 
 def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],

@@ -46,7 +46,7 @@ class EvaluatedRun:
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `run_facts.changed_params`
     stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
-    # by system and suite: truth, grounded and coverage of `evaluate.summarize_reasoning`
+    # by system and suite: truth and grounded of `evaluate.summarize_reasoning`
     reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
 
 

@@ -174,19 +174,6 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
     return rows
 
 
-def reasoning_rows(systems: dict) -> list[dict]:
-    """Rows {suite, system, claims, truth, grounded, coverage, not judged}; systems: of 06."""
-    def shown(value, interval):
-        return None if value is None else f"{value:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
-
-    return [{"suite": suite_title(suite), "system": SYSTEM_LABELS.get(system, system),
-             "claims": figures["claims"], "not judged": figures["unjudged"],
-             **{name: shown(figures[name], figures[f"{name}_ci95"])
-                for name in ("truth", "grounded", "coverage")}}
-            for system, suites in systems.items() for suite, result in suites.items()
-            if (figures := result.get("reasoning"))]
-
-
 def reasoning_bars(systems: dict) -> list[dict]:
     """Rows {figure, system, share, ci95, n} of truth and grounded, for `plots.plot_scores`."""
     return [{"figure": f"{suite_title(suite)}: {name}", "system": system,

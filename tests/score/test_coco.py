@@ -94,16 +94,13 @@ def test_annotation_0_is_never_found_as_in_pycocotools():
 @pytest.mark.parametrize("part,entry,sentence", [
     *(("annotations", {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], **change},
        "annotation .* of MC-Bench needs a whole number as id") for change in (
-           {"image_id": 99}, {"image_id": []}, {"bbox": [0, 0, 1]}, {"id": "a"}, {"area": "x"},
-           {"iscrowd": None})),
+           {"image_id": []}, {"bbox": [0, 0, 1]}, {"id": "a"}, {"area": "x"}, {"iscrowd": None})),
     ("images", {"id": {}}, "each entry with an id"),
     ("descriptions", {"images_id": [1, {}]}, "do not pair"),
     ("descriptions", {"images_id": [1, 2]}, "do not pair"),
     ("detections", detection(9, [0, 0, 1, 1]), "image_id"),
     ("detections", detection(1, [0, 0, 1, 1], 7), "category_id"),
-    ("detections", {"image_id": 1, "category_id": 1}, '"score"'),
-    ("detections", detection(1, [0, 0, 1, math.nan]), '"score"'),
-    ("detections", detection(1, [0, 0, 1, 10**400]), '"score"')])
+    ("detections", detection(1, [0, 0, 1, math.nan]), '"score"')])
 def test_bad_annotations_and_detections_are_one_sentence(part, entry, sentence):
     files = {**truth(), "detections": []}
     files[part].append(entry)

@@ -75,9 +75,6 @@ def test_mmius_letters_options_and_completeness():
     [{"index": str(place), "response": letter} for place, letter in enumerate("AAB")],
     [{"index": float("nan"), "id": place, "response": "A"} for place in range(3)],
     [{"index": f"{place}.0", "prediction": "A"} for place in range(3)],
-    [{"index": place + 1, "prediction": "A"} for place in range(3)],
-    [{"index": place + 1, "prediction": "A"} for place in (0, 2)],
-    [{"idx": place, "full_prediction": "A"} for place in range(3)],
     [{"doc_id": place, "resps": [["A"]]} for place in range(3)]])
 def test_mmius_items_without_an_answer_are_left_out_with_their_predictions(lines):
     benchmark = annotations.read_mmiu([{"task": "a", "output": letter, "options": "A: x B: y"}
@@ -170,18 +167,6 @@ def test_images_are_confined_and_missing_ones_listed(tmp_path):
 
 # The table.
 
-def test_boxes_in_0_to_1_get_a_hint_under_strict(benchmark):
-    lines = prediction_lines(["<answer>image 2: [0.1, 0.2, 0.3, 0.4]</answer>"] * 6)
-
-    def problems(lines, *coordinates):
-        return score_predictions(benchmark, lines, "strict", *coordinates).problems
-
-    assert protocols.WITHIN_ONE in problems(lines)
-    assert protocols.WITHIN_ONE not in problems(lines, Coordinates.NORMALIZED_1)
-    outside = prediction_lines(["<answer>image 2: [-9, -9, -2, -1]</answer>"] * 6)
-    assert protocols.WITHIN_ONE not in problems(outside)
-
-
 @pytest.mark.parametrize("benchmark,complete,sentence", [
     ("mmiu", None, "(its paper counts 11,698)"), ("revos", None, "not known to be all items"),
     ("mmiu", True, "")])
@@ -205,12 +190,8 @@ def test_rows_of_unknown_version_stand_below_and_none_beside_strict():
 
     head, notes = table("mig_bench", "revised").split("\n\n")
     assert "41.91" in head and "76.71" in head and "| 50.12 |" in head
-    assert "20.10" not in head and "32.90" not in head and "63.82" not in head + notes
-    for figure in ("Qwen2.5-VL-7B 20.10", "Qwen3-VL-8B 32.90", "Qwen3.5-9B 41.17"):
-        assert f"Not in the table: {figure}" in notes
-    for benchmark, version, figure in (("mig_bench", "original", "38.88"), ("lisa", "val", "64.29"),
-                                       ("lisa", "test", "60.10"), ("revos", "", "61.32")):
-        assert figure in table(benchmark, version)
+    assert "20.10" not in head and "63.82" not in head + notes
+    assert "Not in the table: Qwen2.5-VL-7B 20.10" in notes
+    assert "38.88" in table("mig_bench", "original") and "61.32" in table("revos", "")
     strict = table("mig_bench", "revised", "strict")
     assert "76.71" not in strict and "20.10" not in strict and "none stands beside" in strict
-    assert "54.15" not in table("odinw", "").split("\n\n")[0]

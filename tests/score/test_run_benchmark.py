@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from benchmark_files import RECORDS, write_benchmarks
+from benchmark_files import RECORDS, correct_reply, write_benchmarks
 from mig_bench_records import MIG_FILE, needs_data
 
 from mig_kit import image_files
@@ -16,7 +16,6 @@ from mig_kit.score import annotations, protocols, run_benchmark
 from mig_kit.score.records import read_records
 from mig_kit.score.result import summarize
 from mig_kit.score.run_benchmark import to_sample
-from mig_kit.training.reward_loading import correct_reply
 
 BOX_FORMAT = BoxFormat()
 
@@ -100,15 +99,10 @@ def test_frames_are_no_links_out_of_the_root(root):
         annotations.resolve_image_path(root, "video#0")
 
 
-def test_a_limit_and_questions_about_the_same_images_which_are_asked_side_by_side(root):
+def test_a_limit_is_per_task(root):
     (root / "mig_bench.json").write_text(json.dumps(RECORDS["mig_bench"] * 2))
     tasks = [sample.task for sample in read(root, limit=1)[1]]
     assert tasks == ["multi_view", "diff", "group_grounding"]
-    _, samples = read(root)
-    pytest.importorskip("torch")
-    from mig_kit.serving.reply_files import _cut_batches  # imports torch
-
-    assert _cut_batches(samples) == [[1, 4, 0, 3, 2, 5]]
 
 
 @needs_data

@@ -72,18 +72,6 @@ def test_a_runs_models_get_the_runs_own_scores(evaluated, smoke_runs):
                 assert figures.items() <= recorded["tasks"][task].items()
 
 
-def test_every_suite_has_its_own_truth():
-    def summary(truth):
-        figures = {"claims": 5, "truth": truth, "grounded": None, "coverage": 50.0}
-        return {"score": 50.0, "ci95": [40.0, 60.0], "reasoning": figures | {
-            f"{name}_ci95": None for name in ("truth", "grounded", "coverage")}}
-    rows = eval_model.score_rows({"m": {"scores": {"strict": {
-        "blink": summary(80.0), "mmiu": summary(20.0)}}}})
-    texts = {row["percent, greedy"].strip(): row["m"] for row in rows}
-    assert texts["blink: true claims"] == "80.0" and texts["mmiu: true claims"] == "20.0"
-    assert texts["mmiu: grounded, of correct replies"] == "-" and len(rows) == 8
-
-
 def test_two_models_stand_in_one_table(evaluated, smoke_runs):
     """The second call asks nothing again; its difference is that of the two scores."""
     predictions = evaluated / "grpo" / "predictions.jsonl"
