@@ -57,7 +57,7 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """
-    from mig_kit.data import own_data
+    from mig_kit.data.line_checks import parse_line
     from mig_kit.score import calibration, protocols
     from mig_kit.score.blind import blind_summary
     from mig_kit.score.records import read_records
@@ -80,7 +80,7 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     if name == "own":
         for number, line in enumerate(read_records(annotations), 1):
-            if problems := own_data.find_problems(line):
+            if problems := parse_line(line)[1]:
                 raise UserError(f"{annotations} line {number}: {problems[0]} (mig-kit data check "
                                  f"{annotations} lists every line)")
     header, scored = protocols.score_files(name, annotations, predictions, box_format, **rules)
