@@ -60,7 +60,8 @@ def run(stage: str, folder: Path, model: Path, launcher: str, **changes) -> Trai
     names = {"02_sft": ("base", "traces"), "05_grpo": ("start", "kept")}[stage]
     inputs = dict(zip(names, (model, folder / "samples.parquet")))
     with changed_training(folder):
-        return jobs.run_job({"02_sft": sft, "05_grpo": grpo}[stage].train, stage, folder, params, **inputs)
+        return jobs.run_job({"02_sft": sft, "05_grpo": grpo}[stage].train, stage, folder, params,
+                            **inputs)
 
 
 def set_random_adapter(model: torch.nn.Module) -> None:
