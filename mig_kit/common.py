@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ PROJECT_ROOT = PACKAGE.parent if IS_CLONE else Path(
 NOTEBOOKS, PROFILES = ((PACKAGE.parent if IS_CLONE else PACKAGE) / name
                        for name in ("notebooks", "params"))
 MAX_LINE = 1 << 20
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class UserError(ValueError):
@@ -107,6 +109,12 @@ def progress_bar(steps: Iterable, label: str, **more) -> tqdm:
     """A bar with the time left, as text on standard output; more: further arguments of tqdm."""
     # tqdm's own choice in a notebook is a widget, of which papermill and a terminal show nothing
     return tqdm(steps, desc=label, file=sys.stdout, mininterval=5, ascii=" =", **more)
+
+
+def end_with_parent() -> None:
+    """Have this process get SIGTERM when its parent ends, on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def release_memory() -> None:

@@ -21,7 +21,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.pipeline.params import profile_params
 from mig_kit.sample import write_samples
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
-from mig_kit.stages import launched_worker, synthesize
+from mig_kit.stages import grpo, launched_worker, sft, synthesize
 from mig_kit.training import jobs, resuming
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -60,7 +60,8 @@ def run(stage: str, folder: Path, model: Path, launcher: str, **changes) -> Trai
     names = {"02_sft": ("base", "traces"), "05_grpo": ("start", "kept")}[stage]
     inputs = dict(zip(names, (model, folder / "samples.parquet")))
     with changed_training(folder):
-        return jobs.run_job(launched_worker.TRAIN[stage], stage, folder, params, **inputs)
+        return jobs.run_job({"02_sft": sft, "05_grpo": grpo}[stage].train, stage, folder, params,
+                            **inputs)
 
 
 def set_random_adapter(model: torch.nn.Module) -> None:

@@ -21,7 +21,8 @@ HALL = {
 ENGINE = {"models", "serving", "training", "shared_prefix"}
 # a wing -> the wings that it may import besides the hall and itself
 WINGS = {
-    "world": set(), "score": set(), "drawing": set(), "shared_prefix": set(),
+    "world": set(), "score": {"data"},  # own data are read by one reader
+    "drawing": set(), "shared_prefix": set(),
     "models": {"shared_prefix"}, "serving": {"models", "shared_prefix", "pipeline", "drawing"},
     "training": {"models", "serving", "shared_prefix", "pipeline", "drawing"},
     "data": {"drawing", "models"}, "pipeline": {"world"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from mig_kit.boxes import MODEL_COORDINATES, BoxFormat
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.stage_params import RUN_PARAMS
@@ -47,9 +47,14 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None) 
     from mig_kit.data import own_data, records
 
     remarks, root = own_data.Remarks(), root or file.parent
-    lines = own_data.check_for_model(
-        own_data.iter_checked_lines(file, root, True, remarks), _prompt_measure(profile),
-        _box_formats(profile))
+    lines = own_data.iter_checked_lines(file, root, True, remarks)
+    if profile:
+        from mig_kit.models import loading, processors
+
+        params = profile_params("01_synthesize", profile)
+        box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+        lines = own_data.check_lengths(lines, processors.prompt_measure(
+            loading.resolve_model(params["base_model"]), box_format))
     counts, _ = _write_correct(lines, remarks, file, records.entry_word(file), out, root)
     own_data.require_lines(file, remarks.n_lines)
     if counts:
@@ -97,24 +102,6 @@ def _write_correct(lines: Iterable, remarks, file: Path, word: str, out: Path | 
                      *(f"remark: {sentence}" for sentence in remarks.sentences())]:
         click.echo(sentence)
     return counts, is_written
-
-
-def _prompt_measure(profile: str | None):
-    """Says whether a sample's prompt is too long for the profile's model; None without one."""
-    if not profile:
-        return None
-    from mig_kit.models import loading, processors
-
-    model = profile_params("01_synthesize", profile)["base_model"]
-    return processors.prompt_measure(loading.resolve_model(model), *_box_formats(profile))
-
-
-def _box_formats(profile: str | None) -> list[BoxFormat]:
-    """How a profile's model writes boxes; without a profile, all ways."""
-    if not profile:
-        return [BoxFormat(coordinates=coordinates) for coordinates in MODEL_COORDINATES]
-    params = profile_params("01_synthesize", profile)
-    return [BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])]
 
 
 @data.command()

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from string import Template
 
@@ -20,7 +19,7 @@ import yaml
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.common import PACKAGE, UserError, progress_bar
+from mig_kit.common import PACKAGE, UserError, progress_bar, write_json_lines
 from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample, Target
@@ -28,7 +27,6 @@ from mig_kit.sample import Sample, Target
 # what an engine takes for the place of an image, a film, a sound or a box
 PLACE = re.compile(r"<(?:image|video|audio|bbox|ref-object|point|cot-process)>")
 IMAGE = "<image>"
-ROWS = 32  # of a parquet table that are written at once
 TEMPLATES = PACKAGE / "data" / "export_templates"
 # settings that ms-swift has under TRL's names, too
 SHARED = ("adam_beta2", "beta", "epsilon", "epsilon_high", "gradient_accumulation_steps",
@@ -44,11 +42,6 @@ COMMANDS = {
     "verl": "python3 -m verl.trainer.main_ppo --config-dir {out} --config-name config",
     "swift": "NPROC_PER_NODE={gpus} swift rlhf {out}/config.yaml",
     "trl": "accelerate launch --num_processes {gpus} {out}/train.py"}
-NO_DIFFERENCE = ["nothing we know of"]
-TRIED = {
-    "verl": "verl 0.9.1 on a CPU: data set, processor, rewards; no training",
-    "swift": "ms-swift 4.6.0 on a CPU: data set, Qwen2.5-VL's template, rewards; no training",
-    "trl": "TRL 1.16 on a CPU: two updates of the tiny base"}
 
 
 @dataclass(frozen=True)
@@ -123,10 +116,10 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
     differences = _differences(engine, recipe)
     words = {"engine": engine, "count": len(texts), "source": recipe.name, "gpus": gpus,
              "command": COMMANDS[engine].format(out=shlex.quote(str(out)), gpus=gpus),
-             "tried": TRIED[engine], "coordinates": box_format.coordinates.description,
+             "coordinates": box_format.coordinates.description,
              "box_coordinates": repr(str(box_format.coordinates)),
              "opened": repr(processor.opened_tag),
-             "differences": "\n".join(f"- {text}" for text in differences or NO_DIFFERENCE)}
+             "differences": "\n".join(f"- {text}" for text in differences or ["nothing known"])}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parent:
         folder = Path(parent) / out.name
@@ -140,25 +133,23 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
 
 def _write_texts(engine: str, recipe: Recipe, values: dict, words: dict, folder: Path) -> None:
     """Write config.yaml, reward.py, README.md and what else the engine needs."""
+    def fill(template: str, values: dict) -> str:
+        return Template((TEMPLATES / template).read_text()).substitute(values)
+
     shared = {} if engine == "verl" else {name: values[name] for name in SHARED}
     shared |= recipe.further if engine == "trl" else {}
-    (folder / "config.yaml").write_text(
-        (yaml.safe_dump(shared) if shared else "") + _fill(f"{engine}.yaml.in", {
-            name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}),
-        "utf-8")
-    literals = {name: repr(value) for name, value in values.items()} | words
-    (folder / "reward.py").write_text(
-        _fill("reward.py.in", literals) + _fill(f"{engine}.py.in", {}), "utf-8")
-    (folder / "README.md").write_text(_fill("README.md.in", words), "utf-8")
+    texts = {"config.yaml": (yaml.safe_dump(shared) if shared else "") + fill(
+                 f"{engine}.yaml.in", {name: json.dumps(value) for name, value in values.items()}),
+             "reward.py": fill("reward.py.in", {name: repr(value) for name, value in
+                                                values.items()} | words)
+             + fill(f"{engine}.py.in", {}), "README.md": fill("README.md.in", words)}
     if engine == "trl":
-        shutil.copyfile(TEMPLATES / "train.py.in", folder / "train.py")
+        texts["train.py"] = (TEMPLATES / "train.py.in").read_text()
+    for name, text in texts.items():
+        (folder / name).write_text(text, "utf-8")
     for path in recipe.reward_files:
         (folder / "rewards").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "rewards" / path.name)
-
-
-def _fill(template: str, values: dict) -> str:
-    return Template((TEMPLATES / template).read_text()).substitute(values)
 
 
 def _recipe_values(recipe: Recipe, gpus: int) -> dict:
@@ -242,36 +233,25 @@ def _encode_seen(processor, box_format: BoxFormat, image: Image.Image) -> bytes:
 
 def _write_rows(engine: str, questions: Iterator[tuple[str, Sample]], encode: Callable,
                 folder: Path, out: Path) -> None:
-    """Write train.parquet, with its images, or train.jsonl beside images/."""
-    def make_row(number: int, text: str, sample: Sample) -> dict:
-        question, messages = question_to_json(sample), [{"role": "user", "content": text}]
-        contents = map(encode, sample.images)
-        if engine == "verl":
-            return {"data_source": "mig-kit", "prompt": messages,
-                    "images": [{"bytes": content} for content in contents],
-                    "reward_model": {"style": "rule", "ground_truth": question},
-                    "extra_info": {"index": number, "id": sample.id}}
-        names = [f"images/{number}_{place + 1}.png" for place in range(len(sample.images))]
-        for name, content in zip(names, contents):
-            (folder / name).write_bytes(content)
-        if engine == "swift":  # takes a relative path from where it is started
-            return {"messages": messages, "images": [f"{out}/{name}" for name in names],
-                    "question": question}
-        return {"text": text, "images": names, "question": question}
-
-    rows = (make_row(number, *pair) for number, pair in enumerate(questions))
-    if engine == "verl":
-        return _write_table(folder / "train.parquet", rows)
+    """Write images/, and train.parquet or train.jsonl, which name them."""
     (folder / "images").mkdir()
-    with (folder / "train.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _write_table(path: Path, rows: Iterator[dict]) -> None:
+    rows = []
+    for number, (text, sample) in enumerate(questions):
+        names = [f"images/{number}_{place + 1}.png" for place in range(len(sample.images))]
+        for name, image in zip(names, sample.images):
+            (folder / name).write_bytes(encode(image))
+        question, messages = question_to_json(sample), [{"role": "user", "content": text}]
+        # engines take a relative path from where they are started
+        paths = [f"{out}/{name}" for name in names]
+        rows.append({
+            "verl": {"data_source": "mig-kit", "prompt": messages,
+                     "images": [{"image": path} for path in paths],
+                     "reward_model": {"style": "rule", "ground_truth": question},
+                     "extra_info": {"index": number, "id": sample.id}},
+            "swift": {"messages": messages, "images": paths, "question": question},
+            "trl": {"text": text, "images": names, "question": question}}[engine])
+    if engine != "verl":
+        return write_json_lines(folder / "train.jsonl", rows)
     from pyarrow import Table, parquet  # of an extra
 
-    group = Table.from_pylist(list(islice(rows, ROWS)))
-    with parquet.ParquetWriter(path, group.schema) as writer:
-        while len(group):
-            writer.write_table(group)
-            group = Table.from_pylist(list(islice(rows, ROWS)), schema=group.schema)
+    parquet.write_table(Table.from_pylist(rows), folder / "train.parquet")

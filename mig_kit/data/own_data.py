@@ -4,7 +4,7 @@ notebooks/guide/own_data.md explains the keys. If one line has "targets" or says
 answers, every question of the file asks for all boxes; else the prompt would tell how many.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,6 @@ from mig_kit.data.line_checks import (
     simplify,
 )
 from mig_kit.data.records import PARQUET, Problem, entry_word, iter_entries
-from mig_kit.filters import drop_reason
 from mig_kit.image_files import EncodedImage, LazyImages, resolve_under_root
 from mig_kit.sample import Sample, Target
 
@@ -41,15 +40,6 @@ class Line:
     def is_damaged(self) -> bool:
         """Whether nothing is wrong but that image files cannot be decoded."""
         return {problem.reason for problem in self.problems} == {"unreadable image"}
-
-
-# of `filters.drop_reason` -> what is wrong with a reply
-WRONG_REPLIES = {
-    "format": "it must end in <answer>{\"image\": 2, \"box\": [x1, y1, x2, y2]}</answer>, numbers "
-              "without quotes, for multiple choice <answer>A</answer>, after <think>...</think>",
-    "choice": "its letter is another one", "image": "it names another image",
-    "box": "its box is not on the target; boxes in it are in the model's coordinates, which "
-           "--profile names", "leak": "its reasoning gives the answer away"}
 
 
 def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
@@ -98,23 +88,11 @@ def check_records(records: Iterable[tuple[str, dict | Problem]], root: Path, dec
         yield Line(place, problems, sample, line and line.reply or "", record)
 
 
-def check_for_model(lines: Iterable[Line], measure: Callable[[Sample], str] | None,
-                    formats: Sequence[BoxFormat]) -> Iterator[Line]:
-    """The lines, with what a model would not take.
-
-    Args:
-        measure: gives a sentence on a sample that is too long for the model, or "".
-        formats: a line's own reply must pass stage 01's filter in one of these formats.
-    """
+def check_lengths(lines: Iterable[Line], measure: Callable[[Sample], str]) -> Iterator[Line]:
+    """The lines; measure gives a sentence on a sample that is too long for a model, or ""."""
     for line in lines:
-        if line.sample and measure and (sentence := measure(line.sample)):
+        if line.sample and (sentence := measure(line.sample)):
             line.problems.append(Problem("prompts that are too long", sentence, is_fault=False))
-        reasons = [drop_reason(line.reply, line.sample, box_format)
-                   for box_format in formats if line.sample and line.reply]
-        if reasons and all(reasons):
-            line.problems.append(Problem(
-                "replies that 01 drops", f"01 would drop its 'reply': {WRONG_REPLIES[reasons[0]]}",
-                is_fault=False))
         yield line
 
 

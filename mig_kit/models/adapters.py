@@ -1,7 +1,7 @@
 """LoRA adapters in folders: plain ones, whole, and on the base that they were trained on.
 
-A plain LoRA is lora_A and lora_B (with DoRA's magnitudes) on matrices of a base that its start left
-as it was; the merge is then PEFT's. Every other adapter is refused.
+A plain LoRA is lora_A and lora_B (with DoRA's magnitudes) on matrices. The merge is PEFT's, and a
+merged matrix must compute what it computed with the adapter; every other adapter is refused.
 """
 
 import hashlib
@@ -19,7 +19,6 @@ from mig_kit.models.model_folders import locate_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on which weights
-KEEPS_BASE = ("true", "false", "gaussian", "orthogonal", "eva")  # init_lora_weights
 PARTS = {"lora_A.weight", "lora_B.weight"}
 ELSEWHERE = ("merge it where it was trained, with PEFT's merge_and_unload, and give the folder of "
              "the merged model")
@@ -44,11 +43,7 @@ def load_adapter(folder: Path) -> Adapter:
     _require_files(folder)
     config = PeftConfig.from_pretrained(folder)
     modules: dict[str, dict[str, torch.Tensor]] = {}
-    others = []
-    if config.peft_type != "LORA":
-        others.append(f"a {config.peft_type.value}")
-    elif str(config.init_lora_weights).lower() not in KEEPS_BASE:
-        others.append(f"init_lora_weights {config.init_lora_weights}")
+    others = [f"a {config.peft_type.value}"] * (config.peft_type != "LORA")
     for key, tensor in load_file(Path(folder) / FILES[1]).items():
         module, is_lora, rest = key.removeprefix("base_model.model.").partition(".lora_")
         if not is_lora or f"lora_{rest}" not in PARTS | {"lora_magnitude_vector"}:

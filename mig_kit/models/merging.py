@@ -34,6 +34,7 @@ from mig_kit.models.model_folders import (
 from mig_kit.models.processors import StillImageProcessor
 
 SHARD_BYTES = 2 * 2**30
+MOST_MERGE_ERROR = 0.03  # of a layer's largest output: bfloat16 rounds its weights
 
 
 def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: Hardware,
@@ -95,7 +96,8 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
 def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Merges an adapter into one layer, W + alpha / r * B A for a plain LoRA.
 
-    PEFT computes B A in float32, and adds it in the weight's dtype.
+    PEFT computes B A in float32, and adds it in the weight's dtype. The adapter's start must leave
+    the base as it is, and the merged layer must compute what the layer did with the adapter.
 
     layer: the module `name` with the base's weights, which may change.
     Returns: the layer's parameters by their names in it.
@@ -113,19 +115,28 @@ def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.modules_to_save = config.trainable_token_indices = None
     tensors = {f"{name}.{key}": tensor for key, tensor in adapter.modules[name].items()}
+    weight = layer.weight.detach().clone()
     try:
         inject_adapter_in_model(config, root)
+        adapted = root.get_submodule(name).eval()
+        if not torch.equal(adapted.get_base_layer().weight, weight):
+            raise ValueError(f"its init_lora_weights {config.init_lora_weights} changes the base")
         cast_adapter_dtype(root, "default")
         result = set_peft_model_state_dict(root, tensors)
         lacking = [key for key in result.missing_keys if ".lora_" in key]
         if lacking or result.unexpected_keys:
             raise ValueError(f"{[*lacking, *result.unexpected_keys][0]} does not fit the settings")
-        root.get_submodule(name).merge(safe_merge=True)
+        states = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        states = states.to(weight.device, weight.dtype)
+        expected = adapted(states)
+        adapted.merge(safe_merge=True)
+        if (adapted(states) - expected).abs().max() > MOST_MERGE_ERROR * expected.abs().max():
+            raise ValueError("merged, the layer computes something else")
     except (RuntimeError, ValueError) as error:
         raise UserError(f"PEFT cannot merge {adapter.folder} into {name} of this base "
                          f"({' '.join(str(error).split())[:200]}); give the base that it was "
                          "trained on, or an adapter of another kind") from error
-    return dict(root.get_submodule(name).get_base_layer().named_parameters())
+    return dict(adapted.get_base_layer().named_parameters())
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:

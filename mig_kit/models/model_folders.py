@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,8 +37,7 @@ UNCHANGED_FILES = (
     "video_preprocessor_config.json",
 )
 INDEX = "model.safetensors.index.json"
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-CHUNK_BYTES = 2**22
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MOST = 1e6  # a weight beyond it is no trained one
 VisionLanguageModel = PreTrainedModel  # of one of FAMILIES
 
@@ -136,12 +136,17 @@ def check_weights(model: str | Path) -> None:
 @lru_cache(8)
 def _check_files(model: str | Path, files: tuple[tuple[Path, int, int], ...]) -> None:
     config = load_config(model)
-    try:  # transformers' own names of tensors, without their values
-        _, info = FAMILIES[config.model_type].from_pretrained(
-            model, config=config, device_map="meta", output_loading_info=True,
-            use_safetensors=True)
-        paths = [path for path, *_ in files if path.suffix == ".safetensors"]
-        chunks = [chunk for path in paths for chunk in _iter_chunks(path)]
+    try:
+        with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+            opened = [stack.enter_context(safe_open(path, "pt")) for path, *_ in files
+                      if path.suffix == ".safetensors"]
+            tensors = [(file, name) for file in opened for name in file.keys()]
+            wrong_names = pool.map(_name_if_not_finite, tensors)
+            # transformers' own names of tensors, without their values
+            _, info = FAMILIES[config.model_type].from_pretrained(
+                model, config=config, device_map="meta", output_loading_info=True,
+                use_safetensors=True)
+            not_finite = "".join(islice(filter(None, wrong_names), 1))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"the weights of {model} are cut or of another shape ({error}); copy or "
                         "download them again") from error
@@ -150,35 +155,19 @@ def _check_files(model: str | Path, files: tuple[tuple[Path, int, int], ...]) ->
         raise UserError(f"the weights of {model} lack {len(missing)} tensors, the first is "
                         f"{missing[0]}{f'; they hold {other[0]} instead' if other else ''}; copy "
                         "or save them again")
-    with ThreadPoolExecutor(2) as pool:
-        for name in filter(None, pool.map(_find_not_finite, (chunks[::2], chunks[1::2]))):
-            raise UserError(f"the weights of {model} are not finite: {name} holds NaN, infinity "
-                            f"or numbers beyond {MOST:.0e}; its training went wrong")
+    if not_finite:
+        raise UserError(f"the weights of {model} are not finite: {not_finite} holds NaN, infinity "
+                        f"or numbers beyond {MOST:.0e}; its training went wrong")
 
 
-def _iter_chunks(path: Path) -> Iterator[tuple[str, torch.dtype, Path, int, int]]:
-    """(tensor, dtype, file, offset, bytes) of parts of a file's floating-point tensors."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    for name, facts in header.items():
-        if dtype := FLOATS.get(facts.get("dtype")):
-            start, end = facts["data_offsets"]
-            for offset in range(start, end, CHUNK_BYTES):
-                yield name, dtype, path, 8 + length + offset, min(CHUNK_BYTES, end - offset)
-
-
-def _find_not_finite(chunks: list[tuple[str, torch.dtype, Path, int, int]]) -> str:
-    """The tensor of the first chunk that holds NaN or a number beyond MOST, "" if none does."""
-    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    for name, dtype, path, offset, size in chunks:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            file.readinto(buffer.numpy()[:size])
-        least, most = buffer[:size].view(dtype).aminmax()
-        if not (-MOST < least and most < MOST):  # NaN is neither
-            return name
-    return ""
+def _name_if_not_finite(tensor: tuple[object, str]) -> str:
+    """The name of a tensor of an opened file if it holds NaN or a number beyond MOST, else ""."""
+    file, name = tensor
+    values = file.get_tensor(name)
+    if values.dtype not in FLOATS or not values.numel():
+        return ""
+    least, most = values.aminmax()
+    return "" if -MOST < least and most < MOST else name  # NaN is neither
 
 
 def _missing_settings(names: set[str]) -> list[str]:

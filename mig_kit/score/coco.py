@@ -20,6 +20,13 @@ from mig_kit.common import UserError
 from mig_kit.score.annotations import is_four_numbers, is_number
 from mig_kit.score.result import Scored
 
+LIKELY, TRIED = 0.3, 2000  # share of detections that meet a true box; detections that are tried
+# what four numbers may mean -> the x, y, width, height that they are
+ORDERS = {"x, y, width, height": lambda a, b, c, d: (a, b, c, d),
+          "x1, y1, x2, y2": lambda a, b, c, d: (a, b, c - a, d - b),
+          "y1, x1, y2, x2": lambda a, b, c, d: (b, a, d - b, c - a),
+          "y, x, height, width": lambda a, b, c, d: (b, a, d, c)}
+
 
 def load_coco(annotations: dict, name: str) -> COCO:
     """The annotations as a COCO index; UserError, naming the benchmark, for a missing part."""
@@ -73,6 +80,39 @@ def validate_detections(predictions: list[dict], coco: COCO, source: str) -> lis
             for entry in predictions]
 
 
+def frame_remark(coco: COCO, entries: list[dict]) -> tuple[str, ...]:
+    """A sentence if the boxes meet true ones (IoU 0.5) only in another order or frame, or by
+    another category; entries: of `validate_detections`.
+    """
+    entries, places = entries[:TRIED], sorted(coco.cats)
+    truth = defaultdict(list)
+    for entry in coco.dataset["annotations"]:
+        truth[entry["image_id"], entry["category_id"]].append(list(map(float, entry["bbox"])))
+
+    def count(order: str, side: float, shift: int) -> int:
+        hits = 0
+        for entry in entries:
+            image, place = coco.imgs[entry["image_id"]], places.index(entry["category_id"]) + shift
+            known = truth[entry["image_id"], places[place]] if place < len(places) else []
+            scale = [image.get(key, 0) / side if side else 1 for key in ("width", "height")] * 2
+            box = [float(value) for value in ORDERS[order](*(
+                value * factor for value, factor in zip(entry["bbox"], scale)))]
+            hits += bool(known and mask.iou([box], known, [0] * len(known)).max() >= 0.5)
+        return hits
+
+    readings = list(itertools.product(ORDERS, (0, 1000, 1), (0, 1)))
+    counts = {reading: count(*reading) for reading in readings}
+    stated, (best, hits) = counts[readings[0]], max(counts.items(), key=lambda pair: pair[1])
+    if hits < LIKELY * len(entries) or hits < 2 * stated or not hits:
+        return ()
+    order, side, shift = best
+    words = f"as {order}" + f" in 0 to {side}" * bool(side) + (
+        " with categories counted from 0" * shift)
+    return (f"{stated} of {len(entries)} detections meet a true box of their category (IoU 0.5); "
+            f"{words}, {hits} would: write x, y, width, height in pixels and the annotations' "
+            "category_id.",)
+
+
 def measure_precision(coco: COCO, detections: list[dict],
                       images: list | None = None) -> dict[int | str, np.ndarray]:
     """Category id -> (10,) its AP, 0..1, at the IoU thresholds 0.5, 0.55, ... by pycocotools.
@@ -117,7 +157,7 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
     tasks = [names[category] for category in sorted(coco.cats)
              for _ in coco.getAnnIds(catIds=[category])]
     return Scored(tuple(tasks), {}, True, aggregates=aggregates,
-                  detections=tuple(sorted(map(repr, entries))))
+                  remarks=frame_remark(coco, entries), detections=tuple(sorted(map(repr, entries))))
 
 
 def _category_names(coco: COCO) -> dict:
@@ -150,7 +190,7 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
         aggregates[task] = {"ap50": _weighted_ap50(coco, entries, images)}
     files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
     return Scored(tasks, {"accuracy": accuracy}, False, aggregates=aggregates,
-                  detections=tuple(sorted(map(repr, entries))),
+                  remarks=frame_remark(coco, entries), detections=tuple(sorted(map(repr, entries))),
                   lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
 
 

@@ -4,6 +4,7 @@ import json
 import re
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, rescale_box
+from mig_kit.data.line_checks import parse_line
 from mig_kit.image_files import EncodedImage, LazyImages
 from mig_kit.prompts import LETTERS, NO_BOX, is_well_formed, parse_boxes, parse_reply
 from mig_kit.rewards import image_set_iou, is_correct
@@ -22,29 +23,20 @@ UNIT_IMAGE = EncodedImage(b"", (1000, 1000))
 
 def read_own(records: list[dict]) -> Benchmark:
     """The lines of an own-data file, which must be correct ones."""
-    find_all, items = any(_asks_for_all(record) for record in records), []
-    for index, record in enumerate(records):
-        record = {key: value for key, value in record.items() if value is not None}
-        boxes = [record["box"]] if "box" in record else record.get("boxes", [])
-        targets = record.get("targets") or [{"image": record.get("image"), "box": box}
-                                            for box in boxes if record.get("image")]
-        pairs = tuple((target["image"], tuple(map(float, target["box"]))) for target in targets)
-        options = tuple(record.get("options", ()))
+    lines = [parse_line(record)[0] for record in records]
+    find_all = any(line.targets is not None for line in lines)
+    items = []
+    for index, line in enumerate(lines):
+        pairs = tuple((image, box) for _, image, box in line.places()
+                      )[:None if line.reference is None else -1]
+        options = tuple(line.options or ())
         first_image, first_box = pairs[0] if pairs else (None, None)
         items.append(BenchmarkItem(
-            index, record.get("id", f"line-{index + 1}"), record.get("task", "own"),
-            record["question"], tuple(record["images"]), first_box,
-            Coordinates(record.get("coordinates", "pixels")), first_image, False,
-            letter=record.get("letter", ""), options=LETTERS[:len(options)], choices=options,
+            index, line.id or f"line-{index + 1}", line.task, line.question, tuple(line.images),
+            first_box, Coordinates(line.coordinates or "pixels"), first_image, False,
+            letter=line.letter or "", options=LETTERS[:len(options)], choices=options,
             targets=pairs, find_all=find_all and not options))
     return Benchmark("own", "", tuple(items), None)
-
-
-def _asks_for_all(record: dict) -> bool:
-    """Whether a line has targets, or says that no image answers: null counts as absent else."""
-    answers = [record.get(key) for key in ("box", "boxes", "options")]
-    return record.get("targets") is not None or (
-        record.get("image", 0) is None and answers == [None] * 3)
 
 
 def read_freely(reply: str, sample: Sample) -> str:

@@ -7,27 +7,27 @@ from pathlib import Path
 
 import torch
 
-from mig_kit.stages import grpo, sft
-from mig_kit.training import guard, jobs, resuming
-
-TRAIN = {"02_sft": sft.train, "05_grpo": grpo.train}
+from mig_kit.common import end_with_parent
+from mig_kit.training import jobs, resuming
 
 
 def train_job(folder: Path) -> None:
     """Train the job.json of a stage folder, as the process that the environment names."""
+    from mig_kit.stages import grpo, sft  # seconds, in which the parent may end
+
     stage, params, inputs = jobs.read_job(folder)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if os.environ.get("RANK", "0") == "0":
         print(f"processes that train together: {resuming.count_processes()}", flush=True)
-    TRAIN[stage](folder, params, **inputs)
+    {"02_sft": sft, "05_grpo": grpo}[stage].train(folder, params, **inputs)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def main() -> None:
     """Train; on failure say why in the stage folder, where the notebook looks."""
-    guard.end_with_parent()
+    end_with_parent()
     folder = Path(sys.argv[1])
     try:
         train_job(folder)

@@ -1,8 +1,8 @@
 """Training jobs of stages 02 and 05: `run_job` calls the stage's `train`, here or launched.
 
 Without a launcher it is called in this process. With one, such as `torchrun --standalone
---nproc-per-node 8`, `guard` runs the launcher, and each process that it starts, on any node,
-reads job.json from the stage folder and calls the same `train` (`stages.launched_worker`).
+--nproc-per-node 8`, each process that it starts, on any node, reads job.json from the stage folder
+and calls the same `train` (`stages.launched_worker`). Launcher and processes end with their parent.
 """
 
 import gc
@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from transformers import TrainerState
 
-from mig_kit.common import PACKAGE, UserError, release_memory, write_json
+from mig_kit.common import PACKAGE, UserError, end_with_parent, release_memory, write_json
 from mig_kit.pipeline.processes import Launch, parse_launcher, search_path
 from mig_kit.training.resuming import count_processes, last_checkpoint
 
@@ -129,16 +128,17 @@ def run_command(command: list[str], folder: Path, local: int = 0) -> None:
     assignments = [f"{name}={value}" for name, value in threads.items()]
     print("training is started with:", shlex.join([*assignments, *command]), flush=True)
     process = subprocess.Popen(
-        [sys.executable, "-m", "mig_kit.training.guard", *command], env=environment, text=True,
-        errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, env=environment, text=True, errors="replace", stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=end_with_parent,
         start_new_session=True)  # an interrupt of the notebook is not the training's
     try:
         for line in process.stdout:
             print(line, end="", flush=True)
-    finally:
-        process.stdin.close()
-        process.stdout.close()
         status = process.wait()
+    finally:
+        process.terminate()  # after an interrupt; srun and torchrun pass it on
+        process.wait()
+        process.stdout.close()
     if status:
         path = folder / ERROR_FILE
         reason = path.read_text() if path.is_file() else "its output above says why"

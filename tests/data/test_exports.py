@@ -24,7 +24,7 @@ from mig_kit.prompts import correct_answer
 from mig_kit.training.reward_loading import load_rewards, score_functions
 
 SIZES = ((40, 30), (300, 200), (1600, 900))  # enlarged, nearly kept, shrunk
-FILES = {"verl": ["train.parquet"], 
+FILES = {"verl": ["images", "train.parquet"],
          "swift": ["images", "train.jsonl"], "trl": ["images", "train.jsonl", "train.py"]}
 
 

@@ -318,21 +318,11 @@ def test_the_commands(root, tmp_path):
     assert code == 1 and "no image that can be read below" in text
 
 
-REPLY = '<think>It is left of the dog.</think><answer>{"image": %s, "box": %s}</answer>'
-
-
-def test_check_reads_replies_and_writes_the_correct_lines(root):
-    replies = {REPLY % (2, "[10, 20, 60, 90]"): "", REPLY % (2, "[50, 200, 300, 900]"): "",
-               REPLY % (2, '["10", "20", "60", "90"]'): "numbers without quotes",
-               REPLY % (1, "[10, 20, 60, 90]"): "it names another image",
-               REPLY % (2, "[160, 20, 199, 90]"): "its box is not on the target",
-               "On the left.": "it must end in <answer>"}
-    path, out = write_lines(root, *[changed(reply=reply) for reply in replies]), root / "good.jsonl"
+def test_check_writes_the_correct_lines(root):
+    path, out = write_lines(root, GOOD, changed(image=3), GOOD, GOOD, GOOD), root / "good.jsonl"
     code, text = call("check", path, "--out", out)
-    assert code == 1 and "6 lines, 2 correct, 4 wrong; 2 written to" in text
-    for number, sentence in enumerate(replies.values(), 1):
-        assert f"line {number}: " not in text if not sentence else sentence in text
-    assert call("check", out)[0] == 0 and len(out.read_text().splitlines()) == 2
+    assert code == 1 and "5 lines, 4 correct, 1 wrong; 4 written to" in text
+    assert call("check", out)[0] == 0 and len(out.read_text().splitlines()) == 4
     assert "is FILE itself" in call("check", path, "--out", path)[1]
 
 

@@ -33,7 +33,8 @@ PLAIN = "is no plain LoRA"
 # changes to a LoraConfig -> what the refusal says, "" where the merge equals stock PEFT's
 KINDS = [
     ({}, ""), ({"use_rslora": True}, ""), ({"use_dora": True}, ""), ({"bias": "all"}, PLAIN),
-    ({"init_lora_weights": "pissa"}, PLAIN), ({"init_lora_weights": "gaussian"}, ""),
+    *(({"init_lora_weights": start}, f"its init_lora_weights {start} changes the base")
+      for start in ("pissa", "olora")), ({"init_lora_weights": "gaussian"}, ""),
     ({"rank_pattern": {"q_proj": 8, "1.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 9}}, ""),
     ({"target_modules": "all-linear"}, ""),
     ({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}, ""),

@@ -2,9 +2,12 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from transformers import TrainerState
@@ -145,3 +148,52 @@ def test_a_training_that_has_ended_is_taken_from_disk(tmp_path, capsys):
         assert jobs.run_job(train, "02_sft", tmp_path, params).global_step == 3
     assert trained == [1]
     assert "this training has ended, and is taken from disk: 3 updates" in capsys.readouterr().out
+
+
+# leaves its process id and stays
+WORKER = """
+import os, sys, time
+from mig_kit.common import end_with_parent
+end_with_parent()
+open(sys.argv[1], "a").write(f"{os.getpid()}\\n")
+time.sleep(600)
+"""
+
+
+def is_alive(process_id):
+    try:
+        return psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(is_so, what):
+    until = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < until, what
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "sentence"), [
+    ("caller", ""), ("agent", "RuntimeError: the launched training ended with exit status -9"),
+    ("worker", "ended with exit status 1:")])
+def test_whoever_of_torchrun_is_killed_leaves_no_process(tmp_path, victim, sentence):
+    script, ids = tmp_path / "worker.py", tmp_path / "ids"
+    script.write_text(WORKER)
+    ids.touch()
+    words = [*jobs.plan_launch("torchrun --standalone --nproc-per-node 2").words, str(script),
+             str(ids)]
+    code = ("from pathlib import Path; from mig_kit.training import jobs; "
+            f"jobs.run_command({words!r}, Path({str(tmp_path)!r}), 2)")
+    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
+    wait_until(lambda: ids.read_text().count("\n") == 2, "the processes have not started")
+    workers = [psutil.Process(int(text)) for text in ids.read_text().split()]
+    agent = workers[0].parent()
+    process_ids = [*(worker.pid for worker in workers), agent.pid]
+    victims = {"caller": psutil.Process(caller.pid), "agent": agent, "worker": workers[0]}
+    victims[victim].kill()
+    output = caller.communicate(timeout=60)[0]
+    wait_until(lambda: not any(map(is_alive, process_ids)), "a process outlived its caller")
+    assert sentence in output
