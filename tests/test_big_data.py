@@ -112,10 +112,10 @@ def test_a_damaged_image_is_counted_and_named_and_a_wrong_line_writes_nothing(ow
     (folder / "7.jpg").write_bytes(b"no image")
     sets, text = sources.load_training_sets(change(), tmp_path / "out")
     assert len(all_samples(sets)) == 30 - 6 - 6
-    assert "records 30, questions kept 18, left out 12" in text and "3.jpg" in text
-    assert "line 7: image 2: '7.jpg' is no readable image" in text
+    assert "records 30, questions kept 18, left out 12\n       12  unreadable image\n" in text
     assert "all of them by name: left_out_names.txt" in text
     named = (tmp_path / "out/left_out_names.txt").read_text().splitlines()
+    assert "unreadable image: line 7: image 2: '7.jpg' is no readable image: give a" in named[2]
     assert len(named) == 12 and all("3.jpg" in line or "7.jpg" in line for line in named)
     lines = (folder / "own.jsonl").read_text() + '{"images": ["0.jpg"]}\n'
     (folder / "own.jsonl").write_text(lines)

@@ -44,7 +44,7 @@ class Turn:
 
 
 def read_record(form: str, record: dict, several: str) -> list[dict | Problem]:
-    """A record's turns as lines of own data without ids, or as Problems; may raise Problem.
+    """A record's first turn as a line of own data, or a Problem, and one for each later turn.
 
     form: swift, llava or mgrounding.
     """
@@ -57,16 +57,15 @@ def read_record(form: str, record: dict, several: str) -> list[dict | Problem]:
             f"there are {n_tags} <image> tags and {len(images)} images; write one per image")
     coordinates = {"coordinates": "normalized_1000"} if form == "mgrounding" else {}
     if form == "swift" and record.get("objects") is not None:
-        turns, kind = _read_objects(texts, record["objects"], len(images))
-        coordinates = {"coordinates": str(kind)}
+        turn, coordinates = _read_objects(texts, record["objects"], len(images))
     else:
-        turns = [_read_texts(form, *turn, len(images)) for turn in texts]
+        turn = _read_texts(form, *texts[0], len(images))
     try:
-        lines: list[dict | Problem] = [_make_line(turns[0], images, several) | coordinates]
+        lines: list[dict | Problem] = [_make_line(turn, images, several) | coordinates]
     except Problem as problem:
         lines = [problem]
     return lines + [Problem("a later turn", "a later turn may lean on the turns before it; write "
-                            "it as a question of its own", False)] * (len(turns) - 1)
+                            "it as a question of its own", False)] * (len(texts) - 1)
 
 
 def _read_turns(record: dict) -> list[tuple[str, str]]:
@@ -131,8 +130,8 @@ def _read_indices(answered: str, count: int) -> list[int]:
 
 
 def _read_objects(texts: list[tuple[str, str]], objects: object, n_images: int
-                  ) -> tuple[list[Turn], Coordinates]:
-    """ms-swift's turns with <ref-object> and <bbox> filled from `objects`, in order."""
+                  ) -> tuple[Turn, dict]:
+    """ms-swift's first turn with <ref-object> and <bbox> filled from `objects`, in order."""
     require(isinstance(objects, dict) and isinstance(objects.get("bbox"), list)
             and isinstance(objects.get("ref") or [], list),
             "'objects' that is not ms-swift 3's", "'objects' must hold lists 'ref' and 'bbox', as "
@@ -161,9 +160,10 @@ def _read_objects(texts: list[tuple[str, str]], objects: object, n_images: int
 
         return PLACEHOLDER.sub(replace, text), own_boxes
 
-    turns = [Turn(*fill(asked), fill(answered)[1]) for asked, answered in texts]
-    require(not values["<bbox>"], "more boxes in 'objects' than <bbox> in the texts")
-    return turns, SWIFT_COORDINATES[kind]
+    turn = Turn(*fill(texts[0][0]), fill(texts[0][1])[1])
+    require(len(texts) > 1 or not values["<bbox>"],
+            "more boxes in 'objects' than <bbox> in the texts")
+    return turn, {"coordinates": SWIFT_COORDINATES[kind]}
 
 
 def _make_line(turn: Turn, images: list, several: str) -> dict:

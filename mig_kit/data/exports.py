@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -35,9 +34,9 @@ SHARED = ("adam_beta2", "beta", "epsilon", "epsilon_high", "gradient_accumulatio
           "num_generations", "num_iterations", "output_dir", "per_device_train_batch_size",
           "reward_weights", "save_steps", "scale_rewards", "seed", "temperature",
           "top_entropy_quantile", "warmup_steps", "weight_decay")
-# TRL's loss_type -> the mean that it is, in the words of engines that do not know it
-MEANS = {"verl": {"dapo": "token-mean", "grpo": "seq-mean-token-mean",
-                  "dr_grpo": "seq-mean-token-sum-norm"}}
+# TRL's loss_type -> verl's word for the mean that it is
+VERL_MEANS = {"dapo": "token-mean", "grpo": "seq-mean-token-mean",
+              "dr_grpo": "seq-mean-token-sum-norm"}
 COMMANDS = {
     "verl": "python3 -m verl.trainer.main_ppo --config-dir {out} --config-name config",
     "swift": "NPROC_PER_NODE={gpus} swift rlhf {out}/config.yaml",
@@ -94,25 +93,32 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
     Returns: sentences on what the engine computes otherwise than stage 05.
     Raises: UserError if `out` exists, or if the engine cannot do what the parameters say.
     """
-    from mig_kit.models.processors import count_prompt_tokens, load_processor  # import torch
+    from mig_kit.models import processors  # imports torch
 
     if out.exists():
         raise UserError(f"{out} exists; name a new folder")
     out, p = out.absolute(), recipe.params
     box_format = BoxFormat(p["min_pixels"], p["max_pixels"], p["coordinates"])
-    processor = load_processor(recipe.model, box_format)
-    _check_limits(box_format, processor.image_processor)
+    processor = processors.load_processor(recipe.model, box_format)
+    images = processor.image_processor
+    factor = images.patch_size * images.merge_size
+    _check_limits(box_format, factor)
+
+    def encode(image: Image.Image) -> bytes:
+        return encode_image(processors.resize_as_seen(image, box_format, factor, images.resample),
+                            compress_level=1)
+
     texts, lengths = [], []
     for sample in progress_bar(recipe.samples, "measure prompts", delay=5):
         texts.append(prompt_text(sample, box_format))
-        lengths.append(count_prompt_tokens(processor, sample, box_format))
+        lengths.append(processors.count_prompt_tokens(processor, sample, box_format))
     values = _recipe_values(recipe, gpus) | {
         "data": f"{out}/train.{'parquet' if engine == 'verl' else 'jsonl'}",
-        "reward": f"{out}/reward.py", "reward_function": f"{out}/reward.py:compute_score",
-        "output_dir": f"{out}/checkpoints", "prompt_length": -(-max(lengths) // 64) * 64,
+        "reward": f"{out}/reward.py", "output_dir": f"{out}/checkpoints",
+        "prompt_length": -(-max(lengths) // 64) * 64,
         "tokens_per_gpu": 4 * (max(lengths) + p["max_completion_length"]),
         "images": max(text.count(IMAGE) for text in texts),
-        "patch_size": processor.image_processor.patch_size}
+        "patch_size": images.patch_size}
     differences = _differences(engine, recipe)
     words = {"engine": engine, "count": len(texts), "source": recipe.name, "gpus": gpus,
              "command": COMMANDS[engine].format(out=shlex.quote(str(out)), gpus=gpus),
@@ -125,7 +131,7 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
         folder = Path(parent) / out.name
         folder.mkdir()
         _write_rows(engine, zip(texts, progress_bar(recipe.samples, "write prompts", delay=5)),
-                    partial(_encode_seen, processor.image_processor, box_format), folder, out)
+                    encode, folder, out)
         _write_texts(engine, recipe, values, words, folder)
         folder.replace(out)
     return differences
@@ -154,7 +160,7 @@ def _write_texts(engine: str, recipe: Recipe, values: dict, words: dict, folder:
 
 def _recipe_values(recipe: Recipe, gpus: int) -> dict:
     """The recipe's values by TRL's names, and what other engines have in their place."""
-    from mig_kit.models.loading import ADAPTED_PROJECTIONS, LORA_SCALE, LORA_TARGETS
+    from mig_kit.models.loading import LORA_SCALE, LORA_TARGETS
     from mig_kit.models.model_folders import read_model_type
 
     p = recipe.params
@@ -178,57 +184,44 @@ def _recipe_values(recipe: Recipe, gpus: int) -> dict:
         "adam_beta2": recipe.further.get("adam_beta2", 0.999),
         "batches": -(-p["max_steps"] // p["num_iterations"]),
         "epsilon_high": p["epsilon_high"] or p["epsilon"],
-        "has_kl": p["beta"] > 0, "has_no_kl": p["beta"] == 0,
+        "has_kl": p["beta"] > 0,
         "divides_by_std": p["scale_rewards"] != "none",
         "schedule": "cosine" if p["lr_scheduler_type"] == "cosine" else "constant",
-        "verl_mean": MEANS["verl"].get(p["loss_type"]),
+        "verl_mean": VERL_MEANS.get(p["loss_type"]),
         "lora_alpha": LORA_SCALE * p["lora_r"], "lora_pattern": LORA_TARGETS[p["lora_targets"]],
-        "lora_names": ",".join(ADAPTED_PROJECTIONS[p["lora_targets"]]),
         "weights": weights, "reward_weights": list(weights.values()),
         "reward_funcs": [f"mig_{name}" for name in names]}
 
 
 def _differences(engine: str, recipe: Recipe) -> list[str]:
     """What the engine computes otherwise than stage 05; UserError for a loss that it lacks."""
-    means, p = MEANS.get(engine), recipe.params
+    p = recipe.params
     left_out = [f"{name} {value}" for name, value in recipe.further.items()
                 if engine != "trl" and (engine, name) != ("swift", "adam_beta2")]
     remarks = [f"it does not get what the run sets besides: {', '.join(left_out)}"] * bool(left_out)
-    if means is None:
+    if engine != "verl":
         return remarks
-    if p["loss_type"] not in means or p["importance_sampling_level"] != "token":
-        raise UserError(f"the kit hands {engine} the loss_type {', '.join(means)} with ratios per "
+    if p["loss_type"] not in VERL_MEANS or p["importance_sampling_level"] != "token":
+        raise UserError(f"verl takes the loss_type {', '.join(VERL_MEANS)} with ratios per "
                          f"token, not {p['loss_type']} per {p['importance_sampling_level']}; "
                          "export for trl, or set another loss in --profile")
     facts = {
-        f"advantages are divided by the group's standard deviation (here: {p['scale_rewards']})":
+        "advantages are divided by the group's standard deviation, not by the batch's":
             p["scale_rewards"] == "batch",
-        "after its warm-up the learning rate stays (here: linear, to 0)":
+        "after its warm-up the learning rate stays, and does not fall to 0":
             p["lr_scheduler_type"] == "linear",
-        "replies without an end count in the loss (here: mask_truncated_completions)":
-            p["mask_truncated_completions"],
-        "all tokens count in the loss (here: top_entropy_quantile "
-        f"{p['top_entropy_quantile']})": p["top_entropy_quantile"] < 1}
+        "replies without an end count in the loss": p["mask_truncated_completions"],
+        "all tokens count in the loss": p["top_entropy_quantile"] < 1}
     return [sentence for sentence, is_so in facts.items() if is_so] + remarks
 
 
-def _check_limits(box_format: BoxFormat, processor) -> None:
+def _check_limits(box_format: BoxFormat, factor: int) -> None:
     """UserError if engines would resize images that have the size the model sees."""
-    token = (processor.patch_size * processor.merge_size)**2
-    low, high = 4 * token, 2**14 * token  # of qwen_vl_utils, through which verl and ms-swift read
+    low, high = 4 * factor**2, 2**14 * factor**2  # of qwen_vl_utils, which verl and ms-swift use
     is_within = low <= box_format.min_pixels and box_format.max_pixels <= high
     if box_format.coordinates == Coordinates.ABSOLUTE and not is_within:
         raise UserError(f"other engines resize images outside of {low} to {high} pixels, which "
                          "would move every box; keep min_pixels and max_pixels within")
-
-
-def _encode_seen(processor, box_format: BoxFormat, image: Image.Image) -> bytes:
-    """A PNG of the image as the model sees it."""
-    from mig_kit.models.processors import resize_as_seen  # imports torch
-
-    factor = processor.patch_size * processor.merge_size
-    return encode_image(resize_as_seen(image, box_format, factor, processor.resample),
-                        compress_level=1)
 
 
 def _write_rows(engine: str, questions: Iterator[tuple[str, Sample]], encode: Callable,

@@ -4,8 +4,7 @@ The right reply must earn most, an empty one less, and the right box in another 
 a few kinds of replies earn shows most faults of rewards that people report; none is drawn.
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,17 +23,18 @@ CONSTANTS = 8  # boxes of other questions, and whole images, that are given to a
 # of a part, which may be about a reply's length
 MARGIN, PART_MARGIN = 0.01, 0.2
 SAME = 0.8  # IoU from which a box in another frame is the right one
-RIGHT, EMPTY, CONSTANT = "right", "empty", "the best constant box"
-WRONG_IMAGE, WRONG_LETTER, FORMAT = "right box in the wrong image", "another letter", "format only"
-FRAMES = {"pixels of the original": Coordinates.PIXELS, "0 to 1000": Coordinates.NORMALIZED_1000,
-          "0 to 1": Coordinates.NORMALIZED_1,
-          "pixels of the resized image": Coordinates.ABSOLUTE}
-ORDERS = {"x, y, width, height": lambda a, b, c, d: (a, b, c - a, d - b),
-          "y1, x1, y2, x2": lambda a, b, c, d: (b, a, d, c)}
-# change of a box: (shift, factor) of its width and height
+RIGHT, EMPTY, CONSTANT, FORMAT = "right", "empty", "the best constant box", "format only"
+WRONG_IMAGE, WRONG_LETTER = "right box in the wrong image", "another letter"
+# wrong boxes: (shift, factor) of width and height, other frames, and orders of the four numbers
 CHANGES = {"shifted by 10 %": (0.1, 1), "shifted by 30 %": (0.3, 1), "twice as large": (0, 2),
            "half as large": (0, 0.5)}
-ANSWERS = (WRONG_IMAGE, *CHANGES, WRONG_LETTER)  # of the right reply's form, but wrong
+FRAMES = {"as pixels of the original": Coordinates.PIXELS,
+          "as pixels of the resized image": Coordinates.ABSOLUTE,
+          "as 0 to 1000": Coordinates.NORMALIZED_1000, "as 0 to 1": Coordinates.NORMALIZED_1}
+ORDERS = {"as x, y, width, height": lambda a, b, c, d: (a, b, c - a, d - b),
+          "as y1, x1, y2, x2": lambda a, b, c, d: (b, a, d, c)}
+# of the right reply's form
+WRONG_ANSWERS = (WRONG_IMAGE, WRONG_LETTER, *CHANGES, *FRAMES, "as percent", *ORDERS)
 
 
 def _reply(answer: str) -> str:
@@ -42,17 +42,23 @@ def _reply(answer: str) -> str:
 
 
 def _box_reply(boxes: list[tuple[int, tuple]]) -> str:
-    return _reply(", ".join(f'{{"image": {image}, "box": {_format(box)}}}' for image, box in boxes))
+    texts = [format_box(box) if max(box) > 2 else f"[{','.join(f'{x:.2f}' for x in box)}]"
+             for _, box in boxes]
+    return _reply(", ".join(f'{{"image": {image}, "box": {text}}}'
+                            for (image, _), text in zip(boxes, texts)))
 
 
-def _format(box: tuple) -> str:
-    return format_box(box) if max(box) > 2 else f"[{','.join(f'{value:.2f}' for value in box)}]"
+def _change(box: tuple, shift: float, factor: float) -> tuple:
+    x1, y1, x2, y2 = box
+    x, y, width, height = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
+    x, y, width, height = x + shift * width, y + shift * height, factor * width, factor * height
+    return max(0, x - width / 2), max(0, y - height / 2), x + width / 2, y + height / 2
 
 
 def constructed_replies(sample: Sample, box_format: BoxFormat) -> dict[str, str]:
     """Kind -> reply to the sample; RIGHT is the first, and all others are wrong.
 
-    Frames are named "as 0 to 1000". A kind that would be right is left out.
+    A kind that would be right is left out, such as a frame that is the right one.
     """
     answer = correct_answer(sample, box_format)
     replies = {RIGHT: _reply(answer), EMPTY: ""}
@@ -65,45 +71,28 @@ def constructed_replies(sample: Sample, box_format: BoxFormat) -> dict[str, str]
     if not sample.targets:
         return replies
     targets = sample.targets if sample.find_all else sample.targets[:1]
+    sizes = [sample.sizes[image - 1] for image, _ in targets]
 
-    def write(to_box: Callable[[tuple, tuple], tuple]) -> str:
-        return _box_reply([(image, to_box(box, sample.sizes[image - 1])) for image, box in targets])
+    def scale(measure: Coordinates | None, factor: float = 1) -> list[tuple]:
+        return [rescale_box(box, size, coordinate_size(size, measure, box_format) if measure
+                            else (factor, factor)) for (_, box), size in zip(targets, sizes)]
 
-    def convert(box: tuple, size: tuple, coordinates: Coordinates | None = None) -> tuple:
-        return rescale_box(box, size, coordinate_size(
-            size, coordinates or box_format.coordinates, box_format))
-
-    def is_right(to_box: Callable[[tuple, tuple], tuple]) -> bool:
-        return all(iou(to_box(box, sample.sizes[image - 1]),
-                       convert(box, sample.sizes[image - 1])) > SAME for image, box in targets)
-
-    (first, box), empty_images = targets[0], [
-        number for number in range(1, len(sample.images) + 1)
-        if number not in {target.image for target in sample.targets}]
-    own = convert(box, sample.sizes[first - 1])
-    if empty_images:
-        replies[WRONG_IMAGE] = _box_reply([(empty_images[0], own)])
-    for name, change in CHANGES.items():
-        replies[name] = write(lambda box, size, change=change: _change(convert(box, size), *change))
-    frames = {name: lambda box, size, frame=frame: convert(box, size, frame)
-              for name, frame in FRAMES.items()}
-    frames["percent"] = lambda box, size: rescale_box(box, size, (100, 100))
-    frames |= {name: lambda box, size, order=order: order(*convert(box, size))
-               for name, order in ORDERS.items()}
-    replies |= {f"as {name}": write(to_box) for name, to_box in frames.items()
-                if not is_right(to_box)}
-    more = [(image, convert(box, sample.sizes[image - 1])) for image, box in targets]
+    right = scale(box_format.coordinates)
+    boxes = {name: [_change(box, *change) for box in right] for name, change in CHANGES.items()}
+    frames = {name: scale(measure) for name, measure in FRAMES.items()}
+    frames |= {"as percent": scale(None, 100),
+               **{name: [order(*box) for box in right] for name, order in ORDERS.items()}}
+    boxes |= {name: scaled for name, scaled in frames.items()
+              if min(map(iou, scaled, right)) < SAME}
+    images = [image for image, _ in targets]
+    replies |= {name: _box_reply([*zip(images, changed)]) for name, changed in boxes.items()}
+    if others := {*range(1, len(sample.images) + 1)} - {image for image, _ in sample.targets}:
+        replies[WRONG_IMAGE] = _box_reply([(min(others), right[0])])
     return replies | {
-        "no box": _reply(json.dumps({"image": first})),
-        "a box too many": _box_reply([*more, (first, _change(own, 0.5, 0.5))]),
+        "no box": _reply(f'{{"image": {images[0]}}}'),
+        "a box too many": _box_reply([*zip(images, right), (images[0],
+                                                            _change(right[0], 0.5, 0.5))]),
         '"none"': _reply(NO_BOX if sample.find_all else "none")}
-
-
-def _change(box: tuple, shift: float, factor: float) -> tuple:
-    width, height = box[2] - box[0], box[3] - box[1]
-    x, y = ((box[0] + box[2]) / 2 + shift * width, (box[1] + box[3]) / 2 + shift * height)
-    return (max(0, x - factor * width / 2), max(0, y - factor * height / 2),
-            x + factor * width / 2, y + factor * height / 2)
 
 
 def _constant_replies(samples: Sequence[Sample], box_format: BoxFormat) -> list[list[str]]:
@@ -152,10 +141,8 @@ class Payment:
             return ([sentence], []) if self.is_sum else ([], [sentence])
         margin = (MARGIN if self.is_sum else PART_MARGIN) * max(
             self._mean(RIGHT) - min(map(self._mean, self.values)), 1e-6)
-        wrong = [kind for kind in self.values if kind in ANSWERS or kind.startswith("as ")]
-        if self.is_sum:
-            wrong = [kind for kind in self.values if kind != RIGHT]
-        faults = [self._describe(kind) for kind in wrong if self._gap(kind) > margin]
+        faults = [self._describe(kind) for kind in self.values
+                  if (self.is_sum or kind in WRONG_ANSWERS) and self._gap(kind) > margin]
         warnings = []
         if self.is_sum and -margin <= self._gap(EMPTY) <= margin:
             faults.append(self._describe(EMPTY))

@@ -41,10 +41,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("lines", [LINES, ALL], ids=["one", "all"])
+# as pandas and datasets write rows of several kinds
+COLUMNS = dict.fromkeys(("image", "box", "boxes", "targets", "options", "letter", "coordinates",
+                         "id", "task"))
+PANDAS = [COLUMNS | line | ({"image": 2.0} if line.get("id") else {}) for line in LINES]
+
+
+@pytest.mark.parametrize("lines", [LINES, ALL, PANDAS], ids=["one", "all", "pandas"])
 def test_every_reply_is_judged_as_by_eval(folder, lines):
     write_lines(folder / "mine.jsonl", lines)
     samples = list(own_data.iter_samples(folder / "mine.jsonl", folder))
+    assert all(sample.find_all for sample in samples) == (lines is ALL)
     box_format = BoxFormat(coordinates="normalized_1000")
     for item, sample in zip(own.read_own(lines).items, samples, strict=True):
         assert item.id == sample.id and item.task == sample.task
