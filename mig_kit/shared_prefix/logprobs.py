@@ -34,7 +34,8 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
     model = unwrap_peft(model)
     states = completion_states(model, prompts, prompt_index, ids, mask)
     targets = ids[mask.bool()]
-    is_long = model.is_activation_checkpointing or ids.shape[1] > LONG_COMPLETION
+    is_checkpointed = model.model.language_model.layers[0].gradient_checkpointing
+    is_long = is_checkpointed or ids.shape[1] > LONG_COMPLETION
     size = HEAD_TOKENS if is_long else len(states)
     *pieces, last = zip(states.split(size), targets.split(size))
     values = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
