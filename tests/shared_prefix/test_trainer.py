@@ -33,7 +33,7 @@ from trl.generation import vllm_generation
 
 from mig_kit.image_files import pixel_digest
 from mig_kit.models.processors import load_processor
-from mig_kit.shared_prefix import compare, decoding, generation, logprobs, prefixes
+from mig_kit.shared_prefix import compare, decoding, generation, logprobs
 from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
 from mig_kit.shared_prefix.groups import places
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource, describe_image
@@ -368,11 +368,10 @@ def test_what_cannot_be_shared_is_left_to_stock_trl(random_folder, random_model,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["own layers", "flat layers", "states"])
-def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch, kind):
-    """In the model's layers, as on a GPU; in flat ones, as on a CPU; in states of attention."""
-    _, own = make_pair(max_steps=1, gradient_checkpointing=True,
-                       family="qwen3_5" if kind == "states" else "")
+@pytest.mark.parametrize("family", ["", "qwen3_5"])
+def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch, family):
+    """In keys and values, and in states of linear attention."""
+    _, own = make_pair(max_steps=1, gradient_checkpointing=True, family=family)
     pack = logprobs._pack_completions
 
     def leak(*arguments):  # replies go on one behind the other
@@ -381,8 +380,6 @@ def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeyp
                                        for group in packed.groups])
 
     monkeypatch.setattr(logprobs, "_pack_completions", leak)
-    if kind == "own layers":
-        monkeypatch.setattr(logprobs, "can_read_flat", lambda model: False)
     own._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
     with pytest.warns(UserWarning, match="prompts are not shared: log-probabilities at the first"):
         own.train()
@@ -627,7 +624,6 @@ def test_a_decoder_of_another_policy_is_noticed_though_the_adapter_is_zero(make_
             parameter.data.zero_()
     monkeypatch.setattr(decoding, "_fold_adapter",
                         lambda layer, dtype: layer.merged_adapters.append("default"))
-    monkeypatch.setattr(prefixes, "can_read_flat", lambda model: False)
     own._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
     with pytest.warns(UserWarning, match="the decoder's choices at the first batch are"):
         own.train()
