@@ -17,7 +17,7 @@ API := mig_kit.boxes mig_kit.prompts mig_kit.rewards mig_kit.sample mig_kit.scor
 
 NEXT := "ready; next: make run, make lab or source $(BIN)/activate, which puts mig-kit on the path"
 
-.PHONY: run test nightly lint docs cells executed lab setup clean
+.PHONY: run test nightly versions lint docs cells executed lab setup clean
 
 run: setup
 	$(BIN)/mig-kit run --profile $(PROFILE) $(if $(RUN_ID),--run-id $(RUN_ID))
@@ -28,13 +28,18 @@ test: setup
 
 # minutes each: JupyterLab, vLLM, two nodes, real size, every stage killed; says what is skipped and why;
 # then all tests as on CPUs with fewer instructions; oneDNN is limited too, because PyTorch's bfloat16
-# attention fails where it alone is told that AVX-512 is missing
+# attention fails where it alone is told that AVX-512 is missing; at last the trainer's with other versions
 nightly: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -m nightly -rs --durations=8
 	for isa in avx512 avx2 default; do \
 		ATEN_CPU_CAPABILITY=$$isa ONEDNN_MAX_CPU_ISA=AVX2 OMP_WAIT_POLICY=passive \
 			$(BIN)/python -m pytest -q -n 2 --dist worksteal || exit 1; \
 	done
+	sh .ci/versions.sh $(BIN)/python
+
+# the newest TRL, transformers and PEFT and the two minors before them: which pass the trainer's tests
+versions: setup
+	sh .ci/versions.sh $(BIN)/python
 
 # the hooks of .pre-commit-config.yaml, on every file that git tracks
 lint: setup

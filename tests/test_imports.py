@@ -39,7 +39,7 @@ READS_STAGES = {"compare": {"evaluate", "evaluated_runs"},
 # the notebook-less 06 judges real benchmarks; 06 refits the edges of boxes
 READS_SCORING = {"stages.eval_model": "", "stages.evaluate": "calibration"}  # module: "" for all
 OTHER_HOMES = {  # module and test of a stage that is none of the recipe
-    "08_benchmark": ("mig_kit/lab/benchmark.py", "tests/lab/test_benchmark.py"),
+    "08_benchmark": ("mig_kit/lab/workload.py", "tests/lab/test_workload.py"),
     "90_tiny_base": ("notebooks/tiny_base/training.py", "tests/test_tiny_base.py")}
 
 

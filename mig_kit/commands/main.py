@@ -210,26 +210,19 @@ def record(run_ids: tuple[str, ...], out: Path) -> None:
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path),
               help="Write the figures here.")
 def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -> None:
-    """Stock TRL and the kit side by side in one run: rollout, training, whole step, rejection
-    sampling, evaluation.
-    """
+    """Stock TRL and the kit side by side in one run: rollout, training, whole step."""
     import tempfile
 
     if out and not out.absolute().parent.is_dir():
         raise UserError(f"{out} cannot be written; name a file in a folder that exists")
-    from mig_kit.lab import benchmark
-    from mig_kit.lab.workload import Workload
+    from mig_kit.lab.workload import Workload, headline_text, run_headline
     from mig_kit.models import loading
 
     hardware, workload = loading.choose_hardware(dtype), Workload(**load)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        result = benchmark.run_headline(loading.resolve_model(absolute_folder(model)), hardware,
-                                        workload, folder / "headline", repeats)
-        if hardware.device == "cpu":
-            result["utilisation"] = benchmark.measure_utilisation(
-                hardware, workload, folder / "utilisation", repeats)
-    click.echo(benchmark.headline_text(result, workload))
+        result = run_headline(loading.resolve_model(absolute_folder(model)), hardware, workload,
+                              Path(name), repeats)
+    click.echo(headline_text(result, workload))
     if out:
         write_json(out, result)
 

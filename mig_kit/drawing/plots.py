@@ -10,8 +10,6 @@ from matplotlib.axes import Axes
 from mig_kit.drawing.palette import (
     CORRECT,
     INK,
-    MUTED,
-    PREDICTED,
     SYSTEM_COLOURS,
     SYSTEM_LABELS,
     SYSTEM_MARKERS,
@@ -215,31 +213,5 @@ def plot_groups(rows: list[dict], system: str = "grpo", reference: str = "") -> 
     if reference:
         title = (f"{SYSTEM_LABELS[system]} models: difference to {reference}, points, with 95 % "
                  "intervals")
-    set_title(figure, title)
-    return figure
-
-
-def plot_speedup(rows: list[dict], title: str):
-    """Panels over prompt tokens, replies, reply tokens and prompts; rows: of `run_sweep`."""
-    table = pd.DataFrame(rows)
-    usual = {key: table[key].mode()[0] for key in ("images", "group", "tokens", "prompts")}
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 5), sharey=True, layout="constrained")
-    panels = (("images", "prompt_tokens", "tokens of the prompt"),
-              ("group", "group", "replies to a prompt"),
-              ("tokens", "tokens", "tokens of a reply"),
-              ("prompts", "prompts", "prompts of a step"))
-    for axis, (key, x, label) in zip(axes.flat, panels):
-        is_usual = [all(row[other] == usual[other] for other in usual if other != key)
-                    for _, row in table.iterrows()]
-        part = table[is_usual]
-        sns.lineplot(part, x=x, y="ratio", hue="stage", style="stage", markers=True,
-                     dashes=True, palette=[CORRECT, PREDICTED][:part["stage"].nunique()], ax=axis,
-                     errorbar=None, legend=axis is axes.flat[0])
-        axis.axhline(1, color=MUTED, linewidth=1)
-        axis.set(xlabel=label, ylabel="times as fast", xticks=sorted(part[x].unique()))
-    first = axes.flat[0]
-    first.set_ylim(0, 1.08 * max(1, table["ratio"].max()))  # of all panels, which share it
-    figure.legend(ncols=2, **LEGEND)
-    first.get_legend().remove()
     set_title(figure, title)
     return figure

@@ -22,8 +22,7 @@ CARDS = (24, 40, 80, 141)  # GB on the labels of GPUs
 USABLE = 0.93  # share of a label's GB that can be used, in GiB
 RUNTIME_GIB = 2.7  # the CUDA context, and what the allocator holds unused; measured in 02 of the 3B
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight, with its scales (double quantisation)
-IMAGES = 6  # of a prompt
-TEXT_TOKENS, TRACE_TOKENS = 200, 300  # of a prompt's text, and of a trace
+IMAGES, TEXT_TOKENS, TRACE_TOKENS = 6, 200, 300  # images and text of a prompt, tokens of a trace
 ADVICE = {
     "02_sft": "lower max_pixels, or lora_r",
     "04_rejection_sampling": "lower max_pixels, or replies",
@@ -78,29 +77,25 @@ SHAPES = {
         4096, 12288, 32, 16, 4, 248320, 9_409_813_744, 256, 32, 24, 2048, 4096, 32, 128)}
 
 
-def read_profile(profile: str) -> dict[str, SimpleNamespace]:
-    """Stage -> its parameters in a profile, for 01 and the stages in ADVICE."""
-    return {stage: SimpleNamespace(**profile_params(stage, profile))
-            for stage in ("01_synthesize", *ADVICE)}
-
-
 def predict(profile: str) -> dict[str, list]:
     """What a profile needs.
 
-    Returns: {"advice": a line for each of CARDS, "memory": rows of `memory_table`}; both are empty
-    for "tiny", and for a model that is neither in SHAPES nor a folder.
+    Returns: {"advice": a line for each of CARDS, "memory": rows {"stage", "GiB", "largest part"}};
+    both are empty for "tiny", and for a model that is neither in SHAPES nor a folder.
     """
-    params = read_profile(profile)
-    first = params["01_synthesize"]
-    shape = find_shape(first.base_model)
+    stages = ("01_synthesize", *ADVICE)
+    params = {stage: SimpleNamespace(**profile_params(stage, profile)) for stage in stages}
+    shape = find_shape(params["01_synthesize"].base_model)
     if shape is None:
         return {"advice": [], "memory": []}
-    largest = {gigabytes: fitting_pixels(shape, params, gigabytes) for gigabytes in CARDS}
-    verdicts = {gigabytes: f"all stages fit, up to max_pixels {pixels}" if pixels else
-                "not all stages fit" for gigabytes, pixels in largest.items()}
-    return {"advice": [f"{gigabytes} GB: {verdict} ({IMAGES} images a prompt)"
-                       for gigabytes, verdict in verdicts.items()],
-            "memory": memory_table(predict_memory(shape, params, first.max_pixels))}
+    needs = predict_memory(shape, params)
+    rows = [{"stage": stage, "GiB": round(sum(parts.values()) + RUNTIME_GIB, 1),
+             "largest part": f"{max(parts, key=parts.get)} {max(parts.values()):.1f}"}
+            for stage, parts in needs.items()]
+    too_large = {gigabytes: [f"{row['stage']}: {ADVICE[row['stage']]}" for row in rows
+                             if row["GiB"] > USABLE * gigabytes] for gigabytes in CARDS}
+    return {"advice": [f"{gigabytes} GB: {'; '.join(words) or 'all stages fit'}"
+                       for gigabytes, words in too_large.items()], "memory": rows}
 
 
 def find_shape(model: str) -> Shape | None:
@@ -153,9 +148,8 @@ def training_memory(shape: Shape, load: Load, lora_r: int, is_checkpointed: bool
         is_checkpointed: the inputs of all layers are kept, and one layer in full.
         four_bit: projections are NF4, and all else float32 (prepare_model_for_kbit_training).
     """
-    own_tokens = load.replies * load.tokens
-    group_tokens = load.prompt + own_tokens  # the prompt is read once
-    tokens, logit_tokens = load.prompts * group_tokens, load.prompts * own_tokens
+    logit_tokens = load.prompts * load.replies * load.tokens
+    tokens = load.prompts * load.prompt + logit_tokens  # a prompt is read once
     activations = tokens * shape.layers * layer_bytes(shape, lora_r)
     if is_checkpointed:
         layer_inputs = shape.layers * shape.hidden * (4 if four_bit else 2)
@@ -184,14 +178,14 @@ def decoding_memory(shape: Shape, load: Load) -> dict[str, float]:
             "prefill": prompt_tokens * (4 * shape.hidden + 3 * shape.inner) * 2 / GIB}
 
 
-def predict_memory(shape: Shape, params: dict[str, SimpleNamespace],
-                   max_pixels: int) -> dict[str, dict[str, float]]:
+def predict_memory(shape: Shape,
+                   params: dict[str, SimpleNamespace]) -> dict[str, dict[str, float]]:
     """Stage -> GiB of its parts, one prompt at a time; for 05 those of its larger phase.
 
-    params: of `read_profile`. max_pixels: of an image.
+    params: of 01 and the stages in ADVICE.
     """
-    _, sft, sampling, grpo, evaluate = params.values()
-    prompt = TEXT_TOKENS + IMAGES * max_pixels // shape.token_side**2
+    first, sft, sampling, grpo, evaluate = params.values()
+    prompt = TEXT_TOKENS + IMAGES * first.max_pixels // shape.token_side**2
     sft_load = Load(prompt, sft.per_device_train_batch_size, 1, TRACE_TOKENS)
     group, reply = grpo.num_generations, grpo.max_completion_length
     in_graph = max(1, (grpo.micro_replies or grpo.per_device_train_batch_size) // group)
@@ -206,26 +200,3 @@ def predict_memory(shape: Shape, params: dict[str, SimpleNamespace],
         "04_rejection_sampling": decoding_memory(shape, sampling_load),
         "05_grpo": max(drawing, learning, key=lambda parts: sum(parts.values())),
         "06_evaluate": decoding_memory(shape, evaluate_load)}
-
-
-def memory_table(needs: dict[str, dict[str, float]]) -> list[dict]:
-    """Rows {"stage", "GiB", "largest part", a column per card: "fits" or the words of ADVICE}."""
-    rows = []
-    for stage, parts in needs.items():
-        total = sum(parts.values()) + RUNTIME_GIB
-        largest = max(parts, key=parts.get)
-        verdicts = {f"{gigabytes} GB": "fits" if total <= USABLE * gigabytes else ADVICE[stage]
-                    for gigabytes in CARDS}
-        rows.append({"stage": stage, "GiB": round(total, 1),
-                     "largest part": f"{largest} {parts[largest]:.1f}", **verdicts})
-    return rows
-
-
-def fitting_pixels(shape: Shape, params: dict[str, SimpleNamespace], gigabytes: int) -> int:
-    """The largest max_pixels, by 16 image tokens, with which all stages fit a card; 0 if none."""
-    area = shape.token_side**2
-    for tokens in range(params["01_synthesize"].max_pixels // area, 0, -16):
-        rows = memory_table(predict_memory(shape, params, tokens * area))
-        if all(row[f"{gigabytes} GB"] == "fits" for row in rows):
-            return tokens * area
-    return 0

@@ -1,17 +1,21 @@
-"""What the benchmark measures: questions of one size, the two trainers, time and memory."""
+"""The kit's trainer and stock TRL's measured in turns: questions of one size, time and memory.
+
+Both sides have the same weights, data and tokens per reply. Stock trainers read a prompt once per
+reply, the kit once per group. No rollout reuses the images of another.
+"""
 
 import random
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText
 from trl import GRPOTrainer
 
 from mig_kit.boxes import BoxFormat
@@ -24,8 +28,6 @@ from mig_kit.stages.grpo import grpo_trainer
 from mig_kit.world.scenes import PLAIN, render_scene
 
 BOX_FORMAT = BoxFormat(max_pixels=4_000_000)  # no image is made smaller
-STOCK_ATTENTION = "sdpa"  # transformers' default
-SCENE_SIDE = 84  # pixels
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,18 @@ class Workload:
     prompts: int = 4  # of a step, as many as stage 05 learns from at a time
 
 
-def make_questions(load: Workload, count: int, alike: int = 1) -> list[Sample]:
-    """`count` questions, each `alike` in sequence about the same `load.images` scenes."""
+def make_questions(load: Workload) -> list[Sample]:
+    """`load.prompts` questions, each about `load.images` drawn images of its own."""
     rng = random.Random("benchmark/0")
     samples = []
-    for index in range(count):
-        if index % alike == 0:
-            scenes = [PLAIN.arrange_scene(rng, PLAIN.pick_appearances(rng, 4),
-                                          (SCENE_SIDE, SCENE_SIDE)) for _ in range(load.images)]
-            images = tuple(render_scene(scene).resize((load.side, load.side)) for scene in scenes)
-            objects = [obj for scene in scenes for obj in scene.objects]
-        obj = objects[index % alike % len(objects)]
-        box = tuple(value * load.side / SCENE_SIDE for value in obj.box)
+    for index in range(load.prompts):
+        scenes = [PLAIN.arrange_scene(rng, PLAIN.pick_appearances(rng, 4), (84, 84))
+                  for _ in range(load.images)]
+        images = tuple(render_scene(scene).resize((load.side, load.side)) for scene in scenes)
+        target = Target(1, (0, 0, load.side, load.side))
         samples.append(Sample(f"benchmark/{index}", "benchmark", "benchmark", "val", images,
-                              f"Find the {obj.name}.", (Target(1, box),)))
+                              f"Find the {scenes[0].objects[0].name}.", (target,)))
     return samples
-
-
-def load_stock_model(model: str | Path, hardware: Hardware) -> PreTrainedModel:
-    """The model as transformers loads it: its own attention, and its convolution over patches."""
-    weights = AutoModelForImageTextToText.from_pretrained(
-        model, dtype=hardware.dtype, attn_implementation=STOCK_ATTENTION,
-        device_map=hardware.device, use_safetensors=True)
-    return weights.eval()
 
 
 def time_call(call: Callable[[], object], hardware: Hardware) -> float:
@@ -75,20 +66,18 @@ def time_call(call: Callable[[], object], hardware: Hardware) -> float:
 
 
 def compare_times(stock: Callable[[], object], kit: Callable[[], object], repeats: int,
-                  hardware: Hardware, name: str = "") -> dict:
-    """Times the two calls in turns, after one warm-up each; a `name` also prints the figures.
+                  hardware: Hardware, name: str) -> dict:
+    """Times the two calls in turns, after one warm-up each, and prints the figures by `name`.
 
-    Returns: {"stock_s", "kit_s": medians, seconds; "ratio"; "stock_spread", "kit_spread": fastest
-    and slowest}.
+    Returns: {"stock_s", "kit_s": medians; "ratio"; "stock_spread", "kit_spread": extremes}.
     """
     stock()
     kit()
     pairs = [(time_call(stock, hardware), time_call(kit, hardware)) for _ in range(repeats)]
     stock_seconds, kit_seconds = zip(*pairs)
     stock_median, kit_median = statistics.median(stock_seconds), statistics.median(kit_seconds)
-    if name:
-        print(f"{name:<14} stock {stock_median:8.3f} s   kit {kit_median:8.3f} s   "
-              f"{stock_median / kit_median:6.1f} times as fast", flush=True)
+    print(f"{name:<14} stock {stock_median:8.3f} s   kit {kit_median:8.3f} s   "
+          f"{stock_median / kit_median:6.1f} times as fast", flush=True)
     return {
         "stock_s": round(stock_median, 4), "kit_s": round(kit_median, 4),
         "ratio": round(stock_median / kit_median, 2),
@@ -125,7 +114,6 @@ class Side:
     """One of the two trainers. is_kit: it reads every prompt once per group."""
 
     trainer: GRPOTrainer
-    samples: list[Sample]
     load: Workload
     is_kit: bool
 
@@ -174,8 +162,12 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
               is_kit: bool) -> Side:
     """A trainer for `load` whose adapter is not zero; scratch files go below `folder`."""
     processor = load_processor(model, BOX_FORMAT)
-    samples = make_questions(load, load.prompts)
-    weights = load_model(model, hardware) if is_kit else load_stock_model(model, hardware)
+    if is_kit:
+        weights = load_model(model, hardware)
+    else:  # as transformers loads it, with its own attention and its convolution over patches
+        weights = AutoModelForImageTextToText.from_pretrained(
+            model, dtype=hardware.dtype, attn_implementation="sdpa", device_map=hardware.device,
+            use_safetensors=True).eval()
     policy = Policy(weights, processor, hardware, BOX_FORMAT)
     torch.manual_seed(0)
     params = SimpleNamespace(**profile_params("05_grpo") | {
@@ -184,7 +176,7 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
         "gradient_accumulation_steps": 1, "max_completion_length": load.tokens, "max_steps": 1,
         "learning_rate": 1e-4, "warmup_steps": 1, "scale_rewards": "group", "save_steps": 100,
         "seed": 0})
-    trainer = grpo_trainer(policy, samples, folder / str(is_kit), params,
+    trainer = grpo_trainer(policy, make_questions(load), folder / str(is_kit), params,
                            min_new_tokens=load.tokens)
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
@@ -195,7 +187,7 @@ def make_side(model: str | Path, hardware: Hardware, load: Workload, folder: Pat
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    return Side(trainer, samples, load, is_kit)
+    return Side(trainer, load, is_kit)
 
 
 def same_batches(stock: Side) -> tuple[dict, dict]:
@@ -213,3 +205,43 @@ def gradient_error(stock: Side, kit: Side) -> float:
     for side, batch in zip((stock, kit), same_batches(stock)):
         side.learn(batch)
     return float((stock.gradients() - kit.gradients()).norm() / stock.gradients().norm())
+
+
+def compare_training(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
+                     repeats: int, with_step: bool = False) -> dict:
+    """Times "rollout" and "train" of a load; with_step: also a GRPO step and its memory."""
+    stock, kit = make_sides(model, hardware, load, folder)
+    stock_batch, kit_batch = same_batches(stock)
+    kit.roll_out()
+    result = {
+        "prompt_tokens": kit.prompt_tokens,
+        "rollout": compare_times(stock.roll_out, kit.roll_out, repeats, hardware, "rollout"),
+        "train": compare_times(lambda: stock.learn(stock_batch), lambda: kit.learn(kit_batch),
+                               repeats, hardware, "train")}
+    if with_step:
+        result["grpo_step"] = compare_times(stock.step, kit.step, repeats, hardware, "grpo_step")
+        result["peak_mem_mb"] = {"stock": peak_memory(stock.step, hardware),
+                                 "kit": peak_memory(kit.step, hardware)}
+    return result
+
+
+def run_headline(model: str | Path, hardware: Hardware, load: Workload, folder: Path,
+                 repeats: int) -> dict:
+    """Measures one load, prints a line for each stage, and compares gradients in float32."""
+    float32 = replace(hardware, dtype=torch.float32, autocast=False, attention="sdpa")
+    error = gradient_error(*make_sides(model, float32, replace(load, prompts=1), folder))
+    return {
+        "load": vars(load), "model": Path(model).name, "hardware": hardware.reason,
+        "repeats": repeats, "grad_rel_error": error,
+        **compare_training(model, hardware, load, folder, repeats, with_step=True)}
+
+
+def headline_text(result: dict, load: Workload) -> str:
+    """Text about the load, memory and gradients; `run_headline` prints the times."""
+    memory = result["peak_mem_mb"]
+    return "\n".join([
+        f"{load.prompts} prompts with {load.images} images of {load.side} px "
+        f"({result['prompt_tokens']} tokens), {load.group} replies of {load.tokens} tokens to "
+        f"each; {result['hardware']}",
+        f"memory of a step: stock {memory['stock']:.0f} MiB, kit {memory['kit']:.0f} MiB",
+        f"gradients apart by {result['grad_rel_error']:.1e} (relative, float32)"])

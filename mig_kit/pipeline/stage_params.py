@@ -370,8 +370,6 @@ class Benchmark(StageParams):
     prompts: Positive = param(4, "prompts of a step; stock needs memory for each")
     model: str = param("tiny", "tiny (the shipped base) or a Qwen2.5-VL folder")
     repeats: Positive = param(3, "turns of either side")
-    wide_hidden: int = param(2048, "width of the random model; 2048 is the 3B's", ge=128,
-        multiple_of=128)
     dtype: Dtype = DTYPE
 
 

@@ -11,8 +11,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mig_kit.shared_prefix.flat_layers import hide_future, product_dtype
-
 NAME = "mig_kit"
 PACKED_NAME = "mig_kit_flash"  # with "flash" in it, for transformers to hand over packed windows
 LONG_WITH_GRADIENT = 1024  # tokens; only longer rows are worth blocks, which skip half the scores
@@ -58,12 +56,27 @@ def attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
     if is_fused:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout,
                                       scaling=scaling, is_causal=is_causal, **kwargs)
-    if is_long or is_causal_square and in_blocks:
-        return _attend_in_blocks(query, key, value, scale, keep_weights)
-    if attention_mask is None and causal and tokens > 1:
-        all_pairs = torch.ones(tokens, past, dtype=torch.bool, device=query.device)
-        attention_mask = all_pairs.tril(past - tokens)[None, None]
+    if attention_mask is None and causal:
+        return attend_causally(query, key, value, scale, keep_weights, in_blocks)
     return _attend_at_once(query, key, value, scale, keep_weights, attention_mask)
+
+
+def attend_causally(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+                    keep_weights: bool = False, in_blocks: bool = False) -> tuple:
+    """`attention` of the last tokens of rows to those up to their own, by plain products."""
+    tokens, past = query.shape[2], key.shape[2]
+    is_long = tokens > LONG_WITH_GRADIENT and not keep_weights
+    if tokens == past and (is_long or in_blocks):
+        return _attend_in_blocks(query, key, value, scale, keep_weights)
+    all_pairs = torch.ones(tokens, past, dtype=torch.bool, device=query.device)
+    mask = all_pairs.tril(past - tokens)[None, None] if tokens > 1 else None
+    return _attend_at_once(query, key, value, scale, keep_weights, mask)
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that products of this tensor are computed in."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def _attend_few_rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
@@ -121,7 +134,7 @@ def _attend_in_blocks(
                 if mask is not None:
                     scores_by_head += _additive(mask[:, :, start:end, :past], dtype)
                 elif causal:
-                    scores_by_head[..., start:] += hide_future(end - start, dtype, query.device)
+                    scores_by_head[..., start:] += _hide_future(end - start, dtype, query.device)
             weights = scores.softmax(-1)
             mixed = torch.matmul(weights, value[:, :, :past])
             mixed_blocks.append(mixed.view(rows, heads, -1, width))
@@ -129,6 +142,13 @@ def _attend_in_blocks(
                 weight_blocks.append(weights.view(rows, heads, -1, past))
     mixed = torch.cat(mixed_blocks, 2).transpose(1, 2).contiguous()
     return mixed, weight_blocks if keep_weights else None
+
+
+def _hide_future(tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(tokens, tokens), added to scores: 0 at a token and those before it, else very low."""
+    # -inf would make a row of padding NaN
+    lowest = torch.finfo(dtype).min / 2
+    return torch.full((tokens, tokens), lowest, dtype=dtype, device=device).triu_(1)
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

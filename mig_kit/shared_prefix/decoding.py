@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear, pad, softmax
 from transformers import Cache
 
-from mig_kit.shared_prefix.flat_layers import is_plain_lora, product_dtype
+from mig_kit.shared_prefix.attention import product_dtype
 from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes, has_linear_attention
 
 ROW_BLOCK = 16  # tokens by which a row's keys and values grow on a CPU
@@ -234,6 +234,15 @@ class StateDecoder:
             past_key_values=self.cache, use_cache=True)
         self.position = self.position + 1
         return self.head(output.last_hidden_state[:, 0])
+
+
+def is_plain_lora(layer: torch.nn.Module) -> bool:
+    """Is this a linear layer of PEFT's that adds scale * x A^T B^T of one adapter, or of none?"""
+    kind = type(layer)
+    return (kind.__module__.startswith("peft.tuners.lora.")
+            and kind.__name__ in ("Linear", "Linear4bit")
+            and not layer.lora_variant and not any(layer.lora_bias.values())
+            and sum(name in layer.lora_A for name in layer.active_adapters) <= 1)
 
 
 def has_experts(mlp: torch.nn.Module) -> bool:

@@ -12,8 +12,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
+from mig_kit.shared_prefix.attention import attend_causally, product_dtype
+
 NAME = "mig_kit_groups"
 BLOCK = 512  # tokens whose mask is made at a time, so that half of the future is never computed
+# on a CPU, in bfloat16, the fused kernel's backward pass takes several times as long as plain
+# products, whose scores are small up to so many tokens of a prompt and of a completion
+LONG_PROMPT, LONG_REPLY = 2048, 128
 
 
 class Group(NamedTuple):
@@ -51,18 +56,20 @@ def attend_groups(module: torch.nn.Module, query: torch.Tensor, key: torch.Tenso
     query, key, value (1, heads, tokens, width) -> (mixed values (1, tokens, heads, width), None).
     """
     options = {"scale": scaling, "dropout_p": dropout}
-    by_token = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    # a single completion simply goes on where its prompt ends
+    counts = [(group.prompt, *group.completions) if len(group.completions) > 1 else (group.tokens,)
+              for group in groups]
+    # split, because every slice's gradient would be as large as the whole
+    parts = [iter(tensor[0].transpose(0, 1).split(sum(counts, ())))
+             for tensor in (query, key, value)]
     mixed = []
-    for first, group in places(groups):
-        # a single completion simply goes on where its prompt ends
-        lengths = group.completions if len(group.completions) > 1 else ()
-        n_prompt = group.prompt if lengths else group.tokens
-        own = [tensor[first:first + n_prompt].transpose(0, 1)[None] for tensor in by_token]
+    for _, *lengths in counts:
+        own = [next(part).transpose(0, 1)[None] for part in parts]
         mixed.append(_attend_causally(*own, sliding_window, options)[0])
         if not lengths:
             continue
-        rows = [pad_sequence(tensor[first + n_prompt:first + group.tokens].split(lengths), True)
-                .transpose(1, 2) for tensor in by_token]
+        rows = [pad_sequence([next(part) for _ in lengths], True).transpose(1, 2)
+                for part in parts]
         keys, values = (torch.cat([shared.expand(len(lengths), -1, -1, -1), tensor], 2)
                         for shared, tensor in zip(own[1:], rows[1:]))
         replies = _attend_causally(rows[0], keys, values, sliding_window, options)
@@ -79,6 +86,11 @@ def _attend_causally(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     tokens, past = query.shape[2], key.shape[2]
     if window is not None and window >= past:
         window = None
+    if (query.device.type == "cpu" and product_dtype(query) == torch.bfloat16 and window is None
+            and tokens <= (LONG_PROMPT if tokens == past else LONG_REPLY)
+            and not options["dropout_p"]):
+        scale = options["scale"] or query.shape[3] ** -0.5
+        return attend_causally(query, key, value, scale)[0].transpose(1, 2)
     fuses_heads = not query.is_cuda or query.dtype != torch.float32 and window is None
     if not fuses_heads:  # no kernel of a GPU takes both a mask and heads that share keys
         key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1)

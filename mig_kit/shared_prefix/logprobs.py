@@ -1,8 +1,7 @@
 """Log-probabilities of completions whose prompts are read once, with gradients.
 
 In a GRPO update one pass over a prompt serves all its completions, which are one row with it and
-attend to it as `groups` says. On a CPU `flat_layers` computes what LoRA and 4-bit layers would;
-elsewhere these are the model's own modules.
+attend to it as `groups` says; layers are the model's own modules.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from mig_kit.shared_prefix.flat_layers import can_read_flat, read_flat
 from mig_kit.shared_prefix.groups import Group, attending_in_groups, places, scored_places
 from mig_kit.shared_prefix.prefixes import embed_with_images, make_cache
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
@@ -34,7 +32,8 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
     model = unwrap_peft(model)
     states = completion_states(model, prompts, prompt_index, ids, mask)
     targets = ids[mask.bool()]
-    is_long = model.is_activation_checkpointing or ids.shape[1] > LONG_COMPLETION
+    is_checkpointed = model.model.language_model.layers[0].gradient_checkpointing
+    is_long = is_checkpointed or ids.shape[1] > LONG_COMPLETION
     size = HEAD_TOKENS if is_long else len(states)
     *pieces, last = zip(states.split(size), targets.split(size))
     values = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
@@ -50,7 +49,7 @@ def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, 
 
     prompt_index: (rows,) the prompt of each row; ids, mask: (rows, tokens), padded on the right.
     Each prompt, which has a row at least, is read with all its completions behind it, without a
-    cache, so that layers can be checkpointed. On a CPU `read_flat` does that.
+    cache, so that layers can be checkpointed.
     """
     model = unwrap_peft(model)
     language = model.model.language_model
@@ -59,9 +58,6 @@ def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, 
     is_image = (packed.ids == model.config.image_token_id) & packed.is_prompt
     inputs = embed_with_images(embeds, is_image, prompts)
     hidden, deepstack = inputs["inputs_embeds"], inputs.get("deepstack_visual_embeds", ())
-    if can_read_flat(model):
-        return read_flat(language, hidden[0], packed.positions[:, 0], packed.groups, deepstack,
-                         is_image[0])[packed.state_places]
     angles = language.rotary_emb(hidden, packed.positions)
     for index, layer in enumerate(language.layers):
         read = partial(_read_layer, language, layer, packed.groups, angles)

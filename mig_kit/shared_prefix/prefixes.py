@@ -12,8 +12,6 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from mig_kit.shared_prefix.flat_layers import can_read_flat, read_flat
-from mig_kit.shared_prefix.groups import Group
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
 
 # Rows are padded to multiples of so many tokens: where every batch has sizes of its own, the heap
@@ -126,8 +124,6 @@ class PaddedPrompts:
     def prefill(self, model) -> tuple[torch.Tensor, Cache]:
         """States at the last tokens (prompts, hidden), and the cache."""
         language = model.model.language_model
-        if can_read_flat(model):
-            return self._prefill_flat(language)
         arguments = self.inputs | {"position_ids": self.positions, "use_cache": True}
         if has_linear_attention(model):
             output = language(**arguments, attention_mask=self.mask,
@@ -136,24 +132,6 @@ class PaddedPrompts:
         output = language(**arguments)
         row = torch.arange(len(self.mask), device=self.mask.device)
         return output.last_hidden_state[row, self.mask.sum(1) - 1], output.past_key_values
-
-    def _prefill_flat(self, language: torch.nn.Module) -> tuple[torch.Tensor, Cache]:
-        """`prefill` on a CPU, where no padding is read."""
-        is_token = self.mask.bool()
-        is_image = self.inputs.get("visual_pos_masks")
-        keys_and_values: list[tuple[torch.Tensor, torch.Tensor]] = []
-        states = read_flat(
-            language, self.inputs["inputs_embeds"][is_token], self.positions[:, is_token],
-            [Group(tokens, ()) for tokens in self.mask.sum(1).tolist()],
-            self.inputs.get("deepstack_visual_embeds", ()),
-            None if is_image is None else is_image[is_token], keys_and_values)
-        cache = DynamicCache()
-        for index, parts in enumerate(keys_and_values):
-            padded = [part.new_zeros(*is_token.shape, *part.shape[1:]) for part in parts]
-            for rows, part in zip(padded, parts):
-                rows[is_token] = part
-            cache.update(*(rows.transpose(1, 2) for rows in padded), index)
-        return states, cache
 
 
 def pad_prompts(model, prompts: list[Prompt]) -> PaddedPrompts:

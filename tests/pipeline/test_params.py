@@ -82,7 +82,6 @@ REFUSED = [
     ("06", {"suites": {"blink": -1}}, "0 or more"),
     ("08", {"model": "nowhere"}, "a folder that exists, or USER/NAME of the hub"),
     ("08", {"images": 9}, "1 or more, at most 8"),
-    ("08", {"wide_hidden": 200}, "a multiple of 128"),
     ("90", {"course_steps": [1]}, "list[int], 4 of them"),
 ]
 OFFERED = [

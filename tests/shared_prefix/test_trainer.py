@@ -22,13 +22,18 @@ from forced_completions import enliven
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pictures
 from published import format_of
-from transformers import AutoModelForImageTextToText, TrainerCallback
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 
 from mig_kit.image_files import pixel_digest
 from mig_kit.models.processors import load_processor
-from mig_kit.shared_prefix import compare, decoding, generation, logprobs, prefixes
+from mig_kit.shared_prefix import compare, decoding, generation, logprobs
 from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
 from mig_kit.shared_prefix.groups import places
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource, describe_image
@@ -363,11 +368,10 @@ def test_what_cannot_be_shared_is_left_to_stock_trl(random_folder, random_model,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["own layers", "flat layers", "states"])
-def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch, kind):
-    """In the model's layers, as on a GPU; in flat ones, as on a CPU; in states of attention."""
-    _, own = make_pair(max_steps=1, gradient_checkpointing=True,
-                       family="qwen3_5" if kind == "states" else "")
+@pytest.mark.parametrize("family", ["", "qwen3_5"])
+def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeypatch, family):
+    """In keys and values, and in states of linear attention."""
+    _, own = make_pair(max_steps=1, gradient_checkpointing=True, family=family)
     pack = logprobs._pack_completions
 
     def leak(*arguments):  # replies go on one behind the other
@@ -376,8 +380,6 @@ def test_a_leak_between_replies_is_noticed_at_the_first_batch(make_pair, monkeyp
                                        for group in packed.groups])
 
     monkeypatch.setattr(logprobs, "_pack_completions", leak)
-    if kind == "own layers":
-        monkeypatch.setattr(logprobs, "can_read_flat", lambda model: False)
     own._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
     with pytest.warns(UserWarning, match="prompts are not shared: log-probabilities at the first"):
         own.train()
@@ -622,7 +624,6 @@ def test_a_decoder_of_another_policy_is_noticed_though_the_adapter_is_zero(make_
             parameter.data.zero_()
     monkeypatch.setattr(decoding, "_fold_adapter",
                         lambda layer, dtype: layer.merged_adapters.append("default"))
-    monkeypatch.setattr(prefixes, "can_read_flat", lambda model: False)
     own._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
     with pytest.warns(UserWarning, match="the decoder's choices at the first batch are"):
         own.train()
@@ -780,6 +781,54 @@ def test_what_changes_on_the_way_is_as_in_stock_trl(make_pair, case):
             trainer.processing_class.image_processor.size = size
     for expected, gradient in zip(*steps, strict=True):
         assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+class BusyCallback(TrainerCallback):
+    """Reads a row, and sets a temperature, which stock TRL read before."""
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **others):
+        assert len(train_dataloader.dataset[1]["images"]) == COUNTS[1]
+
+    def on_step_begin(self, args, state, control, **others):
+        args.temperature = 7.0
+
+
+@pytest.mark.slow
+def test_callbacks_and_an_uneven_last_batch_are_as_in_stock_trl(make_pair):
+    pair = make_pair(learning_rate=1e-6)
+    evaluated = []
+    for trainer in pair:
+        trainer.add_callback(BusyCallback())
+        trainer.args.per_device_eval_batch_size = 8
+        figures = trainer.evaluate(make_table(MESSAGES[:3], COUNTS[:3]))
+        evaluated.append({name: value for name, value in figures.items()
+                          if name != "eval_shared" and "time" not in name
+                          and "per_second" not in name})
+    assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-3, abs=1e-5, nan_ok=True)
+    check_same_gradients(pair, 2)
+    own = pair[1]
+    del own._draw_completions
+    own.generation_config.max_new_tokens = 3
+    assert max(map(len, own._draw_completions(list(own.sources)[:1] * 4, 4))) == 3
+
+
+@pytest.mark.slow
+def test_tokens_of_images_in_a_text_or_none_in_a_tokenizer_are_named(random_folder, processor,
+                                                                     tmp_path):
+    table = make_table([[{"role": "user", "content": f"{text}<|image_pad|>"}] for text in "ab"],
+                       (1, 1))
+    for with_images in (table, table.remove_columns("images")):
+        trainer = make_own(random_folder, processor, tmp_path, train_dataset=with_images)
+        with pytest.raises(ValueError, match="take image tokens out of what people wrote"):
+            trainer.train()
+    words = processor.tokenizer.backend_tokenizer.to_str().replace("<|image_pad|>", "<|gap|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(words), eos_token=processor.tokenizer.eos_token,
+        pad_token=processor.tokenizer.pad_token, padding_side="left",
+        chat_template="{% for message in messages %}{{ message.content }}{% endfor %}")
+    with pytest.warns(UserWarning, match="not shared: the tokenizer lacks the tokens of images"):
+        make_own(random_folder, tokenizer, tmp_path,
+                 train_dataset=make_table().remove_columns("images"))
 
 
 def test_weight_decay_leaves_an_adapter_alone_that_is_not_active(random_folder):

@@ -13,7 +13,7 @@ from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
 from mig_kit.models import loading
 from mig_kit.pipeline.stage_keys import notebook_cells
-from mig_kit.shared_prefix import flat_layers, prompt_cache
+from mig_kit.shared_prefix import logprobs, prompt_cache
 from mig_kit.stages import grpo
 from mig_kit.training import recipe_trainer
 from mig_kit.world.tasks import TASKS, make_sample
@@ -76,13 +76,13 @@ def test_its_layers_are_checkpointed_as_in_the_training(make_lesson, monkeypatch
     trainer, _, batch = make_lesson(gradient_checkpointing=True, dtype="float32")
     plain, _, _ = make_lesson(dtype="float32")
     layers = prompt_cache.unwrap_peft(trainer.model).model.language_model.layers
-    run_layer, passes = flat_layers._run_layer, []
-    monkeypatch.setattr(flat_layers, "_run_layer",
-                        lambda *arguments: passes.append(1) or run_layer(*arguments))
+    read_layer, passes = logprobs._read_layer, []
+    monkeypatch.setattr(logprobs, "_read_layer",
+                        lambda *arguments: passes.append(1) or read_layer(*arguments))
     logps = recipe_trainer.token_logps(trainer, batch)
     assert len(passes) == len(layers)
     logps.sum().backward()
-    assert len(passes) == 2 * len(layers) - 1, "all but the last are computed again backwards"
+    assert len(passes) == 2 * len(layers), "they are computed again backwards"
     torch.testing.assert_close(logps, recipe_trainer.token_logps(plain, batch), atol=1e-5, rtol=0)
 
 
