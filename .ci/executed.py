@@ -1,7 +1,7 @@
 """Put the notebooks of a finished run into notebooks/executed: `make executed RUN_ID=default`.
 
-05b, which is no stage, is executed on that run. run.json beside them says of which run they are, and
-holds a digest of each one's outputs.
+05b, which is no stage, is executed on that run. run.json beside them says of which run they are,
+and holds a digest of each one's outputs.
 """
 
 import hashlib
