@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmark_files import correct_reply
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +20,6 @@ from mig_kit.stages import evaluate, report, tables
 from mig_kit.stages.grpo import describe_reply
 from mig_kit.stages.rejection_sampling import accuracy_by_detail, pass_rates
 from mig_kit.stages.sanity_checks import _pair_with_other_images
-from mig_kit.training.reward_loading import correct_reply
 from mig_kit.world.suites import make_suite
 from mig_kit.world.tasks import make_sample
 

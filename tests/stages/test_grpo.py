@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import accelerate
 import pytest
 import torch
+from benchmark_files import correct_reply
 from launched import StopAfter
 from torch.utils.data import DataLoader
 from trl import GRPOTrainer
@@ -115,7 +116,7 @@ def test_shares_of_what_is_true_and_of_what_is_listed():
 
 def test_what_is_kept_of_a_rollout():
     sample = make_sample("diff", "rl", 0)
-    reply = reward_loading.correct_reply(sample, BOX_FORMAT)
+    reply = correct_reply(sample, BOX_FORMAT)
     rewards = {name: REWARDS[name] for name in ("box", "choice")}
     scores = reward_loading.score_functions(rewards, BOX_FORMAT)
     row = grpo.describe_reply(reply, sample, BOX_FORMAT, scores, {"box": 2.0})
