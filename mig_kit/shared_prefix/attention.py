@@ -124,10 +124,10 @@ def _attend_in_blocks(
     mixed_blocks, weight_blocks = [], []
     with torch.autocast(query.device.type, enabled=False):
         query, key, value = (query * scale).to(dtype), key.to(dtype), value.to(dtype)
-        for start in range(0, tokens, step):
-            end = min(start + step, tokens)
+        for start, block in zip(range(0, tokens, step), query.split(step, 2)):
+            end = start + block.shape[2]
             past = end if causal else tokens
-            block = query[:, :, start:end].reshape(rows, kv_heads, -1, width)
+            block = block.reshape(rows, kv_heads, -1, width)
             scores = torch.matmul(block, key[:, :, :past].transpose(2, 3))
             scores_by_head = scores.view(rows, heads, -1, past)
             with torch.no_grad():  # what is added is constant

@@ -59,27 +59,38 @@ def completion_states(model, prompts: list[Prompt], prompt_index: torch.Tensor, 
     inputs = embed_with_images(embeds, is_image, prompts)
     hidden, deepstack = inputs["inputs_embeds"], inputs.get("deepstack_visual_embeds", ())
     angles = language.rotary_emb(hidden, packed.positions)
+    scored, last = scored_places(packed.groups).to(ids.device), len(language.layers) - 1
     for index, layer in enumerate(language.layers):
-        read = partial(_read_layer, language, layer, packed.groups, angles)
+        # of prompts the last layer's MLP reads their last tokens alone
+        chosen = scored if index == last and len(deepstack) <= last else None
+        read = partial(_read_layer, language, layer, packed.groups, angles, chosen)
         hidden = (checkpoint(read, hidden, use_reentrant=False)
                   if layer.training and layer.gradient_checkpointing else read(hidden))
         if index < len(deepstack):
             hidden = hidden + torch.zeros_like(hidden).masked_scatter(
                 is_image[..., None], deepstack[index].to(hidden.dtype))
-    scored = scored_places(packed.groups).to(ids.device)
-    return language.norm(hidden[0, scored])[packed.state_places]
+    hidden = hidden[0, scored] if chosen is None else hidden[0]
+    return language.norm(hidden)[packed.state_places]
 
 
 def _read_layer(language, layer, groups: Sequence[Group], angles: tuple,
-                hidden: torch.Tensor) -> torch.Tensor:
-    """States of all groups' tokens in one row, (1, tokens, hidden), behind a layer."""
+                chosen: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+    """States, (1, tokens, hidden), of all groups' tokens in one row, or of those chosen, behind a
+    layer.
+    """
     # transformers' own checkpoints would take the cache away, and the attention
     is_checkpointed, layer.gradient_checkpointing = layer.gradient_checkpointing, False
     try:
         if "linear_attn" in dict(layer.named_children()):
-            return _read_linear(language, layer, groups, hidden)
+            read = _read_linear(language, layer, groups, hidden)
+            return read if chosen is None else read[:, chosen]
+        options = {"position_embeddings": angles, "attention_mask": None, "groups": groups}
         with attending_in_groups(language.config):
-            return layer(hidden, position_embeddings=angles, attention_mask=None, groups=groups)
+            if chosen is None:
+                return layer(hidden, **options)
+            mixed, _ = layer.self_attn(layer.input_layernorm(hidden), **options)
+            hidden = (hidden + mixed)[:, chosen]
+            return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     finally:
         layer.gradient_checkpointing = is_checkpointed
 
