@@ -1,7 +1,8 @@
 """Put the notebooks of a finished run into notebooks/executed: `make executed RUN_ID=default`.
 
 05b, which is no stage, is executed on that run. run.json beside them says of which run they are,
-and holds a digest of each one's outputs.
+and holds a digest of each one's outputs; scores.json is the run as `mig-kit record` keeps it, whose
+scores the README prints.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
 from mig_kit.pipeline import store
 from mig_kit.pipeline.execute import ThisPython
 from mig_kit.pipeline.run_facts import describe_machine
+from mig_kit.stages.evaluated_runs import README_RECORD, record_run
 
 FOLDER = NOTEBOOKS / "executed"
 BY_HAND = "05b_grpo_by_hand"
@@ -68,6 +70,7 @@ def main(run_id: str) -> None:
                 "outputs": keep_notebook(path)}
     facts[BY_HAND] = run_by_hand(run_id)
     write_json(FOLDER / "run.json", facts)
+    record_run(run_id, FOLDER).replace(PROJECT_ROOT / README_RECORD)
 
 
 if __name__ == "__main__":

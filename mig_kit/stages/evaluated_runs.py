@@ -25,7 +25,7 @@ from mig_kit.world.suites import suite_title
 # Runs that differ in one of these did not answer the same questions.
 SAMPLE_PARAMS = ("eval_seed", "suites", "min_pixels", "max_pixels", "coordinates")
 SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: longer SFT, of records alone
-README_RECORD = "notebooks/guide/ablations/default.json"  # the run whose scores the README prints
+README_RECORD = "notebooks/executed/scores.json"  # the run whose scores the README prints
 
 
 @dataclass(frozen=True)
