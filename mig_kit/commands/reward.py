@@ -47,8 +47,11 @@ def check(rewards: tuple[str, ...], file: Path, root: Path | None, profile: str,
     samples = list(iter_samples(file, root or file.parent, reward_check.MOST_TRIED))
     click.echo(f"{len(samples)} questions; boxes in {box_format.coordinates.description}")
     failures = []
-    for payment in reward_check.measure_payments(loaded, samples, box_format,
-                                                 params["reward_weights"]):
+    payments = reward_check.measure_payments(loaded, samples, box_format, params["reward_weights"])
+    if not payments:
+        raise UserError(f"{', '.join(loaded)}: no value for any of these questions; name rewards "
+                        "that are about them")
+    for payment in payments:
         faults, warnings = payment.judge()
         click.echo(f"{payment.name}\n{payment.table()}")
         for sentence in warnings:

@@ -1,6 +1,6 @@
 """What a stage's results follow from, as digests: parameters, inputs, files and code.
 
-Only a change of these makes a stage stale. Its code is the notebook's cells and every definition of
+A change of these makes a stage stale. Its code is the notebook's cells and every definition of
 the kit that they lead to, so another reward does not repeat fine-tuning. Docstrings, comments and
 what only keeps runs or draws pictures do not count.
 """
@@ -30,7 +30,7 @@ from mig_kit.pipeline.run_folders import COLD_START, STAGES, require_record
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS
 
 KEY_FACTS = ("parameter", "file", "input", "code")
-NOT_PRODUCTS = ("metrics.json", "started.json")  # they hold times and names of runs
+NOT_PRODUCTS = ("metrics.json",)  # they hold times and names of runs
 MODEL_PARAMS = ("base_model", "model", "start_from")  # each names a folder, a model or a word
 LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
@@ -104,7 +104,8 @@ def describe_change(before: dict, now: dict, finished: str = "finished") -> str:
     """
     old, new = before["parameter"], now["parameter"]
     differences = [f"{name}: {new.get(name)!r}, {finished} with {old.get(name)!r}"
-                   for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+                   for name in sorted({*old, *new})
+                   if digest_json(old.get(name)) != digest_json(new.get(name))]
     for kind in ("file", "input", "definition"):
         old, new = before[kind], now[kind]
         differences += [f"{name.rpartition('.')[2]} has changed" for name in sorted({*old, *new})

@@ -17,6 +17,7 @@ from mig_kit.common import PROFILES, PROJECT_ROOT, UserError, model_folder
 from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
 from mig_kit.pipeline.processes import parse_launcher
 from mig_kit.pipeline.reward_names import check_rewards
+from mig_kit.pipeline.run_folders import validate_run_id
 from mig_kit.world.suites import SUITES
 
 # set once, in stage 01; every later stage of the run takes them from there
@@ -65,8 +66,12 @@ class StageParams(BaseModel):
     """What all stages have in common: no other names, no infinite numbers, no later changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    run_id: str = param("default", "name of the run folder under runs/",
-                        pattern=r"^[\w-]([\w.-]*[\w-])?$")
+    run_id: str = param("default", "name of the run folder under runs/")
+
+    @field_validator("run_id")
+    @classmethod
+    def _is_a_folder(cls, run_id: str) -> str:
+        return validate_run_id(run_id)
 
     @field_validator("reward_weights", "suites", mode="before", check_fields=False)
     @classmethod
@@ -152,7 +157,7 @@ class Preflight(StageParams):
     @field_validator("profile")
     @classmethod
     def _exists(cls, profile: str) -> str:
-        require(profile == "tiny" or (profile and (PROFILES / profile).is_dir()),
+        require(profile == "tiny" or (profile.strip(".") and (PROFILES / profile).is_dir()),
                 f"profile is '{profile}'; it must be tiny or a folder of params/; name one")
         return profile
 
@@ -180,7 +185,7 @@ class Synthesize(Seeded):
     base_model: str = param("tiny", "the model to train: tiny (shipped), a folder or a hub name")
     min_pixels: Positive = param(3136, "smallest area of an image as models see it, pixels")
     max_pixels: int = param(401408, "largest area, likewise", ge=IMAGE_TOKEN)
-    coordinates: Literal[tuple(MODEL_COORDINATES)] = param(
+    coordinates: Literal[tuple(kind.value for kind in MODEL_COORDINATES)] = param(
         "absolute", "of boxes, in all stages: absolute (Qwen2.5-VL) or normalized_1000 (others)")
 
     @model_validator(mode="after")

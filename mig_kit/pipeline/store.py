@@ -36,7 +36,6 @@ from mig_kit.pipeline.run_folders import (
     stage_folder,
     start_branch,
     unlock_run,
-    validate_run_id,
 )
 from mig_kit.pipeline.run_folders import has_cold_start as has_cold_start  # for stages
 from mig_kit.pipeline.run_folders import require_record as require_record
@@ -72,22 +71,18 @@ def describe_staleness(stage: str, run_id: str, params: dict) -> str:
     record, facts = load_record(stage, run_id), stage_facts(stage, run_id, params)
     if not is_same(record["facts"], facts):
         return describe_change(record["facts"], facts) or "its code has changed"
-    require_intact_inputs(stage, run_id, params)
+    require_intact_inputs(stage, run_id)
     damaged = find_damaged(stage_folder(stage, run_id), record)
     return f"{damaged} is gone or damaged" if damaged else ""
 
 
-def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str, tuple[str, str]]:
-    """Stale stage -> (the first stage that makes it stale, why), in a run and its source.
-
-    planned: parameters by stage; a stage that is not planned keeps those of its record.
-    """
+def find_stale(run_id: str) -> dict[str, tuple[str, str]]:
+    """Stale stage -> (the first stage that makes it stale, why), in a run and its source."""
     stale: dict[str, tuple[str, str]] = {}
     for stage in STAGES:
         try:
             if record := load_record(stage, run_id):
-                values = (planned or {}).get(stage) or recorded_params(stage, record)
-                reason = describe_staleness(stage, run_id, values)
+                reason = describe_staleness(stage, run_id, recorded_params(stage, record))
                 causes = [(stage, reason)] if reason else []
                 causes += [stale[name] for name in input_stages(stage, run_id)
                            if name in stale]
@@ -98,13 +93,13 @@ def find_stale(run_id: str, planned: dict[str, dict] | None = None) -> dict[str,
 
 
 def find_stale_inputs(stage: str, run_id: str) -> dict[str, str]:
-    """Stale stage -> why, of the stages that this one would read."""
+    """The first stage that makes an input of this one stale -> why."""
     stale = find_stale(run_id)
     return dict(stale[name] for name in input_stages(stage, run_id) if name in stale)
 
 
 def refuse_stale_inputs(stage: str, run_id: str, causes: dict[str, str]) -> None:
-    """UserError if there are causes; those of `find_stale_inputs`."""
+    """UserError for the first of these causes, of `find_stale_inputs`."""
     for name, why in causes.items():
         raise UserError(f"{stage} would build on a stale {name} of run '{run_id}' ({why}); run "
                         "that again, or add --force: what comes of it is then marked in run.json, "
@@ -133,7 +128,7 @@ def recorded_params(stage: str, record: dict) -> dict:
             for name, default in default_params(stage).items()}
 
 
-def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bool = False) -> None:
+def require_intact_inputs(stage: str, run_id: str, is_thorough: bool = False) -> None:
     """UserError with file and command if an earlier stage's output has changed since.
 
     is_thorough: also hash files of unchanged size and time (gigabytes in a second).
@@ -148,7 +143,7 @@ def require_intact_inputs(stage: str, run_id: str, params: dict, is_thorough: bo
 
 
 def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path | None:
-    """The first file that is gone or not what the stage wrote, or image that is gone, or None.
+    """The first output that is gone or changed, or stored image that is gone; None if all is well.
 
     is_thorough: also hash files of unchanged size and time.
     """
@@ -196,7 +191,7 @@ def seconds_spent(folder: Path) -> float:
 
 
 def begin_again(stage: str, run_id: str, facts: dict) -> None:
-    """Let the stage begin with these facts, whatever is finished or was stopped: --force."""
+    """For --force: drop what was begun, and let the stage start with these facts."""
     folder = unfinished_folder(stage, run_id)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -217,7 +212,7 @@ def is_done(stage: str, run_id: str, params: dict, facts: dict | None = None) ->
         return False
     state = "has finished" if record else "was stopped"
     difference = (describe_staleness(stage, run_id, params) if record else
-                  describe_change(started["facts"], facts, "started"))
+                  describe_change(started["facts"], facts, "started") or "its code has changed")
     if not difference:
         return True
     number = stage[:2]
@@ -273,7 +268,7 @@ class Stage:
         return stage_folder(stage, self.run_id) / name
 
     def finish(self, metrics: dict, summary: str = "", **facts) -> None:
-        """Write metrics.json, then run.json, and rename the folder; a shown one is deleted.
+        """Write metrics.json, then run.json, and rename the folder; a copy to show is deleted.
 
         summary: the result in a few words, for the command line. facts: more entries of run.json.
         """
@@ -284,7 +279,6 @@ class Stage:
         else:
             write_json(folder / "metrics.json", metrics)
             write_card(self.name, folder, self.run_id, self.params)
-            (folder / STARTED).unlink()
             files = {str(path.relative_to(folder)): path for path in _output_files(folder)}
             write_json(folder / "run.json", {
                 "stage": self.name, "run_id": self.run_id, "params": self.params,
@@ -299,6 +293,7 @@ class Stage:
             if final.exists():
                 shutil.rmtree(final)
             folder.rename(final)
+            (final / STARTED).unlink()
         self.is_finished = True
         unlock_run(final.parent)
 
@@ -306,8 +301,8 @@ class Stage:
 def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*")
                   if path.is_file() and path.suffix not in (".ipynb", ".tmp", ".log")
-                  and path.name != "job.json"  # it says how it ran
-                  and "checkpoint" not in str(path.relative_to(folder))
+                  and path.name not in ("job.json", "run.json", STARTED)  # they say how it ran
+                  and "checkpoints" not in path.relative_to(folder).parts
                   and (path.name != CARD or path.parent == folder)  # no result follows from it
                   and path.parent != folder / IMAGE_FOLDER)  # IMAGE_MANIFEST lists these
 
@@ -315,15 +310,15 @@ def _output_files(folder: Path) -> list[Path]:
 def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     """Start a stage from its notebook; prints its parameters and returns the stage and them.
 
-    names: the notebook's globals(). A run that does not exist becomes a branch of the notebook's
-    own. Until the stage finishes, no other process can write this run. Raises UserError as
+    names: the notebook's globals(). A new run id becomes a branch of run `default`,
+    whose earlier stages it takes. Until the stage finishes, no other process can write this run. Raises UserError as
     `validate_params`, `is_done` and `refuse_stale_inputs`, and for a damaged input.
     """
     # whatever the cell assigns must be a parameter, or a mistyped -p would be ignored in silence
     assigned = set(default_params(stage)) | _assigned_in_parameter_cells(names.get("In", []))
     params = validate_params({name: names[name] for name in sorted(assigned) if name in names},
                              stage)
-    run_id = validate_run_id(params["run_id"])
+    run_id = params["run_id"]
     require_own_stage(stage, run_id)
     run = runs_root() / run_id
     is_branch = bool(STAGES[stage]) and not run.exists() and (runs_root() / DEFAULT_RUN).is_dir()
@@ -334,13 +329,18 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
         print(f"run '{run_id}' is new: {earlier[0]} to {earlier[-1]} are those of run "
               f"'{DEFAULT_RUN}'")
     facts = stage_facts(stage, run_id, params)
-    require_intact_inputs(stage, run_id, params, is_thorough=True)
+    require_intact_inputs(stage, run_id, is_thorough=True)
     is_shown = is_done(stage, run_id, params, facts)
     stale_inputs = find_stale_inputs(stage, run_id)
     started = read_started(unfinished_folder(stage, run_id))
     if not started.get("is_forced") and not is_shown:
         refuse_stale_inputs(stage, run_id, stale_inputs)
     lock_run(run)
+    try:
+        is_shown = is_done(stage, run_id, params, facts)  # another process may have finished it
+    except UserError:
+        unlock_run(run)
+        raise
     folder, spent = _open_folder(stage, run_id, facts, is_shown)
     begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), facts,
                   load_inputs(stage, run_id), is_shown, spent, stale_inputs)
@@ -363,7 +363,8 @@ def _open_folder(stage: str, run_id: str, facts: dict, is_shown: bool) -> tuple[
 
     def bring_along(path: str, target: str) -> None:
         # never written in place, so a hard link will do
-        if path.endswith(".safetensors") or {"checkpoints", IMAGE_FOLDER} & set(Path(path).parts):
+        parts = Path(path).relative_to(final).parts
+        if path.endswith(".safetensors") or {"checkpoints", IMAGE_FOLDER} & set(parts):
             link_or_copy(Path(path), Path(target))
         else:
             shutil.copy2(path, target)
@@ -375,8 +376,10 @@ def _open_folder(stage: str, run_id: str, facts: dict, is_shown: bool) -> tuple[
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
-    nodes = (node for cell in cells if cell.lower().startswith("# parameters")
-             for node in ast.walk(ast.parse(cell)))
+    """Names in the last run of the notebook's cell (# parameters) and of papermill's."""
+    latest = {cell.split("\n")[0]: cell for cell in cells
+              if cell.lower().startswith("# parameters")}
+    nodes = (node for cell in latest.values() for node in ast.walk(ast.parse(cell)))
     return {node.id for node in nodes
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 

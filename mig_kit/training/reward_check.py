@@ -176,8 +176,11 @@ def measure_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box_
     Args:
         weights: by name, 1 for others. penalty: hallucinated_image_penalty of 05.
         group: replies to a question come in multiples of it, for a reward that divides a batch.
+    Returns: [] if no reward is about one of the questions that are tried.
     Raises: UserError for a reward that never has a value, or one that is no number.
     """
+    if not samples:
+        raise UserError("there is no question to try rewards on; give a file with questions")
     count = min(QUESTIONS, len(samples))
     questions = [samples[len(samples) * number // count] for number in range(count)]
     replies = [constructed_replies(sample, box_format) for sample in questions]
@@ -189,20 +192,25 @@ def measure_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box_
         values = {kind: np.full(count, np.nan) for kind in kinds}
         of_constants = np.full((count, max(map(len, constants))), np.nan)
         for index, (sample, by_kind, more) in enumerate(zip(questions, replies, constants)):
-            paid = _pay(score, [*by_kind.values(), *more], sample, group)
+            paid = np.array(_pay(score, [*by_kind.values(), *more], sample, group))
+            if not np.isnan(paid).all():  # None, where other replies to the question are paid
+                paid = np.nan_to_num(paid)
             for kind, value in zip(by_kind, paid):
                 values[kind][index] = value
             of_constants[index, :len(more)] = paid[len(by_kind):]
         values |= {f"constant {number}": column for number, column in enumerate(of_constants.T)}
+        values = {kind: weights.get(name, 1.0) * column for kind, column in values.items()}
         if rewards[name] is not REWARDS.get(name):
             if np.isnan(list(values.values())).all():
                 _require_value(score, samples, group)
-            else:
+            elif weights.get(name, 1.0):
                 payments.append(Payment(name, _best_constant(values), False))
         for kind, column in values.items():
-            total.setdefault(kind, []).append(weights.get(name, 1.0) * column)
+            total.setdefault(kind, []).append(column)
     total = {kind: np.where(np.isnan(columns).all(0), np.nan, np.nansum(columns, 0))
              for kind, columns in total.items()}
+    if np.isnan(list(total.values())).all():
+        return []
     of_sum = Payment(" + ".join(rewards), _best_constant(total), True)
     return [of_sum, *(payments if len(rewards) > 1 else [])]
 

@@ -57,6 +57,7 @@ REFUSED = [
     ("05", {"trl": {"beta": 1}}, "beta is a parameter of its own; write -p beta 1"),
     *(("05", {"reward_weights": weights}, "must be dict[str, float]") for weights in (
         [0.2, 0.3, 1.0, 1.3], {"box": "much"}, {"box": math.nan}, {1: 1.0}, 0.5)),
+    ("05", {"run_id": "my run"}, "run_id is 'my run'; use letters, digits"),
     ("05", {"start_from": "nowhere"}, "it must be merged, base or a folder that exists"),
     ("05", {"scale_rewards": "nope"}, "did you mean 'none'? It is one of batch, group, none"),
     ("05", {"loss_type": "dpo"}, "did you mean 'dapo'?"),

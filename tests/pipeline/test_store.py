@@ -13,7 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_json
-from mig_kit.pipeline import params, stage_keys, store
+from mig_kit.pipeline import stage_keys, store
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -45,6 +45,31 @@ def test_what_the_injected_cell_assigns_is_checked(root):
     cells = ["", "# parameters\nseed: int = 0", "# Parameters\nsede = 3\n"]
     with pytest.raises(UserError, match="did you mean 'seed'"):
         store.begin_stage("01_synthesize", {"In": cells, "sede": 3, "seed": 0, "other": 1})
+
+
+def test_a_cell_that_was_corrected_and_run_again_counts_as_it_is_now(root):
+    cells = ["", "# parameters\nsede = 3", "# parameters\nseed = 3"]
+    _, p = store.begin_stage("01_synthesize", {"In": cells, "sede": 3, "seed": 3, "run_id": "a"})
+    assert p.seed == 3
+
+
+def test_a_stopped_stage_is_not_done_where_one_and_one_point_zero_differ(root, leave):
+    for stage in RECIPE[1:5]:
+        leave(stage)
+    store.begin_stage("05_grpo", {"run_id": "a", "trl": {"max_grad_norm": 1}})
+    values = validate_params({"run_id": "a", "trl": {"max_grad_norm": 1.0}}, "05_grpo")
+    with pytest.raises(UserError, match="was stopped, and stays as it is .trl: "):
+        store.is_done("05_grpo", "a", values)
+
+
+@pytest.mark.parametrize("run_id", ["images", "checkpoints"])
+def test_a_shown_copy_shares_no_file_that_a_cell_writes(root, run_id):
+    stage = begin(run_id=run_id)
+    (stage.folder / "report.html").write_text("x")
+    stage.finish({})
+    shown = begin(run_id=run_id)
+    (shown.folder / "report.html").write_text("y")
+    assert (shown.final_folder / "report.html").read_text() == "x"
 
 
 def test_a_finished_stage_stays_as_it_is(root, capsys):
@@ -132,11 +157,16 @@ def test_a_kill_before_the_last_rename_loses_nothing(root):
     stage = begin()
     work = stage.folder
     (work / "out.txt").write_text("x")
+    started = (work / "started.json").read_text()
     stage.finish({"n": 1})
-    stage.final_folder.rename(work)
+    stage.final_folder.rename(work)  # as a kill before it left the folder
+    (work / "started.json").write_text(started)
     assert load_record() is None
+    with pytest.raises(UserError, match="was stopped, and stays as it is .memory_gib: 2.0"):
+        begin(memory_gib=2.0)
     begin().finish({"n": 1})
-    assert "out.txt" in load_record()["outputs"]
+    assert [*load_record()["outputs"]] == ["metrics.json", "out.txt"]
+    assert begin().is_shown, "nothing is damaged"
 
 
 def test_minutes_are_those_before_a_kill_too(root):
@@ -199,13 +229,12 @@ def test_a_flipped_byte_in_what_a_stage_reads_is_one_sentence(root, leave):
     path.write_bytes(b"weightz")
     sentence = (f"{path} is not what 02_sft of run 'a' wrote: damaged or changed since; make it "
                 "again: mig-kit run 02 --run-id a --force, with every -p")
-    values = params.profile_params("03_merge")
     with pytest.raises(UserError, match=re.escape(sentence)):
-        store.require_intact_inputs("03_merge", "a", values)
+        store.require_intact_inputs("03_merge", "a")
     with pytest.raises(UserError, match="is gone or damaged"):
         store.is_done("02_sft", "a", stage.params)
     os.utime(path, ns=(time, time))
-    store.require_intact_inputs("03_merge", "a", values)
+    store.require_intact_inputs("03_merge", "a")
     with pytest.raises(UserError, match=re.escape(sentence)):
         store.begin_stage("03_merge", {"run_id": "a"})
 

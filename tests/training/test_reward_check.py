@@ -182,6 +182,36 @@ def test_letters(choices, reward, words):
     assert words in sentences if words else not sentences
 
 
+def test_none_for_what_cannot_be_read_pays_nothing(samples):
+    def strict(reply, sample, box_format):
+        return None if in_original(reply, sample, box_format) is None else (
+            REWARDS["box"](reply, sample, box_format))
+
+    def length(reply, sample, box_format):
+        return None if parse_reply(reply).well_formed else -len(reply) / 100
+
+    assert judge(strict, samples, ABSOLUTE) == ""
+    rewards = REWARDS | {"length": length}
+    require_sound_rewards(rewards, samples, ABSOLUTE, profile_params("05_grpo")["reward_weights"])
+
+
+def test_a_part_counts_with_its_weight(samples):
+    def distance(reply, sample, box_format):
+        return 1 - REWARDS["box"](reply, sample, box_format)
+
+    rewards = {"box": REWARDS["box"], "distance": distance}
+    for weight in (0, -0.5):
+        require_sound_rewards(rewards, samples, ABSOLUTE, {"distance": weight})
+    with pytest.raises(UserError, match="the reward distance pays for the wrong thing"):
+        require_sound_rewards(rewards, samples, ABSOLUTE, {"distance": 0.5})
+
+
+def test_rewards_that_are_about_no_question(samples):
+    assert measure_payments({"choice": REWARDS["choice"]}, samples, ABSOLUTE, {}) == []
+    with pytest.raises(UserError, match="there is no question"):
+        measure_payments({"box": REWARDS["box"]}, [], ABSOLUTE, {})
+
+
 @pytest.mark.parametrize("box_format", [ABSOLUTE, THOUSAND])
 @pytest.mark.parametrize("find_all", [False, True])
 def test_the_kits_rewards_pass_without_a_word(samples, choices, box_format, find_all, capsys):
