@@ -1,7 +1,7 @@
 """What a reward pays for constructed replies to real questions, before a GPU hour is spent.
 
-The right reply must earn most, an empty one less, and the right box in another frame no more. What
-a few kinds of replies earn shows most faults of rewards that people report; none is drawn.
+The right reply must earn most, an empty one less, and no wrong one more, such as the right box in
+another frame. Replies are constructed, not drawn from a model.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from mig_kit.training.reward_loading import BatchReward, Score, as_completions, 
 QUESTIONS = 24  # that replies are constructed for, evenly spaced
 MOST_TRIED = 1000  # questions that a reward without a value is tried on
 CONSTANTS = 8  # boxes of other questions, and whole images, that are given to all questions
-# of what the right reply earns over the lowest one: of a sum, whose boxes are in whole numbers, and
-# of a part, which may be about a reply's length
+# by how much a wrong reply may earn more, as a share of the range from the lowest to the right one:
+# of a sum of rewards (boxes are rounded), and of one part of it (which may depend on the length)
 MARGIN, PART_MARGIN = 0.01, 0.2
 SAME = 0.8  # IoU from which a box in another frame is the right one
 RIGHT, EMPTY, CONSTANT, FORMAT = "right", "empty", "the best constant box", "format only"
@@ -171,7 +171,7 @@ class Payment:
 def measure_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box_format: BoxFormat,
                      weights: dict[str, float], penalty: str = "none",
                      group: int = 1) -> list[Payment]:
-    """What their weighted sum pays, then what each reward pays that is not the kit's.
+    """What the weighted sum pays, then what each of the user's own rewards pays.
 
     Args:
         weights: by name, 1 for others. penalty: hallucinated_image_penalty of 05.
@@ -216,7 +216,7 @@ def measure_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box_
 
 
 def _best_constant(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The kinds with the constant box that earns most in place of all, without unknown ones."""
+    """`values` with the best of the constant boxes alone, and without kinds that have no value."""
     values = {kind: column for kind, column in values.items() if not np.isnan(column).all()}
     constants = [values.pop(kind) for kind in list(values) if kind.startswith("constant ")]
     best = {CONSTANT: max(constants, key=np.nanmean)} if constants else {}
