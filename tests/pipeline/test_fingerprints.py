@@ -65,7 +65,8 @@ def test_a_broken_image_that_was_copied_again_is_taken(own, tmp_path):
     path.write_bytes(content[:100])
     synthesize(own)
     folder = store.stage_folder("01_synthesize", "a")
-    assert "3a.png' is cut or broken; copy it again" in (folder / "left_out.txt").read_text()
+    assert "3a.png' is cut or broken; copy it again" in (
+        folder / "left_out_names.txt").read_text()
     path.write_bytes(content)
     with pytest.raises(UserError, match="images of data have changed"):
         store.is_done("01_synthesize", "a", own)
