@@ -31,7 +31,7 @@ def test_vllm_serves_rejection_sampling_grpo_and_evaluation(smoke_runs, tmp_path
             urls = [stack.enter_context(running_server(
                 f"{VLLM}/bin/vllm", "serve", model, "--served-model-name", name, *OPTIONS,
                 seconds=600)) for name, model in models]
-            output_of("run", stage, "--profile", "smoke", "--run-id", "smoke", "-p", "server",
+            output_of("run", stage, "--profile", "smoke", "--run-id", "smoke", "--force", "-p", "server",
                       " ".join(urls), "-p", "seed", "1", *changes, MIG_KIT_RUNS=str(tmp_path))
 
     sft = ("sft", run / "03_merge/merged")
