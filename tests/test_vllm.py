@@ -14,7 +14,7 @@ from mig_kit.common import model_folder
 VLLM = os.environ.get("MIG_KIT_VLLM", "")
 OPTIONS = ("--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "4096",
            "--limit-mm-per-prompt", json.dumps({"image": 6}), "--generation-config", "vllm",
-           "--enforce-eager", "--enable-lora", "--max-lora-rank", "64", "--max-loras", "2",
+           "--enforce-eager", "--enable-lora", "--max-lora-rank", "128", "--max-loras", "2",
            "--logprobs-mode", "processed_logprobs", "--port")
 
 
@@ -31,8 +31,9 @@ def test_vllm_serves_rejection_sampling_grpo_and_evaluation(smoke_runs, tmp_path
             urls = [stack.enter_context(running_server(
                 f"{VLLM}/bin/vllm", "serve", model, "--served-model-name", name, *OPTIONS,
                 seconds=600)) for name, model in models]
-            output_of("run", stage, "--profile", "smoke", "--run-id", "smoke", "--force", "-p", "server",
-                      " ".join(urls), "-p", "seed", "1", *changes, MIG_KIT_RUNS=str(tmp_path))
+            output_of("run", stage, "--profile", "smoke", "--run-id", "smoke", "--force",
+                      "-p", "server", " ".join(urls), "-p", "seed", "1", *changes,
+                      MIG_KIT_RUNS=str(tmp_path))
 
     sft = ("sft", run / "03_merge/merged")
     run_stage("04", sft)
@@ -47,4 +48,5 @@ def test_vllm_serves_rejection_sampling_grpo_and_evaluation(smoke_runs, tmp_path
     served = json.loads((tmp_path / "smoke/06_evaluate/metrics.json").read_text())
     assert record["drawn_by"].startswith("served: http")
     for suite, summary in served["systems"]["base"].items():
-        assert abs(summary["score"] - local["systems"]["base"][suite]["score"]) <= 10, suite
+        gap = abs(summary["score"] - local["systems"]["base"][suite]["score"])
+        assert gap <= max(10, 100 / summary["n"]), suite  # of few questions one may turn
