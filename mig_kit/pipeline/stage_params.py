@@ -119,7 +119,7 @@ class Served(StageParams):
 class Training(Seeded, OnHardware):
     """Stages that train an adapter."""
 
-    lora_targets: Targets = param("attention", "projections: all, attention or gate_up; see lora_r")
+    lora_targets: Targets = param("attention", "adapted projections: all, attention or gate_up")
     report_to: Tracker = param(
         "none", "send the curves to a tracker too: none, tensorboard, trackio or wandb")
     launcher: str = param("torchrun --standalone --nproc-per-node 2",
@@ -149,7 +149,7 @@ class Training(Seeded, OnHardware):
 class Preflight(StageParams):
     """00_preflight."""
 
-    profile: str = param("tiny", "whose other stages are looked at, a folder under params/")
+    profile: str = param("tiny", "whose needs are looked at: tiny, or a folder of params/")
     memory_gib: Amount = param(6.0, "free memory the profile needs, GiB")
     disk_gib: Amount = param(1.0, "free disk the profile needs, GiB")
     device: Device = DEVICE
@@ -169,8 +169,8 @@ class Synthesize(Seeded):
     free_form_per_task: Count = param(160, "general questions per kind, for the cold start")
     rl_per_task: Count = param(100, "candidate prompts per task for reinforcement learning")
     rl_free_form_per_task: Count = param(
-        120, "the same per kind of question answered with a letter")
-    rl_boxes_per_task: Count = param(450, "the same per kind of question answered with a box")
+        120, "candidates per kind of question that a letter answers")
+    rl_boxes_per_task: Count = param(450, "candidates per kind of question that a box answers")
     train_find_all_per_task: Count = param(0, "questions for all boxes, per kind")
     val_per_task: Positive = param(10, "validation samples per task")
     data: str = param("scenes", "what is asked about: scenes (drawn), or a file of your questions")
@@ -184,7 +184,7 @@ class Synthesize(Seeded):
     concurrency: Positive = param(4, "calls under way at once")
     base_model: str = param("tiny", "the model to train: tiny (shipped), a folder or a hub name")
     min_pixels: Positive = param(3136, "smallest area of an image as models see it, pixels")
-    max_pixels: int = param(401408, "largest area, likewise", ge=IMAGE_TOKEN)
+    max_pixels: int = param(401408, "largest area of an image as models see it, pixels", ge=IMAGE_TOKEN)
     coordinates: Literal[tuple(kind.value for kind in MODEL_COORDINATES)] = param(
         "absolute", "of boxes, in all stages: absolute (Qwen2.5-VL) or normalized_1000 (others)")
 
@@ -284,9 +284,9 @@ class Grpo(Training, Served):
     reward_weights: dict[str, float] = param(
         {"format": 0.2, "image": 0.3, "box": 1.0, "choice": 1.3}, "others: 1")
     hallucinated_image_penalty: Penalty = param(
-        "format", "rewards lost for it: none, format or all")
+        "format", "what citing an image that is not there costs: none, format or all")
     scale_rewards: Scale = param(
-        "batch", "rewards' std that divides advantages: of batch, group or none")
+        "batch", "whose standard deviation of rewards divides advantages: batch, group or none")
     beta: Amount = param(0.0, "weight of the KL term; 0 needs no reference")
     loss_type: Loss = param("dapo", "mean over all tokens (dapo), replies (grpo), and more")
     start_from: str = param("merged", "merged (03), base or a folder")
