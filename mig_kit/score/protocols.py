@@ -7,7 +7,7 @@ BLINK's and MMIU's authors ask another model which option a text means, it reads
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,7 @@ def judge_letter(item: BenchmarkItem, reply: str, protocol: str) -> Verdict:
                    {"letter": item.letter, "read": letter, "rule": rule})
 
 
-def judge_all(items: list[BenchmarkItem], lines: list[dict | None],
+def judge_all(items: Sequence[BenchmarkItem], lines: list[dict | None],
               rule: Callable[[BenchmarkItem, str], Verdict]) -> list[Verdict]:
     """The verdicts on each line's "response"; a missing or empty reply counts 0."""
     return [Verdict(0.0, "missing") if line is None else rule(item, line["response"])
@@ -137,66 +137,78 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         judge: who reads the letters that no rule reads.
     Raises: UserError for missing, doubled or unknown items, and what the protocol cannot use.
     """
-    items, is_choice = list(benchmark.items), benchmark.name in CHOICE_BENCHMARKS
-    is_official, is_ref_l4 = protocol == "official", benchmark.name == "ref_l4"
-    field = "pred_bbox" if is_official and is_ref_l4 and any(
+    field = "pred_bbox" if benchmark.name == "ref_l4" and protocol == "official" and any(
         "pred_bbox" in record for record in predictions) else "response"
     lines = align_predictions(benchmark.items, predictions, field, source, allow_missing,
                               benchmark.left_out)
-    aggregates, remarks = {}, ()
-    if box_order not in (None, "xyxy") and field == "response":
-        remarks = (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
-        lines = [line and line | {"response": rewrite_boxes(
-            line["response"], BOX_ORDERS[box_order])} for line in lines]
-    if is_choice:
+    items, remarks = benchmark.items, ()
+    if benchmark.name in CHOICE_BENCHMARKS:
         verdicts = judge_all(items, lines, partial(judge_letter, protocol=protocol))
         if judge:
             verdicts, remarks = _read_by_judge(judge, items, lines, verdicts)
+    elif field == "pred_bbox":
+        verdicts = official.judge_boxes(items, lines, source)
     else:
-        converts = is_official and field == "response" and (
-            coordinates != Coordinates.NORMALIZED_1000 or is_ref_l4)
-        sizes = {} if field == "pred_bbox" else _read_sizes(items, coordinates, images, is_official)
-        items = [replace(item, size=sizes[item.images[(item.target or 1) - 1]])
-                 if item.size is None and item.images[(item.target or 1) - 1] in sizes else item
-                 for item in items]
-        if converts:
-            lines = [line and to_official_line(
-                item, benchmark.name, line,
-                [sizes.get(name, item.size or (1, 1)) for name in item.images], coordinates,
-                box_format) for item, line in zip(items, lines, strict=True)]
-            remarks += (f"Boxes were read as {coordinates.description} and converted before the "
-                        "authors' rule read them; their own script does not convert.",)
+        if box_order not in (None, "xyxy"):
+            remarks = (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
+            lines = [line and line | {"response": rewrite_boxes(
+                line["response"], BOX_ORDERS[box_order])} for line in lines]
         if coordinates == Coordinates.ABSOLUTE:
             remarks += (f"Images count as resized to {box_format.min_pixels:,} to "
                         f"{box_format.max_pixels:,} pixels; other limits of the processor "
                         "(--min-pixels, --max-pixels) put boxes elsewhere.",)
-        if is_official and is_ref_l4:
-            verdicts = official.judge_boxes(items, lines, source)
-        elif is_official:
-            verdicts = judge_all(items, lines, official.official_iou)
-        elif benchmark.name == "own":
-            verdicts = judge_all(items, lines, lambda item, reply: judge_own(
-                item, reply, protocol, coordinates, box_format, sizes))
-        else:
-            verdicts = judge_all(items, lines, lambda item, reply: strict_iou(
-                item, reply, coordinates, box_format, sizes))
+        is_official = protocol == "official"
+        sizes = _read_sizes(items, coordinates, images, is_official)
+        items = [replace(item, size=item.size or sizes.get(_target_image(item))) for item in items]
+        if is_official and (coordinates != Coordinates.NORMALIZED_1000
+                            or benchmark.name == "ref_l4"):
+            remarks += (f"Boxes were read as {coordinates.description} and converted before the "
+                        "authors' rule read them; their own script does not convert.",)
+            lines = [line and to_official_line(
+                item, benchmark.name, line,
+                [sizes.get(name, item.size or (1, 1)) for name in item.images], coordinates,
+                box_format) for item, line in zip(items, lines, strict=True)]
+        verdicts = (official.judge_boxes(items, lines, source)
+                    if is_official and benchmark.name == "ref_l4" else
+                    judge_all(items, lines, _box_rule(benchmark.name, protocol, coordinates,
+                                                      box_format, sizes)))
     values = np.array([verdict.value for verdict in verdicts])
-    metrics = {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)} | {
-        "mean_iou": values}
-    if is_choice:
-        metrics = {"accuracy": values}
-    elif benchmark.name == "own":
-        metrics = {"acc@0.5": values}
-    elif is_ref_l4:
-        metrics = official.ref_l4_metrics(values)
-        aggregates = {"avg": official.class_averages(items, values)} if is_official else {}
+    averages = (official.class_averages(items, values)
+                if benchmark.name == "ref_l4" and protocol == "official" else None)
     problems = Counter(verdict.problem for verdict in verdicts if verdict.problem)
-    return Scored(tuple(item.task for item in items), metrics, benchmark.name in MACRO,
-                  dict(problems), aggregates, tuple(map(_list_of_images, items)), remarks,
+    return Scored(tuple(item.task for item in items), _metrics(benchmark.name, values),
+                  benchmark.name in MACRO, dict(problems), {"avg": averages} if averages else {},
+                  tuple(map(_list_of_images, items)), remarks,
                   tuple(zip(items, verdicts, strict=True)))
 
 
-def _read_sizes(items: list[BenchmarkItem], coordinates: Coordinates, images: str | None,
+def _target_image(item: BenchmarkItem) -> str:
+    return item.images[(item.target or 1) - 1]
+
+
+def _box_rule(benchmark: str, protocol: str, coordinates: Coordinates, box_format: BoxFormat,
+              sizes: Sizes) -> Callable[[BenchmarkItem, str], Verdict]:
+    """The rule of a benchmark with boxes under a protocol."""
+    if protocol == "official":
+        return official.official_iou
+    if benchmark == "own":
+        return lambda item, reply: judge_own(item, reply, protocol, coordinates, box_format, sizes)
+    return lambda item, reply: strict_iou(item, reply, coordinates, box_format, sizes)
+
+
+def _metrics(benchmark: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics of a benchmark, headline first; values: (n,) IoU, or 1 for a correct item."""
+    if benchmark in CHOICE_BENCHMARKS:
+        return {"accuracy": values}
+    if benchmark == "own":
+        return {"acc@0.5": values}
+    if benchmark == "ref_l4":
+        return official.ref_l4_metrics(values)
+    return {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)} | {
+        "mean_iou": values}
+
+
+def _read_sizes(items: Iterable[BenchmarkItem], coordinates: Coordinates, images: str | None,
                 is_official: bool) -> Sizes:
     """Sizes of the images whose boxes are converted, between 0..1 and 0..1000 none.
 
@@ -211,7 +223,7 @@ def _read_sizes(items: list[BenchmarkItem], coordinates: Coordinates, images: st
                              and is_needed(item) for name in item.images), images)
 
 
-def _read_by_judge(judge: Judge, items: list[BenchmarkItem], lines: list[dict | None],
+def _read_by_judge(judge: Judge, items: Sequence[BenchmarkItem], lines: list[dict | None],
                    verdicts: list[Verdict]) -> tuple[list[Verdict], tuple]:
     """The verdicts with the letters that the judge reads, and a remark."""
     unread = [place for place, verdict in enumerate(verdicts) if verdict.problem == UNREAD]
