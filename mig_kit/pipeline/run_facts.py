@@ -27,7 +27,6 @@ from mig_kit.pipeline.run_folders import (
 )
 from mig_kit.pipeline.stage_params import (
     EXECUTION_PARAMS,
-    NAMES_OF_RUNS,
     RUN_PARAMS,
     RUN_PARAMS_STAGE,
 )
@@ -50,7 +49,7 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
         params, defaults = _finished_params(stage, run_id), default_params(stage)
         changed[stage] = {name: value for name, value in params.items()
                           if name in defaults and value != defaults[name]
-                          and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
+                          and name not in EXECUTION_PARAMS}
     return {stage: values for stage, values in changed.items() if values}
 
 

@@ -24,8 +24,7 @@ from mig_kit.world.suites import SUITES
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
-EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "report_to")
-NAMES_OF_RUNS = ("run_id",)  # they name a run, not what is in it
+EXECUTION_PARAMS = ("run_id", "device", "launcher", "server", "concurrency", "report_to")
 # TRL's config class of the stages that train
 CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
 START_WORDS = ("merged", "base")

@@ -43,7 +43,6 @@ from mig_kit.pipeline.run_rules import check_run
 from mig_kit.pipeline.stage_keys import (
     describe_change,
     input_stages,
-    is_same,
     load_inputs,
     select_products,
     stage_facts,
@@ -68,9 +67,9 @@ def describe_staleness(stage: str, run_id: str, params: dict) -> str:
 
     Raises UserError if an input is damaged or gone.
     """
-    record, facts = load_record(stage, run_id), stage_facts(stage, run_id, params)
-    if not is_same(record["facts"], facts):
-        return describe_change(record["facts"], facts) or "its code has changed"
+    record = load_record(stage, run_id)
+    if change := describe_change(record["facts"], stage_facts(stage, run_id, params)):
+        return change
     require_intact_inputs(stage, run_id)
     damaged = find_damaged(stage_folder(stage, run_id), record)
     return f"{damaged} is gone or damaged" if damaged else ""
@@ -92,18 +91,16 @@ def find_stale(run_id: str) -> dict[str, tuple[str, str]]:
     return stale
 
 
-def find_stale_inputs(stage: str, run_id: str) -> dict[str, str]:
-    """The first stage that makes an input of this one stale -> why."""
+def find_stale_inputs(stage: str, run_id: str, is_forced: bool = False) -> dict[str, str]:
+    """The first stage that makes an input of this one stale -> why; UserError unless forced."""
     stale = find_stale(run_id)
-    return dict(stale[name] for name in input_stages(stage, run_id) if name in stale)
-
-
-def refuse_stale_inputs(stage: str, run_id: str, causes: dict[str, str]) -> None:
-    """UserError for the first of these causes, of `find_stale_inputs`."""
-    for name, why in causes.items():
+    causes = dict(stale[name] for name in input_stages(stage, run_id) if name in stale)
+    if causes and not is_forced:
+        name, why = next(iter(causes.items()))
         raise UserError(f"{stage} would build on a stale {name} of run '{run_id}' ({why}); run "
                         "that again, or add --force: what comes of it is then marked in run.json, "
                         "status and tables")
+    return causes
 
 
 def stale_notes(stage: str, run_id: str) -> list[str]:
@@ -198,23 +195,20 @@ def begin_again(stage: str, run_id: str, facts: dict) -> None:
     write_json(folder / STARTED, {"facts": facts, "spent": 0.0, "is_forced": True})
 
 
-def is_done(stage: str, run_id: str, params: dict, facts: dict | None = None) -> bool:
+def is_done(stage: str, run_id: str, params: dict) -> bool:
     """Whether the stage has finished with these parameters, inputs and code.
 
     Raises: UserError, with what differs and the ways out, if it has finished or was stopped with
         others, or if one of its files is damaged.
     """
-    facts = facts or stage_facts(stage, run_id, params)
     record, started = load_record(stage, run_id), read_started(unfinished_folder(stage, run_id))
-    if started and is_same(started["facts"], facts):
+    difference = started and describe_change(
+        started["facts"], stage_facts(stage, run_id, params), "started")
+    if not difference and (started or not record):
         return False
-    if not record and not started:
-        return False
-    state = "has finished" if record else "was stopped"
-    difference = (describe_staleness(stage, run_id, params) if record else
-                  describe_change(started["facts"], facts, "started") or "its code has changed")
-    if not difference:
+    if record and not (difference := describe_staleness(stage, run_id, params)):
         return True
+    state = "has finished" if record else "was stopped"
     number = stage[:2]
     branch = (f"mig-kit run {number} --from {run_id} --run-id mine" if "02" <= number < "08" else
               f"mig-kit run {number} --run-id mine")
@@ -330,33 +324,28 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
               f"'{DEFAULT_RUN}'")
     facts = stage_facts(stage, run_id, params)
     require_intact_inputs(stage, run_id, is_thorough=True)
-    is_shown = is_done(stage, run_id, params, facts)
-    stale_inputs = find_stale_inputs(stage, run_id)
-    started = read_started(unfinished_folder(stage, run_id))
-    if not started.get("is_forced") and not is_shown:
-        refuse_stale_inputs(stage, run_id, stale_inputs)
     lock_run(run)
+    started = read_started(unfinished_folder(stage, run_id))
     try:
-        is_shown = is_done(stage, run_id, params, facts)  # another process may have finished it
+        is_shown = is_done(stage, run_id, params)
+        stale_inputs = find_stale_inputs(stage, run_id, is_shown or started.get("is_forced", False))
     except UserError:
         unlock_run(run)
         raise
-    folder, spent = _open_folder(stage, run_id, facts, is_shown)
+    folder = _open_copy(stage, run_id) if is_shown else unfinished_folder(stage, run_id)
+    spent = 0.0 if is_shown else seconds_spent(folder)
+    if not is_shown:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / STARTED, {"is_forced": False, **started, "facts": facts,
+                                      "spent": spent})
     begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), facts,
                   load_inputs(stage, run_id), is_shown, spent, stale_inputs)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 
 
-def _open_folder(stage: str, run_id: str, facts: dict, is_shown: bool) -> tuple[Path, float]:
-    """The folder that the cells write to, and the seconds spent on it before."""
-    if not is_shown:
-        folder = unfinished_folder(stage, run_id)
-        spent, started = seconds_spent(folder), read_started(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / STARTED, {"facts": facts, "spent": spent,
-                                      "is_forced": started.get("is_forced", False)})
-        return folder, spent
+def _open_copy(stage: str, run_id: str) -> Path:
+    """A copy of a finished stage, for the cells that show it; it goes when this process ends."""
     final = runs_root() / run_id / stage
     folder = final.with_name(f"{stage}.shown")
     shutil.rmtree(folder, ignore_errors=True)  # of a kernel that was killed
@@ -372,7 +361,7 @@ def _open_folder(stage: str, run_id: str, facts: dict, is_shown: bool) -> tuple[
     shutil.copytree(final, folder, copy_function=bring_along,
                     ignore=shutil.ignore_patterns("run.json", "*.ipynb"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder, 0.0
+    return folder
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:

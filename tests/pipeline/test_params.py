@@ -149,10 +149,10 @@ def test_the_file_of_a_reward_is_part_of_what_makes_05_stale(reward_files, monke
     own_file = reward_files["FILE"]
     values = {"rewards": ["format", f"{own_file}:center"], "reward_weights": {"center": 0.5}}
     values = validate_params(values, "05_grpo")
-    key = store.stage_facts("05_grpo", "run", values)["key"]
-    assert store.stage_facts("05_grpo", "run", values)["key"] == key
+    key = store.stage_facts("05_grpo", "run", values)
+    assert store.stage_facts("05_grpo", "run", values) == key
     own_file.write_text(own_file.read_text().replace("1.0", "0.5"))
-    assert store.stage_facts("05_grpo", "run", values)["key"] != key
+    assert store.stage_facts("05_grpo", "run", values) != key
 
 
 def test_a_cell_and_the_command_refuse_it_alike_and_touch_nothing(root, leave):

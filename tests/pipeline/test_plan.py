@@ -200,22 +200,22 @@ def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels
 
     def changed_04(stage):
         code = facts(stage)
-        return {**code, "code": "2"} if stage == "04_rejection_sampling" else code
+        return {**code, "cells": "2"} if stage == "04_rejection_sampling" else code
 
     monkeypatch.setattr(stage_keys, "describe_code", changed_04)
     lines = {line.split()[0]: line for line in output_of("status", "a").splitlines()[1:]}
-    assert "; stale: its code has changed" in lines["04_rejection_sampling"]
+    assert "; stale: a cell of its notebook has changed" in lines["04_rejection_sampling"]
     assert "; stale through 04: " in lines["05_grpo"] and "through 04" in lines["06_evaluate"]
     assert "stale" not in lines["03_merge"]
     words = ["run", "05", "--from", "a", "--run-id", "b"]
     sentence = error_of(*words)
-    assert "05_grpo would build on a stale 04_rejection_sampling of run 'a' (its code" in sentence
+    assert "05_grpo would build on a stale 04_rejection_sampling of run 'a' (a cell" in sentence
     assert not (root / "b").exists()
     with pytest.raises(UserError, match="05_grpo would build on a stale 04_rejection_sampling"):
         run_folders.start_branch("a", "c", "05_grpo")
         store.begin_stage("05_grpo", {"run_id": "c"})
     output_of(*words, "--force")
-    mark = "05_grpo of run 'b' was made from stale stages: 04_rejection_sampling (its code"
+    mark = "05_grpo of run 'b' was made from stale stages: 04_rejection_sampling (a cell"
     assert mark in output_of("status", "b")
     assert mark in " ".join(store.stale_notes("05_grpo", "b"))
     monkeypatch.setattr(stage_keys, "describe_code", facts)
