@@ -99,10 +99,6 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
         except yaml.YAMLError:
             raise UserError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
                             "as \"[1, 2]\"") from None
-        if isinstance(value, dict) and (key := next((key for key, number in value.items() if
-                                                     number is None and ":" in str(key)), "")):
-            raise UserError(f"-p {name} {text!r} has no value for '{key}'; YAML wants a space "
-                            f"after the colon, as \"{{{key.replace(':', ': ')}}}\"")
         overrides[name] = locate_paths(name, value)
     return overrides
 
@@ -115,10 +111,9 @@ def locate_paths(name: str, value: object) -> object:
         return value
     if name == "rewards":
         return re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), value)
-    is_model = name in MODEL_PARAMS and value not in ("tiny", *START_WORDS) and (
-        Path(value).is_dir())
-    is_data = name == "data" and value != "scenes"
-    is_path = name == "image_root" or is_data or is_model
+    is_model = name in MODEL_PARAMS and value not in ("tiny", *START_WORDS)
+    is_path = (name == "image_root" or name == "data" and value != "scenes"
+               or is_model and Path(value).is_dir())
     return relative_to_project(value) if is_path else value
 
 

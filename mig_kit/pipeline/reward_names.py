@@ -19,9 +19,8 @@ def check_rewards(references: Sequence[str], weights: Mapping[str, float],
 
     Args:
         references: names of the kit's rewards, or "file.py:function".
-        weights: name -> weight. default_weights: an idle default is no mistake.
-    Raises: UserError for an unknown name, a missing file or function, two of one name, and a
-        weight of no reward.
+        weights: of names; one of no reward is a mistake, unless it is a default.
+    Raises: UserError.
     """
     if not references:
         raise UserError("rewards is []; list names of rewards, such as [format, image, box, "
@@ -50,9 +49,8 @@ def _reward_name(text: str) -> str:
                         "file.py:function")
     path, function = split_function_name(text)
     if not path.is_file():
-        near = suggest_word(path.name, [file.name for file in path.parent.glob("*.py")], 0.5)
-        raise UserError(f"rewards names {path}, which does not exist; "
-                        f"{near or 'give its path from the project, or an absolute one'}")
+        raise UserError(f"rewards names {path}, which does not exist; give its path from the "
+                        "project, or an absolute one")
     if function in NAMES_OF_CURVES:
         raise UserError(f"the curves of 05 have a '{function}' of their own; rename the function "
                         f"in {path}")

@@ -5,7 +5,6 @@ cells` writes the notebooks' `parameters` cells from them. A rule between parame
 a rule that needs other stages of the run stands in `run_rules`.
 """
 
-import importlib.util
 import re
 from typing import Annotated, Literal
 
@@ -125,14 +124,6 @@ class Training(Seeded, OnHardware):
                           'starts the training; "": in here')
     trl: dict = param({}, "further settings of TRL's SFTConfig (02) or GRPOConfig (05)")
 
-    @field_validator("report_to")
-    @classmethod
-    def _is_installed(cls, tracker: str) -> str:
-        require(tracker == "none" or importlib.util.find_spec(tracker),
-                f"report_to is {tracker}, which must be installed; run pip install {tracker}, or "
-                "set report_to to none")
-        return tracker
-
     @model_validator(mode="after")
     def _shares_steps_evenly(self):
         """The launcher's processes divide the steps of an update."""
@@ -247,7 +238,6 @@ class Sft(Training):
     lr_scheduler_type: Schedule = param("cosine", "linear (to 0), cosine, constant_with_warmup")
     warmup_steps: Count = param(10, "linear warm-up, updates")
     save_steps: Positive = param(100, "a checkpoint every so many updates")
-
 
 
 class Merge(OnHardware):

@@ -21,7 +21,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, file_sha256, write_json
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, link_or_copy
 from mig_kit.pipeline.model_cards import CARD, write_card
-from mig_kit.pipeline.params import default_params, describe_differences, validate_params
+from mig_kit.pipeline.params import default_params, validate_params
 from mig_kit.pipeline.run_facts import describe_machine, package_versions
 from mig_kit.pipeline.run_folders import (
     RECIPE,
@@ -374,7 +374,9 @@ def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
 
 
 def _print_stage(stage: Stage) -> None:
-    differences = describe_differences(stage.params, default_params(stage.name))
+    defaults = default_params(stage.name)
+    differences = [f"{name}: {json.dumps(value)}" for name, value in stage.params.items()
+                   if defaults.get(name) != value]
     print("\n  ".join([f"{stage.name} of run '{stage.run_id}'", *differences]))
     print("versions:", ", ".join(f"{name} {version}"
                                  for name, version in package_versions().items()))

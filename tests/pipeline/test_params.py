@@ -129,12 +129,6 @@ def test_a_broken_file_of_rewards_shows_its_line(tmp_path):
     assert error.value.lineno == 2
 
 
-def test_a_tracker_has_to_be_installed(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="report_to is wandb, which must be installed; run pip"):
-        validate_params({"report_to": "wandb"}, "02_sft")
-
-
 def test_the_names_are_those_of_the_rewards_and_curves():
     assert tuple(REWARDS) == reward_names.KIT_REWARDS
     names = {"step", "reward", *CURVES.values(), *SAMPLING_CURVES.values()}

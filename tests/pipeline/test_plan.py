@@ -92,14 +92,14 @@ def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (("run", "05", "--from", "a", "--run-id", "a"), "are both 'a'; use another --run-id"),
+    (("run", "05", "--from", "a", "--run-id", "a"), "'a' is 'a' or starts from it; use another"),
     (("run", "05", "--from", "z", "--run-id", "new"), "no run 'z' in "),
     (("run", "05", "--from", "../a", "--run-id", "new"), "run_id is '../a'; use letters"),
     (("run", "06", "--from", "a", "--run-id", "new"),
-     "run 'a' has no finished 05_grpo to start from; run: mig-kit run 05 --run-id a"),
+     "run 'new' needs 05_grpo of run 'a', which has not finished; run: mig-kit run 05 --run-id a"),
     (("run", "01", "--from", "a", "--run-id", "new"), "so name stages from 02 to 07"),
     (("run", "--from", "a", "--run-id", "new"), "so name stages from 02 to 07"),
-    (("run", "05", "--from", "b", "--run-id", "a"), "run 'b' starts from 'a' itself"),
+    (("run", "05", "--from", "b", "--run-id", "a"), "run 'b' is 'a' or starts from it"),
     (("run", "05", "--from", "c", "--run-id", "b"),
      "run 'b' starts from 'a' already, not from 'c'"),
     (("run", "05", "--from", "a", "--run-id", "c"), "run 'c' has its own 02_sft, so it is no bran"),

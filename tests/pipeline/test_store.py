@@ -212,7 +212,7 @@ def test_a_new_run_of_a_notebook_becomes_a_branch(root, leave, capsys):
     words = "run 'lab2' is new: 01_synthesize to 04_rejection_sampling are those of run 'default'"
     assert words in capsys.readouterr().out
     assert stage.input_path("03_merge") == root / "default" / "03_merge"
-    sentence = "run 'default' has no finished 05_grpo to start from; run: mig-kit run 05 --run-id"
+    sentence = "run 'lab3' needs 05_grpo of run 'default', which has not finished; run: mig-kit ru"
     with pytest.raises(UserError, match=sentence):
         store.begin_stage("06_evaluate", {"run_id": "lab3"})
     assert not (root / "lab3").exists()
