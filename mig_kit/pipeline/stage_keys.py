@@ -73,7 +73,8 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     params = with_run_params(stage, run_id, params)
     inputs = load_inputs(stage, run_id)
     if stage not in STAGES_OF_PICTURES:
-        inputs = {name: select_products(outputs) for name, outputs in inputs.items()}
+        inputs = {name: {file: digest for file, digest in outputs.items()
+                         if file not in NOT_PRODUCTS} for name, outputs in inputs.items()}
     files = hash_named_files(params)
     images = files.pop("images", None)
     files |= {name: file_sha256(split_function_name(name)[0])
@@ -107,22 +108,17 @@ def describe_change(before: dict, now: dict, finished: str = "finished") -> str:
     return "; ".join(differences[:3]) + more
 
 
-def select_products(outputs: dict[str, str]) -> dict[str, str]:
-    """`outputs` without the files that hold times and names of runs."""
-    return {name: digest for name, digest in outputs.items() if name not in NOT_PRODUCTS}
-
-
 def model_fingerprint(model: str) -> dict[str, str]:
     """File name -> digest, of a model folder's weights and settings; {} for a hub name."""
     folder = model_folder(model)
     files = [path for kind in MODEL_FILES for path in folder.glob(kind)]
-    return {path.name: (_size_and_time(path) if path.stat().st_size > LARGE_FILE
+    return {path.name: (str(file_stats(path)) if path.stat().st_size > LARGE_FILE
                         else file_sha256(path)) for path in sorted(files) if path.is_file()}
 
 
-def _size_and_time(path: Path) -> str:
-    facts = path.stat()
-    return f"{facts.st_size} {facts.st_mtime_ns}"
+def file_stats(path: Path) -> list[int]:
+    """[bytes, time of the last change in ns], by which a file is taken to be the same."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def hash_named_files(params: dict) -> dict:
@@ -137,7 +133,7 @@ def hash_named_files(params: dict) -> dict:
     for text in (text for line in lines for text in JSON_STRING.findall(line or b"")):
         name = text[1:-1].decode(errors="replace").removeprefix("file://")
         if is_regular_file(root / name):
-            images[name] = _size_and_time(root / name)
+            images[name] = file_stats(root / name)
     return {"data": file_sha256(path), "images": images}
 
 

@@ -42,24 +42,15 @@ from mig_kit.pipeline.run_folders import require_record as require_record
 from mig_kit.pipeline.run_rules import check_run
 from mig_kit.pipeline.stage_keys import (
     describe_change,
+    file_stats,
     input_stages,
     load_inputs,
-    select_products,
     stage_facts,
     with_run_params,
 )
 
 DEFAULT_RUN = "default"  # which a new run of a notebook starts from
 STARTED = "started.json"
-
-
-def find_replaced_input(stage: str, run_id: str) -> str:
-    """The name of an earlier stage that has made something else since this one read it, or ""."""
-    for name, outputs in (load_record(stage, run_id) or {}).get("inputs", {}).items():
-        now = load_record(name, run_id)
-        if now is None or select_products(now["outputs"]) != select_products(outputs):
-            return name
-    return ""
 
 
 def describe_staleness(stage: str, run_id: str, params: dict) -> str:
@@ -149,18 +140,13 @@ def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path 
         path = folder / name
         if not path.is_file():
             return path
-        is_as_it_was = record["stats"].get(name) == file_facts(path) and not is_thorough
+        is_as_it_was = record["stats"].get(name) == file_stats(path) and not is_thorough
         if not is_as_it_was and file_sha256(path) != digest:
             return path
     images = folder / IMAGE_FOLDER
     listed = (folder / IMAGE_MANIFEST).read_text().split() if IMAGE_MANIFEST in outputs else ()
     stored = set(os.listdir(images)) if images.is_dir() else set()
     return next((images / name for name in listed if name not in stored), None)
-
-
-def file_facts(path: Path) -> list[int]:
-    """[bytes, time of the last change in ns], by which a file is taken to be the same."""
-    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def unfinished_folder(stage: str, run_id: str) -> Path:
@@ -279,7 +265,7 @@ class Stage:
                 "facts": self.facts, "inputs": self.inputs,
                 "branch": load_branch(self.run_id) if self.inputs else {},
                 "outputs": {name: file_sha256(path) for name, path in files.items()},
-                "stats": {name: file_facts(path) for name, path in files.items()},
+                "stats": {name: file_stats(path) for name, path in files.items()},
                 "summary": summary.replace(str(folder), str(final)), **describe_machine(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
                 "stale_inputs": self.stale_inputs,
@@ -306,7 +292,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
 
     names: the notebook's globals(). A new run id becomes a branch of run `default`, whose earlier
     stages it takes. Until the stage finishes, no other process can write this run. Raises UserError
-    as `validate_params`, `is_done` and `refuse_stale_inputs`, and for a damaged input.
+    as `validate_params`, `is_done` and `find_stale_inputs`, and for a damaged input.
     """
     # whatever the cell assigns must be a parameter, or a mistyped -p would be ignored in silence
     assigned = set(default_params(stage)) | _assigned_in_parameter_cells(names.get("In", []))
