@@ -69,7 +69,8 @@ def _write_correct(lines: Iterable, remarks, file: Path, word: str, out: Path | 
     from mig_kit.data.records import describe_counts
 
     if out and (out.resolve() == file.resolve() or not out.absolute().parent.is_dir()):
-        raise UserError(f"--out {out} is FILE itself, or in no folder that exists; name another file")
+        raise UserError(f"--out {out} is FILE itself, or in no folder that exists; name another "
+                        "file")
     counts: Counter[str] = Counter()
     temporary = out and out.with_name(f"{out.name}.tmp")
     try:
