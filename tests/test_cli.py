@@ -11,12 +11,6 @@ from mig_kit.pipeline import status
 from mig_kit.world.tasks import make_sample
 
 
-def test_help():
-    result = CliRunner().invoke(cli, ["run", "--help"])
-    assert result.exit_code == 0 and "--profile" in result.output
-    assert CliRunner().invoke(cli, ["--version"]).output.startswith("mig-kit, version ")
-
-
 @pytest.mark.parametrize("words,sentence", [
     (("run", "05", "-p", "num_generation", "4"), "did you mean 'num_generations'"),
     (("run", "05", "-p", "zzz", "4"), "05_grpo has no parameter 'zzz'; its parameters are"),

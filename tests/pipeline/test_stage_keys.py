@@ -207,12 +207,3 @@ def test_used_definitions_of_a_small_package(describe_small):
         "mig_kit.a.OTHER", "mig_kit.a.SIZE", "mig_kit.a.used", "mig_kit.b.TABLE",
         "mig_kit.b.helper", "mig_kit.c.<body>", "mig_kit.c.hook", "mig_kit.c.late",
         "mig_kit.c.passed_on"]
-
-
-def test_another_function_of_the_same_name_counts(describe_small):
-    modules = {"a": "def f():\n    return 1\n", "b": "def f():\n    return 2\n"}
-    codes = {str(describe_small(
-        modules | {"c": f"from mig_kit import a, b\ndef g():\n    return {text}\n"},
-        "from mig_kit import a, b, c\nc.g()\nx = a.f() + b.f()"))
-        for text in ("a.f() + b.f()", "b.f() + a.f()", "a.f() + a.f()")}
-    assert len(codes) == 3
