@@ -66,7 +66,7 @@ def test_status_shows_stages_and_scores(tmp_path, monkeypatch):
     lines = {line.split()[0]: line for line in output.splitlines()[1:]}
     assert "done in 1.5 min" in lines["05_grpo"] and "02_sft" not in lines
     assert "base 1.0, sft 40.0, grpo 55.5" in output
-    assert "stale: 07_report needs 01_synthesize of run 'run', which has not" in lines["07_report"]
+    assert "stale, 07_report: 07_report needs 01_synthesize of run 'run'" in lines["07_report"]
 
 
 def test_ground_names_a_broken_image(tmp_path):

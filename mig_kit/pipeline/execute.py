@@ -11,12 +11,7 @@ from jupyter_client.manager import AsyncKernelManager
 from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline import store
 from mig_kit.pipeline.plan import PlannedRun
-from mig_kit.pipeline.run_folders import (
-    PROFILE_FILE,
-    load_branch,
-    load_profile,
-    start_branch,
-)
+from mig_kit.pipeline.run_folders import PROFILE_FILE, load_profile, start_branch
 from mig_kit.pipeline.run_rules import check_run
 
 STEP = re.compile(r"step \d+/\d+: ")
@@ -64,17 +59,13 @@ class StageLines(logging.Handler):
 
 def check_plan(plan: PlannedRun) -> None:
     """UserError if a stage has finished otherwise, or would read a stale one."""
-    planned = plan.params
-    due = [stage for stage in planned
-           if not store.is_done(stage, plan.run_id, planned[stage])]
-    is_new_branch = plan.source and not load_branch(plan.run_id)
-    origin = plan.source if is_new_branch else plan.run_id
-    for stage in due:
-        inputs = store.input_stages(stage, origin)
-        if not set(inputs) & set(planned):
+    for stage in [stage for stage, values in plan.params.items()
+                  if not store.is_done(stage, plan.run_id, values)]:
+        inputs = store.input_stages(stage, plan.origin)
+        if not set(inputs) & set(plan.params):
             for name in inputs:
-                store.require_record(name, origin, stage)
-            store.find_stale_inputs(stage, origin)
+                store.require_record(name, plan.origin, stage)
+            store.find_stale_inputs(stage, plan.origin)
 
 
 def run_plan(plan: PlannedRun, force: bool = False) -> None:

@@ -36,12 +36,16 @@ from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS_STAGE, START_WORDS
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """The stages to run, with parameters; source: the run that this one starts from, or ""."""
+    """The stages to run, with parameters; source: the run that this one starts from, or "".
+
+    origin: the run whose earlier stages are read, before a new branch is made.
+    """
 
     run_id: str
     source: str
     params: dict[str, dict]
     profile: str
+    origin: str
 
 
 def plan_run(names: list[str], profile: str, run_id: str, source: str,
@@ -69,14 +73,13 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
     if source:
         check_branch(source, run_id, stages)
     origin = run_id if load_branch(run_id) or not source else source
-    needs_run = any(STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params
-    if needs_run and suggest_word(origin, list_runs()):
-        require_runs(origin)
+    if any(STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
+        if suggest_word(origin, list_runs()):
+            require_runs(origin)
+        require_record(RUN_PARAMS_STAGE, origin, min(params))
     check_run({stage: values for stage, values in params.items()
                if not load_record(stage, run_id)}, origin)
-    if needs_run:
-        require_record(RUN_PARAMS_STAGE, origin, min(params))
-    return PlannedRun(run_id, source, params, profile)
+    return PlannedRun(run_id, source, params, profile, origin)
 
 
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:

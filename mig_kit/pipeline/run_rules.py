@@ -4,12 +4,7 @@ import json
 from collections import Counter
 
 from mig_kit.common import UserError
-from mig_kit.pipeline.run_folders import (
-    COLD_START,
-    finished_params,
-    has_cold_start,
-    stage_folder,
-)
+from mig_kit.pipeline.run_folders import COLD_START, finished_params, has_cold_start, stage_folder
 from mig_kit.pipeline.stage_params import RUN_PARAMS_STAGE
 
 CURATION = "04_rejection_sampling"

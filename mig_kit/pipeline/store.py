@@ -54,59 +54,51 @@ STARTED = "started.json"
 
 
 def describe_staleness(stage: str, run_id: str, params: dict) -> str:
-    """How a finished stage differs from what it would be now, in words; "" if it does not.
-
-    Raises UserError if an input is damaged or gone.
-    """
+    """How a finished stage differs from what it would be now, in words; "" if it does not."""
     record = load_record(stage, run_id)
     if change := describe_change(record["facts"], stage_facts(stage, run_id, params)):
         return change
-    require_intact_inputs(stage, run_id)
     damaged = find_damaged(stage_folder(stage, run_id), record)
     return f"{damaged} is gone or damaged" if damaged else ""
 
 
-def find_stale(run_id: str) -> dict[str, tuple[str, str]]:
-    """Stale stage -> (the first stage that makes it stale, why), in a run and its source."""
-    stale: dict[str, tuple[str, str]] = {}
+def find_stale(run_id: str) -> dict[str, str]:
+    """Stale stage -> "STAGE: why" of the first stage that makes it so, in a run and its source."""
+    stale: dict[str, str] = {}
     for stage in STAGES:
         try:
             if record := load_record(stage, run_id):
                 reason = describe_staleness(stage, run_id, recorded_params(stage, record))
-                causes = [(stage, reason)] if reason else []
-                causes += [stale[name] for name in input_stages(stage, run_id)
-                           if name in stale]
+                causes = [f"{stage}: {reason}"] if reason else []
+                causes += [stale[name] for name in input_stages(stage, run_id) if name in stale]
                 stale |= {stage: causes[0]} if causes else {}
-        except UserError as error:  # what it was made from is gone or damaged
-            stale[stage] = (stage, str(error))
+        except UserError as error:  # what it was made from is gone
+            stale[stage] = f"{stage}: {error}"
     return stale
 
 
-def find_stale_inputs(stage: str, run_id: str, is_forced: bool = False) -> dict[str, str]:
-    """The first stage that makes an input of this one stale -> why; UserError unless forced."""
+def find_stale_inputs(stage: str, run_id: str, is_forced: bool = False) -> list[str]:
+    """What makes inputs of a stage stale, as of `find_stale`; UserError unless forced."""
     stale = find_stale(run_id)
-    causes = dict(stale[name] for name in input_stages(stage, run_id) if name in stale)
+    causes = sorted({stale[name] for name in input_stages(stage, run_id) if name in stale})
     if causes and not is_forced:
-        name, why = next(iter(causes.items()))
-        raise UserError(f"{stage} would build on a stale {name} of run '{run_id}' ({why}); run "
-                        "that again, or add --force: what comes of it is then marked in run.json, "
-                        "status and tables")
+        raise UserError(f"{stage} would build on what is stale in run '{run_id}' ({causes[0]}); "
+                        "run that again, or add --force: what comes of it is then marked in "
+                        "run.json, status and tables")
     return causes
 
 
 def stale_notes(stage: str, run_id: str) -> list[str]:
     """Sentences on why a stage's results are not those of the present code and parameters."""
-    cause, reason = find_stale(run_id).get(stage, ("", ""))
-    through = f" through {cause}" if cause != stage else ""
-    notes = [f"{stage} of run '{run_id}' is stale{through}: {reason}"] if reason else []
+    reason = find_stale(run_id).get(stage, "")
+    notes = [f"{stage} of run '{run_id}' is stale ({reason})"] if reason else []
     return notes + list_marks(RECIPE[:RECIPE.index(stage) + 1], run_id)
 
 
 def list_marks(stages: Sequence[str], run_id: str) -> list[str]:
     """A sentence on each of these stages that was made from stale ones."""
     marks = {stage: (load_record(stage, run_id) or {}).get("stale_inputs") for stage in stages}
-    return [f"{stage} of run '{run_id}' was made from stale stages: "
-            f"{', '.join(f'{name} ({why})' for name, why in causes.items())}"
+    return [f"{stage} of run '{run_id}' was made from what was stale ({'; '.join(causes)})"
             for stage, causes in marks.items() if causes]
 
 
@@ -219,7 +211,7 @@ class Stage:
     inputs: dict[str, dict[str, str]]
     is_shown: bool
     spent: float
-    stale_inputs: dict[str, str] = field(default_factory=dict)
+    stale_inputs: list[str]
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
     is_finished: bool = False

@@ -120,7 +120,7 @@ def test_a_source_that_was_made_again_makes_the_branch_stale(root, leave):
     leave("03_merge", "a")
     assert store.find_stale("b") == {}, "the same products again"
     leave("03_merge", "a", "2")
-    assert "; stale: 03_merge has changed" in "\n".join(status.run_lines("b"))
+    assert "; stale, 05_grpo: 03_merge has changed" in "\n".join(status.run_lines("b"))
     with pytest.raises(UserError, match="stays as it is .03_merge has changed"):
         store.is_done("05_grpo", "b", stage.params)
 
@@ -203,18 +203,18 @@ def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels
 
     monkeypatch.setattr(stage_keys, "describe_code", changed_04)
     lines = {line.split()[0]: line for line in output_of("status", "a").splitlines()[1:]}
-    assert "; stale: a cell of its notebook has changed" in lines["04_rejection_sampling"]
-    assert "; stale through 04: " in lines["05_grpo"] and "through 04" in lines["06_evaluate"]
+    assert "; stale, 04_rejection_sampling: a cell of its" in lines["04_rejection_sampling"]
+    assert "; stale, 04_" in lines["05_grpo"] and "; stale, 04_" in lines["06_evaluate"]
     assert "stale" not in lines["03_merge"]
     words = ["run", "05", "--from", "a", "--run-id", "b"]
     sentence = error_of(*words)
-    assert "05_grpo would build on a stale 04_rejection_sampling of run 'a' (a cell" in sentence
+    assert "05_grpo would build on what is stale in run 'a' (04_rejection_sampling: a" in sentence
     assert not (root / "b").exists()
-    with pytest.raises(UserError, match="05_grpo would build on a stale 04_rejection_sampling"):
+    with pytest.raises(UserError, match="05_grpo would build on what is stale in run 'c'"):
         run_folders.start_branch("a", "c", "05_grpo")
         store.begin_stage("05_grpo", {"run_id": "c"})
     output_of(*words, "--force")
-    mark = "05_grpo of run 'b' was made from stale stages: 04_rejection_sampling (a cell"
+    mark = "05_grpo of run 'b' was made from what was stale (04_rejection_sampling: a cell"
     assert mark in output_of("status", "b")
     assert mark in " ".join(store.stale_notes("05_grpo", "b"))
     monkeypatch.setattr(stage_keys, "describe_code", facts)

@@ -162,7 +162,7 @@ def test_status_and_run_mean_the_same_by_stale_and_say_why(root, monkeypatch):
     assert "stale" not in output_of("status", "a")
     changed = {**code, "definition": {**code["definition"], name: "2"}}
     monkeypatch.setattr(stage_keys, "describe_code", lambda *_: changed)
-    assert output_of("status", "a").splitlines()[1].endswith("stale: describe_machine has changed")
+    assert output_of("status", "a").splitlines()[1].endswith(": describe_machine has changed")
     assert "as it is (describe_machine has changed)" in error_of(
         "run", "00", "--run-id", "a", "-p", "memory_gib", "1")
 
