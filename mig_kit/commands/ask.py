@@ -29,10 +29,9 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
     options = {name: value for name, value in options.items() if value is not None}
     is_served = server and model.partition("/")[0] not in list_runs()
     if run_model := None if is_served else find_run_model(model):
-        for name, value in options.items():
-            if value != (own := getattr(run_model.box_format, name)):
-                raise UserError(f"the run's model has the {name} {own}; leave "
-                                f"--{name.replace('_', '-')} out, or name the model's folder")
+        if replace(run_model.box_format, **options) != run_model.box_format:
+            raise UserError(f"the run's model has {run_model.box_format.description}; leave "
+                            "--coordinates and pixel limits out, or name the model's folder")
         notes = stale_notes(run_model.stage, run_model.run_id) if run_model.stage else []
         click.echo("\n".join(f"warning: {note}" for note in notes), nl=bool(notes), err=True)
         return run_model
@@ -43,8 +42,7 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
     if server and read_model_type(folder, ask_hub=False) not in FAMILIES:
         if coordinates is None:
             raise UserError(f"only the server knows the model {model}; say with --coordinates how "
-                            "it writes boxes: normalized_1000, or absolute for pixels of the image "
-                            "that is sent")
+                            "it writes boxes")
         box_format = BoxFormat(**options)
         click.echo(f"{model} is asked through its server alone, with {box_format.description}: "
                    "its prompts are not compared with the kit's", err=True)
