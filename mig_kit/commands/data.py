@@ -196,7 +196,10 @@ def export_command(engine: str, source: str, out: Path, root: Path | None, profi
     """
     from mig_kit.data.exports import write_export
 
-    recipe = (_recipe_of_file(Path(source), profile or "tiny", root) if Path(source).is_file() else
+    is_file = Path(source).is_file()
+    if is_file and not profile:
+        raise UserError("a file has no recipe; name a --profile: tiny, or a folder of params/")
+    recipe = (_recipe_of_file(Path(source), profile, root) if is_file else
               _recipe_of_run(source, profile))
     differences = write_export(engine, recipe, out, gpus)
     click.echo(f"{len(recipe.samples)} prompts, their rewards and the recipe for {engine}: {out}")

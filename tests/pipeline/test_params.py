@@ -24,12 +24,10 @@ KIT = ["format", "image", "box", "choice"]
 NO_SHARING = {"share_prefix": False}
 # stage, wrong values -> a part of the sentence; FILE and OTHER are files of rewards
 REFUSED = [
-    ("00", {"memory_gib": -1}, "it must be float, 0 or more"),
     ("00", {"disk_gib": "nan"}, "it must be float, 0 or more"),
     ("00", {"profile": "huge"}, "it must be tiny or a folder of params/"),
     ("00", {"device": "gpu"}, "one of auto, cuda, cpu"),
     ("01", {"seed": -1}, "it must be int, 0 or more, at most 4294967295"),
-    ("01", {"val_per_task": 0}, "1 or more"),
     ("01", {"data_shares": [0.5, 0.2, 0.2]}, "must sum to 1"),
     ("01", {"data_shares": [0.5, 0.5]}, "it must be list[float], 3 of them"),
     ("01", {"data": "README.md"}, "the rules teacher reads synthetic scenes only; set teacher"),
@@ -42,15 +40,11 @@ REFUSED = [
     ("01", {"teacher": "endpoint", "endpoint_model": "m", "endpoint_url": "http://u:secret@a/v1"},
      "endpoint_url like http://localhost"),
     ("01", {"min_pixels": 500000}, "min_pixels is above max_pixels; swap them"),
-    ("01", {"max_pixels": 100}, "784 or more"),
     ("01", {"base_model": "qwen"}, "it must be tiny, a folder that exists, or USER/NAME of"),
     ("02", {"learning_rate": -1}, "it must be float, above 0"),
-    ("02", {"lora_dropout": 1}, "0 or more, below 1"),
     ("04", {"min_pass_rate": 0.95}, "min_pass_rate is above max_pass_rate; swap them"),
-    ("04", {"replies": 0}, "1 or more"),
     ("04", {"server": "somewhere"}, "such as http://localhost:8000/v1"),
     ("05", {"num_generation": 4}, "it has no parameter 'num_generation'; did you mean"),
-    ("05", {"num_generations": "many"}, "is 'many'; it must be int, 2 or more"),
     ("05", {"hub_token": "hf_x"}, "would be kept in run.json; set HF_TOKEN"),
     ("05", {"trl": {"multi_objective_aggregation": "normalize_then_sum"}}, "leave multi_objecti"),
     ("05", {"trl": {"top_q": 1}}, "GRPOConfig has no 'top_q'; did you mean 'top_p'?"),
@@ -82,8 +76,6 @@ REFUSED = [
     ("06", {"suites": {"mig": 1}}, "'mig' is no drawn suite; they are mig_bench, ood_grounding"),
     ("06", {"suites": {"blink": -1}}, "0 or more"),
     ("08", {"model": "nowhere"}, "a folder that exists, or USER/NAME of the hub"),
-    ("08", {"images": 9}, "1 or more, at most 8"),
-    ("90", {"course_steps": [1]}, "list[int], 4 of them"),
 ]
 
 
