@@ -169,28 +169,3 @@ def test_a_wheel_works_outside_the_repository(tmp_path, monkeypatch):
     process = subprocess.run([python.with_name("mig-kit"), "run", "90"], cwd=work, text=True,
                              capture_output=True)
     assert "90_tiny_base comes with a clone of the repository alone" in process.stderr
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
-@pytest.mark.parametrize("extra,megabytes,absent", [
-    ("", 450, {"torch", "datasets", "jupyterlab", "matplotlib"}),
-    ("[trainer]", 2500, {"jupyterlab", "matplotlib", "openai", "papermill"}),
-    ("[eval]", 2500, {"jupyterlab", "papermill", "trl"})])
-def test_each_extra_in_a_venv_of_its_own(extra, megabytes, absent, tmp_path):
-    venv.create(tmp_path, with_pip=True)
-    pip = [tmp_path / "bin" / "pip", "--quiet", "--disable-pip-version-check", "install"]
-    torch = next(f"{wanted.name}{wanted.specifier}" for wanted in (
-        Requirement(line) for line in (PROJECT_ROOT / "requirements.lock").read_text().splitlines()
-        if line.startswith("torch==")))
-    if extra and subprocess.run([*pip, "--no-deps", f"{torch}+cpu"]).returncode:
-        subprocess.run([*pip, torch], check=True)
-    subprocess.run([*pip, f"{PROJECT_ROOT}{extra}"], check=True)
-    packages = tmp_path / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
-    sizes = sum(path.stat().st_size for path in packages.rglob("*") if path.is_file())
-    assert sizes < megabytes * 1e6
-    assert not absent & {path.name for path in packages.iterdir()}
-    module = {"": "mig_kit.score.run_benchmark", "[trainer]": "mig_kit.shared_prefix.trainer",
-              "[eval]": "mig_kit.stages.eval_model"}[extra]
-    subprocess.run([tmp_path / "bin" / "python", "-c", f"import {module}"], cwd=tmp_path,
-                   check=True)

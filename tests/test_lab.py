@@ -1,7 +1,4 @@
-"""The notebooks in JupyterLab, in headless Chromium: every cell run.
-
-Screenshots are left in the folder that MIG_KIT_SCREENSHOTS names.
-"""
+"""The notebooks in JupyterLab, in headless Chromium: every cell run."""
 
 import os
 import shutil
@@ -10,7 +7,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import papermill
 import pytest
@@ -98,12 +94,6 @@ def wait_until(is_finished, page, max_errors=0):
         time.sleep(0.2)
 
 
-def take_screenshot(page, name):
-    if screenshots := os.environ.get("MIG_KIT_SCREENSHOTS"):
-        Path(screenshots).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(screenshots) / f"{name}.png")
-
-
 def save_and_read(page, path):
     before = path.stat().st_mtime_ns
     choose_command(page, "File", "docmanager:save")
@@ -122,7 +112,6 @@ def test_every_cell_runs_in_lab(stage, lab, page):
     run_all(page)
     wait_until((root / "lab" / stage / "run.json").is_file, page)
     time.sleep(1.5)
-    take_screenshot(page, stage)
     path = folder / f"{stage}.ipynb"
     outputs = save_and_read(page, path)
     assert not [output for output in outputs if output.output_type == "error"]
@@ -141,8 +130,6 @@ def test_another_value_for_a_finished_stage_is_one_sentence_in_lab(lab, page):
     show(page, address, "changed")
     run_all(page)
     page.wait_for_selector(ERRORS, timeout=60_000)
-    page.locator(ERRORS).scroll_into_view_if_needed()
-    take_screenshot(page, "refused")
     sentence = page.locator(ERRORS).inner_text()
     assert sentence.startswith("mig-kit: 03_merge of run 'lab' has finished, and stays as it is ("
                                "dtype: 'bfloat16', finished with 'float32')")

@@ -7,17 +7,12 @@ from types import SimpleNamespace
 import click
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.commands.options import FILE, FOLDER, NEW_FOLDER
 from mig_kit.common import UserError
 from mig_kit.pipeline import model_cards
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
 from mig_kit.pipeline.store import stale_notes
-
-
-def absolute_folder(model: str) -> str:
-    """A folder that is named from where the command is given; anything else as it is."""
-    path = Path(model)
-    return str(path.absolute()) if path.is_dir() and model != "tiny" else model
 
 
 def find_model(model: str, coordinates: str | None, min_pixels: int | None,
@@ -32,23 +27,22 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
 
     options = {"coordinates": coordinates, "min_pixels": min_pixels, "max_pixels": max_pixels}
     options = {name: value for name, value in options.items() if value is not None}
-    is_run = {model.partition("/")[0], Path(model).name} & list_runs()
-    run_model = find_run_model(model) if is_run or not server else None
-    if run_model is not None:
-        for name, value in options.items():
-            if value != (own := getattr(run_model.box_format, name)):
-                raise UserError(f"the run's model has the {name} {own}; leave "
-                                f"--{name.replace('_', '-')} out, or name the model's folder")
+    is_served = server and model.partition("/")[0] not in list_runs()
+    if run_model := None if is_served else find_run_model(model):
+        if replace(run_model.box_format, **options) != run_model.box_format:
+            raise UserError(f"the run's model has {run_model.box_format.description}; leave "
+                            "--coordinates and pixel limits out, or name the model's folder")
         notes = stale_notes(run_model.stage, run_model.run_id) if run_model.stage else []
         click.echo("\n".join(f"warning: {note}" for note in notes), nl=bool(notes), err=True)
         return run_model
-    folder = loading.resolve_model(absolute_folder(model))
+    path = Path(model)  # a folder is named from where the command is given
+    is_folder = path.is_dir() and model != "tiny"
+    folder = loading.resolve_model(str(path.absolute()) if is_folder else model)
     # a server that runs already has the model, and the hub may be out of reach
     if server and read_model_type(folder, ask_hub=False) not in FAMILIES:
         if coordinates is None:
             raise UserError(f"only the server knows the model {model}; say with --coordinates how "
-                            "it writes boxes: normalized_1000, or absolute for pixels of the image "
-                            "that is sent")
+                            "it writes boxes")
         box_format = BoxFormat(**options)
         click.echo(f"{model} is asked through its server alone, with {box_format.description}: "
                    "its prompts are not compared with the kit's", err=True)
@@ -82,22 +76,21 @@ def model_options(command):
 
 @click.command("eval")
 @model_options
-@click.option("--adapter", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="A LoRA adapter of that model, merged into it first.")
+@click.option("--adapter", type=FOLDER, help="A LoRA adapter of that model, merged into it first.")
 @click.option("--four-bit", is_flag=True, help="The adapter was trained on 4-bit weights (QLoRA).")
-@click.option("--suite", default="drawn", show_default=True,
-              help="drawn, own, or mig_bench, lisa, revos, ref_l4, blink, mmiu.")
-@click.option("--file", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--suite", default="drawn", show_default=True, help="What is asked.",
+              type=click.Choice(["drawn", "own", "mig_bench", "lisa", "revos", "ref_l4", "blink",
+                                 "mmiu"]))
+@click.option("--file", "file", type=FILE,
               help="Own data (a JSONL, or a run's 01_synthesize/val.parquet: its held-out part), "
                    "or the benchmark's annotation file.")
-@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path),
+@click.option("--images", type=FOLDER,
               help="The folder that FILE's image names are relative to; else FILE's own.")
 @click.option("--limit", default=0, type=click.IntRange(0),
               help="Only the first so many questions of every task; of own data, of the file.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
+@click.option("--out", required=True, type=NEW_FOLDER,
               help="Folder for replies, predictions and scores; goes on where it stopped.")
-@click.option("--compare", multiple=True,
-              type=click.Path(exists=True, file_okay=False, path_type=Path),
+@click.option("--compare", multiple=True, type=FOLDER,
               help="The --out of another model: one table, and the paired difference; repeat.")
 @click.option("--card", is_flag=True,
               help="Also write the scores into the model folder's README.md, for the hub.")
@@ -114,7 +107,8 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
                  card: bool, coordinates: str | None, min_pixels: int | None,
                  max_pixels: int | None, device: str, **params) -> None:
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
-    _check_words(suite, file, images, adapter, four_bit)
+    if (suite == "drawn") != (file is None):
+        raise UserError("--suite drawn has no --file; every other suite needs one: its questions")
     from mig_kit.models import loading  # seconds, which wrong words need not wait for
     from mig_kit.models.adapters import check_adapter_base
     from mig_kit.models.model_folders import ServedName
@@ -150,26 +144,6 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
         model_cards.add_scores(Path(run_model.folder), scores, file)
 
 
-def _check_words(suite: str, file: Path | None, images: Path | None, adapter: Path | None,
-                 four_bit: bool) -> None:
-    """UserError for words of `eval` that do not go together."""
-    from mig_kit.score.run_benchmark import RUNNABLE
-
-    suites = ("drawn", "own", *RUNNABLE)
-    if suite not in suites:
-        reason = (" (MC-Bench and OdinW ask for every box with a score, which no reply holds: "
-                  "mig-kit score judges finished predictions on them)"
-                  if suite in ("mc_bench", "odinw") else "")
-        raise UserError(f"no suite '{suite}'; use one of {', '.join(suites)}{reason}")
-    if suite == "drawn" and (file or images):
-        raise UserError("--suite drawn has no --file and no --images; leave them out, or name the "
-                         "suite of the file")
-    if suite != "drawn" and file is None:
-        raise UserError(f"--suite {suite} needs a --file: its questions")
-    if four_bit and adapter is None:
-        raise UserError("--four-bit says how the --adapter was trained; give one, or leave it out")
-
-
 @click.command()
 @model_options
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(),
@@ -186,12 +160,10 @@ def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_ne
     """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
     from mig_kit.image_files import BadImage, open_rgb
 
-    opened = []
-    for path in images:
-        try:
-            opened.append(open_rgb(Path(path)))
-        except BadImage as error:
-            raise UserError(f"--image {path}: {error}") from error
+    try:
+        opened = [open_rgb(Path(path)) for path in images]
+    except BadImage as error:
+        raise UserError(f"--image: {error}") from error
 
     from mig_kit.drawing.pictures import draw_sample
     from mig_kit.models import loading

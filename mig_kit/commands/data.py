@@ -10,6 +10,14 @@ from pathlib import Path
 import click
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.commands.options import (
+    FILE,
+    FOLDER,
+    NEW_FILE,
+    NEW_FOLDER,
+    profile_box_format,
+    root_option,
+)
 from mig_kit.common import UserError
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.stage_params import RUN_PARAMS
@@ -22,22 +30,12 @@ def data() -> None:
     """Check, look at, import, compare and export training data; nothing here loads a model."""
 
 
-def file_arguments(command):
-    """FILE, and the root of its images."""
-    for option in (
-            click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
-                         help="Image root; else FILE's folder."),
-            click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))):
-        command = option(command)
-    return command
-
-
 @data.command()
-@file_arguments
+@click.argument("file", type=FILE)
+@root_option
 @click.option("--profile", help="Also find prompts that are too long for this profile's base "
                                 "model, whose tokenizer is loaded: tiny, or a folder of params/.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
-              help="Write the correct lines here.")
+@click.option("--out", type=NEW_FILE, help="Write the correct lines here.")
 def check(file: Path, root: Path | None, profile: str | None, out: Path | None) -> None:
     """Say line by line what is wrong with FILE, your own data, and its images, which are decoded.
 
@@ -51,10 +49,9 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None) 
     if profile:
         from mig_kit.models import loading, processors
 
-        params = profile_params("01_synthesize", profile)
-        box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+        model = loading.resolve_model(profile_params("01_synthesize", profile)["base_model"])
         lines = own_data.check_lengths(lines, processors.prompt_measure(
-            loading.resolve_model(params["base_model"]), box_format))
+            model, profile_box_format(profile)))
     counts, _ = _write_correct(lines, remarks, file, records.entry_word(file), out, root)
     own_data.require_lines(file, remarks.n_lines)
     if counts:
@@ -71,10 +68,9 @@ def _write_correct(lines: Iterable, remarks, file: Path, word: str, out: Path | 
     """
     from mig_kit.data.records import describe_counts
 
-    if out and out.exists() and out.samefile(file):
-        raise UserError(f"--out {out} is FILE itself; name another file")
-    if out and not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out} is in no folder that exists; make {out.parent} first")
+    if out and (out.resolve() == file.resolve() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out {out} is FILE itself, or in no folder that exists; name another "
+                        "file")
     counts: Counter[str] = Counter()
     temporary = out and out.with_name(f"{out.name}.tmp")
     try:
@@ -105,9 +101,9 @@ def _write_correct(lines: Iterable, remarks, file: Path, word: str, out: Path | 
 
 
 @data.command()
-@file_arguments
-@click.option("--out", default="preview.html", show_default=True,
-              type=click.Path(dir_okay=False, path_type=Path), help="The page.")
+@click.argument("file", type=FILE)
+@root_option
+@click.option("--out", default="preview.html", show_default=True, type=NEW_FILE, help="The page.")
 @click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200),
               help="How many questions, from the top.")
 def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
@@ -123,9 +119,9 @@ def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
 @data.command("import")
 @click.argument("form", metavar="FORMAT",
                 type=click.Choice(["own", "swift", "llava", "mgrounding", "coco"]))
-@file_arguments
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path),
-              help="Where the JSONL of own data goes.")
+@click.argument("file", type=FILE)
+@root_option
+@click.option("--out", required=True, type=NEW_FILE, help="Where the JSONL of own data goes.")
 @click.option("--coordinates", type=click.Choice(["pixels", "absolute", "normalized_1000",
                                                   "normalized_1"]),
               help="What all boxes are measured in, in place of what FILE says; absolute: pixels "
@@ -162,8 +158,8 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
 
 
 @data.command()
-@click.argument("train", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("held_out", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("train", type=FOLDER)
+@click.argument("held_out", type=FOLDER)
 def duplicates(train: Path, held_out: Path) -> None:
     """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1
     if there are any.
@@ -187,10 +183,8 @@ def duplicates(train: Path, held_out: Path) -> None:
 @data.command("export")
 @click.argument("engine", type=click.Choice(["verl", "swift", "trl"]))
 @click.argument("source", metavar="RUN")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path),
-              help="The new folder.")
-@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="Image root of a file; else the file's folder.")
+@click.option("--out", required=True, type=NEW_FOLDER, help="The new folder.")
+@root_option
 @click.option("--profile", help="Whose values of stage 05 are handed over: tiny, or a folder of "
                                 "params/; left out, those that RUN's 05 had.")
 @click.option("--gpus", default=8, show_default=True, type=click.IntRange(1),
@@ -202,30 +196,32 @@ def export_command(engine: str, source: str, out: Path, root: Path | None, profi
     """
     from mig_kit.data.exports import write_export
 
-    recipe = (_recipe_of_file if Path(source).is_file() else _recipe_of_run)(source, profile, root)
+    is_file = Path(source).is_file()
+    if is_file and not profile:
+        raise UserError("a file has no recipe; name a --profile: tiny, or a folder of params/")
+    recipe = (_recipe_of_file(Path(source), profile, root) if is_file else
+              _recipe_of_run(source, profile))
     differences = write_export(engine, recipe, out, gpus)
     click.echo(f"{len(recipe.samples)} prompts, their rewards and the recipe for {engine}: {out}")
     for sentence in differences:
         click.echo(f"remark: with {engine}, {sentence}")
 
 
-def _recipe_of_file(source: str, profile: str | None, root: Path | None):
+def _recipe_of_file(source: Path, profile: str, root: Path | None):
     """A file's questions with a profile's values and base model."""
     from mig_kit.data import exports, own_data
     from mig_kit.models import loading
 
-    if not profile:
-        raise UserError("a file has no recipe; name a --profile: tiny, or a folder of params/")
     of_run = profile_params("01_synthesize", profile)
     params = profile_params("05_grpo", profile) | {name: of_run[name] for name in RUN_PARAMS}
     if own := [text for text in params["rewards"] if ":" in text]:
         raise UserError(f"the reward {own[0]} is exported from a run alone, whose 05 has tried it")
-    samples = list(own_data.iter_samples(Path(source), root or Path(source).parent))
-    return exports.Recipe(Path(source).name, samples, params,
+    samples = list(own_data.iter_samples(source, root or source.parent))
+    return exports.Recipe(source.name, samples, params,
                           loading.resolve_model(params["base_model"]), params["trl"])
 
 
-def _recipe_of_run(source: str, profile: str | None, root: Path | None):
+def _recipe_of_run(source: str, profile: str | None):
     """A run's kept prompts with the values of its 05, or with a profile's."""
     from mig_kit.data import exports
     from mig_kit.models import loading
@@ -234,15 +230,9 @@ def _recipe_of_run(source: str, profile: str | None, root: Path | None):
     from mig_kit.training.reward_loading import BatchReward, load_rewards
 
     run_folders.require_runs(source)
-    if root:
-        raise UserError("--root is for a file of own data; leave it out")
     run_folders.require_record("04_rejection_sampling", source, "mig-kit data export")
-    trained = run_folders.load_record("05_grpo", source)
-    if not (trained or profile):
-        raise UserError(f"05 of run '{source}' has not finished; say with --profile whose values "
-                         "to hand over: tiny, or a folder of params/")
     params = profile_params("05_grpo", profile) if profile else store.recorded_params(
-        "05_grpo", trained)
+        "05_grpo", run_folders.require_record("05_grpo", source, "export without --profile"))
     params |= run_facts.run_params(source, "mig-kit data export")
     start, merged = params["start_from"], run_folders.stage_folder("03_merge", source) / "merged"
     folder = run_folders.stage_folder("05_grpo", source)

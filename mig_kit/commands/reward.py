@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from mig_kit.commands.options import FILE, profile_box_format, root_option
 from mig_kit.common import UserError
 
 
@@ -14,11 +15,9 @@ def reward() -> None:
 
 @reward.command()
 @click.argument("rewards", metavar="FILE.py:FUNCTION ...", nargs=-1, required=True)
-@click.option("--data", "file", required=True,
-              type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--data", "file", required=True, type=FILE,
               help="Own data, whose questions the replies are constructed for.")
-@click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help="Image root; else the folder of --data.")
+@root_option
 @click.option("--profile", default="tiny", show_default=True,
               help="Whose coordinates, pixel limits and weights count: tiny, or a folder of "
                    "params/.")
@@ -29,14 +28,12 @@ def check(rewards: tuple[str, ...], file: Path, root: Path | None, profile: str,
     """Print what REWARDS, summed, pay for replies to real questions: right, empty, in another
     frame, ...; exit code 1 if they pay for the wrong thing. A name of the kit's is a reward, too.
     """
-    from mig_kit.boxes import BoxFormat
     from mig_kit.data.own_data import iter_samples
     from mig_kit.pipeline.params import profile_params
     from mig_kit.rewards import REWARDS
     from mig_kit.training import reward_check, reward_loading
 
-    of_run, params = profile_params("01_synthesize", profile), profile_params("05_grpo", profile)
-    box_format = BoxFormat(of_run["min_pixels"], of_run["max_pixels"], of_run["coordinates"])
+    box_format, params = profile_box_format(profile), profile_params("05_grpo", profile)
     # a file is named from where the command is given
     references = [f"{Path.cwd() / text}" if ":" in text else text for text in rewards]
     loaded = reward_loading.load_rewards(references, None)

@@ -66,17 +66,14 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     if bool(judge) != bool(judge_model):
         raise UserError("--judge URL and --judge-model NAME belong together; give both")
     rules["judge"] = (judge, judge_model) if judge else None
-    if (compare_coordinates or compare_box_order) and not compare:
-        raise UserError("--compare-coordinates and --compare-box-order are about the predictions "
-                        "of --compare; add that, or leave them out")
-    for written, also in ((out, items), (items, None)):
-        target = Path(written or ".").resolve()
-        if written and (target.is_dir() or not target.parent.is_dir()):
-            raise UserError(f"{written} cannot be written; name a file in a folder that exists")
-        if written and any(Path(other).resolve() in (target, *target.parents) for other in filter(
-                None, (annotations, predictions, compare, also))):
-            raise UserError(f"{written} is given twice, or lies in a folder that is read, and "
-                             "would be overwritten; write to a file elsewhere")
+    written = [Path(name).resolve() for name in (out, items) if name]
+    sources = [Path(name).resolve() for name in (annotations, predictions, compare) if name]
+    for target in written:
+        if target.is_dir() or not target.parent.is_dir():
+            raise UserError(f"{target} cannot be written; name a file in a folder that exists")
+        if written.count(target) > 1 or {target, *target.parents} & {*sources}:
+            raise UserError(f"{target} is given twice, or lies in a folder that is read, and would "
+                            "be overwritten; write to a file elsewhere")
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     if name == "own":
         for number, line in enumerate(read_records(annotations), 1):
@@ -113,8 +110,7 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         result["remarks"] += [f"{Path(compare).name}: {remark}" for remark in other.remarks
                               if remark not in scored.remarks]
     if items:
-        rows = protocols.item_rows(scored, name, other)
-        write_json_lines(Path(items), rows)
+        write_json_lines(Path(items), protocols.item_rows(scored, name, other))
     click.echo(score_markdown(result))
     if out:
         write_json(Path(out), result)

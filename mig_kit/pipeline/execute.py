@@ -11,16 +11,10 @@ from jupyter_client.manager import AsyncKernelManager
 from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline import store
 from mig_kit.pipeline.plan import PlannedRun
-from mig_kit.pipeline.run_folders import (
-    PROFILE_FILE,
-    load_branch,
-    load_profile,
-    start_branch,
-)
+from mig_kit.pipeline.run_folders import PROFILE_FILE, load_profile, start_branch
 from mig_kit.pipeline.run_rules import check_run
 
-STEP = re.compile(r"^step (\d+)/(\d+): ")
-BAR = re.compile(r"^(?!Loading weights: )(.+?): +100%\|")
+STEP = re.compile(r"step \d+/\d+: ")
 
 
 class ThisPython(AsyncKernelManager):
@@ -40,7 +34,7 @@ class StageLines(logging.Handler):
     def __init__(self):
         super().__init__()
         self.started = 0.0
-        self.shown: set[tuple[str, int]] = set()  # fifths of the work that a line has told of
+        self.shown: set[str] = set()  # names of bars whose end is printed
 
     def set(self, name: str, state: str, summary: str = "") -> None:
         """A stage is now "running", "up to date", "done" or "failed"; summary: its result."""
@@ -53,54 +47,32 @@ class StageLines(logging.Handler):
         print(f"{name}: {state}{took}{result}", flush=True)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print the lines of a notebook's output that warn or tell of progress."""
+        """Print a notebook's warnings, the steps of its trainings and the first end of a bar."""
         for line in record.getMessage().split("\n"):
             line = line.rsplit("\r", 1)[-1].strip()  # a bar is printed over itself
-            if line.startswith("warning: ") or self._is_due(line):
+            label = line.partition(":")[0]
+            is_end = "100%|" in line and label not in (*self.shown, "Loading weights")
+            if is_end or line.startswith("warning: ") or STEP.match(line):
                 print(f"  {line}", flush=True)
-
-    def _is_due(self, line: str) -> bool:
-        """Whether a line of progress is the first in its fifth of the work."""
-        if match := STEP.match(line):
-            label, share = "step", int(match[1]) / int(match[2])
-        elif match := BAR.match(line):  # a bar per batch of replies is many bars: their ends do
-            label, share = match[1], 1.0
-        else:
-            return False
-        fifth = (label, int(5 * share))
-        is_new = fifth not in self.shown
-        self.shown.add(fifth)
-        return is_new and share > 0
+                self.shown.add(label)
 
 
 def check_plan(plan: PlannedRun) -> None:
     """UserError if a stage has finished otherwise, or would read a stale one."""
-    planned = plan.params
-    due = [stage for stage in planned if not is_done(stage, plan)]
-    is_new_branch = plan.source and not load_branch(plan.run_id)
-    origin = plan.source if is_new_branch else plan.run_id
-    for stage in due:
-        inputs = store.input_stages(stage, origin)
-        if not set(inputs) & set(planned):
+    for stage in [stage for stage, values in plan.params.items()
+                  if not store.is_done(stage, plan.run_id, values)]:
+        inputs = store.input_stages(stage, plan.origin)
+        if not set(inputs) & set(plan.params):
             for name in inputs:
-                store.require_record(name, origin, stage)
-            causes = store.find_stale_inputs(stage, origin)
-            store.refuse_stale_inputs(stage, origin, causes)
-
-
-def is_done(stage: str, plan: PlannedRun) -> bool:
-    """`store.is_done`; False if a stage before it is not there yet."""
-    has_work = store.unfinished_folder(stage, plan.run_id).exists() or (
-        store.runs_root() / plan.run_id / stage).exists()
-    return has_work and store.is_done(stage, plan.run_id, plan.params[stage])
+                store.require_record(name, plan.origin, stage)
+            store.find_stale_inputs(stage, plan.origin)
 
 
 def run_plan(plan: PlannedRun, force: bool = False) -> None:
     """Run the stages of a plan in order; force: run all of them from the start.
 
-    Raises UserError, before a kernel starts, as `store.is_done` and `store.refuse_stale_inputs`,
-    and if a stage refuses its input; a stage that fails otherwise prints its traceback and ends the
-    process. What it has made is kept for resuming.
+    Raises UserError, before a kernel starts, as `check_plan`, and if a stage refuses its input; a
+    stage that fails otherwise prints its traceback and ends the process.
     """
     if not force:
         check_plan(plan)
@@ -109,7 +81,7 @@ def run_plan(plan: PlannedRun, force: bool = False) -> None:
     remaining, lines = dict(plan.params), StageLines()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[lines], force=True)
     for stage, values in plan.params.items():
-        if not force and is_done(stage, plan):
+        if not force and store.is_done(stage, plan.run_id, values):
             lines.set(stage, "up to date")
         else:
             _prepare(stage, plan, force)

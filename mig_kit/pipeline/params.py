@@ -3,7 +3,6 @@
 `stage_params` says what they are; params/<profile>/ holds what a profile changes.
 """
 
-import json
 from pathlib import Path
 from types import GenericAlias
 from typing import Literal, get_args, get_origin
@@ -44,9 +43,8 @@ def profile_params(stage: str, profile: str = "tiny") -> dict:
         raise UserError(f"no profile '{profile}' in params/; the profiles are "
                         f"{', '.join(list_profiles())}")
     values = _read_profile(PROFILES / profile / f"{stage}.yaml")
-    known = {name: values.get(name, default) for name, default in default_params(stage).items()}
-    return values | {name: merge_mappings(default_params(stage)[name], value)
-                     for name, value in known.items()}
+    return values | {name: merge_mappings(default, values.get(name, default))
+                     for name, default in default_params(stage).items()}
 
 
 def _read_profile(path: Path) -> dict:
@@ -148,9 +146,3 @@ def params_text(stage: str, profile: str = "tiny") -> str:
         lines += [f"{name}: {value}  # {field.description}{other}",
                   f"    # {describe_field(field)}"]
     return "\n".join(lines)
-
-
-def describe_differences(params: dict, others: dict) -> list[str]:
-    """"name: value" of the parameters that differ from `others`."""
-    return [f"{name}: {json.dumps(value)}" for name, value in params.items()
-            if others.get(name) != value]

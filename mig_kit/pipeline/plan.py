@@ -36,12 +36,16 @@ from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS_STAGE, START_WORDS
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """The stages to run, with parameters; source: the run that this one starts from, or ""."""
+    """The stages to run, with parameters; source: the run that this one starts from, or "".
+
+    origin: the run whose earlier stages are read, before a new branch is made.
+    """
 
     run_id: str
     source: str
     params: dict[str, dict]
     profile: str
+    origin: str
 
 
 def plan_run(names: list[str], profile: str, run_id: str, source: str,
@@ -69,14 +73,13 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
     if source:
         check_branch(source, run_id, stages)
     origin = run_id if load_branch(run_id) or not source else source
-    needs_run = any(STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params
-    if needs_run and suggest_word(origin, list_runs()):
-        require_runs(origin)
+    if any(STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
+        if suggest_word(origin, list_runs()):
+            require_runs(origin)
+        require_record(RUN_PARAMS_STAGE, origin, min(params))
     check_run({stage: values for stage, values in params.items()
                if not load_record(stage, run_id)}, origin)
-    if needs_run:
-        require_record(RUN_PARAMS_STAGE, origin, min(params))
-    return PlannedRun(run_id, source, params, profile)
+    return PlannedRun(run_id, source, params, profile, origin)
 
 
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
@@ -99,10 +102,6 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
         except yaml.YAMLError:
             raise UserError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
                             "as \"[1, 2]\"") from None
-        if isinstance(value, dict) and (key := next((key for key, number in value.items() if
-                                                     number is None and ":" in str(key)), "")):
-            raise UserError(f"-p {name} {text!r} has no value for '{key}'; YAML wants a space "
-                            f"after the colon, as \"{{{key.replace(':', ': ')}}}\"")
         overrides[name] = locate_paths(name, value)
     return overrides
 
@@ -115,10 +114,9 @@ def locate_paths(name: str, value: object) -> object:
         return value
     if name == "rewards":
         return re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), value)
-    is_model = name in MODEL_PARAMS and value not in ("tiny", *START_WORDS) and (
-        Path(value).is_dir())
-    is_data = name == "data" and value != "scenes"
-    is_path = name == "image_root" or is_data or is_model
+    is_model = name in MODEL_PARAMS and value not in ("tiny", *START_WORDS)
+    is_path = (name == "image_root" or name == "data" and value != "scenes"
+               or is_model and Path(value).is_dir())
     return relative_to_project(value) if is_path else value
 
 

@@ -1,6 +1,5 @@
 """How processes are started: launchers, such as `torchrun --nproc-per-node 8`."""
 
-import argparse
 import os
 import re
 import shlex
@@ -12,6 +11,8 @@ from pathlib import Path
 from mig_kit.common import UserError
 
 MODULE = "mig_kit.stages.launched_worker"  # a launcher starts it, with the stage folder
+# torchrun's and accelerate's
+OPTIONS = re.compile(r"--(nproc[-_]per[-_]node|nnodes|num[-_]machines|num[-_]processes)[ =]+(\S+)")
 
 
 @dataclass(frozen=True)
@@ -29,27 +30,15 @@ class Launch:
 
 def parse_launcher(launcher: str) -> Launch:
     """A launcher's words and processes; UserError, with the remedy, if it cannot be started."""
-    try:
-        words = shlex.split(launcher)
-    except ValueError as error:
-        raise UserError(f"launcher '{launcher}' is no command ({error}); write it as in a "
-                        "shell") from None
+    words = shlex.split(launcher)
     program = shutil.which(words[0], path=search_path())
     if program is None:
         raise UserError(f"launcher starts with '{words[0]}', which is neither beside "
                         f"{sys.executable} nor on PATH; install it, or set launcher to \"\"")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--nproc-per-node", "--nproc_per_node", dest="local", default="")
-    parser.add_argument("--nnodes", "--num_machines", "--num-machines", dest="nodes", default="1")
-    parser.add_argument("--num_processes", "--num-processes", dest="total", default="")
-    try:
-        known, _ = parser.parse_known_args(words[1:])
-    except argparse.ArgumentError as error:
-        raise UserError(f"launcher '{launcher}' is cut ({error}); write it as in a "
-                        "shell") from None
-    local, nodes, total = (int(text) if re.fullmatch("[0-9]+", text) else 0
-                           for text in (known.local, known.nodes, known.total))
-    local = local or total // max(1, nodes)
+    numbers = {name.replace("_", "-"): int(text) if text.isdecimal() else 0
+               for name, text in OPTIONS.findall(launcher)}
+    nodes = numbers.get("nnodes", numbers.get("num-machines", 1))
+    local = numbers.get("nproc-per-node", numbers.get("num-processes", 0) // max(1, nodes))
     return Launch((program, *words[1:]), local, nodes)
 
 

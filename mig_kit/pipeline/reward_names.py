@@ -1,6 +1,5 @@
 """Names of rewards in the parameters of 05, checked without running a user's file."""
 
-import symtable
 from collections.abc import Mapping, Sequence
 
 from mig_kit.common import UserError, split_function_name, suggest_word
@@ -19,9 +18,8 @@ def check_rewards(references: Sequence[str], weights: Mapping[str, float],
 
     Args:
         references: names of the kit's rewards, or "file.py:function".
-        weights: name -> weight. default_weights: an idle default is no mistake.
-    Raises: UserError for an unknown name, a missing file or function, two of one name, and a
-        weight of no reward.
+        weights: of names; one of no reward is a mistake, unless it is a default.
+    Raises: UserError.
     """
     if not references:
         raise UserError("rewards is []; list names of rewards, such as [format, image, box, "
@@ -50,16 +48,12 @@ def _reward_name(text: str) -> str:
                         "file.py:function")
     path, function = split_function_name(text)
     if not path.is_file():
-        near = suggest_word(path.name, [file.name for file in path.parent.glob("*.py")], 0.5)
-        raise UserError(f"rewards names {path}, which does not exist; "
-                        f"{near or 'give its path from the project, or an absolute one'}")
+        raise UserError(f"rewards names {path}, which does not exist; give its path from the "
+                        "project, or an absolute one")
     if function in NAMES_OF_CURVES:
         raise UserError(f"the curves of 05 have a '{function}' of their own; rename the function "
                         f"in {path}")
-    table = symtable.symtable(path.read_text(), str(path), "exec")  # a SyntaxError shows its line
-    if not any(symbol.get_name() == function and (symbol.is_assigned() or symbol.is_imported())
-               for symbol in table.get_symbols()):
-        functions = [symbol.get_name() for symbol in table.get_symbols() if symbol.is_namespace()]
-        raise UserError(f"{path} has no function '{function}'; it has "
-                        f"{', '.join(functions) or 'none'}")
+    names = compile(path.read_text(), str(path), "exec").co_names  # a SyntaxError shows its line
+    if function not in names:
+        raise UserError(f"{path} has no function '{function}'; it has {', '.join(names) or 'none'}")
     return function

@@ -10,27 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import (
-    IS_CLONE,
-    PROJECT_ROOT,
-    UserError,
-    model_folder,
-    suggest_word,
-)
+from mig_kit.common import IS_CLONE, PROJECT_ROOT, UserError, model_folder, suggest_word
 from mig_kit.pipeline.params import default_params
-from mig_kit.pipeline.run_folders import (
-    list_runs,
-    load_record,
-    require_record,
-    runs_root,
-    stage_folder,
-)
-from mig_kit.pipeline.stage_params import (
-    EXECUTION_PARAMS,
-    NAMES_OF_RUNS,
-    RUN_PARAMS,
-    RUN_PARAMS_STAGE,
-)
+from mig_kit.pipeline.run_folders import finished_params, list_runs, require_record, stage_folder
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, RUN_PARAMS, RUN_PARAMS_STAGE
 
 PACKAGES = ("mig-kit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
             "accelerate", "papermill", "numpy", "pillow")
@@ -47,20 +30,16 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
     """Finished stage -> its parameters that differ from the defaults and change results."""
     changed = {}
     for stage in stages:
-        params, defaults = _finished_params(stage, run_id), default_params(stage)
+        params, defaults = finished_params(stage, run_id), default_params(stage)
         changed[stage] = {name: value for name, value in params.items()
                           if name in defaults and value != defaults[name]
-                          and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
+                          and name not in EXECUTION_PARAMS}
     return {stage: values for stage, values in changed.items() if values}
-
-
-def _finished_params(stage: str, run_id: str) -> dict:
-    return (load_record(stage, run_id) or {}).get("params", {})
 
 
 def name_data(run_id: str) -> str:
     """`data` of the run's 01, "scenes" if that has not finished."""
-    return _finished_params("01_synthesize", run_id).get("data", "scenes")
+    return finished_params(RUN_PARAMS_STAGE, run_id).get("data", "scenes")
 
 
 @dataclass(frozen=True)
@@ -75,20 +54,14 @@ class RunModel:
 
 
 def find_run_model(text: str) -> RunModel | None:
-    """The model that "RUN", "RUN/sft", "RUN/base" or a run's folder names; None for other texts.
+    """The model that "RUN", "RUN/sft" or "RUN/base" names; None for a folder, tiny or USER/NAME.
 
     Raises UserError if the run lacks that model, or if a single word names nothing here.
     """
-    path = Path(text)
-    if path.is_dir() and path.resolve().parent == runs_root().resolve():
-        text = path.resolve().name
     run_id, _, system = text.partition("/")
-    is_model = (path / "config.json").is_file() or text == "tiny" or not run_id.strip(".")
-    if is_model or system not in ("", *MODELS):
-        return None
-    if run_id not in (runs := list_runs()):
-        near = suggest_word(run_id, runs | {"tiny"}, 0.5)
-        if not path.is_dir() and (near or not system):
+    if run_id not in (runs := list_runs()) or system not in ("", *MODELS):
+        if system in ("", *MODELS) and not (text == "tiny" or Path(text).is_dir()):
+            near = suggest_word(run_id, runs | {"tiny"}, 0.5)
             raise UserError(f"there is no run and no folder '{text}'; "
                             f"{near or 'a model of the hub is USER/NAME'}")
         return None
@@ -101,7 +74,7 @@ def find_run_model(text: str) -> RunModel | None:
     else:
         require_record(stage, run_id, f"the model {text}")
         folder = stage_folder(stage, run_id) / name
-    return RunModel(folder, box_format, _finished_params("06_evaluate", run_id), stage, run_id)
+    return RunModel(folder, box_format, finished_params("06_evaluate", run_id), stage, run_id)
 
 
 def describe_machine() -> dict:

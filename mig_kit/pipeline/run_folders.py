@@ -115,8 +115,12 @@ def require_own_stage(stage: str, run_id: str) -> None:
 
 def has_cold_start(run_id: str) -> bool:
     """False if the run's 01 had no teacher."""
-    record = load_record("01_synthesize", run_id)
-    return record is None or record["params"].get("teacher") != "none"
+    return finished_params("01_synthesize", run_id).get("teacher") != "none"
+
+
+def finished_params(stage: str, run_id: str) -> dict:
+    """The parameters that a stage has finished with, {} if it has not."""
+    return (load_record(stage, run_id) or {}).get("params", {})
 
 
 def load_record(stage: str, run_id: str) -> dict | None:
@@ -159,8 +163,7 @@ def unlock_run(run: Path) -> None:
 
 
 def remove_run(run_id: str) -> None:
-    """Delete a run that nobody writes; UserError if branches start from it."""
-    require_no_branches(run_id)
+    """Delete a run that nobody writes."""
     lock_run(runs_root() / run_id)
     shutil.rmtree(runs_root() / run_id)
     unlock_run(runs_root() / run_id)
@@ -192,11 +195,9 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
     Raises UserError if the run cannot be that branch.
     """
     validate_run_id(source)
-    if source == run_id:
-        raise UserError(f"--from and --run-id are both '{run_id}'; use another --run-id")
     require_runs(source)
     if run_id in list_sources(source):
-        raise UserError(f"run '{source}' starts from '{run_id}' itself; use another --run-id")
+        raise UserError(f"run '{source}' is '{run_id}' or starts from it; use another --run-id")
     if branch := load_branch(run_id):
         if branch["from"] != source:
             raise UserError(f"run '{run_id}' starts from '{branch['from']}' already, not from "
@@ -212,10 +213,7 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
         raise UserError(f"run '{run_id}' has its own {own[0]}, so it is no branch; use another "
                         "--run-id")
     for stage in inherited:
-        if load_record(stage, source) is None:
-            raise UserError(
-                f"run '{source}' has no finished {stage} to start from; run: "
-                f"{format_run_command(stage, source)}")
+        require_record(stage, source, f"run '{run_id}'")
     return inherited
 
 
@@ -224,13 +222,7 @@ def start_branch(source: str, run_id: str, *stages: str) -> None:
 
     Does nothing if the run is that branch already; raises as `check_branch`.
     """
-    validate_run_id(run_id)
-    if not check_branch(source, run_id, list(stages)):
-        return
-    folder = runs_root() / run_id
-    lock_run(folder)
-    try:  # another process may have made it a branch, or given it stages of its own
-        if inherited := check_branch(source, run_id, list(stages)):
-            write_json(folder / BRANCH_FILE, {"from": source, "stages": inherited})
-    finally:
-        unlock_run(folder)
+    if inherited := check_branch(source, run_id, list(stages)):
+        folder = runs_root() / run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / BRANCH_FILE, {"from": source, "stages": inherited})

@@ -4,12 +4,7 @@ import json
 from collections import Counter
 
 from mig_kit.common import UserError
-from mig_kit.pipeline.run_folders import (
-    COLD_START,
-    has_cold_start,
-    load_record,
-    stage_folder,
-)
+from mig_kit.pipeline.run_folders import COLD_START, finished_params, has_cold_start, stage_folder
 from mig_kit.pipeline.stage_params import RUN_PARAMS_STAGE
 
 CURATION = "04_rejection_sampling"
@@ -55,7 +50,7 @@ def _check_rl(planned: dict[str, dict], run_id: str) -> None:
 
 def _find_params(stage: str, planned: dict[str, dict], run_id: str) -> dict:
     """A stage's planned parameters, else the ones that it finished with, else {}."""
-    return planned.get(stage) or (load_record(stage, run_id) or {}).get("params", {})
+    return planned.get(stage) or finished_params(stage, run_id)
 
 
 def count_prompts(planned: dict[str, dict], run_id: str) -> int | None:

@@ -24,12 +24,10 @@ from mig_kit.common import (
     split_function_name,
 )
 from mig_kit.image_files import is_regular_file
-from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.run_facts import run_params
-from mig_kit.pipeline.run_folders import COLD_START, STAGES, require_record
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS
+from mig_kit.pipeline.run_folders import COLD_START, STAGES, has_cold_start, require_record
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 
-KEY_FACTS = ("parameter", "file", "input", "code")
 NOT_PRODUCTS = ("metrics.json",)  # they hold times and names of runs
 MODEL_PARAMS = ("base_model", "model", "start_from")  # each names a folder, a model or a word
 LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time
@@ -51,7 +49,7 @@ MODULE_BODY = "<body>"  # what a module does when it is imported, such as regist
 
 def input_stages(stage: str, run_id: str) -> tuple[str, ...]:
     """The stages that this one reads. A run without a cold start has no 02 and 03."""
-    if stage <= COLD_START[-1] or run_folders.has_cold_start(run_id):
+    if stage <= COLD_START[-1] or has_cold_start(run_id):
         return STAGES[stage]
     return tuple(name for name in STAGES[stage] if name not in COLD_START)
 
@@ -68,37 +66,30 @@ def load_inputs(stage: str, run_id: str) -> dict[str, dict[str, str]]:
 
 
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:
-    """All that a stage's results follow from, by kind (KEY_FACTS), and "key", their hash.
+    """What a stage's results follow from: kind -> name -> value or digest.
 
-    A finished stage with another key is stale. Names of cells and definitions are for sentences.
+    A finished stage is stale where `describe_change` has something to say about the two.
     """
     params = with_run_params(stage, run_id, params)
     inputs = load_inputs(stage, run_id)
     if stage not in STAGES_OF_PICTURES:
-        inputs = {name: select_products(outputs) for name, outputs in inputs.items()}
+        inputs = {name: {file: digest for file, digest in outputs.items()
+                         if file not in NOT_PRODUCTS} for name, outputs in inputs.items()}
     files = hash_named_files(params)
     images = files.pop("images", None)
     files |= {name: file_sha256(split_function_name(name)[0])
               for name in params.get("rewards", ()) if ":" in name}
     files |= {name: model_fingerprint(params[name]) for name in MODEL_PARAMS if params.get(name)}
-    params = {name: value for name, value in params.items()
-              if name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)}
-    facts = {"parameter": params,
-             "file": {name: digest_json(value) for name, value in files.items()},
-             "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
-             **describe_code(stage)}
-    # not part of the key: once 01 has stored the images that it needs, they may go
-    return {**facts, "key": digest_json([facts[kind] for kind in KEY_FACTS]),
-            "images": digest_json(images) if images else ""}
-
-
-def is_same(before: dict, now: dict) -> bool:
-    """Whether two stages' facts are the same; images that are all gone count as before."""
-    return before["key"] == now["key"] and now["images"] in ("", before["images"])
+    params = {name: value for name, value in params.items() if name not in EXECUTION_PARAMS}
+    return {"parameter": params,
+            "file": {name: digest_json(value) for name, value in files.items()},
+            "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
+            "images": digest_json(images) if images else "", **describe_code(stage)}
 
 
 def describe_change(before: dict, now: dict, finished: str = "finished") -> str:
-    """What differs between two stages' facts, as "max_steps: 60, finished with 125", at most three.
+    """What differs between two stages' facts, as "max_steps: 60, finished with 125", at most three;
+    "" if nothing does.
 
     finished: what the one before is, in a word.
     """
@@ -111,27 +102,23 @@ def describe_change(before: dict, now: dict, finished: str = "finished") -> str:
         differences += [f"{name.rpartition('.')[2]} has changed" for name in sorted({*old, *new})
                         if old.get(name) != new.get(name)]
     differences += ["a cell of its notebook has changed"] * (before["cells"] != now["cells"])
+    # once 01 has stored the images that it needs, they may go
     differences += ["images of data have changed"] * (now["images"] not in ("", before["images"]))
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
     return "; ".join(differences[:3]) + more
-
-
-def select_products(outputs: dict[str, str]) -> dict[str, str]:
-    """`outputs` without the files that hold times and names of runs."""
-    return {name: digest for name, digest in outputs.items() if name not in NOT_PRODUCTS}
 
 
 def model_fingerprint(model: str) -> dict[str, str]:
     """File name -> digest, of a model folder's weights and settings; {} for a hub name."""
     folder = model_folder(model)
     files = [path for kind in MODEL_FILES for path in folder.glob(kind)]
-    return {path.name: (_size_and_time(path) if path.stat().st_size > LARGE_FILE
+    return {path.name: (str(file_stats(path)) if path.stat().st_size > LARGE_FILE
                         else file_sha256(path)) for path in sorted(files) if path.is_file()}
 
 
-def _size_and_time(path: Path) -> str:
-    facts = path.stat()
-    return f"{facts.st_size} {facts.st_mtime_ns}"
+def file_stats(path: Path) -> list[int]:
+    """[bytes, time of the last change in ns], by which a file is taken to be the same."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def hash_named_files(params: dict) -> dict:
@@ -146,16 +133,12 @@ def hash_named_files(params: dict) -> dict:
     for text in (text for line in lines for text in JSON_STRING.findall(line or b"")):
         name = text[1:-1].decode(errors="replace").removeprefix("file://")
         if is_regular_file(root / name):
-            images[name] = _size_and_time(root / name)
+            images[name] = file_stats(root / name)
     return {"data": file_sha256(path), "images": images}
 
 
 def describe_code(stage: str) -> dict:
-    """{"code", "definition", "cells"} of a stage.
-
-    code: digest of all code that its results follow from. definition ("module.name" -> digest) and
-    cells (a digest) say what has changed.
-    """
+    """The code of a stage: {"definition": "module.name" -> digest, "cells": a digest}."""
     cells, names, imports = [], set(), {}
     for cell in notebook_cells(stage):
         tree = _parse("".join(cell["source"]))
@@ -164,24 +147,19 @@ def describe_code(stage: str) -> dict:
         if tree.body and not TAGS_OUTSIDE & set(cell["metadata"].get("tags", ())):
             cells.append(ast.dump(tree))
             names |= _references(tree, imports)
-    definitions = {".".join(name): _digest(code) for name, code in
-                   sorted(_find_definitions(names, stage).items())}
+    definitions = {".".join(name): hashlib.sha256(code.encode()).hexdigest()[:16]
+                   for name, code in sorted(_find_definitions(names, stage).items())}
     for module in {name.rpartition(".")[0] for name in definitions}:
         path = _module_path(module)  # and what lies beside it under its name, such as a template
         definitions |= {f"{module}.{file.name}": file_sha256(file)
                         for file in path.parent.glob(f"{path.stem}.*") if file.suffix != ".py"}
-    return {"code": digest_json([cells, definitions]), "definition": definitions,
-            "cells": digest_json(cells)}
+    return {"definition": definitions, "cells": digest_json(cells)}
 
 
 def notebook_cells(stage: str) -> list[dict]:
     """The code cells of a stage's notebook."""
     cells = json.loads((NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
-
-
-def _digest(code: str) -> str:
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def _find_definitions(names: Iterable[Name], stage: str) -> dict[Name, str]:
@@ -195,7 +173,7 @@ def _find_definitions(names: Iterable[Name], stage: str) -> dict[Name, str]:
         if (module, name) in seen or is_left_out or not path.is_file():
             continue
         seen.add((module, name))
-        definitions, imports = _read_module(path, path.stat().st_mtime_ns)
+        definitions, imports = _read_module(module, path, path.stat().st_mtime_ns)
         if name in imports:  # from there it leads to where it is defined
             todo.add(imports[name])
         elif name in definitions:
@@ -211,13 +189,10 @@ def _module_path(module: str) -> Path:
 
 
 @cache
-def _read_module(path: Path, modified: int) -> tuple[dict[str, tuple[str, set[Name]]],
-                                                     dict[str, Name]]:
+def _read_module(module: str, path: Path, modified: int) -> tuple[
+        dict[str, tuple[str, set[Name]]], dict[str, Name]]:
     """(name -> (code, references) of a module's top-level definitions, its imports by name)."""
     tree = _parse(path.read_text())
-    is_kit = path.is_relative_to(PACKAGE)
-    parts = path.relative_to(PACKAGE if is_kit else NOTEBOOKS).with_suffix("").parts
-    module = ".".join(("mig_kit", *parts) if is_kit else parts)
     statements = [pair for statement in tree.body for pair in _name_statement(statement)]
     imports = _imports(tree)
     known = imports | {name: (module, name) for name, _ in statements}

@@ -5,7 +5,6 @@ cells` writes the notebooks' `parameters` cells from them. A rule between parame
 a rule that needs other stages of the run stands in `run_rules`.
 """
 
-import importlib.util
 import re
 from typing import Annotated, Literal
 
@@ -24,8 +23,7 @@ from mig_kit.world.suites import SUITES
 RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
-EXECUTION_PARAMS = ("device", "launcher", "server", "concurrency", "report_to")
-NAMES_OF_RUNS = ("run_id",)  # they name a run, not what is in it
+EXECUTION_PARAMS = ("run_id", "device", "launcher", "server", "concurrency", "report_to")
 # TRL's config class of the stages that train
 CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
 START_WORDS = ("merged", "base")
@@ -125,14 +123,6 @@ class Training(Seeded, OnHardware):
     launcher: str = param("torchrun --standalone --nproc-per-node 2",
                           'starts the training; "": in here')
     trl: dict = param({}, "further settings of TRL's SFTConfig (02) or GRPOConfig (05)")
-
-    @field_validator("report_to")
-    @classmethod
-    def _is_installed(cls, tracker: str) -> str:
-        require(tracker == "none" or importlib.util.find_spec(tracker),
-                f"report_to is {tracker}, which must be installed; run pip install {tracker}, or "
-                "set report_to to none")
-        return tracker
 
     @model_validator(mode="after")
     def _shares_steps_evenly(self):
@@ -248,7 +238,6 @@ class Sft(Training):
     lr_scheduler_type: Schedule = param("cosine", "linear (to 0), cosine, constant_with_warmup")
     warmup_steps: Count = param(10, "linear warm-up, updates")
     save_steps: Positive = param(100, "a checkpoint every so many updates")
-
 
 
 class Merge(OnHardware):

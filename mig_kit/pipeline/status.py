@@ -45,11 +45,10 @@ def run_lines(run_id: str) -> list[str]:
     branch, stale = load_branch(run_id), store.find_stale(run_id)
     lines = [run_line(run_id)]
     for stage in STAGES:
-        cause, reason = stale.get(stage, ("", ""))
         state = _stage_state(stage, run_id)
         if state and stage not in branch.get("stages", ()):
-            through = f" through {cause[:2]}" if cause not in ("", stage) else ""
-            lines.append(f"  {stage:<24}{state}{f'; stale{through}: {reason}' if cause else ''}")
+            reason = f"; stale, {stale[stage]}" if stage in stale else ""
+            lines.append(f"  {stage:<24}{state}{reason}")
     systems = _scores(run_id)
     for suite in systems.get("grpo", ()):
         scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"

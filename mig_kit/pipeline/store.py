@@ -21,7 +21,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, file_sha256, write_json
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, link_or_copy
 from mig_kit.pipeline.model_cards import CARD, write_card
-from mig_kit.pipeline.params import default_params, describe_differences, validate_params
+from mig_kit.pipeline.params import default_params, validate_params
 from mig_kit.pipeline.run_facts import describe_machine, package_versions
 from mig_kit.pipeline.run_folders import (
     RECIPE,
@@ -42,10 +42,9 @@ from mig_kit.pipeline.run_folders import require_record as require_record
 from mig_kit.pipeline.run_rules import check_run
 from mig_kit.pipeline.stage_keys import (
     describe_change,
+    file_stats,
     input_stages,
-    is_same,
     load_inputs,
-    select_products,
     stage_facts,
     with_run_params,
 )
@@ -54,71 +53,52 @@ DEFAULT_RUN = "default"  # which a new run of a notebook starts from
 STARTED = "started.json"
 
 
-def find_replaced_input(stage: str, run_id: str) -> str:
-    """The name of an earlier stage that has made something else since this one read it, or ""."""
-    for name, outputs in (load_record(stage, run_id) or {}).get("inputs", {}).items():
-        now = load_record(name, run_id)
-        if now is None or select_products(now["outputs"]) != select_products(outputs):
-            return name
-    return ""
-
-
 def describe_staleness(stage: str, run_id: str, params: dict) -> str:
-    """How a finished stage differs from what it would be now, in words; "" if it does not.
-
-    Raises UserError if an input is damaged or gone.
-    """
-    record, facts = load_record(stage, run_id), stage_facts(stage, run_id, params)
-    if not is_same(record["facts"], facts):
-        return describe_change(record["facts"], facts) or "its code has changed"
-    require_intact_inputs(stage, run_id)
+    """How a finished stage differs from what it would be now, in words; "" if it does not."""
+    record = load_record(stage, run_id)
+    if change := describe_change(record["facts"], stage_facts(stage, run_id, params)):
+        return change
     damaged = find_damaged(stage_folder(stage, run_id), record)
     return f"{damaged} is gone or damaged" if damaged else ""
 
 
-def find_stale(run_id: str) -> dict[str, tuple[str, str]]:
-    """Stale stage -> (the first stage that makes it stale, why), in a run and its source."""
-    stale: dict[str, tuple[str, str]] = {}
+def find_stale(run_id: str) -> dict[str, str]:
+    """Stale stage -> "STAGE: why" of the first stage that makes it so, in a run and its source."""
+    stale: dict[str, str] = {}
     for stage in STAGES:
         try:
             if record := load_record(stage, run_id):
                 reason = describe_staleness(stage, run_id, recorded_params(stage, record))
-                causes = [(stage, reason)] if reason else []
-                causes += [stale[name] for name in input_stages(stage, run_id)
-                           if name in stale]
+                causes = [f"{stage}: {reason}"] if reason else []
+                causes += [stale[name] for name in input_stages(stage, run_id) if name in stale]
                 stale |= {stage: causes[0]} if causes else {}
-        except UserError as error:  # what it was made from is gone or damaged
-            stale[stage] = (stage, str(error))
+        except UserError as error:  # what it was made from is gone
+            stale[stage] = f"{stage}: {error}"
     return stale
 
 
-def find_stale_inputs(stage: str, run_id: str) -> dict[str, str]:
-    """The first stage that makes an input of this one stale -> why."""
+def find_stale_inputs(stage: str, run_id: str, is_forced: bool = False) -> list[str]:
+    """What makes inputs of a stage stale, as of `find_stale`; UserError unless forced."""
     stale = find_stale(run_id)
-    return dict(stale[name] for name in input_stages(stage, run_id) if name in stale)
-
-
-def refuse_stale_inputs(stage: str, run_id: str, causes: dict[str, str]) -> None:
-    """UserError for the first of these causes, of `find_stale_inputs`."""
-    for name, why in causes.items():
-        raise UserError(f"{stage} would build on a stale {name} of run '{run_id}' ({why}); run "
-                        "that again, or add --force: what comes of it is then marked in run.json, "
-                        "status and tables")
+    causes = sorted({stale[name] for name in input_stages(stage, run_id) if name in stale})
+    if causes and not is_forced:
+        raise UserError(f"{stage} would build on what is stale in run '{run_id}' ({causes[0]}); "
+                        "run that again, or add --force: what comes of it is then marked in "
+                        "run.json, status and tables")
+    return causes
 
 
 def stale_notes(stage: str, run_id: str) -> list[str]:
     """Sentences on why a stage's results are not those of the present code and parameters."""
-    cause, reason = find_stale(run_id).get(stage, ("", ""))
-    through = f" through {cause}" if cause != stage else ""
-    notes = [f"{stage} of run '{run_id}' is stale{through}: {reason}"] if reason else []
+    reason = find_stale(run_id).get(stage, "")
+    notes = [f"{stage} of run '{run_id}' is stale ({reason})"] if reason else []
     return notes + list_marks(RECIPE[:RECIPE.index(stage) + 1], run_id)
 
 
 def list_marks(stages: Sequence[str], run_id: str) -> list[str]:
     """A sentence on each of these stages that was made from stale ones."""
     marks = {stage: (load_record(stage, run_id) or {}).get("stale_inputs") for stage in stages}
-    return [f"{stage} of run '{run_id}' was made from stale stages: "
-            f"{', '.join(f'{name} ({why})' for name, why in causes.items())}"
+    return [f"{stage} of run '{run_id}' was made from what was stale ({'; '.join(causes)})"
             for stage, causes in marks.items() if causes]
 
 
@@ -152,18 +132,13 @@ def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path 
         path = folder / name
         if not path.is_file():
             return path
-        is_as_it_was = record["stats"].get(name) == file_facts(path) and not is_thorough
+        is_as_it_was = record["stats"].get(name) == file_stats(path) and not is_thorough
         if not is_as_it_was and file_sha256(path) != digest:
             return path
     images = folder / IMAGE_FOLDER
     listed = (folder / IMAGE_MANIFEST).read_text().split() if IMAGE_MANIFEST in outputs else ()
     stored = set(os.listdir(images)) if images.is_dir() else set()
     return next((images / name for name in listed if name not in stored), None)
-
-
-def file_facts(path: Path) -> list[int]:
-    """[bytes, time of the last change in ns], by which a file is taken to be the same."""
-    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def unfinished_folder(stage: str, run_id: str) -> Path:
@@ -198,23 +173,20 @@ def begin_again(stage: str, run_id: str, facts: dict) -> None:
     write_json(folder / STARTED, {"facts": facts, "spent": 0.0, "is_forced": True})
 
 
-def is_done(stage: str, run_id: str, params: dict, facts: dict | None = None) -> bool:
+def is_done(stage: str, run_id: str, params: dict) -> bool:
     """Whether the stage has finished with these parameters, inputs and code.
 
     Raises: UserError, with what differs and the ways out, if it has finished or was stopped with
         others, or if one of its files is damaged.
     """
-    facts = facts or stage_facts(stage, run_id, params)
     record, started = load_record(stage, run_id), read_started(unfinished_folder(stage, run_id))
-    if started and is_same(started["facts"], facts):
+    difference = started and describe_change(
+        started["facts"], stage_facts(stage, run_id, params), "started")
+    if not difference and (started or not record):
         return False
-    if not record and not started:
-        return False
-    state = "has finished" if record else "was stopped"
-    difference = (describe_staleness(stage, run_id, params) if record else
-                  describe_change(started["facts"], facts, "started") or "its code has changed")
-    if not difference:
+    if record and not (difference := describe_staleness(stage, run_id, params)):
         return True
+    state = "has finished" if record else "was stopped"
     number = stage[:2]
     branch = (f"mig-kit run {number} --from {run_id} --run-id mine" if "02" <= number < "08" else
               f"mig-kit run {number} --run-id mine")
@@ -239,7 +211,7 @@ class Stage:
     inputs: dict[str, dict[str, str]]
     is_shown: bool
     spent: float
-    stale_inputs: dict[str, str] = field(default_factory=dict)
+    stale_inputs: list[str]
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
     is_finished: bool = False
@@ -285,7 +257,7 @@ class Stage:
                 "facts": self.facts, "inputs": self.inputs,
                 "branch": load_branch(self.run_id) if self.inputs else {},
                 "outputs": {name: file_sha256(path) for name, path in files.items()},
-                "stats": {name: file_facts(path) for name, path in files.items()},
+                "stats": {name: file_stats(path) for name, path in files.items()},
                 "summary": summary.replace(str(folder), str(final)), **describe_machine(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
                 "stale_inputs": self.stale_inputs,
@@ -312,7 +284,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
 
     names: the notebook's globals(). A new run id becomes a branch of run `default`, whose earlier
     stages it takes. Until the stage finishes, no other process can write this run. Raises UserError
-    as `validate_params`, `is_done` and `refuse_stale_inputs`, and for a damaged input.
+    as `validate_params`, `is_done` and `find_stale_inputs`, and for a damaged input.
     """
     # whatever the cell assigns must be a parameter, or a mistyped -p would be ignored in silence
     assigned = set(default_params(stage)) | _assigned_in_parameter_cells(names.get("In", []))
@@ -330,33 +302,28 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
               f"'{DEFAULT_RUN}'")
     facts = stage_facts(stage, run_id, params)
     require_intact_inputs(stage, run_id, is_thorough=True)
-    is_shown = is_done(stage, run_id, params, facts)
-    stale_inputs = find_stale_inputs(stage, run_id)
-    started = read_started(unfinished_folder(stage, run_id))
-    if not started.get("is_forced") and not is_shown:
-        refuse_stale_inputs(stage, run_id, stale_inputs)
     lock_run(run)
+    started = read_started(unfinished_folder(stage, run_id))
     try:
-        is_shown = is_done(stage, run_id, params, facts)  # another process may have finished it
+        is_shown = is_done(stage, run_id, params)
+        stale_inputs = find_stale_inputs(stage, run_id, is_shown or started.get("is_forced", False))
     except UserError:
         unlock_run(run)
         raise
-    folder, spent = _open_folder(stage, run_id, facts, is_shown)
+    folder = _open_copy(stage, run_id) if is_shown else unfinished_folder(stage, run_id)
+    spent = 0.0 if is_shown else seconds_spent(folder)
+    if not is_shown:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / STARTED, {"is_forced": False, **started, "facts": facts,
+                                      "spent": spent})
     begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), facts,
                   load_inputs(stage, run_id), is_shown, spent, stale_inputs)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 
 
-def _open_folder(stage: str, run_id: str, facts: dict, is_shown: bool) -> tuple[Path, float]:
-    """The folder that the cells write to, and the seconds spent on it before."""
-    if not is_shown:
-        folder = unfinished_folder(stage, run_id)
-        spent, started = seconds_spent(folder), read_started(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / STARTED, {"facts": facts, "spent": spent,
-                                      "is_forced": started.get("is_forced", False)})
-        return folder, spent
+def _open_copy(stage: str, run_id: str) -> Path:
+    """A copy of a finished stage, for the cells that show it; it goes when this process ends."""
     final = runs_root() / run_id / stage
     folder = final.with_name(f"{stage}.shown")
     shutil.rmtree(folder, ignore_errors=True)  # of a kernel that was killed
@@ -372,7 +339,7 @@ def _open_folder(stage: str, run_id: str, facts: dict, is_shown: bool) -> tuple[
     shutil.copytree(final, folder, copy_function=bring_along,
                     ignore=shutil.ignore_patterns("run.json", "*.ipynb"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder, 0.0
+    return folder
 
 
 def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
@@ -385,7 +352,9 @@ def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
 
 
 def _print_stage(stage: Stage) -> None:
-    differences = describe_differences(stage.params, default_params(stage.name))
+    defaults = default_params(stage.name)
+    differences = [f"{name}: {json.dumps(value)}" for name, value in stage.params.items()
+                   if defaults.get(name) != value]
     print("\n  ".join([f"{stage.name} of run '{stage.run_id}'", *differences]))
     print("versions:", ", ".join(f"{name} {version}"
                                  for name, version in package_versions().items()))

@@ -16,7 +16,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
 from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import changed_params
-from mig_kit.pipeline.run_folders import RECIPE, format_run_command
+from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.sample import Sample
 from mig_kit.serving.stored_replies import load_replies
 from mig_kit.stages import evaluate
@@ -81,13 +81,7 @@ def _asked(run_id: str) -> dict:
     """What decides which questions a run answered: SAMPLE_PARAMS, and the file of own data."""
     if is_recorded(run_id):
         return read_recorded(run_id).params | {"own data": ""}
-    command = format_run_command("06_evaluate", run_id)
-    record = store.load_record("06_evaluate", run_id)
-    if record is None:
-        raise UserError(f"run '{run_id}' has no finished 06_evaluate; run: {command}")
-    if replaced := store.find_replaced_input("06_evaluate", run_id):
-        raise UserError(f"the scores of run '{run_id}' are of a model before {replaced} was "
-                        f"run again; run: {command}")
+    record = store.require_record("06_evaluate", run_id, "mig-kit table")
     held_out = (store.load_record("01_synthesize", run_id)["outputs"]["val.parquet"]
                 if evaluate.has_own_data(run_id) else "")
     return _sample_params(record["params"]) | {"own data": held_out}

@@ -9,7 +9,7 @@ from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.params import default_params
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NAMES_OF_RUNS, NEEDS_SFT
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NEEDS_SFT
 from mig_kit.pipeline.store import load_record
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
@@ -170,7 +170,7 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
                   f"run {source}" if source else "default": str(others[name])}
                  for name, value in record["params"].items()
                  if name in others and value != others[name]
-                 and name not in (*EXECUTION_PARAMS, *NAMES_OF_RUNS)]
+                 and name not in EXECUTION_PARAMS]
     return rows
 
 

@@ -29,7 +29,7 @@ def leave(root):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", {"product": product, "seconds": time.time_ns()})
         (folder / "x").write_text(product)
-        record = {"params": validate_params(values, stage), "facts": {"key": "", "images": ""},
+        record = {"params": validate_params(values, stage), "facts": {},
                   "summary": product, "stats": {},
                   "seconds": 60.0, "started": "2026-01-02T03:04:05Z", "inputs": {}, "versions": {},
                   "outputs": {name: file_sha256(folder / name) for name in ("x", "metrics.json")}}

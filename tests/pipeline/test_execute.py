@@ -29,14 +29,6 @@ def test_a_copied_profile_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
     assert values["num_generations"] == 8 and values["beta"] == 0.04
 
 
-def test_a_command_is_a_word_whatever_it_holds():
-    """YAML would read the first as a mapping, and the second as a number."""
-    command = "env A=1 vllm serve {model} --limit-mm-per-prompt '{\"image\": 6}'"
-    for text in (command, "2"):
-        assert plan.parse_overrides((("server", text),), ["04_rejection_sampling"]) == {
-            "server": text}
-
-
 @pytest.mark.parametrize(("words", "sentence"), [
     ((), "would train a full model on synthetic scenes; name the file of your data (-p"),
     (("-p", "data", "scenes"), "'qwen2_5_vl_7b' needs a GPU, and PyTorch"),
@@ -118,26 +110,15 @@ def emit(capsys, *messages: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_stage_has_its_lines(capsys):
-    lines = execute.StageLines()
-    for state in (("01", "up to date"), ("02", "running"), ("02", "done", "loss 2.00 -> 0.50")):
-        lines.set(*state)
-    assert capsys.readouterr().out.splitlines() == [
-        "01: up to date", "02: running", "02: done in 0.0 min; loss 2.00 -> 0.50"]
-
-
-def test_a_training_leaves_a_line_per_fifth(capsys):
-    steps = [f"step {step}/100: loss 1.0; 1.0 min left" for step in range(0, 101, 5)]
-    assert emit(capsys, *steps) == [f"  {steps[number]}" for number in (4, 8, 12, 16, 20)]
-
-
 def test_a_stage_tells_of_warnings_and_of_a_bars_end_alone(capsys):
     """Not of what libraries print for their own sake."""
     warning = "warning: none of the first 128 replies earned anything for box"
     bar = "\rrollouts:  40%|==    | 4/10 [00:02<00:03]"
+    step = "step 5/100: loss 1.0; 1.0 min left"
     assert emit(
         capsys, "Executing Cell 7---", "a/b.py:1: FutureWarning: deprecated", "UserWarning: old",
-        "Loading weights: 100%|====| 4/4 [00:01<00:00]", warning, bar) == [f"  {warning}"]
+        "Loading weights: 100%|====| 4/4 [00:01<00:00]", warning, bar, step) == [
+            f"  {warning}", f"  {step}"]
     for _ in progress_bar(range(4), "replies"):
         pass
     (line,) = emit(capsys, capsys.readouterr().out)

@@ -59,22 +59,6 @@ def test_images_exported_again_under_their_names_are_another_run(own, tmp_path):
     assert synthesize(own | {"run_id": "b"}) == {(0, 0, 255)}
 
 
-def test_a_broken_image_that_was_copied_again_is_taken(own, tmp_path):
-    path = tmp_path / "data/images/3a.png"
-    content = path.read_bytes()
-    path.write_bytes(content[:100])
-    synthesize(own)
-    folder = store.stage_folder("01_synthesize", "a")
-    assert "3a.png' is cut or broken; copy it again" in (
-        folder / "left_out_names.txt").read_text()
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="images of data have changed"):
-        store.is_done("01_synthesize", "a", own)
-    synthesize(own | {"run_id": "b"})
-    folder = store.stage_folder("01_synthesize", "b")
-    assert "left out 0" in (folder / "left_out.txt").read_text()
-
-
 def test_images_that_are_gone_once_they_are_stored_change_nothing(own, tmp_path):
     synthesize(own)
     Image.new("RGB", (9, 9)).save(tmp_path / "data/images/other.png")  # no question names it

@@ -24,12 +24,10 @@ KIT = ["format", "image", "box", "choice"]
 NO_SHARING = {"share_prefix": False}
 # stage, wrong values -> a part of the sentence; FILE and OTHER are files of rewards
 REFUSED = [
-    ("00", {"memory_gib": -1}, "it must be float, 0 or more"),
     ("00", {"disk_gib": "nan"}, "it must be float, 0 or more"),
     ("00", {"profile": "huge"}, "it must be tiny or a folder of params/"),
     ("00", {"device": "gpu"}, "one of auto, cuda, cpu"),
     ("01", {"seed": -1}, "it must be int, 0 or more, at most 4294967295"),
-    ("01", {"val_per_task": 0}, "1 or more"),
     ("01", {"data_shares": [0.5, 0.2, 0.2]}, "must sum to 1"),
     ("01", {"data_shares": [0.5, 0.5]}, "it must be list[float], 3 of them"),
     ("01", {"data": "README.md"}, "the rules teacher reads synthetic scenes only; set teacher"),
@@ -42,15 +40,11 @@ REFUSED = [
     ("01", {"teacher": "endpoint", "endpoint_model": "m", "endpoint_url": "http://u:secret@a/v1"},
      "endpoint_url like http://localhost"),
     ("01", {"min_pixels": 500000}, "min_pixels is above max_pixels; swap them"),
-    ("01", {"max_pixels": 100}, "784 or more"),
     ("01", {"base_model": "qwen"}, "it must be tiny, a folder that exists, or USER/NAME of"),
     ("02", {"learning_rate": -1}, "it must be float, above 0"),
-    ("02", {"lora_dropout": 1}, "0 or more, below 1"),
     ("04", {"min_pass_rate": 0.95}, "min_pass_rate is above max_pass_rate; swap them"),
-    ("04", {"replies": 0}, "1 or more"),
     ("04", {"server": "somewhere"}, "such as http://localhost:8000/v1"),
     ("05", {"num_generation": 4}, "it has no parameter 'num_generation'; did you mean"),
-    ("05", {"num_generations": "many"}, "is 'many'; it must be int, 2 or more"),
     ("05", {"hub_token": "hf_x"}, "would be kept in run.json; set HF_TOKEN"),
     ("05", {"trl": {"multi_objective_aggregation": "normalize_then_sum"}}, "leave multi_objecti"),
     ("05", {"trl": {"top_q": 1}}, "GRPOConfig has no 'top_q'; did you mean 'top_p'?"),
@@ -82,15 +76,7 @@ REFUSED = [
     ("06", {"suites": {"mig": 1}}, "'mig' is no drawn suite; they are mig_bench, ood_grounding"),
     ("06", {"suites": {"blink": -1}}, "0 or more"),
     ("08", {"model": "nowhere"}, "a folder that exists, or USER/NAME of the hub"),
-    ("08", {"images": 9}, "1 or more, at most 8"),
-    ("90", {"course_steps": [1]}, "list[int], 4 of them"),
 ]
-OFFERED = [
-    {}, {"num_generations": 16}, {"num_generations": 64, **NO_SHARING},
-    {"loss_type": "bnpo"}, {"epsilon": 0.1}, {"trl": {"top_p": 0.9}},
-    {"loss_type": "cispo", "epsilon_high": 5.0, "top_entropy_quantile": 0.2, **TWICE, **SEQUENCE},
-    {"loss_type": "luspo", **TWICE, **SEQUENCE}, {"loss_type": "vespo", **TWICE},
-    {"rewards": ["image", "box"], "hallucinated_image_penalty": "all"}]
 
 
 @pytest.fixture
@@ -117,22 +103,11 @@ def test_what_cannot_be_is_one_sentence(number, values, part, reward_files):
     assert any(name in sentence for name in (*names, ".py")), "which parameter, or which file"
 
 
-@pytest.mark.parametrize("values", OFFERED, ids=str)
-def test_what_acts_is_not_refused(values):
-    assert values.items() <= validate_params(values, "05_grpo").items()
-
-
 def test_a_broken_file_of_rewards_shows_its_line(tmp_path):
     (tmp_path / "broken.py").write_text("x = 1\ndef center(:\n")
     with pytest.raises(SyntaxError) as error:
         validate_params({"rewards": [f"{tmp_path / 'broken.py'}:center"]}, "05_grpo")
     assert error.value.lineno == 2
-
-
-def test_a_tracker_has_to_be_installed(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="report_to is wandb, which must be installed; run pip"):
-        validate_params({"report_to": "wandb"}, "02_sft")
 
 
 def test_the_names_are_those_of_the_rewards_and_curves():
@@ -149,10 +124,10 @@ def test_the_file_of_a_reward_is_part_of_what_makes_05_stale(reward_files, monke
     own_file = reward_files["FILE"]
     values = {"rewards": ["format", f"{own_file}:center"], "reward_weights": {"center": 0.5}}
     values = validate_params(values, "05_grpo")
-    key = store.stage_facts("05_grpo", "run", values)["key"]
-    assert store.stage_facts("05_grpo", "run", values)["key"] == key
+    key = store.stage_facts("05_grpo", "run", values)
+    assert store.stage_facts("05_grpo", "run", values) == key
     own_file.write_text(own_file.read_text().replace("1.0", "0.5"))
-    assert store.stage_facts("05_grpo", "run", values)["key"] != key
+    assert store.stage_facts("05_grpo", "run", values) != key
 
 
 def test_a_cell_and_the_command_refuse_it_alike_and_touch_nothing(root, leave):
@@ -195,11 +170,6 @@ def test_a_profile_holds_only_what_differs_and_passes(path, tmp_path):
         values["data"] = str(tmp_path / "own.jsonl")
         (tmp_path / "own.jsonl").write_text("{}\n")
     assert validate_params(values, path.stem) == values
-
-
-def test_numbers_have_the_type_of_the_default():
-    values = validate_params({"beta": 1, "learning_rate": "1e-5"}, "05_grpo")
-    assert type(values["beta"]) is float and values["learning_rate"] == 1e-5
 
 
 @pytest.mark.parametrize(("stage", "name", "change"), [

@@ -92,14 +92,14 @@ def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (("run", "05", "--from", "a", "--run-id", "a"), "are both 'a'; use another --run-id"),
+    (("run", "05", "--from", "a", "--run-id", "a"), "'a' is 'a' or starts from it; use another"),
     (("run", "05", "--from", "z", "--run-id", "new"), "no run 'z' in "),
     (("run", "05", "--from", "../a", "--run-id", "new"), "run_id is '../a'; use letters"),
     (("run", "06", "--from", "a", "--run-id", "new"),
-     "run 'a' has no finished 05_grpo to start from; run: mig-kit run 05 --run-id a"),
+     "run 'new' needs 05_grpo of run 'a', which has not finished; run: mig-kit run 05 --run-id a"),
     (("run", "01", "--from", "a", "--run-id", "new"), "so name stages from 02 to 07"),
     (("run", "--from", "a", "--run-id", "new"), "so name stages from 02 to 07"),
-    (("run", "05", "--from", "b", "--run-id", "a"), "run 'b' starts from 'a' itself"),
+    (("run", "05", "--from", "b", "--run-id", "a"), "run 'b' is 'a' or starts from it"),
     (("run", "05", "--from", "c", "--run-id", "b"),
      "run 'b' starts from 'a' already, not from 'c'"),
     (("run", "05", "--from", "a", "--run-id", "c"), "run 'c' has its own 02_sft, so it is no bran"),
@@ -118,10 +118,9 @@ def test_a_source_that_was_made_again_makes_the_branch_stale(root, leave):
     run_folders.start_branch("a", "b", "05_grpo")
     stage = finish_stage("b", "05_grpo", "b")
     leave("03_merge", "a")
-    assert store.find_replaced_input("05_grpo", "b") == "", "the same products again"
+    assert store.find_stale("b") == {}, "the same products again"
     leave("03_merge", "a", "2")
-    assert store.find_replaced_input("05_grpo", "b") == "03_merge"
-    assert "; stale: 03_merge has changed" in "\n".join(status.run_lines("b"))
+    assert "; stale, 05_grpo: 03_merge has changed" in "\n".join(status.run_lines("b"))
     with pytest.raises(UserError, match="stays as it is .03_merge has changed"):
         store.is_done("05_grpo", "b", stage.params)
 
@@ -200,22 +199,22 @@ def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels
 
     def changed_04(stage):
         code = facts(stage)
-        return {**code, "code": "2"} if stage == "04_rejection_sampling" else code
+        return {**code, "cells": "2"} if stage == "04_rejection_sampling" else code
 
     monkeypatch.setattr(stage_keys, "describe_code", changed_04)
     lines = {line.split()[0]: line for line in output_of("status", "a").splitlines()[1:]}
-    assert "; stale: its code has changed" in lines["04_rejection_sampling"]
-    assert "; stale through 04: " in lines["05_grpo"] and "through 04" in lines["06_evaluate"]
+    assert "; stale, 04_rejection_sampling: a cell of its" in lines["04_rejection_sampling"]
+    assert "; stale, 04_" in lines["05_grpo"] and "; stale, 04_" in lines["06_evaluate"]
     assert "stale" not in lines["03_merge"]
     words = ["run", "05", "--from", "a", "--run-id", "b"]
     sentence = error_of(*words)
-    assert "05_grpo would build on a stale 04_rejection_sampling of run 'a' (its code" in sentence
+    assert "05_grpo would build on what is stale in run 'a' (04_rejection_sampling: a" in sentence
     assert not (root / "b").exists()
-    with pytest.raises(UserError, match="05_grpo would build on a stale 04_rejection_sampling"):
+    with pytest.raises(UserError, match="05_grpo would build on what is stale in run 'c'"):
         run_folders.start_branch("a", "c", "05_grpo")
         store.begin_stage("05_grpo", {"run_id": "c"})
     output_of(*words, "--force")
-    mark = "05_grpo of run 'b' was made from stale stages: 04_rejection_sampling (its code"
+    mark = "05_grpo of run 'b' was made from what was stale (04_rejection_sampling: a cell"
     assert mark in output_of("status", "b")
     assert mark in " ".join(store.stale_notes("05_grpo", "b"))
     monkeypatch.setattr(stage_keys, "describe_code", facts)

@@ -66,7 +66,7 @@ def test_paths_are_relative_to_where_the_command_is_given(tmp_path, monkeypatch)
 
 def test_a_branch_of_a_run_without_a_cold_start(root, leave):
     leave("01_synthesize", teacher="none")
-    with pytest.raises(UserError, match="run 'a' has no finished 04_rejection_sampling"):
+    with pytest.raises(UserError, match="run 'b' needs 04_rejection_sampling of run 'a'"):
         run_folders.check_branch("a", "b", ["05_grpo"])
     leave("04_rejection_sampling")
     run_folders.start_branch("a", "b", "05_grpo")

@@ -35,7 +35,7 @@ def project(copied_project, monkeypatch):
 
 
 def code_of_stages():
-    return {stage: stage_keys.describe_code(stage)["code"] for stage in RECIPE}
+    return {stage: stage_keys.describe_code(stage) for stage in RECIPE}
 
 
 @pytest.fixture(scope="module")
@@ -171,48 +171,3 @@ def test_no_cell_that_counts_uses_what_a_picture_or_a_lesson_assigns(stage):
             wrong = {name: outside[name] for name in used & outside.keys()}
             assert not wrong, f"cell {cell['id']} uses what cells outside the key assign: {wrong}"
         outside = {name: number for name, number in outside.items() if name not in assigned}
-
-
-@pytest.fixture
-def describe_small(tmp_path, monkeypatch):
-    """Call it with modules and a cell: `describe_code` of a package and a notebook of these."""
-    def describe(modules, cell):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        (folder / "mig_kit").mkdir(parents=True)
-        monkeypatch.setattr(stage_keys, "PACKAGE", folder / "mig_kit")
-        monkeypatch.setattr(stage_keys, "NOTEBOOKS", folder)
-        for name, text in modules.items():
-            (folder / "mig_kit" / f"{name}.py").write_text(text)
-        cells = [{"cell_type": "markdown", "source": ["from mig_kit.a import unused"],
-                  "metadata": {}},
-                 {"cell_type": "code", "source": [cell], "metadata": {}},
-                 {"cell_type": "code", "source": ["b.drawn()"], "metadata": {"tags": ["picture"]}}]
-        (folder / "01_small.ipynb").write_text(json.dumps({"cells": cells}))
-        return stage_keys.describe_code("01_small")
-
-    return describe
-
-
-def test_used_definitions_of_a_small_package(describe_small):
-    modules = {
-        "a": '"""A module."""\nfrom mig_kit import b\nfrom mig_kit.c import passed_on\n'
-             "SIZE, OTHER = 1, 2\ndef used():\n    return b.helper(SIZE)\n"
-             "def unused():\n    return b.other_helper()\n",
-        "b": "TABLE = {}\ndef helper(n):\n    from mig_kit.c import late\n    return late(TABLE)\n"
-             "def other_helper():\n    pass\nTABLE['x'] = 1\n",
-        "c": "from library import register\ndef late(n):\n    return n\ndef passed_on():\n"
-             "    return 3\ndef hook():\n    pass\nregister(hook)\n"}
-    cell = "%matplotlib inline\nfrom mig_kit import a\nfor x in a.used():\n    a.passed_on(await x)"
-    assert list(describe_small(modules, cell)["definition"]) == [
-        "mig_kit.a.OTHER", "mig_kit.a.SIZE", "mig_kit.a.used", "mig_kit.b.TABLE",
-        "mig_kit.b.helper", "mig_kit.c.<body>", "mig_kit.c.hook", "mig_kit.c.late",
-        "mig_kit.c.passed_on"]
-
-
-def test_another_function_of_the_same_name_counts(describe_small):
-    modules = {"a": "def f():\n    return 1\n", "b": "def f():\n    return 2\n"}
-    codes = {describe_small(
-        modules | {"c": f"from mig_kit import a, b\ndef g():\n    return {text}\n"},
-        "from mig_kit import a, b, c\nc.g()\nx = a.f() + b.f()")["code"]
-        for text in ("a.f() + b.f()", "b.f() + a.f()", "a.f() + a.f()")}
-    assert len(codes) == 3

@@ -110,7 +110,6 @@ def test_command_writes_the_result(files):
     (("mig_bench",), {"predictions": "none.jsonl"}, "no file"),
     (("mig_bench",), {"annotations": "a.jsonl"}, "is this the MIG-Bench file"),
     (("blink",), {}, "is this the BLINK file"), (("mc_bench",), {}, "COCO-style"),
-    (("mig_bench", "--compare-coordinates", "pixels"), {}, "add that, or leave them out"),
     (("mig_bench", "--json", "no/such/folder.json"), {}, "cannot be written")])
 def test_bad_input_is_one_sentence(files, words, changes, sentence):
     result = run_score(files, *words, **changes)

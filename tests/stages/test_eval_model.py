@@ -333,11 +333,10 @@ def test_files_of_ones_own_are_not_overwritten(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
-def test_a_runs_folder_names_the_run(smoke_runs, monkeypatch):
+def test_a_runs_name_is_that_of_its_model(smoke_runs, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(smoke_runs))
-    by_name, by_folder = (find_run_model(text) for text in ("smoke", str(smoke_runs / "smoke")))
-    assert by_name == by_folder and by_name.folder.name == "model"
-    assert find_run_model(str(by_name.folder)) is None, "a model's own folder"
+    folder = find_run_model("smoke").folder
+    assert folder.name == "model" and find_run_model(str(folder)) is None, "a model's own folder"
     assert find_run_model("smoke/other") is find_run_model("some/model") is None
     with pytest.raises(UserError, match="there is no run and no folder 'smoek'; did you"):
         find_run_model("smoek")
@@ -347,18 +346,14 @@ def test_a_runs_box_format_is_not_changed(monkeypatch):
     model = RunModel("folder", BOX_FORMAT, {})
     monkeypatch.setattr(ask, "find_run_model", lambda text: model)
     assert ask.find_model("mine", "absolute", None, 401408) == model
-    for options, name, own in (((None, None, 50000), "max_pixels", 401408),
-                               (("normalized_1000", None, None), "coordinates", "absolute")):
-        sentence = f"model has the {name} {own}; leave --{name.replace('_', '-')} out, or name the"
-        with pytest.raises(UserError, match=sentence):
+    for options in ((None, None, 50000), ("normalized_1000", None, None)):
+        with pytest.raises(UserError, match="leave --coordinates and pixel limits out, or name"):
             ask.find_model("mine", *options)
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
     (("--suite", "drawn", "--file", "here.jsonl"), "has no --file"),
-    (("--suite", "own"), "needs a --file"),
-    (("--suite", "odinw"), "ask for every box with a score, which no reply holds"),
-    (("--four-bit",), "--four-bit says how the --adapter was trained"),
+    (("--suite", "own"), "every other suite needs one"),
     (("--compare", "."), "holds no eval.json")])
 def test_bad_words_end_at_once(words, sentence, tmp_path, monkeypatch):
     (tmp_path / "here.jsonl").write_text("{}")

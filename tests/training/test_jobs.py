@@ -44,8 +44,7 @@ def test_words_of_a_launcher(launcher, local, nodes, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("launcher", "sentence"), [
     ("torchrunn --nproc-per-node 2", "starts with 'torchrunn', which is neither beside .*install"),
-    ("torchrun 'a", "is no command"),
-    ("torchrun --nnodes 1 --nproc-per-node", "is cut .*expected one argument")])
+    ("torchrun 'a", "No closing quotation")])
 def test_what_cannot_work_is_refused_at_once(launcher, sentence):
     with pytest.raises(ValueError, match=sentence):
         jobs.plan_launch(launcher)
