@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mig_kit.boxes import Coordinates
 from mig_kit.common import suggest_word
@@ -28,8 +28,6 @@ MAX_HEADERS = 100_000  # of images that are kept in memory
 LIMITS = {"normalized_1000": 1000, "normalized_1": 1}  # in pixels the image decides
 EXAMPLE = ('a line of own data is {"images": ["a.jpg"], "question": "Find the cup.", "image": 1, '
            '"box": [x1, y1, x2, y2], "coordinates": "pixels"}')
-# a key of another project's layout -> the importer that reads it
-IMPORTER_OF_KEY = {"messages": "swift or llava", "conversations": "llava", "annotations": "coco"}
 # text that a tokenizer reads as a control token, or that stands for an image, a box or a name
 TAG = re.compile(
     r"<\|[a-z0-9_]{1,40}\|>|</?(?:image|img|video|audio|bbox|box|ref|ref-object|obj|object|region"
@@ -40,12 +38,11 @@ OWN_LETTER = re.compile(r"\s*\(?([A-Ha-h])(?:[.):]\s*|\s*$)")
 LISTED_OPTIONS = re.compile(r"(?:^|\s)\(?A[.):]\s.*\s\(?B[.):]\s", re.DOTALL)
 
 
-def _check_path(path: str) -> str:
-    if path.startswith("data:"):
-        raise ValueError("an image is in the file itself; mig-kit data import own FILE --out OUT "
-                         "writes such images as files")
-    if "://" in path and not path.startswith("file://"):
-        raise ValueError("an image is an address; download it, and give the path of the file")
+def _check_path(path: object) -> object:
+    is_path = isinstance(path, str) and not path.startswith("data:")
+    if not is_path or "://" in path and not path.startswith("file://"):
+        raise ValueError("an image is no path; download it, or have mig-kit data import own FILE "
+                         "--out OUT write images that are in the file as files")
     return path
 
 
@@ -57,7 +54,7 @@ def _check_printable(text: str) -> str:
 
 Text = Annotated[str, Field(pattern=r"\S")]
 Word = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
-ImagePath = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
+ImagePath = Annotated[str, BeforeValidator(_check_path), Field(min_length=1)]
 ImageNumber = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e9, lt=1e9)]
 BoxNumbers = tuple[Number, Number, Number, Number]
@@ -112,10 +109,6 @@ def parse_line(record: dict) -> tuple[OwnLine | None, list[Problem]]:
     try:
         line = OwnLine.model_validate(simplify(record))
     except ValidationError as error:
-        for key, importer in IMPORTER_OF_KEY.items():
-            if key in record and "question" not in record:
-                return None, [Problem("another layout", f"the key '{key}' is of another project's "
-                                      f"layout; mig-kit data import {importer} FILE --out OUT")]
         return None, [_describe_error(part) for part in error.errors(include_url=False)]
     return line, _find_problems(line)
 
@@ -138,22 +131,16 @@ def _describe_error(error: dict) -> Problem:
     where = f"'{key}'" + "".join(f" number {place + 1}" if isinstance(place, int) else
                                  f" {place!r}" for place in places)
     if error["type"] == "extra_forbidden":
-        hint = suggest_word(str(key)[:40], OwnLine.model_fields, 0.5)
-        return Problem(f"unknown key {str(error['loc'][-1])[:40]!r}",
-                       "; ".join(filter(None, (f"unknown key {str(key)[:40]!r}",
-                                               hint or EXAMPLE))))
+        unknown = f"unknown key {str(key)[:40]!r}"
+        hint = suggest_word(str(key)[:40], OwnLine.model_fields, 0.5) or EXAMPLE
+        return Problem(unknown, f"{unknown}; {hint}")
     if error["type"] == "missing":
         return Problem(f"{where} is missing", f"{where} is missing; {EXAMPLE}")
     if key == "image" and error["type"] == "greater_than_equal":
         return Problem("an image 0", "'image' is the number of an image, from 1; \"targets\": [] "
                                      "says that no image answers")
-    text = error["msg"].removeprefix("Value error, ")
-    if key == "images" and isinstance(error["input"], dict):
-        text = ("an image is in the file itself; mig-kit data import own FILE --out OUT writes "
-                "such images as files")
-    if key in ("box", "boxes", "reference"):
-        text += "; a box is four numbers [x1, y1, x2, y2]"
-    return Problem(f"{where}: {text}")
+    a_box = "; a box is four numbers [x1, y1, x2, y2]" * (key in ("box", "boxes", "reference"))
+    return Problem(f"{where}: {error['msg'].removeprefix('Value error, ')}{a_box}")
 
 
 def _find_problems(line: OwnLine) -> list[Problem]:
