@@ -117,7 +117,10 @@ def check_model_folder(model: str | Path) -> None:
     if weights > named:
         raise UserError(f"{model} holds two sets of weights, {min(named)} and "
                         f"{min(weights - named)}; leave one")
-    if missing := [*sorted(named - weights), *_missing_settings(names)]:
+    # transformers makes an empty tokenizer where these files are missing
+    has_old_form = {"vocab.json", "merges.txt"} <= names
+    settings = {"tokenizer_config.json", "vocab.json" if has_old_form else "tokenizer.json"}
+    if missing := sorted((named | settings) - names):
         raise UserError(f"{model} is not complete, {missing[0]} is missing; hf download or copy it "
                         "again (only safetensors weights are loaded)")
 
@@ -168,16 +171,6 @@ def _name_if_not_finite(tensor: tuple[object, str]) -> str:
         return ""
     least, most = values.aminmax()
     return "" if -MOST < least and most < MOST else name  # NaN is neither
-
-
-def _missing_settings(names: set[str]) -> list[str]:
-    """The files beside the weights that loading needs and a folder of these names lacks."""
-    if "processor_config.json" in names:  # transformers 5 writes the image settings there
-        names = names | {"preprocessor_config.json"}
-    if {"vocab.json", "merges.txt"} <= names:
-        names = names | {"tokenizer.json"}
-    return [name for name in ("config.json", "tokenizer_config.json", "tokenizer.json",
-                              "preprocessor_config.json") if name not in names]
 
 
 def _refuse_other_family(model: str | Path) -> None:
