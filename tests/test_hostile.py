@@ -132,6 +132,5 @@ def test_a_template_that_the_sandbox_blocks_is_one_sentence(random_folder, tmp_p
                                                             cause):
     folder = shutil.copytree(random_folder, tmp_path / "model")
     (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(ValueError, match=f"^the chat template fails with {cause}.*; copy "
-                                         "chat_template.jinja from the model that this one"):
+    with pytest.raises(ValueError, match=f"^the chat template of .* fails with {cause}.*; copy "):
         loading.load_processor(folder, BoxFormat())

@@ -228,15 +228,7 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
     names = sorted(name for name, module in model.named_modules()
                    if "lora_A" in dict(module.named_children()))
     outside = [name for name in names if "language_model" not in name]
-    targets = model.peft_config["default"].target_modules
-    key = next((key for key, pattern in LORA_TARGETS.items() if pattern == targets), "all")
-    # counted by the modules' names, which the pattern that PEFT has applied may have missed
-    expected = sum("language_model." in name and name.rpartition(".")[2] in ADAPTED_PROJECTIONS[key]
-                   for name, _ in model.named_modules())
-    if outside:
-        raise UserError(f"LoRA landed outside the language model ({outside[0]}); "
-                         "use LORA_TARGETS of mig_kit.models.loading")
-    if len(names) != expected:
-        raise UserError(f"LoRA is on {len(names)} projections, expected {expected}; "
-                         "use LORA_TARGETS of mig_kit.models.loading")
+    if outside or not names:
+        raise UserError(f"LoRA landed outside the language model ({[*outside, 'nowhere'][0]}); "
+                        "use LORA_TARGETS of mig_kit.models.loading")
     return names

@@ -33,7 +33,7 @@ class StillImageProcessor(ImagePrompts):
     """The processor of a model folder, whose replies may go on from a tag that the prompt opens.
 
     Args:
-        stock_class: processor class of the model's family, which all saved files name.
+        stock_class: processor class of the model's family, which saved files name.
         coordinates: those in which the model writes boxes; kept in SETTINGS_FILE.
     """
 
@@ -87,10 +87,8 @@ class StillImageProcessor(ImagePrompts):
         plain = super().apply_chat_template([*conversation[:-1], last], *args, **kwargs)
         return prompt + self.cut_opened(reply) + plain.rpartition("It is there.")[2]
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
-        """Write tokenizer, chat template and image settings; UserError for push_to_hub."""
-        if push_to_hub:
-            raise UserError("the trainers send nothing to the Hub; use: hf upload")
+    def save_pretrained(self, save_directory: str | Path, **kwargs):
+        """Write tokenizer, chat template and image settings."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
@@ -98,7 +96,7 @@ class StillImageProcessor(ImagePrompts):
         self.save_image_settings(folder)
 
     def save_image_settings(self, folder: Path) -> None:
-        """Write preprocessor_config.json; every file of the folder then names the stock class."""
+        """Write preprocessor_config.json, which names the stock class, and SETTINGS_FILE."""
         settings = self.image_processor.to_dict() | {"processor_class": self.stock_class}
         # older releases of transformers read these two, newer ones `size`
         settings["min_pixels"] = settings["size"]["shortest_edge"]
@@ -107,10 +105,6 @@ class StillImageProcessor(ImagePrompts):
         (folder / "processor_config.json").unlink(missing_ok=True)  # it would win over this file
         if self.coordinates:
             _write_settings(folder / SETTINGS_FILE, {"coordinates": self.coordinates})
-        tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())
-        if tokenizer_settings.get("processor_class", self.stock_class) != self.stock_class:
-            tokenizer_settings["processor_class"] = self.stock_class
-            _write_settings(folder / "tokenizer_config.json", tokenizer_settings)
 
 
 def _write_settings(path: Path, values: dict) -> None:

@@ -213,12 +213,10 @@ def check_prompt_ids(answer: dict, expected: list[int] | None, sample_id: str, u
     if expected is None or served == expected or (
             served is None and n_served in (None, len(expected))):
         return
-    cause = ("its image settings differ, so serve the model's own folder and set no "
-             "--mm-processor-kwargs" if n_served != len(expected) else
-             "its chat template or tokenizer differs, so serve the model's own folder and set no "
-             "--chat-template")
     raise UserError(f"the server {url} read other prompt ids than the kit for {sample_id} "
-                    f"({n_served} tokens, the kit has {len(expected)}): {cause}")
+                    f"({n_served} tokens, the kit has {len(expected)}): its image settings, chat "
+                    "template or tokenizer differ, so serve the model's own folder, without "
+                    "--mm-processor-kwargs and --chat-template")
 
 
 def list_models(client) -> tuple[str, ...]:

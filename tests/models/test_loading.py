@@ -38,10 +38,6 @@ def test_lora_lands_on_what_is_asked_for(lora_targets, names, random_model):
     adapted = loading.check_adapters(model)
     assert {name.rpartition(".")[2] for name in adapted} == names
     assert len(adapted) == 2 * len(names)
-    del model.base_model.model.model.language_model.layers[1]
-    model.peft_config["default"].target_modules = loading.LORA_TARGETS["all"]
-    with pytest.raises(UserError, match=f"LoRA is on {len(names)} projections, expected 7"):
-        loading.check_adapters(model)
     elsewhere = LoraConfig(r=4, target_modules=["q_proj", "gate_proj"])
     with pytest.raises(UserError, match="outside the language model"):
         loading.check_adapters(get_peft_model(model.unload(), elsewhere))
@@ -75,7 +71,7 @@ def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
     ("config.json", b'{"model_type": "llama"}', "is a llama; .* --server URL .* mig-kit score"),
     ("tokenizer.json", None, "tokenizer.json is missing; hf download or copy it again"),
     ("tokenizer.json", b"{", "tokenizer or image settings of .* cannot be read .*; copy tokenizer.json, "),
-    ("config.json", b"{", "config.json' is not a valid JSON file.*; copy it from the model"),
+    ("config.json", b"{", "config.json' is not a valid JSON file.*; copy config.json from the"),
     ("chat_template.jinja", None, "has no chat template; copy chat_template.jinja or .json"),
     ("chat_template.jinja", b"{% for", "chat template of .* fails with TemplateSyntaxError: .*; copy"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "leaves images out; copy chat_template")])
@@ -96,8 +92,6 @@ def test_a_damaged_model_folder_is_one_sentence_before_its_weights_are_read(
                                      "tokenizer.json"])
 def test_a_folder_that_lacks_a_file_is_named(missing, random_folder, tmp_path):
     folder = shutil.copytree(random_folder, tmp_path / "model")
-    with pytest.raises(UserError, match="no model folder"):
-        check_model_folder(tmp_path / "none" / "model")
     if (folder / missing).is_file():
         (folder / missing).unlink()
         (folder / "pytorch_model.bin").touch()

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.models import loading, model_folders
+from mig_kit.models import loading
 from mig_kit.prompts import chat_messages
 from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
@@ -141,24 +141,6 @@ def test_auto_processor_opens_every_folder_of_the_kit(saved, random_folder,
                       for family in families]
 
 
-def test_a_folder_that_names_another_class_is_mended_by_saving(saved, float32, tmp_path,
-                                                               open_with_auto_processor):
-    """A base that was saved by a class of someone's own still gives a folder that opens."""
-    policy = loading.load_policy(saved["qwen2_5_vl"], float32, BoxFormat())
-    base, again = tmp_path / "base", tmp_path / "again"
-    merge_new_adapter(saved["qwen2_5_vl"], base, policy)
-    settings = read(base, "preprocessor_config.json")
-    own = {"processor_class": "OwnProcessor"}
-    (base / "processor_config.json").write_text(json.dumps({"image_processor": settings, **own}))
-    tokenizer_settings = read(base, "tokenizer_config.json") | own
-    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings))
-    policy = loading.load_policy(base, float32, BoxFormat())
-    merge_new_adapter(base, again, policy)
-    assert_names_the_stock_classes(again, "qwen2_5_vl")
-    assert [row[0] for row in open_with_auto_processor([base, again])] == [
-        "Qwen2Tokenizer", "Qwen2_5_VLProcessor"]
-
-
 def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model, processor,
                                                     tmp_path, open_with_auto_processor):
     model = get_peft_model(random_model, resuming.lora_config(4))
@@ -174,8 +156,6 @@ def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model,
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         assert torch.allclose(adapted(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
-    with pytest.raises(ValueError, match="use: hf upload"):
-        processor.save_pretrained(tmp_path, push_to_hub=True)
 
 
 @pytest.mark.parametrize(("base", "run"), [
@@ -206,19 +186,3 @@ def test_the_shipped_base_and_the_builders_name_the_stock_classes(random_folder,
     assert_names_the_stock_classes(tmp_path, "qwen2_5_vl")
     name = "preprocessor_config.json"
     assert (tmp_path / name).read_bytes() == (loading.TINY_BASE / name).read_bytes()
-
-
-def test_a_hub_name_as_base_gives_its_cached_files(published, tmp_path, monkeypatch):
-    """The small files come by name from where the hub's client keeps them."""
-    asked = []
-
-    def cached_file(model, name, **options):
-        asked.append((model, name))
-        path = published["qwen2_5_vl"] / name
-        return str(path) if path.is_file() else None
-
-    monkeypatch.setattr(model_folders, "cached_file", cached_file)
-    model_folders.copy_unchanged_files("Qwen/Qwen2.5-VL-3B-Instruct", tmp_path)
-    assert {model for model, _ in asked} == {"Qwen/Qwen2.5-VL-3B-Instruct"}
-    for name in UNTOUCHED:
-        assert (tmp_path / name).read_bytes() == (published["qwen2_5_vl"] / name).read_bytes()
