@@ -145,80 +145,67 @@ def _describe_error(error: dict) -> Problem:
 
 def _find_problems(line: OwnLine) -> list[Problem]:
     """What types and keys do not show: parts that go together, boxes, options, tags."""
-    problems = []
-
-    def check(is_right: bool, reason: str, sentence: str = "") -> None:
-        if not is_right:
-            problems.append(Problem(reason, sentence))
-
     kinds = [name for name in ("box", "boxes", "targets", "options")
              if getattr(line, name) is not None]
-    check(len(kinds) == 1, "not one kind of answer", "give one of 'box', 'boxes', 'targets' and "
-          f"'options' with 'letter'; this line has {' and '.join(kinds) or 'none'} (\"targets\": "
-          "[] says that nothing in the images answers)")
-    check((line.image is not None) == (line.box is not None or line.boxes is not None),
-          "'image' goes with 'box' or 'boxes', and with nothing else")
-    check((line.options is None) == (line.letter is None), "'options' and 'letter' go together")
-    check((line.coordinates is not None) == bool(line.places()) or line.targets == [],
-          "'coordinates' goes with boxes", "'coordinates' says what boxes are measured in; give "
-          "it with boxes, and only with them: pixels, normalized_1000 or normalized_1")
-    check(("{ref}" in line.question) == (line.reference is not None),
-          "'{ref}' in the question and 'reference' go together", "'{ref}' in the question and "
-          "'reference' go together; add the one that is missing")
-    for name, text in [("'question'", line.question), *(
-            (f"'options' number {number}", text)
-            for number, text in enumerate(line.options or (), 1))]:
-        tag = TAG.search(text)
-        check(tag is None, "a tag in a text", f"{name} holds {tag and tag[0][:40]}, which is no "
-              "word to the model: images stand before the question and are called image 1, image "
-              "2, and {ref} stands for the box 'reference'; take it out")
+    texts = {"'question'": line.question, **{
+        f"'options' number {number}": text for number, text in enumerate(line.options or (), 1)}}
+    tags = [(name, tag[0]) for name, text in texts.items() if (tag := TAG.search(text))]
     token = CONTROL_TOKEN.search(line.reply or "")
-    check(token is None, "a control token in 'reply'",
-          f"'reply' holds {token and token[0]}, which the model reads as a control token")
-    problems += _option_problems(line) if line.options and line.letter else []
-    for words, number, box in line.places():
-        problem = _box_problem(words, box, line.coordinates)
-        problems += [problem] if problem else []
-        check(number <= len(line.images), "an image that is not there", f"{words} is in image "
-              f"{number}, but there are {len(line.images)} images; the first is number 1")
-    targets = [(target.image, target.box) for target in line.targets or ()]
-    check(len({*targets}) == len(targets), "a target twice", "'targets' holds a box twice")
-    return problems
+    rules = [
+        (len(kinds) == 1, "not one kind of answer", "give one of 'box', 'boxes', 'targets' and "
+         f"'options' with 'letter'; this line has {' and '.join(kinds) or 'none'} (\"targets\": [] "
+         "says that nothing in the images answers)"),
+        ((line.image is not None) == (line.box is not None or line.boxes is not None),
+         "'image' goes with 'box' or 'boxes', and with nothing else", ""),
+        ((line.options is None) == (line.letter is None), "'options' and 'letter' go together", ""),
+        ((line.coordinates is not None) == bool(line.places()) or line.targets == [],
+         "'coordinates' goes with boxes", "'coordinates' says what boxes are measured in; give it "
+         "with boxes, and only with them: pixels, normalized_1000 or normalized_1"),
+        (("{ref}" in line.question) == (line.reference is not None),
+         "'{ref}' in the question and 'reference' go together; add the one that is missing", ""),
+        (not tags, "a tag in a text", f"{tags and tags[0][0]} holds {tags and tags[0][1][:40]}, "
+         "which is no word to the model: images stand before the question and are called image 1, "
+         "image 2, and {ref} stands for the box 'reference'; take it out"),
+        (token is None, "a control token in 'reply'",
+         f"'reply' holds {token and token[0]}, which the model reads as a control token")]
+    if line.options and line.letter:
+        rules += _option_rules(line.options, line.letter, line.question)
+    for place in line.places():
+        rules += _box_rules(*place, line)
+    return [Problem(reason, sentence) for is_right, reason, sentence in rules if not is_right]
 
 
-def _box_problem(words: str, box: tuple, coordinates: str | None) -> Problem | None:
+def _box_rules(words: str, number: int, box: tuple, line: OwnLine) -> list[tuple[bool, str, str]]:
     width, height = box[2] - box[0], box[3] - box[1]
-    if width <= 0 or height <= 0:
-        return Problem("boxes with x2 <= x1 or y2 <= y1", f"{words} is {list(box)}: x2 must be "
-                       "greater than x1 and y2 than y1 (is it x, y, width, height?)")
-    if min(box) < 0 or max(box) > LIMITS.get(coordinates, 1e9):
-        return Problem("boxes outside their coordinates", f"{words} is {list(box)}, outside "
-                       f"'{coordinates}'; state the coordinates that the numbers are in")
-    if coordinates != Coordinates.NORMALIZED_1 and min(width, height) < 1:
-        return Problem("boxes less than 1 wide", f"{words} is {list(box)}, less than 1 wide or "
-                       f"high in '{coordinates}'; are the coordinates 'normalized_1'?")
-    return None
+    is_in_order, is_within = min(width, height) > 0, (
+        min(box) >= 0 and max(box) <= LIMITS.get(line.coordinates, 1e9))
+    is_wide = line.coordinates == Coordinates.NORMALIZED_1 or min(width, height) >= 1
+    return [
+        (is_in_order, "boxes with x2 <= x1 or y2 <= y1", f"{words} is {list(box)}: x2 must be "
+         "greater than x1 and y2 than y1 (is it x, y, width, height?)"),
+        (is_within or not is_in_order, "boxes outside their coordinates", f"{words} is "
+         f"{list(box)}, outside '{line.coordinates}'; state the coordinates that the numbers are "
+         "in"),
+        (is_wide or not (is_in_order and is_within), "boxes less than 1 wide", f"{words} is "
+         f"{list(box)}, less than 1 wide or high in '{line.coordinates}'; are the coordinates "
+         "'normalized_1'?"),
+        (number <= len(line.images), "an image that is not there", f"{words} is in image {number}, "
+         f"but there are {len(line.images)} images; the first is number 1")]
 
 
-def _option_problems(line: OwnLine) -> list[Problem]:
-    texts = [" ".join(option.split()) for option in line.options]
-    problems = []
-    if len({*texts}) < len(texts):
-        problems.append(Problem("the same option twice", "two of the 'options' are the same; no "
-                                "letter is the correct one"))
-    if line.letter not in LETTERS[:len(texts)]:
-        problems.append(Problem("'letter' beyond the options", "'letter' must be that of the "
-                                f"correct option, A to {LETTERS[len(texts) - 1]}"))
-    letters = own_letters(line.options)
-    if letters and letters != LETTERS[:len(letters)]:
-        problems.append(Problem("options with letters of another order", "the options begin with "
-                                f"letters of their own ({texts[0]!r} is option A), so which one "
-                                "'letter' means is unclear; take these letters out"))
-    if LISTED_OPTIONS.search(line.question):
-        problems.append(Problem("options in the question", "the question lists options (A. ... "
-                                "B. ...), and 'options' are listed after it; take them out of the "
-                                "question"))
-    return problems
+def _option_rules(options: list[str], letter: str, question: str) -> list[tuple[bool, str, str]]:
+    texts, letters = [" ".join(option.split()) for option in options], own_letters(options)
+    return [
+        (len({*texts}) == len(texts), "the same option twice", "two of the 'options' are the same; "
+         "no letter is the correct one"),
+        (letter in LETTERS[:len(texts)], "'letter' beyond the options", "'letter' must be that of "
+         f"the correct option, A to {LETTERS[len(texts) - 1]}"),
+        (letters in ("", LETTERS[:len(letters)]), "options with letters of another order", "the "
+         f"options begin with letters of their own ({texts[0]!r} is option A), so which one "
+         "'letter' means is unclear; take these letters out"),
+        (not LISTED_OPTIONS.search(question), "options in the question", "the question lists "
+         "options (A. ... B. ...), and 'options' are listed after it; take them out of the "
+         "question")]
 
 
 def own_letters(options: list[str]) -> str:
