@@ -5,7 +5,6 @@ in the kit's coordinates. The kit's rewards come along in a reward.py of the eng
 """
 
 import json
-import re
 import shlex
 import shutil
 import tempfile
@@ -23,8 +22,6 @@ from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample, Target
 
-# what an engine takes for the place of an image, a film, a sound or a box
-PLACE = re.compile(r"<(?:image|video|audio|bbox|ref-object|point|cot-process)>")
 IMAGE = "<image>"
 TEMPLATES = PACKAGE / "data" / "export_templates"
 # settings that ms-swift has under TRL's names, too
@@ -76,15 +73,6 @@ def question_from_json(text: str) -> Sample:
         "options": tuple(facts["options"]), "notes": tuple(facts["notes"])})
 
 
-def prompt_text(sample: Sample, box_format: BoxFormat) -> str:
-    """The prompt with <image> where an image stands; UserError if its words hold such a tag."""
-    parts = chat_messages(sample, box_format)[0]["content"]
-    if tags := [tag for part in parts for tag in PLACE.findall(part.get("text", ""))]:
-        raise UserError(f"question {sample.id} holds {tags[0]}, which other engines replace; take "
-                         "it out")
-    return "".join(part.get("text", IMAGE) for part in parts)
-
-
 def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]:
     """Write the folder `out` for an engine of COMMANDS, whole or not at all.
 
@@ -110,7 +98,8 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
 
     texts, lengths = [], []
     for sample in progress_bar(recipe.samples, "measure prompts", delay=5):
-        texts.append(prompt_text(sample, box_format))
+        texts.append("".join(part.get("text", IMAGE)
+                             for part in chat_messages(sample, box_format)[0]["content"]))
         lengths.append(processors.count_prompt_tokens(processor, sample, box_format))
     values = _recipe_values(recipe, gpus) | {
         "data": f"{out}/train.{'parquet' if engine == 'verl' else 'jsonl'}",
