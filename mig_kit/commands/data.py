@@ -136,7 +136,8 @@ def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
               help="Of several boxes in an answer any is correct, or all must be found; without "
                    "it, such answers are left out.")
 @click.option("--split", default="",
-              help="Take the records of this split; left out: train, and those that name none.")
+              help="Take the records of this split; left out: train, and lines that name none. A "
+                   "table that names no split needs it.")
 def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
                    min_pixels: int, max_pixels: int, several: str | None, split: str) -> None:
     """Write FILE, a data set of another project, as own data, and say what is left out, and why.

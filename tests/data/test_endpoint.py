@@ -87,10 +87,6 @@ ANSWER = "<answer>x</answer>"
 
 @pytest.mark.parametrize(("message", "reason", "text", "error"), [
     ({"content": ANSWER, "reasoning_content": "so"}, "stop", f"<think>so</think>{ANSWER}", ""),
-    ({"content": ANSWER, "reasoning": "so"}, "stop", f"<think>so</think>{ANSWER}", ""),
-    ({"content": f"so</think>{ANSWER}"}, "stop", f"<think>so</think>{ANSWER}", ""),
-    ({"content": f"<think>a</think>{ANSWER}", "reasoning": "so"}, "stop",
-     f"<think>a</think>{ANSWER}", ""),
     ({"content": f"<think>a</think>{ANSWER}"}, "length", f"<think>a</think>{ANSWER}", ""),
     ({"content": None, "reasoning": "so"}, "length", "<think>so", "cut at 1024 tokens "),
     ({"content": None}, "length", "", "cut at 1024 tokens (finish_reason length)"),

@@ -1,11 +1,7 @@
 """What the kit writes, opened as a stranger opens it: by transformers alone, without the kit."""
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +12,6 @@ from published import RELATIVES, format_of, merge_new_adapter
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit.boxes import BoxFormat
 from mig_kit.models import loading
 from mig_kit.prompts import chat_messages
 from mig_kit.training import resuming
@@ -27,54 +22,6 @@ STOCK = dict.fromkeys(("qwen3_vl", *RELATIVES), "Qwen3VLProcessor") | {
     "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
 UNTOUCHED = ("generation_config.json", "special_tokens_map.json", "tokenizer.json",
              "tokenizer_config.json", "chat_template.json")
-# AutoProcessor imports torchvision, which cannot be installed beside a CPU torch: these empty
-# modules satisfy the imports, and whatever computes with images is taken from the PIL backend.
-STUBS = {
-    "torchvision/__init__.py": "",
-    "torchvision/io.py": "",
-    "torchvision/transforms/__init__.py": (
-        "from enum import Enum\n"
-        "InterpolationMode = Enum('InterpolationMode', 'NEAREST NEAREST_EXACT BILINEAR BICUBIC BOX "
-        "HAMMING LANCZOS')\n"),
-    "torchvision/transforms/functional.py": "pil_to_tensor = None\n",
-    "torchvision/transforms/v2/__init__.py": "",
-    "torchvision/transforms/v2/functional.py": "",
-    "torchvision-0.28.0.dist-info/METADATA":
-        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n",
-}
-OPEN = """
-import json, sys
-from transformers import AutoProcessor
-for line in sys.stdin:
-    processor = AutoProcessor.from_pretrained(line.strip())
-    images = getattr(processor, "image_processor", None)
-    patches = images and images.get_number_of_image_patches(768, 1024)
-    print(json.dumps([type(processor).__name__, type(images).__name__, patches]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def open_with_auto_processor(tmp_path_factory):
-    """Call it with folders for [class, its image processor's, patches of a 1024x768 image] of each,
-    in a process of its own, with a torchvision that only imports where there is none.
-    """
-    environment = dict(os.environ)
-    if not importlib.util.find_spec("torchvision"):
-        root = tmp_path_factory.mktemp("stubs")
-        for name, text in STUBS.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(text)
-        environment["PYTHONPATH"] = str(root)
-
-    def open_folders(folders):
-        for folder in folders:
-            process.stdin.write(f"{folder}\n")
-            process.stdin.flush()
-            yield json.loads(next(line for line in process.stdout if line.startswith("[")))
-
-    with subprocess.Popen([sys.executable, "-c", OPEN], env=environment, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        yield lambda folders: list(open_folders(folders))
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +78,8 @@ def test_a_saved_model_is_the_same_model_to_stock_transformers(saved, published,
     assert difference.abs().max() < 1e-5
 
 
-def test_auto_processor_opens_every_folder_of_the_kit(saved, random_folder,
-                                                      open_with_auto_processor):
-    folders = [*saved.values(), loading.TINY_BASE, random_folder]
-    families = [*saved, "qwen2_5_vl", "qwen2_5_vl"]
-    opened = open_with_auto_processor(folders)
-    patches = {True: 38 * 52, False: 34 * 44}
-    assert opened == [[STOCK[family], "Qwen2VLImageProcessor", patches[family.startswith("qwen2")]]
-                      for family in families]
-
-
 def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model, processor,
-                                                    tmp_path, open_with_auto_processor):
+                                                    tmp_path):
     model = get_peft_model(random_model, resuming.lora_config(4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -150,7 +87,6 @@ def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model,
     model.save_pretrained(tmp_path)
     processor.save_pretrained(str(tmp_path))
     assert_names_the_stock_classes(tmp_path, "qwen2_5_vl")
-    assert open_with_auto_processor([tmp_path])[0][0] == "Qwen2_5_VLProcessor"
     stock = AutoModelForImageTextToText.from_pretrained(random_folder, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(stock, tmp_path)
     ids = torch.arange(20, 40)[None]
