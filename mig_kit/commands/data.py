@@ -199,7 +199,7 @@ def duplicates(train: Path, held_out: Path) -> None:
 def export_command(engine: str, source: str, out: Path, root: Path | None, profile: str | None,
                    gpus: int) -> None:
     """Write the prompts that stage 04 of RUN kept, or those of a file of own data, for another
-    engine: its data, reward.py, config.yaml with the recipe's values, and a README.md.
+    engine: its data, reward.py, and config.yaml with the recipe's values and the command.
     """
     from mig_kit.data.exports import write_export
 

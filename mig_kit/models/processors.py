@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
+from mig_kit.boxes import BoxFormat, Coordinates, seen_size
 from mig_kit.common import UserError
 from mig_kit.models.model_folders import (
     check_model_folder,
@@ -237,13 +237,10 @@ def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample
     limit = load_config(model).get_text_config().max_position_embeddings
 
     def measure(sample: Sample) -> str:
-        n_image_tokens = count_image_tokens(processor, sample, box_format)
-        text = render_prompt(processor, sample, box_format)
-        if len(text.encode()) + n_image_tokens <= limit:  # a token is a byte or more
-            return ""
         n_tokens = count_prompt_tokens(processor, sample, box_format)
         return "" if n_tokens <= limit else (
-            f"the prompt takes {n_tokens} tokens, {n_image_tokens} of them for images, and the "
+            f"the prompt takes {n_tokens} tokens, "
+            f"{count_image_tokens(processor, sample, box_format)} of them for images, and the "
             f"model reads {limit}; shorten the question, take fewer images, or lower max_pixels")
 
     return measure
@@ -286,8 +283,6 @@ def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
     for number, ((_, rows, columns), size) in enumerate(zip(grids, sizes, strict=True), 1):
         seen = columns * patch, rows * patch
         computed = seen_size(size, box_format, factor)
-        if box_format.coordinates == Coordinates.ABSOLUTE:
-            computed = coordinate_size(size, Coordinates.ABSOLUTE, box_format)
         if seen != computed:
             raise UserError(
                 f"image {number} of {size[0]}x{size[1]} px reaches the model at "
