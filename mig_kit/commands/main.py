@@ -206,7 +206,8 @@ def record(run_ids: tuple[str, ...], out: Path) -> None:
               help="Prompts of a step; fewer need less memory.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1),
               help="Turns of either side.")
-@click.option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
+@click.option("--dtype", default="auto", show_default=True,
+              type=click.Choice(["auto", "float32", "bfloat16"]))
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path),
               help="Write the figures here.")
 def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -> None:

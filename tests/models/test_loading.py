@@ -200,11 +200,8 @@ def test_hardware_says_why_and_is_what_was_asked_for(random_folder, monkeypatch)
     weights = loading.load_model(random_folder, hardware).state_dict().values()
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for words, error, sentence in ((["fp8"], ValueError, "auto, float32 or bfloat16"),
-                                   (["auto", "tpu"], ValueError, "auto, cuda or cpu"),
-                                   (["auto", "cuda"], UserError, "sees no GPU")):
-        with pytest.raises(error, match=sentence):
-            loading.choose_hardware(*words)
+    with pytest.raises(UserError, match="sees no GPU"):
+        loading.choose_hardware("auto", "cuda")
 
 
 def test_no_graph_in_the_frozen_tower(random_model, processor, samples):
