@@ -6,7 +6,6 @@ cannot be repeated to the bit. What a server refuses is shown in its words.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -225,10 +224,9 @@ def list_models(client) -> tuple[str, ...]:
     return tuple(str(entry.get("id")) for entry in page.get("data") or ())
 
 
-@contextmanager
 def serve_model(server: str, concurrency: int, model: str | Path, system: str,
-                box_format: BoxFormat) -> Iterator[ServedModel]:
-    """Opens a model on running servers.
+                box_format: BoxFormat) -> ServedModel:
+    """A model on running servers.
 
     Args:
         server: their addresses, see `parse_server`.
@@ -242,24 +240,23 @@ def serve_model(server: str, concurrency: int, model: str | Path, system: str,
         processor = load_processor(model, box_format)
         end_tokens = end_token_ids(load_generation_config(model), processor)
     names = (str(model), str(Path(model).resolve()), system)
-    with ExitStack() as stack:
-        servers = []
-        for url in parse_server(server):
-            client = stack.enter_context(open_client(url))
-            try:
-                models = list_models(client)
-            except RequestFailed as failure:
-                if not is_name or not failure.status:
-                    raise RequestFailed(f"the server {url} lists no models: {failure}",
-                                        failure.status) from None
-                models = (str(model),)  # whose name the user has given
-            servers.append(Server(url, client, models))
-        name = next((name for name in names for server in servers if name in server.models), "")
-        if not name:
-            listed = ", ".join(sorted({model for server in servers for model in server.models}))
-            raise UserError(
-                f"no server serves the model {names[0]}, but only {listed[:300] or 'nothing'}; use "
-                "one of these names, start a server with this folder, or with --served-model-name "
-                f"{names[-1]} where it has another path")
-        yield ServedModel(name, [server for server in servers if name in server.models],
-                          concurrency, processor, box_format, end_tokens)
+    servers = []
+    for url in parse_server(server):
+        client = open_client(url)
+        try:
+            models = list_models(client)
+        except RequestFailed as failure:
+            if not is_name or not failure.status:
+                raise RequestFailed(f"the server {url} lists no models: {failure}",
+                                    failure.status) from None
+            models = (str(model),)  # whose name the user has given
+        servers.append(Server(url, client, models))
+    name = next((name for name in names for server in servers if name in server.models), "")
+    if not name:
+        listed = ", ".join(sorted({model for server in servers for model in server.models}))
+        raise UserError(
+            f"no server serves the model {names[0]}, but only {listed[:300] or 'nothing'}; use one "
+            "of these names, start a server with this folder, or with --served-model-name "
+            f"{names[-1]} where it has another path")
+    return ServedModel(name, [server for server in servers if name in server.models],
+                       concurrency, processor, box_format, end_tokens)
