@@ -41,7 +41,7 @@ def file_arguments(command):
 def check(file: Path, root: Path | None, profile: str | None, out: Path | None) -> None:
     """Say line by line what is wrong with FILE, your own data, and its images, which are decoded.
 
-    FILE has a JSON object a line, or holds a list of them, or is a CSV. The guide,
+    FILE has a JSON object a line, holds a list of them, or is a table. The guide,
     notebooks/guide/own_data.md, says what is in one.
     """
     from mig_kit.data import own_data, records

@@ -19,9 +19,7 @@ from mig_kit.models.model_folders import locate_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on which weights
-PARTS = {"lora_A.weight", "lora_B.weight"}
-ELSEWHERE = ("merge it where it was trained, with PEFT's merge_and_unload, and give the folder of "
-             "the merged model")
+PARTS = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,17 @@ def load_adapter(folder: Path) -> Adapter:
     others = [f"a {config.peft_type.value}"] * (config.peft_type != "LORA")
     for key, tensor in load_file(Path(folder) / FILES[1]).items():
         module, is_lora, rest = key.removeprefix("base_model.model.").partition(".lora_")
-        if not is_lora or f"lora_{rest}" not in PARTS | {"lora_magnitude_vector"}:
+        if not is_lora or f"lora_{rest}" not in PARTS:
             others.append(key)
         elif not tensor.isfinite().all():
             raise UserError(f"the adapter {folder} is not finite: {key} holds NaN or infinity")
         modules.setdefault(module, {})[f"lora_{rest}"] = tensor
     if others:
         raise UserError(f"{folder} is no plain LoRA ({others[0]}), which alone is merged here; "
-                        f"{ELSEWHERE}")
-    if halves := [name for name, parts in modules.items() if not PARTS <= parts.keys()]:
-        raise UserError(f"{folder} has only a part of {halves[0]}; save the adapter again")
-    changes = config.lora_alpha and any(parts["lora_B.weight"].any() for parts in modules.values())
+                        "merge it where it was trained, with PEFT's merge_and_unload, and give the "
+                        "folder of the merged model")
+    changes = config.lora_alpha and any(
+        parts["lora_B.weight"].any() for parts in modules.values() if "lora_B.weight" in parts)
     # a training of the kit's own without a signal may have changed nothing
     if not changes and not (Path(folder) / RECORD).is_file():
         raise UserError(f"the adapter {folder} changes nothing: lora_B is 0 in all {len(modules)} "
