@@ -7,6 +7,7 @@ merged matrix must compute what it computed with the adapter; every other adapte
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,11 +56,13 @@ def load_adapter(folder: Path) -> Adapter:
                         "folder of the merged model")
     changes = config.lora_alpha and any(
         parts["lora_B.weight"].any() for parts in modules.values() if "lora_B.weight" in parts)
-    # a training of the kit's own without a signal may have changed nothing
-    if not changes and not (Path(folder) / RECORD).is_file():
-        raise UserError(f"the adapter {folder} changes nothing: lora_B is 0 in all {len(modules)} "
-                        "layers, or lora_alpha is; it was saved before training, or without its "
-                        "weights")
+    if not changes:
+        sentence = (f"the adapter {folder} changes nothing: lora_B is 0 in all {len(modules)} "
+                    "layers, or lora_alpha is; it was saved before training, or without its "
+                    "weights, or its training had no signal")
+        if not (Path(folder) / RECORD).is_file():
+            raise UserError(sentence)
+        warnings.warn(sentence, stacklevel=2)  # the kit has trained it
     return Adapter(Path(folder), config, modules)
 
 
