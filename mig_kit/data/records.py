@@ -31,7 +31,6 @@ class SkipReport:
     """What stage 01 leaves out of a data set, and why."""
 
     file: Path  # gets every name with its reason
-    read: int = 0  # records
     kept: int = 0  # questions
     counts: Counter = field(default_factory=Counter)  # by reason
 
@@ -44,9 +43,9 @@ class SkipReport:
 
     def summarize(self) -> str:
         """One line per reason, the most frequent first."""
-        lines = [f"records {self.read}, questions kept {self.kept}, left out "
-                 f"{self.counts.total()}"]
-        return "\n".join(lines + describe_counts(self.counts))
+        left_out = self.counts.total()
+        return "\n".join([f"records {self.kept + left_out}, questions kept {self.kept}, left out "
+                          f"{left_out}", *describe_counts(self.counts)])
 
 
 def describe_counts(counts: Counter) -> list[str]:
