@@ -10,7 +10,7 @@ from PIL import Image
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256
-from mig_kit.image_files import BadImage, ImageStore, LazyImages, image_digests, pixel_digest
+from mig_kit.image_files import BadImage, ImageStore, LazyImages, image_digests
 from mig_kit.pipeline import store
 from mig_kit.sample import SampleWriter, read_replies, read_samples, write_samples
 from mig_kit.stages import sources, synthesize
@@ -186,18 +186,6 @@ def test_a_table_elsewhere_refers_to_the_stored_files(own, tmp_path):
     assert not (tmp_path / "run/04/images").exists()
     (tmp_path / "run").rename(tmp_path / "moved")
     assert read_samples(tmp_path / "moved/04/kept.parquet")[1].images[0].size == SMALL
-
-
-def test_rows_by_index_slice_and_selection(tmp_path):
-    drawn = [make_sample("diff", "cot", i) for i in range(150)]
-    write_samples(tmp_path / "rl.parquet", drawn)
-    rows, ids = read_samples(tmp_path / "rl.parquet"), [sample.id for sample in drawn]
-    assert len(rows) == 150 and [sample.id for sample in rows] == ids
-    assert rows[-1].id == ids[-1] and [s.id for s in rows[140:10:-30]] == ids[140:10:-30]
-    assert [s.id for s in rows.select([7, 3])[::-1]] == [ids[3], ids[7]]
-    assert pixel_digest(rows[99].images[0]) == pixel_digest(drawn[99].images[0])
-    with pytest.raises(IndexError):
-        rows[150]
 
 
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path):

@@ -43,12 +43,12 @@ def test_near_duplicates_finds_copies_and_nothing_else(tmp_path):
 
 
 def test_a_report_counts_reasons_and_its_file_names_all(tmp_path):
-    report = SkipReport(tmp_path / "names.txt", read=9, kept=1)
+    report = SkipReport(tmp_path / "names.txt", kept=2)
     report.add("missing image", "a\n.png")
     for number in range(6):
         report.add("unreadable image", f"{number}.png")
     assert report.summarize().splitlines() == [
-        "records 9, questions kept 1, left out 7",
+        "records 9, questions kept 2, left out 7",
         "        6  unreadable image", "        1  missing image"]
     names = (tmp_path / "names.txt").read_text().splitlines()
     assert names[0] == "missing image: a?.png" and len(names) == 7

@@ -100,8 +100,10 @@ def model_options(command):
 @click.option("--max-new-tokens", type=click.IntRange(1),
               help="Longest reply: 128, or what the run's 06 has; a model that reasons at length "
                    "needs 1024.")
-@click.option("--dtype", help="auto, float32 or bfloat16: auto, or what the run's 06 has.")
-@click.option("--device", default="auto", show_default=True, help="auto, cuda or cpu.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]),
+              help="auto, or what the run's 06 has, if left out.")
+@click.option("--device", default="auto", show_default=True,
+              type=click.Choice(["auto", "cuda", "cpu"]))
 def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
                  images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
                  card: bool, coordinates: str | None, min_pixels: int | None,

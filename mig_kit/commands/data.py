@@ -39,7 +39,7 @@ def data() -> None:
 def check(file: Path, root: Path | None, profile: str | None, out: Path | None) -> None:
     """Say line by line what is wrong with FILE, your own data, and its images, which are decoded.
 
-    FILE has a JSON object a line, or holds a list of them, or is a CSV. The guide,
+    FILE has a JSON object a line, holds a list of them, or is a table. The guide,
     notebooks/guide/own_data.md, says what is in one.
     """
     from mig_kit.data import own_data, records
@@ -132,7 +132,8 @@ def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
               help="Of several boxes in an answer any is correct, or all must be found; without "
                    "it, such answers are left out.")
 @click.option("--split", default="",
-              help="Take the records of this split; left out: train, and those that name none.")
+              help="Take the records of this split; left out: train, and lines that name none. A "
+                   "table that names no split needs it.")
 def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
                    min_pixels: int, max_pixels: int, several: str | None, split: str) -> None:
     """Write FILE, a data set of another project, as own data, and say what is left out, and why.
@@ -192,7 +193,7 @@ def duplicates(train: Path, held_out: Path) -> None:
 def export_command(engine: str, source: str, out: Path, root: Path | None, profile: str | None,
                    gpus: int) -> None:
     """Write the prompts that stage 04 of RUN kept, or those of a file of own data, for another
-    engine: its data, reward.py, config.yaml with the recipe's values, and a README.md.
+    engine: its data, reward.py, and config.yaml with the recipe's values and the command.
     """
     from mig_kit.data.exports import write_export
 

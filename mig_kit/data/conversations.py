@@ -6,7 +6,6 @@ the first turn is read, since later ones may lean on it.
 
 import json
 import re
-from dataclasses import dataclass
 
 from mig_kit.boxes import Coordinates
 from mig_kit.data.line_checks import EXAMPLE
@@ -31,16 +30,6 @@ MGROUNDING_IMAGE = re.compile(
     re.IGNORECASE)
 NO_IMAGE = ("with several images an answer must say which one a box is in, as "
             f"{{\"image\": 2, \"box\": [x1, y1, x2, y2]}}; else write own data: {EXAMPLE}")
-Boxes = list[tuple[int | None, list]]  # (image number from 1, None where unclear; box)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question and the boxes of its text and of its answer."""
-
-    question: str
-    references: Boxes
-    answers: Boxes
 
 
 def read_record(form: str, record: dict, several: str) -> list[dict | Problem]:
@@ -51,21 +40,22 @@ def read_record(form: str, record: dict, several: str) -> list[dict | Problem]:
     images = record.get("images", record.get("image"))
     images = images if isinstance(images, list) else [images] * (images is not None)
     require(bool(images), "a record without images")
-    texts = _read_turns(record)
-    n_tags = sum(text.count("<image>") for turn in texts for text in turn)
+    turns = _read_turns(record)
+    n_tags = sum(text.count("<image>") for turn in turns for text in turn)
     require(n_tags in (0, len(images)), "another number of <image> tags than of images",
             f"there are {n_tags} <image> tags and {len(images)} images; write one per image")
+    numbers: list[int] = []
     coordinates = {"coordinates": "normalized_1000"} if form == "mgrounding" else {}
     if form == "swift" and record.get("objects") is not None:
-        turn, coordinates = _read_objects(texts, record["objects"], len(images))
-    else:
-        turn = _read_texts(form, *texts[0], len(images))
+        turns, numbers, kind = _fill_objects(turns, record["objects"], len(images))
+        coordinates = {"coordinates": kind}
     try:
-        lines: list[dict | Problem] = [_make_line(turn, images, several) | coordinates]
+        line = _make_line(form, *turns[0], images, numbers, several)
+        lines: list[dict | Problem] = [line | coordinates]
     except Problem as problem:
         lines = [problem]
     return lines + [Problem("a later turn", "a later turn may lean on the turns before it; write "
-                            "it as a question of its own", False)] * (len(texts) - 1)
+                            "it as a question of its own", False)] * (len(turns) - 1)
 
 
 def _read_turns(record: dict) -> list[tuple[str, str]]:
@@ -94,21 +84,6 @@ def _to_text(content: object) -> object:
                    for part in content)
 
 
-def _read_texts(form: str, asked: str, answered: str, n_images: int) -> Turn:
-    """The turn of these texts."""
-    def to_box(match: re.Match) -> list[float]:
-        return [float(number) for number in match.groups() if number is not None]
-
-    only = 1 if n_images == 1 else None
-    matches = list(BOX.finditer(answered))
-    numbers = [only] * len(matches)
-    if n_images > 1:
-        numbers = (_read_mgrounding(answered, matches) if form == "mgrounding" else
-                   _read_indices(answered, len(matches))) or numbers
-    return Turn(BOX.sub("{ref}", asked), [(only, to_box(match)) for match in BOX.finditer(asked)],
-                list(zip(numbers, map(to_box, matches))))
-
-
 def _read_mgrounding(answered: str, matches: list[re.Match]) -> list[int]:
     """The image before each box, as in "It's in the third image."; [] unless each has one."""
     starts = [0, *(match.end() for match in matches)]
@@ -118,7 +93,7 @@ def _read_mgrounding(answered: str, matches: list[re.Match]) -> list[int]:
         ORDINALS.index(name[1].lower()) + 1 if name[1] else int(name[2]) for name in names]
 
 
-def _read_indices(answered: str, count: int) -> list[int]:
+def _read_indices(answered: str, matches: list[re.Match]) -> list[int]:
     """The "image" of each JSON object of an answer; [] unless there is one per box."""
     text = re.sub(r"</?answer>|```(?:json)?", "", answered.rpartition("</think>")[2]).strip()
     try:
@@ -126,12 +101,14 @@ def _read_indices(answered: str, count: int) -> list[int]:
         numbers = [item["image"] for item in data]
     except (ValueError, TypeError, KeyError):
         return []
-    return numbers if len(numbers) == count and all(type(n) is int for n in numbers) else []
+    return numbers if len(numbers) == len(matches) and all(type(n) is int for n in numbers) else []
 
 
-def _read_objects(texts: list[tuple[str, str]], objects: object, n_images: int
-                  ) -> tuple[Turn, dict]:
-    """ms-swift's first turn with <ref-object> and <bbox> filled from `objects`, in order."""
+def _fill_objects(turns: list[tuple[str, str]], objects: object, n_images: int
+                  ) -> tuple[list[tuple[str, str]], list[int], Coordinates]:
+    """ms-swift's turns with <ref-object> and <bbox> filled from `objects`, the number of the image
+    of each box, and the boxes' coordinates.
+    """
     require(isinstance(objects, dict) and isinstance(objects.get("bbox"), list)
             and isinstance(objects.get("ref") or [], list),
             "'objects' that is not ms-swift 3's", "'objects' must hold lists 'ref' and 'bbox', as "
@@ -144,44 +121,44 @@ def _read_objects(texts: list[tuple[str, str]], objects: object, n_images: int
             and all(type(number) is int and 0 <= number < n_images for number in ids),
             "no image_id for each box", "'image_id' of 'objects' must say which image each box is "
             f"in, from 0; there are {n_images} images")
-    values = {"<ref-object>": list(objects.get("ref") or []),
-              "<bbox>": [(number + 1, box) for number, box in zip(ids, boxes)]}
+    values = {"<ref-object>": list(objects.get("ref") or []), "<bbox>": list(boxes)}
 
-    def fill(text: str) -> tuple[str, Boxes]:
-        own_boxes: Boxes = []
+    def replace(match: re.Match) -> str:
+        require(bool(values[match[0]]), f"more {match[0]} in the texts than 'objects' has")
+        return str(values[match[0]].pop(0))
 
-        def replace(match: re.Match) -> str:
-            require(bool(values[match[0]]), f"more {match[0]} in the texts than 'objects' has")
-            value = values[match[0]].pop(0)
-            if match[0] == "<ref-object>":
-                return str(value)
-            own_boxes.append(value)
-            return "{ref}"
-
-        return PLACEHOLDER.sub(replace, text), own_boxes
-
-    turn = Turn(*fill(texts[0][0]), fill(texts[0][1])[1])
-    require(len(texts) > 1 or not values["<bbox>"],
-            "more boxes in 'objects' than <bbox> in the texts")
-    return turn, {"coordinates": SWIFT_COORDINATES[kind]}
+    filled = [tuple(PLACEHOLDER.sub(replace, text) for text in turn) for turn in turns]
+    n_read = sum(len(BOX.findall(text)) for turn in filled for text in turn)
+    require(n_read == len(boxes), "other boxes in the texts than in 'objects'", "the texts must "
+            "hold one <bbox> for each four numbers of 'bbox' in 'objects', and no other box")
+    return filled, [number + 1 for number in ids], SWIFT_COORDINATES[kind]
 
 
-def _make_line(turn: Turn, images: list, several: str) -> dict:
-    """A turn as a line of own data."""
-    require(None not in (number for number, _ in turn.answers), "no image of a box", NO_IMAGE,
-            False)
-    require([number for number, _ in turn.references] in ([], [1]), "a box in the question",
+def _make_line(form: str, asked: str, answered: str, images: list, numbers: list[int],
+               several: str) -> dict:
+    """A turn as a line of own data; numbers: the image of each box, [] if the texts must tell."""
+    references, matches = list(BOX.finditer(asked)), list(BOX.finditer(answered))
+    if len(images) == 1:
+        numbers = [1] * (len(references) + len(matches))
+    elif not numbers:
+        require(not references, "a box in the question", NO_IMAGE, False)
+        numbers = (_read_mgrounding if form == "mgrounding" else _read_indices)(answered, matches)
+    boxes = [(number, [float(value) for value in match.groups() if value is not None])
+             for number, match in zip(numbers, references + matches)]
+    require(len(boxes) >= len(references + matches), "no image of a box", NO_IMAGE, False)
+    references, answers = boxes[:len(references)], boxes[len(references):]
+    require([number for number, _ in references] in ([], [1]), "a box in the question",
             "the question has several boxes, or one that is not in the first image; write own data "
             "with 'reference'", False)
-    require(not turn.references or turn.references[0] not in turn.answers,
+    require(not references or references[0] not in answers,
             "the answer stands in the question", is_fault=False)
-    reference = {"reference": turn.references[0][1]} if turn.references else {}
-    return {"images": images, **target_keys(turn.answers, several), **reference,
-            "question": name_tags(TEXT_TAGS.sub("", turn.question))}
+    return {"images": images, **target_keys(answers, several),
+            **({"reference": references[0][1]} if references else {}),
+            "question": name_tags(TEXT_TAGS.sub("", BOX.sub("{ref}", asked)))}
 
 
-def target_keys(boxes: Boxes, several: str) -> dict:
-    """The keys of own data for the boxes of an answer."""
+def target_keys(boxes: list[tuple[int, list]], several: str) -> dict:
+    """The keys of own data for the (image number, box) pairs of an answer."""
     require(bool(boxes), "no answer with a box", is_fault=False)
     if several == "all" and len(boxes) > 1:
         return {"targets": [{"image": number, "box": box} for number, box in boxes]}

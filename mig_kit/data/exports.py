@@ -5,7 +5,6 @@ in the kit's coordinates. The kit's rewards come along in a reward.py of the eng
 """
 
 import json
-import re
 import shlex
 import shutil
 import tempfile
@@ -23,8 +22,6 @@ from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample, Target
 
-# what an engine takes for the place of an image, a film, a sound or a box
-PLACE = re.compile(r"<(?:image|video|audio|bbox|ref-object|point|cot-process)>")
 IMAGE = "<image>"
 TEMPLATES = PACKAGE / "data" / "export_templates"
 # settings that ms-swift has under TRL's names, too
@@ -76,15 +73,6 @@ def question_from_json(text: str) -> Sample:
         "options": tuple(facts["options"]), "notes": tuple(facts["notes"])})
 
 
-def prompt_text(sample: Sample, box_format: BoxFormat) -> str:
-    """The prompt with <image> where an image stands; UserError if its words hold such a tag."""
-    parts = chat_messages(sample, box_format)[0]["content"]
-    if tags := [tag for part in parts for tag in PLACE.findall(part.get("text", ""))]:
-        raise UserError(f"question {sample.id} holds {tags[0]}, which other engines replace; take "
-                         "it out")
-    return "".join(part.get("text", IMAGE) for part in parts)
-
-
 def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]:
     """Write the folder `out` for an engine of COMMANDS, whole or not at all.
 
@@ -110,7 +98,8 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
 
     texts, lengths = [], []
     for sample in progress_bar(recipe.samples, "measure prompts", delay=5):
-        texts.append(prompt_text(sample, box_format))
+        texts.append("".join(part.get("text", IMAGE)
+                             for part in chat_messages(sample, box_format)[0]["content"]))
         lengths.append(processors.count_prompt_tokens(processor, sample, box_format))
     values = _recipe_values(recipe, gpus) | {
         "data": f"{out}/train.{'parquet' if engine == 'verl' else 'jsonl'}",
@@ -118,37 +107,36 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
         "prompt_length": -(-max(lengths) // 64) * 64,
         "tokens_per_gpu": 4 * (max(lengths) + p["max_completion_length"]),
         "images": max(text.count(IMAGE) for text in texts),
-        "patch_size": images.patch_size}
+        "patch_size": images.patch_size, "opened": processor.opened_tag,
+        "box_coordinates": str(box_format.coordinates)}
     differences = _differences(engine, recipe)
-    words = {"engine": engine, "count": len(texts), "source": recipe.name, "gpus": gpus,
-             "command": COMMANDS[engine].format(out=shlex.quote(str(out)), gpus=gpus),
-             "coordinates": box_format.coordinates.description,
-             "box_coordinates": repr(str(box_format.coordinates)),
-             "opened": repr(processor.opened_tag),
-             "differences": "\n".join(f"- {text}" for text in differences or ["nothing known"])}
+    notes = [COMMANDS[engine].format(out=shlex.quote(str(out)), gpus=gpus),
+             f"needs mig-kit, and this folder under this path on every node of {gpus} GPUs",
+             f"boxes count in {box_format.coordinates.description}: images must not be resized",
+             *differences]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parent:
         folder = Path(parent) / out.name
         folder.mkdir()
         _write_rows(engine, zip(texts, progress_bar(recipe.samples, "write prompts", delay=5)),
                     encode, folder, out)
-        _write_texts(engine, recipe, values, words, folder)
+        _write_texts(engine, recipe, values, notes, folder)
         folder.replace(out)
     return differences
 
 
-def _write_texts(engine: str, recipe: Recipe, values: dict, words: dict, folder: Path) -> None:
-    """Write config.yaml, reward.py, README.md and what else the engine needs."""
+def _write_texts(engine: str, recipe: Recipe, values: dict, notes: list[str], folder: Path) -> None:
+    """Write config.yaml, which begins with the notes, reward.py and what else the engine needs."""
     def fill(template: str, values: dict) -> str:
         return Template((TEMPLATES / template).read_text()).substitute(values)
 
     shared = {} if engine == "verl" else {name: values[name] for name in SHARED}
     shared |= recipe.further if engine == "trl" else {}
-    texts = {"config.yaml": (yaml.safe_dump(shared) if shared else "") + fill(
-                 f"{engine}.yaml.in", {name: json.dumps(value) for name, value in values.items()}),
-             "reward.py": fill("reward.py.in", {name: repr(value) for name, value in
-                                                values.items()} | words)
-             + fill(f"{engine}.py.in", {}), "README.md": fill("README.md.in", words)}
+    texts = {"config.yaml": "".join(f"# {note}\n" for note in notes)
+             + (yaml.safe_dump(shared) if shared else "")
+             + fill(f"{engine}.yaml.in", {key: json.dumps(value) for key, value in values.items()}),
+             "reward.py": fill("reward.py.in", {key: repr(value) for key, value in values.items()})
+             + fill(f"{engine}.py.in", {})}
     if engine == "trl":
         texts["train.py"] = (TEMPLATES / "train.py.in").read_text()
     for name, text in texts.items():

@@ -4,7 +4,6 @@ No frame is guessed from prose: a reading of the boxes is named only if every bo
 """
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -60,19 +59,17 @@ class Remarks:
     """What is to be said of a whole file; in memory are each box and each answer."""
 
     def __init__(self) -> None:
-        self.n_lines = self.n_boxes = self.n_conflicts = self.n_lettered = self.n_all = 0
+        self.n_lines = self.n_boxes = self.n_lettered = self.n_all = 0
         self.refused: Counter[str] = Counter()  # lines, by the reason of a problem
         self.asks_for_all = False
         self.fits, self.furthest = Counter(), Counter()  # boxes, and the share of the frame
-        # by frame: log of the chance that boxes of the stated one fit it, and of its areas
-        self.chance, self.area = Counter(), Counter()
+        self.chance = Counter()  # by frame: log, that boxes of the stated one fit it
         self.stated: Counter[str] = Counter()  # boxes by their coordinates
         self.images: set[tuple[int, int]] = set()  # their sizes
         self.turned = Counter()
         self.unnamed: list[str] = []  # questions about images that are not there
         self._conflicts: list[str] = []
         self._answers: dict[int, tuple[str, object]] = {}
-        self._boxes: set[int] = set()  # of an image each
         self._numbers: set[tuple] = set()  # boxes whatever their image: only new ones are evidence
 
     def add(self, place: str, line: OwnLine | None, headers: Sequence[ImageHeader | BadImage],
@@ -84,9 +81,7 @@ class Remarks:
             return
         for _, number, box in line.places():
             header = headers[number - 1] if number <= len(headers) else None
-            key = hash((line.images[number - 1] if header else "", *box))
-            if isinstance(header, ImageHeader) and key not in self._boxes:
-                self._boxes.add(key)
+            if isinstance(header, ImageHeader):
                 self._weigh(line.coordinates or "pixels", box, header)
         self.n_all += line.targets is not None
         self.n_lettered += bool(own_letters(line.options or []))
@@ -111,7 +106,6 @@ class Remarks:
             width, height = to_size(size)
             self.fits[name] += _fits(box, (width, height), margin=1e-3 * width)
             self.furthest[name] = max(self.furthest[name], box[2] / width, box[3] / height)
-            self.area[name] += math.log(width * height)
             self.chance[name] += is_new * sum(
                 math.log(new / old) for new, old in zip((width, height), frame)
                 if new < MOST_LIKE * old)
@@ -129,13 +123,11 @@ class Remarks:
                  for _, number, box in line.places() for size in [sizes[number - 1]]]
         reference = boxes.pop() if line.reference else None
         question = " ".join(line.question.split()).casefold()
-        images = map(os.path.normpath, line.images)
-        key = hash((*images, question, reference, *(line.options or ())))
-        answer = line.letter or (boxes, line.boxes is not None)
+        key = hash((*line.images, question, reference, *(line.options or ())))
+        answer = line.letter or boxes
         first, other = self._answers.setdefault(key, (place, answer))
         if not _agree(answer, other):
-            self.n_conflicts += 1
-            self._conflicts += [f"{first} and {place}"] * (len(self._conflicts) < SHOWN)
+            self._conflicts.append(f"{first} and {place}")
 
     def file_fault(self) -> str:
         """A sentence where one reason refuses a fifth of the lines or more, "" if none does."""
@@ -164,7 +156,7 @@ class Remarks:
         """The frames in which every box fits and that the boxes fill, the tightest first."""
         names = [name for name in FRAMES if self.fits[name] == self.n_boxes
                  and self.furthest[name] >= LEAST_FILLED]
-        return sorted(names, key=lambda name: self.area[name])
+        return sorted(names, key=lambda name: self.chance[name])
 
     def _frame_remark(self) -> str:
         """A sentence if the boxes are probably measured in something else than stated."""
@@ -173,21 +165,19 @@ class Remarks:
         if self.n_boxes - self.fits["stated"] > 1 and (reading := self._other_reading()):
             return f"some boxes do not lie in their images: {reading}"
         stated, reach = " and ".join(self.stated), self.furthest["stated"]
+        widths, heights = (sorted(sides) for sides in zip(*self.images))
         names = [name for name in self._fitting_frames()
                  if self.chance[name] < math.log(LEAST_CHANCE)]
         if names:
             return (f"all {self.n_boxes} boxes are stated as {stated}, and all fit {names[0]}, "
-                    f"though the images are {self._describe_sizes()}: if that is their frame, "
-                    "convert or state it; look at a few (mig-kit data preview)")
+                    f"though the images are {widths[0]} to {widths[-1]} pixels wide and "
+                    f"{heights[0]} to {heights[-1]} high: if that is their frame, convert or state "
+                    "it; look at a few (mig-kit data preview)")
         if reach < LEAST_FILLED and len(self._numbers) * math.log(reach) < math.log(LEAST_CHANCE):
             return (f"none of the {self.n_boxes} boxes, stated as {stated}, reaches beyond "
                     f"{100 * reach:.0f} % of its image's width or height: they may be of smaller "
                     "copies of the images; look at a few (mig-kit data preview)")
         return ""
-
-    def _describe_sizes(self) -> str:
-        widths, heights = (sorted(sides) for sides in zip(*self.images))
-        return (f"{widths[0]} to {widths[-1]} pixels wide and {heights[0]} to {heights[-1]} high")
 
     def sentences(self) -> list[str]:
         """The remarks, each with its evidence; none for most files."""
@@ -208,22 +198,18 @@ class Remarks:
         if self.unnamed:
             remarks.append(f"{len(self.unnamed)} questions name an image that is not there "
                            f"({self.unnamed[0]}); images are called image 1, image 2")
-        if self.n_conflicts:
-            more = ", ..." if self.n_conflicts > SHOWN else ""
-            remarks.append(f"{self.n_conflicts} questions are asked of the same images before, "
+        if self._conflicts:
+            more = ", ..." * (len(self._conflicts) > SHOWN)
+            remarks.append(f"{len(self._conflicts)} questions are asked of the same images before, "
                            "with another answer, and no reply is correct for both "
-                           f"({', '.join(self._conflicts)}{more}); keep one of them, or write one "
-                           "question with 'boxes' (any is correct) or 'targets' (all)")
+                           f"({', '.join(self._conflicts[:SHOWN])}{more}); keep one of them, or "
+                           "write one question with 'boxes' (any is correct) or 'targets' (all)")
         return remarks
 
 
-def _agree(answer: object, other: object) -> bool:
+def _agree(answer: str | list, other: str | list) -> bool:
     """Whether one reply can be correct for both answers."""
-    if isinstance(answer, str) or isinstance(other, str):
+    if not answer or not other or isinstance(answer, str) or isinstance(other, str):
         return answer == other
-    (boxes, is_any), (others, other_is_any) = answer, other
-    overlaps = [[number == other_number and iou(box, other_box) >= 0.5
-                 for other_number, other_box in others] for number, box in boxes]
-    if is_any or other_is_any:
-        return any(map(any, overlaps))
-    return len(boxes) == len(others) and all(map(any, overlaps)) and all(map(any, zip(*overlaps)))
+    return any(number == other_number and iou(box, other_box) >= 0.5
+               for number, box in answer for other_number, other_box in other)

@@ -17,8 +17,8 @@ from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box
 from mig_kit.common import write_atomically
 from mig_kit.data.conversations import name_tags, read_record, target_keys
 from mig_kit.data.line_checks import OwnLine, headers_below, parse_line, simplify
-from mig_kit.data.records import Problem, iter_entries, iter_records, require
-from mig_kit.image_files import DECODE_ERRORS, BadImage, ImageHeader
+from mig_kit.data.records import Problem, entry_word, iter_entries, iter_records, require
+from mig_kit.image_files import DECODE_ERRORS, BadImage
 
 MARGIN = 1.0  # pixels by which annotation tools let boxes leave the image
 
@@ -32,7 +32,7 @@ class ImportRules:
         coordinates: of all boxes, in place of what the file says; "" for the file's word.
         box_format: absolute boxes are pixels of an image that is resized to these limits.
         several: several boxes in an answer: any is correct, all must be found, "" not used.
-        split: the one that is taken; "" for train where a record names its split, and all else.
+        split: the one that is taken, "" for train; the split of a table that names none.
     """
 
     root: Path
@@ -72,24 +72,26 @@ def _finish_record(record: dict, read: Callable, rules: ImportRules) -> dict:
     if rules.coordinates:
         record["coordinates"] = "pixels" if is_absolute else rules.coordinates
     line, problems = parse_line(record) if is_absolute or stated_size else (None, [])
-    if line and is_absolute and not problems:
-        record |= _to_pixels(line, read, rules.box_format)
-    if line and stated_size and isinstance(header := read(line.images[0]), ImageHeader):
-        require(stated_size == header.size, "another size than the file says",
+    headers = [read(name, takes_frames=True) for name in line.images] if line else []
+    if bad := [header for header in headers if isinstance(header, BadImage)]:
+        raise bad[0]
+    if is_absolute and not problems:
+        sizes = [header.size for header in headers]
+        record |= _to_pixels(line, sizes, rules.box_format)
+    if headers and stated_size:
+        require(stated_size == headers[0].size, "another size than the file says",
                 "the file says {}x{}, the image has {}x{} pixels when it is upright; use the "
                 "images that the file was made from, and boxes of the upright picture".format(
-                    *stated_size, *header.size))
+                    *stated_size, *headers[0].size))
     return record
 
 
-def _to_pixels(line: OwnLine, read: Callable, box_format: BoxFormat) -> dict:
+def _to_pixels(line: OwnLine, sizes: list[tuple[int, int]], box_format: BoxFormat) -> dict:
     """The keys with boxes of a line in pixels of the resized images, in those of the originals."""
     def convert(number: int, box: tuple) -> list[float]:
-        header = read(line.images[number - 1], takes_frames=True)
-        if isinstance(header, BadImage):
-            raise header
-        seen = coordinate_size(header.size, Coordinates.ABSOLUTE, box_format)
-        return [round(value, 2) for value in rescale_box(box, seen, header.size)]
+        size = sizes[number - 1]
+        seen = coordinate_size(size, Coordinates.ABSOLUTE, box_format)
+        return [round(value, 2) for value in rescale_box(box, seen, size)]
 
     keys = {"box": line.box and convert(line.image, line.box),
             "boxes": line.boxes and [convert(line.image, box) for box in line.boxes],
@@ -133,11 +135,12 @@ def _write_image(content: object, folder: Path) -> Path:
 def _iter_lines_of(form: str, path: Path, rules: ImportRules
                    ) -> Iterator[tuple[str, dict | Problem]]:
     """(place, a question as a line of own data, or why there is none) of the file."""
+    is_table = entry_word(path) == "row"
     for place, record in iter_entries(path):
         try:
             if isinstance(record, Problem):
                 raise record
-            _require_split(record, rules.split)
+            _require_split(record, rules.split, is_table)
             lines = [_clean_line(record)] if form == "own" else read_record(
                 form, record, rules.several)
         except Problem as error:
@@ -146,11 +149,14 @@ def _iter_lines_of(form: str, path: Path, rules: ImportRules
             yield place if len(lines) == 1 else f"{place} turn {turn}", line
 
 
-def _require_split(record: dict, split: str) -> None:
-    """Problem for a record of another split, or that names none if one is asked for."""
+def _require_split(record: dict, split: str, is_table: bool = False) -> None:
+    """Problem for a record of another split, and for one of no split that should name one."""
     own = str(record.get("split") or "").strip()
-    require(bool(own or not split), "no split named", f"--split asks for {split}, and the record "
-            "has no 'split'; leave the option out, or give a file of that split alone")
+    require(bool(own or split) or not is_table, "no split named", "the table has no column "
+            "'split', so its questions may be those of a test; say with --split train that it is "
+            "the part to train on")
+    require(bool(own or is_table or not split), "no split named", f"--split asks for {split}, and "
+            "the record has no 'split'; leave the option out, or give a file of that split alone")
     require(not own or own.casefold() == (split or "train"), f"of the split {own[:40]!r}",
             is_fault=False)
 
@@ -168,24 +174,21 @@ def _clean_line(record: dict) -> dict:
 
 def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Problem]]:
     """A question per image and name of a category."""
-    images, categories = ({record["id"]: record for record in iter_records(path, f"{key}.item")
-                           if isinstance(record, dict) and isinstance(record.get("id"), int | str)}
+    images, categories = ({record["id"]: record for record in iter_records(path, f"{key}.item")}
                           for key in ("images", "categories"))
     groups: dict[tuple, list[tuple]] = {}
-    for number, record in enumerate(iter_records(path, "annotations.item"), 1):
-        place = f"annotation {record.get('id', number)!r}" if isinstance(record, dict) else ""
-        try:
-            require(bool(place), "an annotation that is no object")
-            image, category = images.get(record.get("image_id")), categories.get(
-                record.get("category_id"))
-            require(image is not None and category is not None, "an image or category that is not "
-                    "listed", "its image_id or category_id is not in 'images' or 'categories'; use "
-                    "the file that lists it")
-            name = " ".join(str(category.get("name")).split()).casefold()
-            key = str(image.get("file_name")), name
-            groups.setdefault(key, []).append((place, record, image, category))
-        except Problem as error:
-            yield place or f"annotation number {number}", error
+    for record in iter_records(path, "annotations.item"):
+        place = f"annotation {record.get('id')!r}"
+        image, category = images.get(record.get("image_id")), categories.get(
+            record.get("category_id"))
+        if image is None or category is None:
+            yield place, Problem("an image or category that is not listed", "its image_id or "
+                                 "category_id is not in 'images' or 'categories'; use the file "
+                                 "that lists it")
+            continue
+        name = " ".join(str(category.get("name")).split()).casefold()
+        groups.setdefault((image.get("file_name"), name), []).append(
+            (place, record, image, category))
     for annotations in groups.values():
         place, _, image, category = annotations[0]
         try:
@@ -209,11 +212,6 @@ def _iter_coco(path: Path, rules: ImportRules) -> Iterator[tuple[str, dict | Pro
 def _corners(annotation: dict, image: dict) -> list[float]:
     """The corners of COCO's [x, y, width, height], moved into the image by at most MARGIN."""
     box = annotation.get("bbox")
-    for record in (annotation, annotation.get("attributes") or {}):
-        require(not any(float(record.get(key) or 0) % 360 for key in ("rotation", "angle")
-                        if isinstance(record.get(key), int | float)),
-                "a turned box", "the box is turned, and a question has an upright one; write the "
-                "upright box around it", False)
     require(isinstance(box, list) and len(box) == 4
             and all(isinstance(value, int | float) for value in box),
             "'bbox' must be four numbers [x, y, width, height]")

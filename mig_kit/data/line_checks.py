@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mig_kit.boxes import Coordinates
 from mig_kit.common import suggest_word
@@ -28,8 +28,6 @@ MAX_HEADERS = 100_000  # of images that are kept in memory
 LIMITS = {"normalized_1000": 1000, "normalized_1": 1}  # in pixels the image decides
 EXAMPLE = ('a line of own data is {"images": ["a.jpg"], "question": "Find the cup.", "image": 1, '
            '"box": [x1, y1, x2, y2], "coordinates": "pixels"}')
-# a key of another project's layout -> the importer that reads it
-IMPORTER_OF_KEY = {"messages": "swift or llava", "conversations": "llava", "annotations": "coco"}
 # text that a tokenizer reads as a control token, or that stands for an image, a box or a name
 TAG = re.compile(
     r"<\|[a-z0-9_]{1,40}\|>|</?(?:image|img|video|audio|bbox|box|ref|ref-object|obj|object|region"
@@ -40,12 +38,11 @@ OWN_LETTER = re.compile(r"\s*\(?([A-Ha-h])(?:[.):]\s*|\s*$)")
 LISTED_OPTIONS = re.compile(r"(?:^|\s)\(?A[.):]\s.*\s\(?B[.):]\s", re.DOTALL)
 
 
-def _check_path(path: str) -> str:
-    if path.startswith("data:"):
-        raise ValueError("an image is in the file itself; mig-kit data import own FILE --out OUT "
-                         "writes such images as files")
-    if "://" in path and not path.startswith("file://"):
-        raise ValueError("an image is an address; download it, and give the path of the file")
+def _check_path(path: object) -> object:
+    is_path = isinstance(path, str) and not path.startswith("data:")
+    if not is_path or "://" in path and not path.startswith("file://"):
+        raise ValueError("an image is no path; download it, or have mig-kit data import own FILE "
+                         "--out OUT write images that are in the file as files")
     return path
 
 
@@ -57,7 +54,7 @@ def _check_printable(text: str) -> str:
 
 Text = Annotated[str, Field(pattern=r"\S")]
 Word = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
-ImagePath = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
+ImagePath = Annotated[str, BeforeValidator(_check_path), Field(min_length=1)]
 ImageNumber = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e9, lt=1e9)]
 BoxNumbers = tuple[Number, Number, Number, Number]
@@ -112,10 +109,6 @@ def parse_line(record: dict) -> tuple[OwnLine | None, list[Problem]]:
     try:
         line = OwnLine.model_validate(simplify(record))
     except ValidationError as error:
-        for key, importer in IMPORTER_OF_KEY.items():
-            if key in record and "question" not in record:
-                return None, [Problem("another layout", f"the key '{key}' is of another project's "
-                                      f"layout; mig-kit data import {importer} FILE --out OUT")]
         return None, [_describe_error(part) for part in error.errors(include_url=False)]
     return line, _find_problems(line)
 
@@ -138,100 +131,81 @@ def _describe_error(error: dict) -> Problem:
     where = f"'{key}'" + "".join(f" number {place + 1}" if isinstance(place, int) else
                                  f" {place!r}" for place in places)
     if error["type"] == "extra_forbidden":
-        hint = suggest_word(str(key)[:40], OwnLine.model_fields, 0.5)
-        return Problem(f"unknown key {str(error['loc'][-1])[:40]!r}",
-                       "; ".join(filter(None, (f"unknown key {str(key)[:40]!r}",
-                                               hint or EXAMPLE))))
+        unknown = f"unknown key {str(key)[:40]!r}"
+        hint = suggest_word(str(key)[:40], OwnLine.model_fields, 0.5) or EXAMPLE
+        return Problem(unknown, f"{unknown}; {hint}")
     if error["type"] == "missing":
         return Problem(f"{where} is missing", f"{where} is missing; {EXAMPLE}")
     if key == "image" and error["type"] == "greater_than_equal":
         return Problem("an image 0", "'image' is the number of an image, from 1; \"targets\": [] "
                                      "says that no image answers")
-    text = error["msg"].removeprefix("Value error, ")
-    if key == "images" and isinstance(error["input"], dict):
-        text = ("an image is in the file itself; mig-kit data import own FILE --out OUT writes "
-                "such images as files")
-    if key in ("box", "boxes", "reference"):
-        text += "; a box is four numbers [x1, y1, x2, y2]"
-    return Problem(f"{where}: {text}")
+    a_box = "; a box is four numbers [x1, y1, x2, y2]" * (key in ("box", "boxes", "reference"))
+    return Problem(f"{where}: {error['msg'].removeprefix('Value error, ')}{a_box}")
 
 
 def _find_problems(line: OwnLine) -> list[Problem]:
     """What types and keys do not show: parts that go together, boxes, options, tags."""
-    problems = []
-
-    def check(is_right: bool, reason: str, sentence: str = "") -> None:
-        if not is_right:
-            problems.append(Problem(reason, sentence))
-
     kinds = [name for name in ("box", "boxes", "targets", "options")
              if getattr(line, name) is not None]
-    check(len(kinds) == 1, "not one kind of answer", "give one of 'box', 'boxes', 'targets' and "
-          f"'options' with 'letter'; this line has {' and '.join(kinds) or 'none'} (\"targets\": "
-          "[] says that nothing in the images answers)")
-    check((line.image is not None) == (line.box is not None or line.boxes is not None),
-          "'image' goes with 'box' or 'boxes', and with nothing else")
-    check((line.options is None) == (line.letter is None), "'options' and 'letter' go together")
-    check((line.coordinates is not None) == bool(line.places()) or line.targets == [],
-          "'coordinates' goes with boxes", "'coordinates' says what boxes are measured in; give "
-          "it with boxes, and only with them: pixels, normalized_1000 or normalized_1")
-    check(("{ref}" in line.question) == (line.reference is not None),
-          "'{ref}' in the question and 'reference' go together", "'{ref}' in the question and "
-          "'reference' go together; add the one that is missing")
-    for name, text in [("'question'", line.question), *(
-            (f"'options' number {number}", text)
-            for number, text in enumerate(line.options or (), 1))]:
-        tag = TAG.search(text)
-        check(tag is None, "a tag in a text", f"{name} holds {tag and tag[0][:40]}, which is no "
-              "word to the model: images stand before the question and are called image 1, image "
-              "2, and {ref} stands for the box 'reference'; take it out")
+    texts = {"'question'": line.question, **{
+        f"'options' number {number}": text for number, text in enumerate(line.options or (), 1)}}
+    tags = [(name, tag[0]) for name, text in texts.items() if (tag := TAG.search(text))]
     token = CONTROL_TOKEN.search(line.reply or "")
-    check(token is None, "a control token in 'reply'",
-          f"'reply' holds {token and token[0]}, which the model reads as a control token")
-    problems += _option_problems(line) if line.options and line.letter else []
-    for words, number, box in line.places():
-        problem = _box_problem(words, box, line.coordinates)
-        problems += [problem] if problem else []
-        check(number <= len(line.images), "an image that is not there", f"{words} is in image "
-              f"{number}, but there are {len(line.images)} images; the first is number 1")
-    targets = [(target.image, target.box) for target in line.targets or ()]
-    check(len({*targets}) == len(targets), "a target twice", "'targets' holds a box twice")
-    return problems
+    rules = [
+        (len(kinds) == 1, "not one kind of answer", "give one of 'box', 'boxes', 'targets' and "
+         f"'options' with 'letter'; this line has {' and '.join(kinds) or 'none'} (\"targets\": [] "
+         "says that nothing in the images answers)"),
+        ((line.image is not None) == (line.box is not None or line.boxes is not None),
+         "'image' goes with 'box' or 'boxes', and with nothing else", ""),
+        ((line.options is None) == (line.letter is None), "'options' and 'letter' go together", ""),
+        ((line.coordinates is not None) == bool(line.places()) or line.targets == [],
+         "'coordinates' goes with boxes", "'coordinates' says what boxes are measured in; give it "
+         "with boxes, and only with them: pixels, normalized_1000 or normalized_1"),
+        (("{ref}" in line.question) == (line.reference is not None),
+         "'{ref}' in the question and 'reference' go together; add the one that is missing", ""),
+        (not tags, "a tag in a text", f"{tags and tags[0][0]} holds {tags and tags[0][1][:40]}, "
+         "which is no word to the model: images stand before the question and are called image 1, "
+         "image 2, and {ref} stands for the box 'reference'; take it out"),
+        (token is None, "a control token in 'reply'",
+         f"'reply' holds {token and token[0]}, which the model reads as a control token")]
+    if line.options and line.letter:
+        rules += _option_rules(line.options, line.letter, line.question)
+    for place in line.places():
+        rules += _box_rules(*place, line)
+    return [Problem(reason, sentence) for is_right, reason, sentence in rules if not is_right]
 
 
-def _box_problem(words: str, box: tuple, coordinates: str | None) -> Problem | None:
+def _box_rules(words: str, number: int, box: tuple, line: OwnLine) -> list[tuple[bool, str, str]]:
     width, height = box[2] - box[0], box[3] - box[1]
-    if width <= 0 or height <= 0:
-        return Problem("boxes with x2 <= x1 or y2 <= y1", f"{words} is {list(box)}: x2 must be "
-                       "greater than x1 and y2 than y1 (is it x, y, width, height?)")
-    if min(box) < 0 or max(box) > LIMITS.get(coordinates, 1e9):
-        return Problem("boxes outside their coordinates", f"{words} is {list(box)}, outside "
-                       f"'{coordinates}'; state the coordinates that the numbers are in")
-    if coordinates != Coordinates.NORMALIZED_1 and min(width, height) < 1:
-        return Problem("boxes less than 1 wide", f"{words} is {list(box)}, less than 1 wide or "
-                       f"high in '{coordinates}'; are the coordinates 'normalized_1'?")
-    return None
+    is_in_order, is_within = min(width, height) > 0, (
+        min(box) >= 0 and max(box) <= LIMITS.get(line.coordinates, 1e9))
+    is_wide = line.coordinates == Coordinates.NORMALIZED_1 or min(width, height) >= 1
+    return [
+        (is_in_order, "boxes with x2 <= x1 or y2 <= y1", f"{words} is {list(box)}: x2 must be "
+         "greater than x1 and y2 than y1 (is it x, y, width, height?)"),
+        (is_within or not is_in_order, "boxes outside their coordinates", f"{words} is "
+         f"{list(box)}, outside '{line.coordinates}'; state the coordinates that the numbers are "
+         "in"),
+        (is_wide or not (is_in_order and is_within), "boxes less than 1 wide", f"{words} is "
+         f"{list(box)}, less than 1 wide or high in '{line.coordinates}'; are the coordinates "
+         "'normalized_1'?"),
+        (number <= len(line.images), "an image that is not there", f"{words} is in image {number}, "
+         f"but there are {len(line.images)} images; the first is number 1")]
 
 
-def _option_problems(line: OwnLine) -> list[Problem]:
-    texts = [" ".join(option.split()) for option in line.options]
-    problems = []
-    if len({*texts}) < len(texts):
-        problems.append(Problem("the same option twice", "two of the 'options' are the same; no "
-                                "letter is the correct one"))
-    if line.letter not in LETTERS[:len(texts)]:
-        problems.append(Problem("'letter' beyond the options", "'letter' must be that of the "
-                                f"correct option, A to {LETTERS[len(texts) - 1]}"))
-    letters = own_letters(line.options)
-    if letters and letters != LETTERS[:len(letters)]:
-        problems.append(Problem("options with letters of another order", "the options begin with "
-                                f"letters of their own ({texts[0]!r} is option A), so which one "
-                                "'letter' means is unclear; take these letters out"))
-    if LISTED_OPTIONS.search(line.question):
-        problems.append(Problem("options in the question", "the question lists options (A. ... "
-                                "B. ...), and 'options' are listed after it; take them out of the "
-                                "question"))
-    return problems
+def _option_rules(options: list[str], letter: str, question: str) -> list[tuple[bool, str, str]]:
+    texts, letters = [" ".join(option.split()) for option in options], own_letters(options)
+    return [
+        (len({*texts}) == len(texts), "the same option twice", "two of the 'options' are the same; "
+         "no letter is the correct one"),
+        (letter in LETTERS[:len(texts)], "'letter' beyond the options", "'letter' must be that of "
+         f"the correct option, A to {LETTERS[len(texts) - 1]}"),
+        (letters in ("", LETTERS[:len(letters)]), "options with letters of another order", "the "
+         f"options begin with letters of their own ({texts[0]!r} is option A), so which one "
+         "'letter' means is unclear; take these letters out"),
+        (not LISTED_OPTIONS.search(question), "options in the question", "the question lists "
+         "options (A. ... B. ...), and 'options' are listed after it; take them out of the "
+         "question")]
 
 
 def own_letters(options: list[str]) -> str:

@@ -21,7 +21,7 @@ from mig_kit.data.line_checks import (
     parse_line,
     simplify,
 )
-from mig_kit.data.records import PARQUET, Problem, entry_word, iter_entries
+from mig_kit.data.records import Problem, entry_word, iter_entries
 from mig_kit.image_files import EncodedImage, LazyImages, resolve_under_root
 from mig_kit.sample import Sample, Target
 
@@ -45,10 +45,6 @@ class Line:
 def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
                        remarks: Remarks | None = None) -> Iterator[Line]:
     """Every line of the file; UserError for a file of another kind. See `check_records`."""
-    with path.open("rb") as file:
-        if file.read(4) == PARQUET:
-            raise UserError(f"{path} is a parquet table; mig-kit data import own {path} --out OUT "
-                            "writes it and the images in it as own data")
     return check_records(iter_entries(path), root, decodes, remarks, file_asks_for_all(path))
 
 
@@ -98,7 +94,7 @@ def check_lengths(lines: Iterable[Line], measure: Callable[[Sample], str]) -> It
 
 def file_asks_for_all(path: Path) -> bool:
     """Whether a line has "targets" or says that no image answers, so that all ask for all boxes."""
-    is_possible = path.suffix == ".csv" or any(
+    is_possible = entry_word(path) == "row" or any(
         line is None or b"targets" in line or b"null" in line for _, line in iter_lines(path))
     return is_possible and any("targets" in simplify(record) for _, record in iter_entries(path)
                                if not isinstance(record, Problem))

@@ -31,7 +31,6 @@ class SkipReport:
     """What stage 01 leaves out of a data set, and why."""
 
     file: Path  # gets every name with its reason
-    read: int = 0  # records
     kept: int = 0  # questions
     counts: Counter = field(default_factory=Counter)  # by reason
 
@@ -44,9 +43,9 @@ class SkipReport:
 
     def summarize(self) -> str:
         """One line per reason, the most frequent first."""
-        lines = [f"records {self.read}, questions kept {self.kept}, left out "
-                 f"{self.counts.total()}"]
-        return "\n".join(lines + describe_counts(self.counts))
+        left_out = self.counts.total()
+        return "\n".join([f"records {self.kept + left_out}, questions kept {self.kept}, left out "
+                          f"{left_out}", *describe_counts(self.counts)])
 
 
 def describe_counts(counts: Counter) -> list[str]:
@@ -62,14 +61,15 @@ def require(condition: bool, reason: str, sentence: str = "", is_fault: bool = T
 
 def entry_word(path: Path) -> str:
     """What an entry of the file is called: a line, a record of a list, or a row of a table."""
-    opening = _read_opening(path)
-    is_table = opening.startswith(PARQUET) or path.suffix == ".csv"
-    return "row" if is_table else "record" if opening.startswith(b"[") else "line"
-
-
-def _read_opening(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(1024).lstrip()
+        opening = file.read(1024).lstrip()
+    if path.suffix == ".csv" or opening.startswith(PARQUET):
+        return "row"
+    if opening and opening[:1] not in b"[{":
+        raise UserError(f"{path} is neither JSON in UTF-8 nor parquet nor CSV; unpack it, or save "
+                        "its records as JSON, one object a line (pandas: to_json(..., "
+                        "orient='records', lines=True)); the kit opens no pickle")
+    return "record" if opening.startswith(b"[") else "line"
 
 
 def iter_entries(path: Path) -> Iterator[tuple[str, dict | Problem]]:
@@ -77,16 +77,9 @@ def iter_entries(path: Path) -> Iterator[tuple[str, dict | Problem]]:
 
     Raises: UserError for a file of another kind, and where a list or table is cut.
     """
-    opening, word = _read_opening(path), entry_word(path)
-    if word == "line" and opening and not opening.startswith(b"{"):
-        raise UserError(f"{path} is neither JSON in UTF-8 nor parquet nor CSV; unpack it, or save "
-                        "its records as JSON, one object a line (pandas: to_json(..., "
-                        "orient='records', lines=True)); the kit opens no pickle")
-    if word == "line" and opening.partition(b"\n")[0].strip() == b"{" and b'"' in opening:
-        raise UserError(f"{path} holds one JSON object over several lines; save its questions as "
-                        "one list, [{...}, {...}], or one object a line")
-    entries = (_iter_json_lines if word == "line" else _iter_csv if path.suffix == ".csv" else
-               _iter_parquet if word == "row" else iter_records)(path)
+    word = entry_word(path)
+    entries = (_iter_json_lines if word == "line" else iter_records if word == "record" else
+               _iter_csv if path.suffix == ".csv" else _iter_parquet)(path)
     for number, record in enumerate(entries, 1):
         if not isinstance(record, dict | Problem):
             record = Problem(f"the {word} is no JSON object; write one {{...}} per {word}")
@@ -99,9 +92,9 @@ def _iter_json_lines(path: Path) -> Iterator[object]:
             yield Problem(f"the line is longer than {MAX_LINE} bytes; put one question on a line, "
                           "and images into files of their own"
                           ) if line is None else json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield Problem(f"the line is no JSON object ({str(error)[:60]}); write one {{...}} per "
-                          "line")
+        except (ValueError, RecursionError):
+            yield Problem("the line is no JSON object; write one {...} per line, not one over "
+                          "several")
 
 
 def _iter_parquet(path: Path) -> Iterator[dict]:
@@ -118,13 +111,12 @@ def _iter_csv(path: Path) -> Iterator[dict]:
     """The rows of a CSV, whose lists and numbers are JSON; an empty cell is left out."""
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            yield {key: text if key in NOT_IN_CSV else _read_cell(text)
-                   for key, text in row.items() if text}
+            yield {key: _read_cell(key, text) for key, text in row.items() if text}
 
 
-def _read_cell(text: str) -> object:
+def _read_cell(key: str, text: str) -> object:
     try:
-        return json.loads(text)
+        return text if key in NOT_IN_CSV else json.loads(text)
     except ValueError:
         return text
 

@@ -7,6 +7,7 @@ merged matrix must compute what it computed with the adapter; every other adapte
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,7 @@ from mig_kit.models.model_folders import locate_tensors
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on which weights
-PARTS = {"lora_A.weight", "lora_B.weight"}
-ELSEWHERE = ("merge it where it was trained, with PEFT's merge_and_unload, and give the folder of "
-             "the merged model")
+PARTS = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,24 @@ def load_adapter(folder: Path) -> Adapter:
     others = [f"a {config.peft_type.value}"] * (config.peft_type != "LORA")
     for key, tensor in load_file(Path(folder) / FILES[1]).items():
         module, is_lora, rest = key.removeprefix("base_model.model.").partition(".lora_")
-        if not is_lora or f"lora_{rest}" not in PARTS | {"lora_magnitude_vector"}:
+        if not is_lora or f"lora_{rest}" not in PARTS:
             others.append(key)
         elif not tensor.isfinite().all():
             raise UserError(f"the adapter {folder} is not finite: {key} holds NaN or infinity")
         modules.setdefault(module, {})[f"lora_{rest}"] = tensor
     if others:
         raise UserError(f"{folder} is no plain LoRA ({others[0]}), which alone is merged here; "
-                        f"{ELSEWHERE}")
-    if halves := [name for name, parts in modules.items() if not PARTS <= parts.keys()]:
-        raise UserError(f"{folder} has only a part of {halves[0]}; save the adapter again")
-    changes = config.lora_alpha and any(parts["lora_B.weight"].any() for parts in modules.values())
-    # a training of the kit's own without a signal may have changed nothing
-    if not changes and not (Path(folder) / RECORD).is_file():
-        raise UserError(f"the adapter {folder} changes nothing: lora_B is 0 in all {len(modules)} "
-                        "layers, or lora_alpha is; it was saved before training, or without its "
-                        "weights")
+                        "merge it where it was trained, with PEFT's merge_and_unload, and give the "
+                        "folder of the merged model")
+    changes = config.lora_alpha and any(
+        parts["lora_B.weight"].any() for parts in modules.values() if "lora_B.weight" in parts)
+    if not changes:
+        sentence = (f"the adapter {folder} changes nothing: lora_B is 0 in all {len(modules)} "
+                    "layers, or lora_alpha is; it was saved before training, or without its "
+                    "weights, or its training had no signal")
+        if not (Path(folder) / RECORD).is_file():
+            raise UserError(sentence)
+        warnings.warn(sentence, stacklevel=2)  # the kit has trained it
     return Adapter(Path(folder), config, modules)
 
 
@@ -72,21 +73,19 @@ def check_adapter_fits(adapter: Adapter, model: torch.nn.Module, base: str | Pat
     from peft.tuners.tuners_utils import check_target_module_exists
 
     modules = dict(model.named_modules())
+    if model.config.tie_word_embeddings:  # no merged folder could hold another head
+        del modules["lm_head"]
     if unknown := sorted(adapter.modules.keys() - modules.keys()):
         raise UserError(
-            f"the adapter changes {unknown[0]}, which {base} does not have; give the base that the "
-            "adapter was trained on, or train it with transformers 4.52 or later: older ones name "
-            "layers otherwise")
+            f"the adapter changes {unknown[0]}, which {base} does not have as a layer of its own; "
+            "give the base that the adapter was trained on, or train it with transformers 4.52 or "
+            "later: older ones name layers otherwise")
     if adapter.config.target_modules != "all-linear":
         lacking = [name for name in modules if name not in adapter.modules
                    and check_target_module_exists(adapter.config, name)]
         if lacking:
             raise UserError(f"the adapter {adapter.folder} lacks {len(lacking)} layers that its "
                             f"target_modules name, such as {lacking[0]}; save or copy it again")
-    tied = [name for name in adapter.modules if name.endswith(("lm_head", "embed_tokens"))]
-    if tied and model.config.tie_word_embeddings:
-        raise UserError(f"the adapter changes {tied[0]}, but embeddings and head of {base} are one "
-                        "tensor: no merged folder computes what training saw; train without it")
 
 
 def weights_digest(model: str | Path) -> str:

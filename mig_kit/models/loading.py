@@ -75,13 +75,8 @@ def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
     dtype: "auto" (bf16 products where they are faster), "float32" or "bfloat16". device: "auto" (a
-    GPU if there is one), "cuda" or "cpu". UserError for other words, UserError if PyTorch sees
-    no GPU for "cuda".
+    GPU if there is one), "cuda" (UserError if PyTorch sees none) or "cpu".
     """
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"dtype is '{dtype}'; use auto, float32 or bfloat16")
-    if device not in ("auto", "cuda", "cpu"):
-        raise UserError(f"device is '{device}'; use auto, cuda or cpu")
     settle_vector_math()
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -228,15 +223,7 @@ def check_adapters(model: torch.nn.Module) -> list[str]:
     names = sorted(name for name, module in model.named_modules()
                    if "lora_A" in dict(module.named_children()))
     outside = [name for name in names if "language_model" not in name]
-    targets = model.peft_config["default"].target_modules
-    key = next((key for key, pattern in LORA_TARGETS.items() if pattern == targets), "all")
-    # counted by the modules' names, which the pattern that PEFT has applied may have missed
-    expected = sum("language_model." in name and name.rpartition(".")[2] in ADAPTED_PROJECTIONS[key]
-                   for name, _ in model.named_modules())
-    if outside:
-        raise UserError(f"LoRA landed outside the language model ({outside[0]}); "
-                         "use LORA_TARGETS of mig_kit.models.loading")
-    if len(names) != expected:
-        raise UserError(f"LoRA is on {len(names)} projections, expected {expected}; "
-                         "use LORA_TARGETS of mig_kit.models.loading")
+    if outside or not names:
+        raise UserError(f"LoRA landed outside the language model ({[*outside, 'nowhere'][0]}); "
+                        "use LORA_TARGETS of mig_kit.models.loading")
     return names

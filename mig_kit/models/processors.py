@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, seen_size
+from mig_kit.boxes import BoxFormat, Coordinates, seen_size
 from mig_kit.common import UserError
 from mig_kit.models.model_folders import (
     check_model_folder,
@@ -33,7 +33,7 @@ class StillImageProcessor(ImagePrompts):
     """The processor of a model folder, whose replies may go on from a tag that the prompt opens.
 
     Args:
-        stock_class: processor class of the model's family, which all saved files name.
+        stock_class: processor class of the model's family, which saved files name.
         coordinates: those in which the model writes boxes; kept in SETTINGS_FILE.
     """
 
@@ -48,7 +48,8 @@ class StillImageProcessor(ImagePrompts):
     def opened_tag(self) -> str:
         """"<think>" and what follows it, if the chat template ends a prompt with it, else ""."""
         messages = [{"role": "user", "content": [{"type": "text", "text": "Where is it?"}]}]
-        texts = [_fill_template(self, messages, asks_reply) for asks_reply in (False, True)]
+        texts = [self.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False)
+                 for asks in (False, True)]
         _, tag, rest = texts[1][len(os.path.commonprefix(texts)):].partition("<think>")
         # Qwen3.5 with thinking off closes the block as well; the reply then writes one of its own
         return "" if "</think>" in rest else tag + rest
@@ -86,10 +87,8 @@ class StillImageProcessor(ImagePrompts):
         plain = super().apply_chat_template([*conversation[:-1], last], *args, **kwargs)
         return prompt + self.cut_opened(reply) + plain.rpartition("It is there.")[2]
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
-        """Write tokenizer, chat template and image settings; UserError for push_to_hub."""
-        if push_to_hub:
-            raise UserError("the trainers send nothing to the Hub; use: hf upload")
+    def save_pretrained(self, save_directory: str | Path, **kwargs):
+        """Write tokenizer, chat template and image settings."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
@@ -97,7 +96,7 @@ class StillImageProcessor(ImagePrompts):
         self.save_image_settings(folder)
 
     def save_image_settings(self, folder: Path) -> None:
-        """Write preprocessor_config.json; every file of the folder then names the stock class."""
+        """Write preprocessor_config.json, which names the stock class, and SETTINGS_FILE."""
         settings = self.image_processor.to_dict() | {"processor_class": self.stock_class}
         # older releases of transformers read these two, newer ones `size`
         settings["min_pixels"] = settings["size"]["shortest_edge"]
@@ -106,10 +105,6 @@ class StillImageProcessor(ImagePrompts):
         (folder / "processor_config.json").unlink(missing_ok=True)  # it would win over this file
         if self.coordinates:
             _write_settings(folder / SETTINGS_FILE, {"coordinates": self.coordinates})
-        tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())
-        if tokenizer_settings.get("processor_class", self.stock_class) != self.stock_class:
-            tokenizer_settings["processor_class"] = self.stock_class
-            _write_settings(folder / "tokenizer_config.json", tokenizer_settings)
 
 
 def _write_settings(path: Path, values: dict) -> None:
@@ -124,25 +119,26 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
     writes boxes as `box_format` says.
     """
     check_model_folder(model)
-    family = load_config(model).model_type
+    config = load_config(model)
+    family = config.model_type
     if family != "qwen2_5_vl" and box_format.coordinates != Coordinates.NORMALIZED_1000:
         raise UserError(f"{model} is a {family}, which writes boxes in 0 to 1000; "
                          "set the parameter coordinates to normalized_1000")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # what reads tokenizer.json raises nothing narrower
-        raise UserError(f"the tokenizer of {model} cannot be read ({error}); copy tokenizer.json "
-                         "and tokenizer_config.json again") from error
     # The only place with limits: two would resize twice and shift every box. They are called
     # min_pixels and max_pixels, because a `size` loses against a published folder's own limits.
-    images = Qwen2VLImageProcessorPil.from_pretrained(
-        model, min_pixels=box_format.min_pixels, max_pixels=box_format.max_pixels)
+    limits = {"min_pixels": box_format.min_pixels, "max_pixels": box_format.max_pixels}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        images = Qwen2VLImageProcessorPil.from_pretrained(model, **limits)
+    except Exception as error:  # what reads tokenizer.json raises nothing narrower
+        raise UserError(f"tokenizer or image settings of {model} cannot be read ({error}); copy "
+                        "tokenizer.json, tokenizer_config.json and preprocessor_config.json "
+                        "again") from error
     processor = StillImageProcessor(
         images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
-        stock_class=PROCESSOR_MAPPING_NAMES[family],
-        coordinates=box_format.coordinates)
+        stock_class=PROCESSOR_MAPPING_NAMES[family], coordinates=box_format.coordinates)
     check_chat_template(processor, box_format, model)
-    vision = load_config(model).vision_config
+    vision = config.vision_config
     if not images.do_resize or (images.patch_size, images.merge_size) != (
             vision.patch_size, vision.spatial_merge_size):
         raise UserError(f"{model} resizes images otherwise than its vision tower reads them; mend "
@@ -185,9 +181,8 @@ def load_chat_template(model: str | Path) -> str | None:
     """The chat template beside the tokenizer of a folder or hub name, or None."""
     if path := find_file(model, "chat_template.jinja"):
         return path.read_text()
-    if path := find_file(model, "chat_template.json"):
-        return json.loads(path.read_text())["chat_template"]
-    return None
+    path = find_file(model, "chat_template.json")
+    return json.loads(path.read_text())["chat_template"] if path else None
 
 
 def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
@@ -199,14 +194,20 @@ def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
     if not processor.chat_template:
         raise UserError(f"{model} has no chat template; {remedy}")
     messages = chat_messages(Sample("", "", "", "", (None, None), "Where is it?"), box_format)
-    without, text = (_fill_template(processor, messages, asks) for asks in (False, True))
+    reply = {"role": "assistant", "content": [{"type": "text", "text": "It is there."}]}
+    try:
+        without, text, with_reply = (
+            processor.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False)
+            for turns, asks in ((messages, False), (messages, True), ([*messages, reply], False)))
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template of {model} fails with {type(error).__name__}: {error}; "
+                        f"{remedy}") from error
     if text.count(processor.image_token) != 2:
         raise UserError(f"the chat template of {model} leaves images out; {remedy}")
     if text == without:
         raise UserError(f"the chat template of {model} ignores add_generation_prompt, so that no "
                         f"prompt asks for a reply; {remedy}")
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "It is there."}]}
-    ending = _fill_template(processor, [*messages, reply], False).rpartition("It is there.")[2]
+    ending = with_reply.rpartition("It is there.")[2]
     ids = processor.tokenizer(ending.strip(), add_special_tokens=False)["input_ids"]
     ends = end_token_ids(load_generation_config(model), processor)
     if ids and ids[0] not in ends:
@@ -218,24 +219,13 @@ def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
 
 def render_prompt(processor: StillImageProcessor, sample: Sample, box_format: BoxFormat) -> str:
     """The sample's prompt as text; UserError unless it has one place for each image."""
-    text = _fill_template(processor, chat_messages(sample, box_format))
+    text = processor.apply_chat_template(chat_messages(sample, box_format), tokenize=False,
+                                         add_generation_prompt=True)
     token, n_images = processor.image_token, len(sample.images)
     if text.count(token) != n_images:
         raise UserError(f"the prompt of {sample.id} has {text.count(token)} places for its "
                          f"{n_images} images; take {token} out of the question")
     return text
-
-
-def _fill_template(processor: StillImageProcessor, messages: list[dict],
-                   asks_reply: bool = True) -> str:
-    """The messages as text; UserError if the template fails."""
-    try:
-        return processor.apply_chat_template(messages, add_generation_prompt=asks_reply,
-                                             tokenize=False)
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"the chat template fails with {type(error).__name__}: {error}; copy "
-            "chat_template.jinja from the model that this one was made from") from error
 
 
 def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample], str]:
@@ -247,13 +237,10 @@ def prompt_measure(model: str | Path, box_format: BoxFormat) -> Callable[[Sample
     limit = load_config(model).get_text_config().max_position_embeddings
 
     def measure(sample: Sample) -> str:
-        n_image_tokens = count_image_tokens(processor, sample, box_format)
-        text = render_prompt(processor, sample, box_format)
-        if len(text.encode()) + n_image_tokens <= limit:  # a token is a byte or more
-            return ""
         n_tokens = count_prompt_tokens(processor, sample, box_format)
         return "" if n_tokens <= limit else (
-            f"the prompt takes {n_tokens} tokens, {n_image_tokens} of them for images, and the "
+            f"the prompt takes {n_tokens} tokens, "
+            f"{count_image_tokens(processor, sample, box_format)} of them for images, and the "
             f"model reads {limit}; shorten the question, take fewer images, or lower max_pixels")
 
     return measure
@@ -296,8 +283,6 @@ def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
     for number, ((_, rows, columns), size) in enumerate(zip(grids, sizes, strict=True), 1):
         seen = columns * patch, rows * patch
         computed = seen_size(size, box_format, factor)
-        if box_format.coordinates == Coordinates.ABSOLUTE:
-            computed = coordinate_size(size, Coordinates.ABSOLUTE, box_format)
         if seen != computed:
             raise UserError(
                 f"image {number} of {size[0]}x{size[1]} px reaches the model at "

@@ -174,7 +174,8 @@ class Synthesize(Seeded):
     concurrency: Positive = param(4, "calls under way at once")
     base_model: str = param("tiny", "the model to train: tiny (shipped), a folder or a hub name")
     min_pixels: Positive = param(3136, "smallest area of an image as models see it, pixels")
-    max_pixels: int = param(401408, "largest area of an image as models see it, pixels", ge=IMAGE_TOKEN)
+    max_pixels: int = param(
+        401408, "largest area of an image as models see it, pixels", ge=IMAGE_TOKEN)
     coordinates: Literal[tuple(kind.value for kind in MODEL_COORDINATES)] = param(
         "absolute", "of boxes, in all stages: absolute (Qwen2.5-VL) or normalized_1000 (others)")
 

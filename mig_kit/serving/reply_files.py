@@ -40,12 +40,11 @@ def open_policy(model: str | Path, system: str, hardware: Hardware, box_format: 
 
     model: a folder or hub name. system: the model's name in the run.
     """
-    if not params.server:
+    if params.server:
+        yield serve_model(params.server, params.concurrency, model, system, box_format)
+    else:
         yield load_policy(model, hardware, box_format)
         release_memory()  # the caller has dropped the policy
-        return
-    with serve_model(params.server, params.concurrency, model, system, box_format) as served:
-        yield served
 
 
 def describe_source(params: SimpleNamespace) -> str:

@@ -7,7 +7,6 @@ every update a canary, an adapter with large weights, must change its answer.
 
 import shutil
 from collections import deque
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +53,6 @@ class ServedRollouts:
         self.served: ServedModel | None = None
         self.version, self.adapter = 0, ""  # the update, from 1, whose adapter servers loaded last
         self.probe: Question | None = None  # what the canary is asked
-        self.context = ExitStack()
 
     def draw(self, trainer, samples: list[Sample], prompts: list[Prompt], group: int,
              sampling: SamplingOptions) -> tuple[list[list[int]], list[list[float]]]:
@@ -64,8 +62,8 @@ class ServedRollouts:
         Raises: UserError for other prompt ids; RequestFailed with a server's words.
         """
         if self.served is None:
-            self.served = self.context.enter_context(serve_model(
-                self.params.server, self.params.concurrency, self.model, "sft", self.box_format))
+            self.served = serve_model(self.params.server, self.params.concurrency, self.model,
+                                      "sft", self.box_format)
             self.model_name = self.served.name
         if self.version != trainer.state.global_step + 1:
             self._try_canary(trainer, Question(samples[0], 1, prompts[0].ids.tolist()))
@@ -79,11 +77,6 @@ class ServedRollouts:
         log["sampling/staleness"].append(float(trainer.state.global_step + 1 - self.version))
         log["sampling/adapter_version"].append(float(self.version))
         return [reply.ids for reply in replies], [reply.logps for reply in replies]
-
-    def close(self) -> None:
-        """End the connections."""
-        self.context.close()
-        self.served = None
 
     def _sync(self, trainer) -> None:
         """Have all servers draw with this update's adapter, named step-<update>-<its hash>."""

@@ -6,7 +6,6 @@ cannot be repeated to the bit. What a server refuses is shown in its words.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -213,12 +212,10 @@ def check_prompt_ids(answer: dict, expected: list[int] | None, sample_id: str, u
     if expected is None or served == expected or (
             served is None and n_served in (None, len(expected))):
         return
-    cause = ("its image settings differ, so serve the model's own folder and set no "
-             "--mm-processor-kwargs" if n_served != len(expected) else
-             "its chat template or tokenizer differs, so serve the model's own folder and set no "
-             "--chat-template")
     raise UserError(f"the server {url} read other prompt ids than the kit for {sample_id} "
-                    f"({n_served} tokens, the kit has {len(expected)}): {cause}")
+                    f"({n_served} tokens, the kit has {len(expected)}): its image settings, chat "
+                    "template or tokenizer differ, so serve the model's own folder, without "
+                    "--mm-processor-kwargs and --chat-template")
 
 
 def list_models(client) -> tuple[str, ...]:
@@ -227,10 +224,9 @@ def list_models(client) -> tuple[str, ...]:
     return tuple(str(entry.get("id")) for entry in page.get("data") or ())
 
 
-@contextmanager
 def serve_model(server: str, concurrency: int, model: str | Path, system: str,
-                box_format: BoxFormat) -> Iterator[ServedModel]:
-    """Opens a model on running servers.
+                box_format: BoxFormat) -> ServedModel:
+    """A model on running servers.
 
     Args:
         server: their addresses, see `parse_server`.
@@ -244,24 +240,23 @@ def serve_model(server: str, concurrency: int, model: str | Path, system: str,
         processor = load_processor(model, box_format)
         end_tokens = end_token_ids(load_generation_config(model), processor)
     names = (str(model), str(Path(model).resolve()), system)
-    with ExitStack() as stack:
-        servers = []
-        for url in parse_server(server):
-            client = stack.enter_context(open_client(url))
-            try:
-                models = list_models(client)
-            except RequestFailed as failure:
-                if not is_name or not failure.status:
-                    raise RequestFailed(f"the server {url} lists no models: {failure}",
-                                        failure.status) from None
-                models = (str(model),)  # whose name the user has given
-            servers.append(Server(url, client, models))
-        name = next((name for name in names for server in servers if name in server.models), "")
-        if not name:
-            listed = ", ".join(sorted({model for server in servers for model in server.models}))
-            raise UserError(
-                f"no server serves the model {names[0]}, but only {listed[:300] or 'nothing'}; use "
-                "one of these names, start a server with this folder, or with --served-model-name "
-                f"{names[-1]} where it has another path")
-        yield ServedModel(name, [server for server in servers if name in server.models],
-                          concurrency, processor, box_format, end_tokens)
+    servers = []
+    for url in parse_server(server):
+        client = open_client(url)
+        try:
+            models = list_models(client)
+        except RequestFailed as failure:
+            if not is_name or not failure.status:
+                raise RequestFailed(f"the server {url} lists no models: {failure}",
+                                    failure.status) from None
+            models = (str(model),)  # whose name the user has given
+        servers.append(Server(url, client, models))
+    name = next((name for name in names for server in servers if name in server.models), "")
+    if not name:
+        listed = ", ".join(sorted({model for server in servers for model in server.models}))
+        raise UserError(
+            f"no server serves the model {names[0]}, but only {listed[:300] or 'nothing'}; use one "
+            "of these names, start a server with this folder, or with --served-model-name "
+            f"{names[-1]} where it has another path")
+    return ServedModel(name, [server for server in servers if name in server.models],
+                       concurrency, processor, box_format, end_tokens)

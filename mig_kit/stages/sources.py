@@ -74,7 +74,6 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
         bar = stack.enter_context(progress_bar(None, "store questions", total=n_lines))
         for line in own_data.iter_checked_lines(path, root):
             bar.update()
-            report.read += 1
             if line.problems:
                 report.add("unreadable image", f"{line.place}: {line.problems[0]}")
                 continue

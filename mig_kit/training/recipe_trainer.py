@@ -97,14 +97,6 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         # TRL then weights the loss by the ratio of the learner's to the servers' probabilities
         self.use_vllm = served is not None
 
-    def train(self, *args, **kwargs):
-        """As TRL's; a server that was started for it ends with it, also after an interrupt."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self.served:
-                self.served.close()
-
     def _make_cache(self) -> PromptCache:
         check_grids = partial(check_image_grids, self.processing_class, self.box_format)
         return PromptCache(self.model, self.processing_class, check_grids=check_grids)

@@ -17,7 +17,6 @@ from mig_kit.common import UserError
 from mig_kit.data import endpoint
 from mig_kit.data.endpoint import DIRECT_CHOICE_INSTRUCTION, teacher_prompt
 from mig_kit.prompts import format_answer
-from mig_kit.sample import Sample
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -48,7 +47,7 @@ def make_samples(count=3):
 
 
 def request_traces(server, path, samples, **changes):
-    fields = {"url": server.url, "model": "m", "timeout": 20.0, **changes}
+    fields = {"url": server.url, "model": "m", **changes}
     replies = endpoint.request_traces(samples, endpoint.Endpoint(**fields), path, BOX_FORMAT)
     return tuple(map(list, replies))
 
@@ -88,10 +87,6 @@ ANSWER = "<answer>x</answer>"
 
 @pytest.mark.parametrize(("message", "reason", "text", "error"), [
     ({"content": ANSWER, "reasoning_content": "so"}, "stop", f"<think>so</think>{ANSWER}", ""),
-    ({"content": ANSWER, "reasoning": "so"}, "stop", f"<think>so</think>{ANSWER}", ""),
-    ({"content": f"so</think>{ANSWER}"}, "stop", f"<think>so</think>{ANSWER}", ""),
-    ({"content": f"<think>a</think>{ANSWER}", "reasoning": "so"}, "stop",
-     f"<think>a</think>{ANSWER}", ""),
     ({"content": f"<think>a</think>{ANSWER}"}, "length", f"<think>a</think>{ANSWER}", ""),
     ({"content": None, "reasoning": "so"}, "length", "<think>so", "cut at 1024 tokens "),
     ({"content": None}, "length", "", "cut at 1024 tokens (finish_reason length)"),
@@ -112,26 +107,25 @@ def test_a_reply_has_its_reasoning_or_says_why_it_has_no_text(serve, tmp_path, m
 @pytest.mark.parametrize(("answer", "changes", "sentence", "total"), [
     ((200, {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}),
      {"max_tokens": 9}, "cut at 9 tokens .*raise max_tokens of notebook 01's", 10),
-    ((500, b"down"), {"attempts": 2}, "10 calls in a row failed, the last with: HTTP 500: down",
-     20)])
+    ((500, b"down"), {}, "10 calls in a row failed, the last with: HTTP 500: down", 60)])
 def test_ten_failures_in_a_row_stop_the_run(serve, tmp_path, answer, changes, sentence, total):
     server = serve(lambda nth, body: answer)
     with pytest.raises(UserError, match=sentence):
         request_traces(server, tmp_path / "c", make_samples(30), concurrency=1, **changes)
-    assert total <= server.total <= total + 2, "one more call may have begun"
+    assert total <= server.total <= total + 6, "one more call may have begun"
 
 
 def test_giving_up_is_counted_and_asked_again_next_time(serve, tmp_path):
     is_broken = [True]
     server = serve(lambda nth, body: (500, b"") if is_broken[0] else (200, completion()))
     path, samples = tmp_path / "c", make_samples(2)
-    traces, direct = request_traces(server, path, samples, attempts=3)
-    assert server.total == 12 and direct == ["", ""] and all(trace.error for trace in traces)
+    traces, direct = request_traces(server, path, samples)
+    assert server.total == 24 and direct == ["", ""] and all(trace.error for trace in traces)
     reason = filters.drop_reason_of_model_teacher(traces[0], direct[0], samples[0], BOX_FORMAT)
     assert reason == "no reply" and endpoint.summarize_usage(path)["calls"] == 0
     is_broken[0] = False
-    traces, _ = request_traces(server, path, samples, attempts=3)
-    assert server.total == 16 and not any(trace.error for trace in traces)
+    traces, _ = request_traces(server, path, samples)
+    assert server.total == 28 and not any(trace.error for trace in traces)
 
 
 def test_a_refused_request_is_named_and_no_other_is_repeated(serve, tmp_path):
@@ -147,14 +141,14 @@ def test_a_refused_request_is_named_and_no_other_is_repeated(serve, tmp_path):
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (0, 20)
 
 
-@pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 307])
+@pytest.mark.parametrize("status", [401, 404, 307])
 def test_a_refused_key_stops_the_run_and_is_never_written(serve, tmp_path, status, monkeypatch):
     monkeypatch.setenv(endpoint.KEY_VARIABLE, "sk-very-secret")
     server = serve(lambda nth, body: (status, {"error": "wrong key sk-very-secret"},
                                       [("Location", "/v2/chat/completions")]))
-    with pytest.raises(UserError, match=endpoint.KEY_VARIABLE) as error:
-        request_traces(server, tmp_path / "c", make_samples(3), concurrency=1)
-    assert server.total == 1 and "secret" not in str(error.value)
+    with pytest.raises(UserError, match=f"HTTP {status}.*{endpoint.KEY_VARIABLE}") as error:
+        request_traces(server, tmp_path / "c", make_samples(30), concurrency=1)
+    assert 10 <= server.total <= 11 and "secret" not in str(error.value)
     assert server.headers[0]["authorization"] == "Bearer sk-very-secret"
     assert b"secret" not in (tmp_path / "c").read_bytes()
 
@@ -212,14 +206,6 @@ def test_a_broken_log_is_named(serve, tmp_path):
     assert server.total == 0
 
 
-@pytest.mark.parametrize("changes", [
-    {"url": "http://name:key@a/v1"}, {"url": "http://a:b/v1"}, {"url": "http://a/v1\n"},
-    {"model": ""}])
-def test_settings_that_cannot_be(changes):
-    with pytest.raises(UserError, match="endpoint_url"):
-        endpoint.Endpoint(**{"url": "http://a/v1", "model": "m", **changes})
-
-
 def test_what_is_sent(serve, tmp_path):
     server = serve(lambda nth, body: (200, completion()))
     sample = make_sample("refer_grounding", "cot", 1)
@@ -239,9 +225,6 @@ def test_what_is_sent(serve, tmp_path):
               if part["type"] == "image_url"]
     assert len(images) == len(sample.images)
     assert all(url.startswith("data:image/jpeg;base64,") for url in images)
-    without_target = Sample("x", "", "", "", sample.images, "q")
-    with pytest.raises(UserError, match="has no target"):
-        request_traces(server, tmp_path / "c", [without_target])
     choice = next(iter_free_form("cot", 1))
     assert f"answer is {choice.letter}." in teacher_prompt(choice, "trace", BOX_FORMAT)
     assert teacher_prompt(choice, "direct", BOX_FORMAT).endswith(DIRECT_CHOICE_INSTRUCTION)

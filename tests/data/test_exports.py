@@ -74,7 +74,7 @@ def test_rewards_are_the_kits(engine, questions, judged, tmp_path, monkeypatch):
     code, said = export(engine, questions[0], tmp_path / "out", "--gpus", 1)
     assert code == 0 and "24 prompts" in said
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == sorted(["README.md", "config.yaml", "reward.py", *FILES[engine]])
+    assert names == sorted(["config.yaml", "reward.py", *FILES[engine]])
     swift = types.ModuleType("swift.rewards")
     swift.ORM, swift.orms = type("ORM", (), {"__init__": lambda self, args=None: None}), {}
     monkeypatch.setitem(sys.modules, "swift", types.ModuleType("swift"))
@@ -110,7 +110,7 @@ def test_settings_that_a_run_has_besides_are_handed_over_or_named(engine, questi
         assert config["max_grad_norm"] == 0.2 and not differences
     else:
         assert "max_grad_norm 0.2" in differences[-1] and differences[-1] in (
-            tmp_path / "out" / "README.md").read_text()
+            tmp_path / "out" / "config.yaml").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
 
 

@@ -57,7 +57,7 @@ def photos(tmp_path_factory):
     ("small", "half", "pixels", "they may be of smaller copies"),
     ("small", "pixels", "normalized_1000", "and all fit pixels"),
     ("small", "stretched", "pixels", "as 0 to 640, as of images stretched to 640x640 "),
-    ("small", "longest", "pixels", "as pixels of the image with its longest side at 1024 or "),
+    ("small", "longest", "pixels", "as pixels of the image with its longest side at 1024 all"),
     ("large", "pixels", "pixels", ""), ("small", "pixels", "pixels", ""),
     ("small", "thousand", "normalized_1000", ""), ("large", "thousand", "normalized_1000", "")])
 def test_boxes_in_another_frame_than_stated(photos, key, frame, stated, evidence):

@@ -187,9 +187,7 @@ def test_coco(root):
     (("annotations", 0, "bbox"), [1, 2, 3], "annotation 1: 'bbox' must be four numbers"),
     (("annotations", 0, "bbox"), [1, 2, 0, 4], "annotation 1: 'box' is [1.0, 2.0, 1.0, 6.0]: x2"),
     (("annotations", 0, "image_id"), 9, "annotation 1: its image_id or category_id is not in"),
-    (("annotations", 0), 3, "annotation number 1: an annotation that is no object"),
     (("annotations", 0, "iscrowd"), 1, "annotation 1: a crowd has no single box"),
-    (("annotations", 0, "attributes"), {"rotation": 45.0}, "annotation 1: the box is turned"),
     (("annotations", 0, "bbox"), [90, 2, 30, 4], "annotation 1: [90.0, 2.0, 120.0, 6.0] leaves"),
     (("images", 0, "width"), 50, "the file says 50x50, the image has 100x50 pixels"),
     (("annotations",), [], "wrong.json: there is no list 'annotations'")])
@@ -227,11 +225,14 @@ def test_absolute_boxes_are_of_the_resized_image(root):
 @pytest.mark.parametrize("form, record, sentence", [
     ("swift", b"{", "the line is no JSON object"),
     ("swift", changed(SWIFT, "images", to=...), "a record without images"),
-    ("swift", changed(SWIFT, "images", 0, to="http://x/a.png"), "an image is an address; download"),
+    ("swift", changed(SWIFT, "images", 0, to="http://x/a.png"), "an image is no path; download it"),
     ("swift", changed(SWIFT, "images", 0, to="none.png"), "'none.png' is not there"),
     ("swift", changed(SWIFT, "images", to=["a.png"]), "2 <image> tags and 1 images"),
     ("swift", changed(SWIFT, "messages", 1, "role", to="tool_call"), "other turns than of user"),
-    ("swift", changed(SWIFT, "messages", 2, "content", to="Yes."), "more boxes in 'objects' than"),
+    ("swift", changed(SWIFT, "messages", 2, "content", to="Yes."), "must hold one <bbox> for"),
+    ("swift", changed(SWIFT, "objects", "bbox", 0, to=[1, "x", 3, 4]), "must hold one <bbox> for"),
+    ("swift", changed(SWIFT, "objects", "bbox", 0, to=[1e-9, 1, 3, 4]), "must hold one <bbox> for"),
+    ("swift", changed(SWIFT, "messages", 1, "content", to="[1,2,3,4] <bbox>"), "must hold one <bb"),
     ("swift", changed(SWIFT, "objects", to="[]"), "as ms-swift 3 has it"),
     ("swift", changed(SWIFT, "objects", "image_id", to=...), "must say which image each box is in"),
     ("swift", changed(SWIFT, "objects", "image_id", to=[0, 2]), "there are 2 images"),
@@ -276,7 +277,10 @@ def test_tables_with_images_in_them(tmp_path):
     row = {**GOOD, "images": [{"bytes": image, "path": None} for image in content], "letter": None}
     table = datasets.Dataset.from_list([row, {**row, "question": "Find the dog."}], features)
     table.to_parquet(tmp_path / "train.parquet")
-    code, text = call("import", "own", tmp_path / "train.parquet", "--out", tmp_path / "mine.jsonl")
+    words = "import", "own", tmp_path / "train.parquet", "--out", tmp_path / "mine.jsonl"
+    code, text = call(*words)
+    assert code == 1 and "say with --split train that it is the part to train on" in text
+    code, text = call(*words, "--split", "train")
     assert code == 0 and "2 questions, 2 correct, 0 wrong; 2 written" in text, text
     assert len(list((tmp_path / "mine_images").iterdir())) == 2
     sample, _ = own_data.iter_samples(tmp_path / "mine.jsonl", tmp_path)
@@ -284,7 +288,8 @@ def test_tables_with_images_in_them(tmp_path):
     assert np.array(sample.images[0])[0, 0].tolist() == [255, 0, 0]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(
         [{**row, "images": [{"bytes": b"no", "path": None}]}]), tmp_path / "bad.parquet")
-    _, text = call("import", "own", tmp_path / "bad.parquet", "--out", tmp_path / "bad.jsonl")
+    _, text = call("import", "own", tmp_path / "bad.parquet", "--out", tmp_path / "bad.jsonl",
+                   "--split", "train")
     assert "the bytes of an image are none" in text
 
 

@@ -1,11 +1,7 @@
 """What the kit writes, opened as a stranger opens it: by transformers alone, without the kit."""
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +12,7 @@ from published import RELATIVES, format_of, merge_new_adapter
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit.boxes import BoxFormat
-from mig_kit.models import loading, model_folders
+from mig_kit.models import loading
 from mig_kit.prompts import chat_messages
 from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
@@ -27,54 +22,6 @@ STOCK = dict.fromkeys(("qwen3_vl", *RELATIVES), "Qwen3VLProcessor") | {
     "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
 UNTOUCHED = ("generation_config.json", "special_tokens_map.json", "tokenizer.json",
              "tokenizer_config.json", "chat_template.json")
-# AutoProcessor imports torchvision, which cannot be installed beside a CPU torch: these empty
-# modules satisfy the imports, and whatever computes with images is taken from the PIL backend.
-STUBS = {
-    "torchvision/__init__.py": "",
-    "torchvision/io.py": "",
-    "torchvision/transforms/__init__.py": (
-        "from enum import Enum\n"
-        "InterpolationMode = Enum('InterpolationMode', 'NEAREST NEAREST_EXACT BILINEAR BICUBIC BOX "
-        "HAMMING LANCZOS')\n"),
-    "torchvision/transforms/functional.py": "pil_to_tensor = None\n",
-    "torchvision/transforms/v2/__init__.py": "",
-    "torchvision/transforms/v2/functional.py": "",
-    "torchvision-0.28.0.dist-info/METADATA":
-        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n",
-}
-OPEN = """
-import json, sys
-from transformers import AutoProcessor
-for line in sys.stdin:
-    processor = AutoProcessor.from_pretrained(line.strip())
-    images = getattr(processor, "image_processor", None)
-    patches = images and images.get_number_of_image_patches(768, 1024)
-    print(json.dumps([type(processor).__name__, type(images).__name__, patches]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def open_with_auto_processor(tmp_path_factory):
-    """Call it with folders for [class, its image processor's, patches of a 1024x768 image] of each,
-    in a process of its own, with a torchvision that only imports where there is none.
-    """
-    environment = dict(os.environ)
-    if not importlib.util.find_spec("torchvision"):
-        root = tmp_path_factory.mktemp("stubs")
-        for name, text in STUBS.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(text)
-        environment["PYTHONPATH"] = str(root)
-
-    def open_folders(folders):
-        for folder in folders:
-            process.stdin.write(f"{folder}\n")
-            process.stdin.flush()
-            yield json.loads(next(line for line in process.stdout if line.startswith("[")))
-
-    with subprocess.Popen([sys.executable, "-c", OPEN], env=environment, text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        yield lambda folders: list(open_folders(folders))
 
 
 @pytest.fixture(scope="module")
@@ -131,36 +78,8 @@ def test_a_saved_model_is_the_same_model_to_stock_transformers(saved, published,
     assert difference.abs().max() < 1e-5
 
 
-def test_auto_processor_opens_every_folder_of_the_kit(saved, random_folder,
-                                                      open_with_auto_processor):
-    folders = [*saved.values(), loading.TINY_BASE, random_folder]
-    families = [*saved, "qwen2_5_vl", "qwen2_5_vl"]
-    opened = open_with_auto_processor(folders)
-    patches = {True: 38 * 52, False: 34 * 44}
-    assert opened == [[STOCK[family], "Qwen2VLImageProcessor", patches[family.startswith("qwen2")]]
-                      for family in families]
-
-
-def test_a_folder_that_names_another_class_is_mended_by_saving(saved, float32, tmp_path,
-                                                               open_with_auto_processor):
-    """A base that was saved by a class of someone's own still gives a folder that opens."""
-    policy = loading.load_policy(saved["qwen2_5_vl"], float32, BoxFormat())
-    base, again = tmp_path / "base", tmp_path / "again"
-    merge_new_adapter(saved["qwen2_5_vl"], base, policy)
-    settings = read(base, "preprocessor_config.json")
-    own = {"processor_class": "OwnProcessor"}
-    (base / "processor_config.json").write_text(json.dumps({"image_processor": settings, **own}))
-    tokenizer_settings = read(base, "tokenizer_config.json") | own
-    (base / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings))
-    policy = loading.load_policy(base, float32, BoxFormat())
-    merge_new_adapter(base, again, policy)
-    assert_names_the_stock_classes(again, "qwen2_5_vl")
-    assert [row[0] for row in open_with_auto_processor([base, again])] == [
-        "Qwen2Tokenizer", "Qwen2_5_VLProcessor"]
-
-
 def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model, processor,
-                                                    tmp_path, open_with_auto_processor):
+                                                    tmp_path):
     model = get_peft_model(random_model, resuming.lora_config(4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -168,14 +87,11 @@ def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model,
     model.save_pretrained(tmp_path)
     processor.save_pretrained(str(tmp_path))
     assert_names_the_stock_classes(tmp_path, "qwen2_5_vl")
-    assert open_with_auto_processor([tmp_path])[0][0] == "Qwen2_5_VLProcessor"
     stock = AutoModelForImageTextToText.from_pretrained(random_folder, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(stock, tmp_path)
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         assert torch.allclose(adapted(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
-    with pytest.raises(ValueError, match="use: hf upload"):
-        processor.save_pretrained(tmp_path, push_to_hub=True)
 
 
 @pytest.mark.parametrize(("base", "run"), [
@@ -206,19 +122,3 @@ def test_the_shipped_base_and_the_builders_name_the_stock_classes(random_folder,
     assert_names_the_stock_classes(tmp_path, "qwen2_5_vl")
     name = "preprocessor_config.json"
     assert (tmp_path / name).read_bytes() == (loading.TINY_BASE / name).read_bytes()
-
-
-def test_a_hub_name_as_base_gives_its_cached_files(published, tmp_path, monkeypatch):
-    """The small files come by name from where the hub's client keeps them."""
-    asked = []
-
-    def cached_file(model, name, **options):
-        asked.append((model, name))
-        path = published["qwen2_5_vl"] / name
-        return str(path) if path.is_file() else None
-
-    monkeypatch.setattr(model_folders, "cached_file", cached_file)
-    model_folders.copy_unchanged_files("Qwen/Qwen2.5-VL-3B-Instruct", tmp_path)
-    assert {model for model, _ in asked} == {"Qwen/Qwen2.5-VL-3B-Instruct"}
-    for name in UNTOUCHED:
-        assert (tmp_path / name).read_bytes() == (published["qwen2_5_vl"] / name).read_bytes()

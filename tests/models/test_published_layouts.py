@@ -14,7 +14,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from published import format_of, save_model
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat, Coordinates, iou, seen_size
@@ -204,18 +203,6 @@ def test_a_saved_folder_brings_its_box_format_along(published, float32, tmp_path
     (tmp_path / processors.SETTINGS_FILE).write_text('{"coordinates": "furlongs"}')
     with pytest.raises(ValueError, match="mend .* coordinates in its mig_kit.json"):
         processors.read_box_format(tmp_path)
-
-
-def test_a_saved_folder_shows_images_at_the_same_size_to_a_stranger(policy, published, family,
-                                                                   photos, tmp_path):
-    save_model(policy.model, policy.processor, tmp_path, published[family])
-    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    limits = settings["min_pixels"], settings["max_pixels"]
-    assert limits == (settings["size"]["shortest_edge"], settings["size"]["longest_edge"])
-    assert limits == (3136, 401408)
-    stock = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
-    grids = stock(photos, return_tensors="pt")["image_grid_thw"]
-    assert sizes_of(grids, family) == SEEN[FACTORS[family]]
 
 
 @pytest.mark.parametrize(("setting", "value"), [

@@ -98,7 +98,7 @@ def test_other_prompt_ids_and_models_are_refused(start_server, draw):
         **answer, "prompt_token_ids": answer["prompt_token_ids"][1:]})
     with pytest.raises(UserError, match="other prompt ids.*--mm-processor-kwargs"):
         draw(server.url)
-    with pytest.raises(UserError, match="its chat template or tokenizer differs"):
+    with pytest.raises(UserError, match="its image settings, chat template or tokenizer differ"):
         check_prompt_ids({"prompt_token_ids": [1, 2]}, [1, 3], "a", "http://a/v1")
     check_prompt_ids({"usage": {"prompt_tokens": 2}}, [1, 3], "a", "http://a/v1")
     with pytest.raises(UserError, match="no server serves the model .* but only other"):
