@@ -109,10 +109,9 @@ def record_base(adapter: Path, base: str, four_bit: bool) -> None:
 
 
 def describe_adapter(adapter: Path) -> dict:
-    """{"path", "files": SHA-256 by name, "base": its name, "base weights": "" if not recorded}."""
+    """{"path", "files": SHA-256 by name, "base": its name}."""
     files = {name: file_sha256(adapter / name) for name in FILES}
-    return {"path": str(adapter.resolve()), "files": files, "base": _named_base(adapter),
-            "base weights": _read_record(adapter).get("weights", "")}
+    return {"path": str(adapter.resolve()), "files": files, "base": _named_base(adapter)}
 
 
 def check_adapter_base(adapter: Path, base: str | Path, four_bit: bool | None = None) -> str:
