@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import click
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.commands.options import FILE, FOLDER, NEW_FOLDER
+from mig_kit.commands.options import FILE, FOLDER, NEW_FOLDER, absolute_folder
 from mig_kit.common import UserError
 from mig_kit.pipeline import model_cards
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
@@ -35,9 +35,7 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
         notes = stale_notes(run_model.stage, run_model.run_id) if run_model.stage else []
         click.echo("\n".join(f"warning: {note}" for note in notes), nl=bool(notes), err=True)
         return run_model
-    path = Path(model)  # a folder is named from where the command is given
-    is_folder = path.is_dir() and model != "tiny"
-    folder = loading.resolve_model(str(path.absolute()) if is_folder else model)
+    folder = loading.resolve_model(absolute_folder(model))
     # a server that runs already has the model, and the hub may be out of reach
     if server and read_model_type(folder, ask_hub=False) not in FAMILIES:
         if coordinates is None:

@@ -9,7 +9,7 @@ import click
 from mig_kit import LATE, __version__
 from mig_kit.commands.ask import eval_command, ground
 from mig_kit.commands.data import data
-from mig_kit.commands.options import NEW_FILE, NEW_FOLDER
+from mig_kit.commands.options import NEW_FILE, NEW_FOLDER, absolute_folder
 from mig_kit.commands.reward import reward
 from mig_kit.commands.score import score_command
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, UserError, write_json
@@ -220,7 +220,8 @@ def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -
 
     hardware, workload = loading.choose_hardware(dtype), Workload(**load)
     with tempfile.TemporaryDirectory() as name:
-        result = run_headline(loading.resolve_model(model), hardware, workload, Path(name), repeats)
+        result = run_headline(loading.resolve_model(absolute_folder(model)), hardware, workload,
+                              Path(name), repeats)
     click.echo(headline_text(result, workload))
     if out:
         write_json(out, result)

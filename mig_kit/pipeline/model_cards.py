@@ -12,7 +12,7 @@ from pathlib import Path
 from mig_kit.boxes import Coordinates
 from mig_kit.common import PACKAGE, UserError, file_sha256, model_folder, write_atomically
 from mig_kit.pipeline.run_facts import MODELS, name_data
-from mig_kit.pipeline.run_folders import load_record
+from mig_kit.pipeline.run_folders import finished_params
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.world.suites import SUITES, suite_title
 
@@ -43,9 +43,8 @@ def write_card(stage: str, folder: Path, run_id: str, params: dict) -> None:
     if not (name and (folder / name).is_dir()):
         return
     trained = "02_sft" if stage == "03_merge" else stage
-    of_sft = load_record(trained, run_id) if trained != stage else None
-    recipe = {name: _without_folders(value)
-              for name, value in {**(of_sft or {}).get("params", {}), **params}.items()
+    before = finished_params(trained, run_id) if trained != stage else {}
+    recipe = {name: _without_folders(value) for name, value in {**before, **params}.items()
               if name not in EXECUTION_PARAMS}
     base, data = str(params["base_model"]), name_data(run_id)
     is_of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not model_folder(base).is_dir()

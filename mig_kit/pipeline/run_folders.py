@@ -145,11 +145,12 @@ def lock_run(run: Path, patience: float = 5.0) -> None:
     patience: seconds; a notebook whose caller was killed ends within one. Raises UserError if
     another process holds the run.
     """
+    if run in _LOCKS:
+        return
     run.mkdir(parents=True, exist_ok=True)
-    lock = _LOCKS.get(run) or FileLock(run / "lock", thread_local=False)
+    lock = FileLock(run / "lock", thread_local=False)
     try:
-        if run not in _LOCKS:
-            lock.acquire(timeout=patience)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(f"run '{run.name}' is being written by another process; wait for it, shut "
                         "its notebook down, or use another --run-id") from None

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 from mig_kit.common import UserError
-from mig_kit.pipeline.run_folders import COLD_START, finished_params, has_cold_start, stage_folder
+from mig_kit.pipeline.run_folders import COLD_START, finished_params, stage_folder
 from mig_kit.pipeline.stage_params import RUN_PARAMS_STAGE
 
 CURATION = "04_rejection_sampling"
@@ -15,8 +15,7 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
 
     planned: parameters by stage. run_id: the run, or the one that it starts from.
     """
-    if "02_sft" in planned and _find_params(RUN_PARAMS_STAGE, planned, run_id).get(
-            "teacher") == "none":
+    if "02_sft" in planned and not _has_teacher(planned, run_id):
         raise UserError("02_sft: teacher is 'none', so there is no cold-start set to learn from; "
                         "use another run with a teacher, or leave 02 and 03 out and set start_from "
                         "of 05 to base")
@@ -31,10 +30,7 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
 
 def _check_rl(planned: dict[str, dict], run_id: str) -> None:
     params = planned["05_grpo"]
-    has_sft = any(stage in planned for stage in COLD_START) or (
-        planned[RUN_PARAMS_STAGE]["teacher"] != "none" if RUN_PARAMS_STAGE in planned else
-        has_cold_start(run_id))
-    if params["start_from"] == "merged" and not has_sft:
+    if params["start_from"] == "merged" and not _has_teacher(planned, run_id):
         raise UserError("05_grpo: start_from is 'merged', and there is no cold start; set "
                         "start_from to base, for RL alone, or teacher to own (the key 'reply' of "
                         "your data) or endpoint")
@@ -53,6 +49,10 @@ def _find_params(stage: str, planned: dict[str, dict], run_id: str) -> dict:
     return planned.get(stage) or finished_params(stage, run_id)
 
 
+def _has_teacher(planned: dict[str, dict], run_id: str) -> bool:
+    return _find_params(RUN_PARAMS_STAGE, planned, run_id).get("teacher") != "none"
+
+
 def count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
     """How many prompts 04 has kept or, if it will run, keeps at most; None if unknown."""
     if CURATION not in planned:
@@ -69,6 +69,5 @@ def count_prompts(planned: dict[str, dict], run_id: str) -> int | None:
 
 def leave_out_cold_start(params: dict[str, dict], run_id: str) -> dict[str, dict]:
     """`params` by stage, without 02 and 03 if the run (or its source) has no teacher."""
-    if _find_params(RUN_PARAMS_STAGE, params, run_id).get("teacher") != "none":
-        return params
-    return {stage: values for stage, values in params.items() if stage not in COLD_START}
+    left_out = () if _has_teacher(params, run_id) else COLD_START
+    return {stage: values for stage, values in params.items() if stage not in left_out}
