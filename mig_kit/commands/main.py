@@ -111,7 +111,7 @@ def status(run_id: str | None) -> None:
             click.echo("  " * depth + line)
     if not runs:
         click.echo(f"no run in {store.runs_root()} yet; mig-kit run makes one, all stages in some "
-                   "30 minutes, and mig-kit run --profile smoke tries them in a few")
+                   "20 minutes, and mig-kit run --profile smoke tries them in a few")
 
 
 @cli.command()

@@ -140,7 +140,7 @@ class Preflight(StageParams):
     """00_preflight."""
 
     profile: str = param("tiny", "whose needs are looked at: tiny, or a folder of params/")
-    memory_gib: Amount = param(6.0, "free memory the profile needs, GiB")
+    memory_gib: Amount = param(8.0, "free memory the profile needs, GiB")
     disk_gib: Amount = param(1.0, "free disk the profile needs, GiB")
     device: Device = DEVICE
 

@@ -12,13 +12,13 @@ from mig_kit.common import UserError
 from mig_kit.models.loading import TINY_BASE, Hardware, load_model
 from mig_kit.pipeline.run_folders import runs_root
 
-# Minutes of each stage of `make run` on two cores of an AMD EPYC (Zen 4, no AMX), and GiB of memory
-# that were enough.
+# Minutes of each stage of `make run` on two cores of an Intel Xeon (AMX), and GiB of memory that
+# were enough.
 TINY_COST = {
-    "01_synthesize": (0.6, 4.0), "02_sft": (7.9, 6.0), "03_merge": (0.3, 4.0),
-    "04_rejection_sampling": (2.1, 4.0), "05_grpo": (5.7, 6.0), "06_evaluate": (2.7, 6.0),
-    "07_report": (0.4, 4.0)}
-REFERENCE_SECONDS = 0.452  # what `time_reference_step` gave in that run
+    "01_synthesize": (0.5, 4.0), "02_sft": (6.0, 8.0), "03_merge": (0.3, 4.0),
+    "04_rejection_sampling": (1.5, 4.0), "05_grpo": (5.6, 8.0), "06_evaluate": (2.2, 6.0),
+    "07_report": (0.3, 4.0)}
+REFERENCE_SECONDS = 0.298  # what `time_reference_step` gave in that run
 BUSY_PERCENT = 20  # of the cores; a step that is timed beside busier programs says little
 
 
