@@ -65,7 +65,7 @@ def reply_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
 
 
 def weakest_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
-    """The largest IoU that all pairs of boxes and targets can reach at once.
+    """The lowest IoU of the pairing of boxes and targets whose lowest IoU is highest.
 
     0 unless a reply has as many boxes as there are targets; 1 for a correct "none". For a question
     for one box it is `reply_iou`.

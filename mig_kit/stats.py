@@ -46,7 +46,7 @@ def ratio_interval(parts: np.ndarray, totals: np.ndarray) -> list[float]:
 def share_interval(count: float, total: float) -> list[float]:
     """Exact 95 % interval [low, high] of count / total (Clopper, Pearson); [0, 1] for total 0.
 
-    Numbers that are not whole are those of as many independent answers as lists are worth.
+    They need not be whole: `share_interval_by_list` gives what correlated answers are worth.
     """
     low = beta.ppf(0.025, count, total - count + 1) if count > 0 else 0.0
     high = beta.ppf(0.975, count + 1, total - count) if count < total else 1.0

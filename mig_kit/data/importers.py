@@ -45,7 +45,9 @@ class ImportRules:
 
 def iter_own_records(form: str, path: Path, rules: ImportRules
                      ) -> Iterator[tuple[str, dict | Problem]]:
-    """(place, record of own data or why there is none) for every question of a file.
+    """Yield (place, record) for every question of a file.
+
+    place: words such as "line 3"; record: a line of own data, or the Problem for which it is none.
 
     Args:
         form: own (tables whose images are in the file, or whose questions hold <image>), swift,

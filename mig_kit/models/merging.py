@@ -42,7 +42,9 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     """Write the model folder of `base` with the LoRA `adapter` merged in, complete or not at all.
 
     Args:
-        hardware: merges happen in its dtype, with the result of PEFT's merge_and_unload.
+        folder: replaced if it exists.
+        hardware: its dtype is that of the merge, whose result is PEFT's merge_and_unload's.
+        processor: is saved beside the weights.
         four_bit: merge into weights that are rounded to NF4, as `load_model(..., four_bit=True)`
             computes with them.
     Raises: UserError for another model's adapter, or one that cannot be merged.

@@ -280,11 +280,16 @@ def _output_files(folder: Path) -> list[Path]:
 
 
 def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
-    """Start a stage from its notebook; prints its parameters and returns the stage and them.
+    """Start a stage from its notebook, go on with a stopped one, or show a finished one.
 
-    names: the notebook's globals(). A new run id becomes a branch of run `default`, whose earlier
-    stages it takes. Until the stage finishes, no other process can write this run. Raises UserError
-    as `validate_params`, `is_done` and `find_stale_inputs`, and for a damaged input.
+    Prints the parameters that differ from the defaults. A new run id becomes a branch of run
+    `default`, if there is one. Until the stage finishes, no other process can write this run.
+
+    Args:
+        names: the notebook's globals().
+    Returns: the stage, and its parameters.
+    Raises: UserError as `validate_params`, `is_done` and `find_stale_inputs`, and for a damaged
+        input.
     """
     # whatever the cell assigns must be a parameter, or a mistyped -p would be ignored in silence
     assigned = set(default_params(stage)) | _assigned_in_parameter_cells(names.get("In", []))

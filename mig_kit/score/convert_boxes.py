@@ -40,12 +40,16 @@ def rewrite_boxes(reply: str, change: Callable[[Box], tuple], in_place: bool = T
 def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
                      sizes: list[tuple[int, int]], coordinates: Coordinates,
                      box_format: BoxFormat) -> dict:
-    """A line as the benchmark's own rule reads it: whole 0..1000, Ref-L4's "pred_bbox" in pixels.
-
-    Boxes count as in the image that the reply names, else in the target.
+    """The line with its boxes in the frame that the benchmark's own rule reads.
 
     Args:
-        sizes: of the item's original images. coordinates: of the reply's boxes.
+        benchmark: one of BOX_BENCHMARKS.
+        line: a prediction, with a "response".
+        sizes: (width, height) of the item's original images, pixels.
+        coordinates: of the reply's boxes, in the image that it names, else in the target.
+        box_format: the processor's limits, for absolute coordinates.
+    Returns: the line with whole numbers of 0..1000 in "response"; of Ref-L4 with "pred_bbox", xyxy
+        in pixels, [0, 0, 0, 0] for a reply without a box, and "format".
     """
     reply = line["response"]
     named = parse_named_box(reply)

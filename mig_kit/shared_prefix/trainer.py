@@ -463,8 +463,10 @@ class RowsOnce:
 
 
 def move_images(row: dict) -> dict:
-    """A row whose prompt holds its images, and whose column of images is IMAGES: TRL would hand
-    the images of the columns that it knows to the processor, once for every completion.
+    """The row with its images inside its prompt and its columns of images under IMAGES, where TRL
+    does not look; a row without images, or with a text for a prompt, as it is.
+
+    TRL would hand images of its own columns to the processor once for every completion.
     """
     columns = {name: row[name] for name in IMAGE_COLUMNS if name in row}
     if not columns or not is_conversational(row):  # TRL refuses images beside a text

@@ -152,10 +152,14 @@ def _group_with_lists(samples: Sequence[Sample],
 
 def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[str]],
                     box_format: BoxFormat) -> dict:
-    """One system on one suite, in percent: greedy score and ci95, sampled, pass@k, and tasks.
+    """One system's scores on one suite, in percent.
 
-    drawn: (samples, replies) at temperature 1; samples with none are left out of sampled and
-    pass@k, and sampled is None if all are.
+    Args:
+        greedy: a reply to each sample.
+        drawn: replies at temperature 1 to each sample, which may have none.
+    Returns: {"n", "score", "ci95", "format", "image", "tasks"} of the greedy replies; {"n_sampled",
+        "sampled", "pass_at_k"} of those drawn, where sampled is None if no sample has any; "boxes"
+        if some question asks for all boxes, "reasoning" for drawn scenes.
     """
     scores = [score_reply(reply, sample, box_format)
               for reply, sample in zip(greedy, samples, strict=True)]
