@@ -676,7 +676,7 @@ def test_both_trainers_are_compared_on_a_users_table(tmp_path, capsys):
         "stock TRL MiB", "shared prompts MiB"]
     assert all(side.count("(") == 5 for side in sides)
     gap = float(re.search(r"difference of gradients: (\S+) of their norm", last)[1])
-    assert 0 < gap < 1e-5
+    assert 0 < gap < 1e-4  # rounding of five updates; with AVX2 alone 2.5e-5, a wrong mask 0.9
 
 
 def wrong_mask(packed):
