@@ -1,5 +1,6 @@
 """Names of rewards in the parameters of 05, checked without running a user's file."""
 
+import symtable
 from collections.abc import Mapping, Sequence
 
 from mig_kit.common import UserError, split_function_name, suggest_word
@@ -53,7 +54,9 @@ def _reward_name(text: str) -> str:
     if function in NAMES_OF_CURVES:
         raise UserError(f"the curves of 05 have a '{function}' of their own; rename the function "
                         f"in {path}")
-    names = compile(path.read_text(), str(path), "exec").co_names  # a SyntaxError shows its line
+    table = symtable.symtable(path.read_text(), str(path), "exec")  # a SyntaxError shows its line
+    names = [symbol.get_name() for symbol in table.get_symbols()
+             if symbol.is_assigned() or symbol.is_imported()]
     if function not in names:
         raise UserError(f"{path} has no function '{function}'; it has {', '.join(names) or 'none'}")
     return function

@@ -66,11 +66,6 @@ def reference_note(name: str) -> str:
     return f"image 1: the box holds {name}."
 
 
-def names_in_note(note: str) -> list[str]:
-    """The names in a note of `list_image_note`; any other note counts as one name."""
-    return note.partition(": ")[2].removesuffix(".").split(", ")
-
-
 def shuffle_options(rng: random.Random, correct: str, wrong: list[str]) -> dict:
     """{"options", "letter"} of a `SampleSpec`: options in random order, and the correct letter."""
     return letter_options(rng.sample([correct, *wrong], 1 + len(wrong)), correct)

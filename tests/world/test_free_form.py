@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 import pytest
+from notes import names_in_note
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.filters import drop_reason
@@ -12,7 +13,6 @@ from mig_kit.rewards import is_correct
 from mig_kit.world import teacher
 from mig_kit.world.free_form import FIND_ALL
 from mig_kit.world.suites import iter_free_form, make_suite
-from mig_kit.world.tasks import names_in_note
 
 BOX_FORMAT = BoxFormat()
 

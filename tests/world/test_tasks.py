@@ -4,10 +4,11 @@ import random
 
 import numpy as np
 import pytest
+from notes import names_in_note
 
 from mig_kit.world import tasks
 from mig_kit.world.scenes import Appearance, Object, Scene
-from mig_kit.world.tasks import SPLITS, TASKS, make_sample, names_in_note
+from mig_kit.world.tasks import SPLITS, TASKS, make_sample
 
 
 def image_bytes(sample):
@@ -76,4 +77,4 @@ def test_notes_are_read_as_they_are_written():
     ring = Object("blue", "ring", "plain", (40.0, 2.0, 60.0, 22.0))
     note = tasks.list_image_note(2, Scene(84, 84, (ring, star)))
     assert note == "image 2: striped red star, blue ring."
-    assert tasks.names_in_note(note) == ["striped red star", "blue ring"]
+    assert names_in_note(note) == ["striped red star", "blue ring"]
