@@ -9,8 +9,9 @@ import click
 from mig_kit.boxes import BoxFormat
 from mig_kit.commands.options import FILE, FOLDER, NEW_FOLDER, absolute_folder
 from mig_kit.common import UserError
-from mig_kit.pipeline import model_cards
-from mig_kit.pipeline.run_facts import RunModel, find_run_model
+from mig_kit.pipeline.params import validate_params
+from mig_kit.pipeline.plan import parse_overrides
+from mig_kit.pipeline.run_facts import EVALUATE, RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
 from mig_kit.pipeline.store import stale_notes
 
@@ -90,22 +91,13 @@ def model_options(command):
               help="Folder for replies, predictions and scores; goes on where it stopped.")
 @click.option("--compare", multiple=True, type=FOLDER,
               help="The --out of another model: one table, and the paired difference; repeat.")
-@click.option("--card", is_flag=True,
-              help="Also write the scores into the model folder's README.md, for the hub.")
-@click.option("--server", default="", help="Draws the replies: addresses of running servers.")
-@click.option("--concurrency", default=16, show_default=True, type=click.IntRange(1),
-              help="Requests under way at the servers.")
-@click.option("--max-new-tokens", type=click.IntRange(1),
-              help="Longest reply: 128, or what the run's 06 has; a model that reasons at length "
-                   "needs 1024.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]),
-              help="auto, or what the run's 06 has, if left out.")
-@click.option("--device", default="auto", show_default=True,
-              type=click.Choice(["auto", "cuda", "cpu"]))
+@click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
+              help="Set a parameter of stage 06, such as server (which draws the replies) or "
+                   "max_new_tokens (1024 for a model that reasons at length).")
 def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
                  images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
-                 card: bool, coordinates: str | None, min_pixels: int | None,
-                 max_pixels: int | None, device: str, **params) -> None:
+                 coordinates: str | None, min_pixels: int | None, max_pixels: int | None,
+                 overrides: tuple[tuple[str, str], ...]) -> None:
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     if (suite == "drawn") != (file is None):
         raise UserError("--suite drawn has no --file; every other suite needs one: its questions")
@@ -115,33 +107,20 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     from mig_kit.stages import eval_model
 
     others = {str(folder): eval_model.read_result(folder) for folder in compare}
-    run_model = find_model(model, coordinates, min_pixels, max_pixels, params["server"])
+    chosen = parse_overrides(overrides, [EVALUATE])
+    run_model = find_model(model, coordinates, min_pixels, max_pixels, chosen.get("server", ""))
     if adapter and isinstance(run_model.folder, ServedName):
         raise UserError("--adapter is merged into a model that the kit loads; have the server "
                          "load it, and give --model the adapter's name there")
     if adapter and (remark := check_adapter_base(adapter, run_model.folder, four_bit)):
         click.echo(f"warning: {remark}", err=True)
-    if card:
-        if adapter or limit:
-            raise UserError("--card is for the scores of a whole suite and of the model in the "
-                             "folder; leave --adapter and --limit out")
-        model_cards.require_card(Path(run_model.folder))
-    chosen = {name: value for name, value in params.items() if value is not None}
-    of_run = {name: value for name, value in run_model.evaluation.items()
-              if name in eval_model.DEFAULTS}
-    settings = eval_model.DEFAULTS | of_run | chosen
-    sizes = {name: settings.pop(name) for name in eval_model.DRAWN_SIZES}
-    hardware = loading.choose_hardware(settings.pop("dtype"), device)
-    task = eval_model.Task(suite, file, images or (file.parent if file else None), limit, sizes)
-    result = eval_model.evaluate_model(run_model, task, hardware, out,
-                                       SimpleNamespace(**settings, seed=0, replies=0),
-                                       adapter, four_bit)
+    params = SimpleNamespace(**validate_params(
+        {**run_model.evaluation, **chosen, "replies": 0}, EVALUATE))
+    hardware = loading.choose_hardware(params.dtype, params.device)
+    task = eval_model.Task(suite, file, images or (file.parent if file else None), limit)
+    result = eval_model.evaluate_model(run_model, task, hardware, out, params, adapter, four_bit)
     for text in eval_model.result_tables({str(out): result, **others}):
         click.echo(text)
-    if card:
-        scores = {protocol: eval_model.name_suites(by_suite, result)
-                  for protocol, by_suite in result["scores"].items()}
-        model_cards.add_scores(Path(run_model.folder), scores, file)
 
 
 @click.command()

@@ -20,7 +20,6 @@ from mig_kit.commands.options import (
 )
 from mig_kit.common import UserError
 from mig_kit.pipeline.params import profile_params
-from mig_kit.pipeline.stage_params import RUN_PARAMS
 
 SHOWN = 100  # problems that a command prints
 
@@ -183,68 +182,40 @@ def duplicates(train: Path, held_out: Path) -> None:
 
 @data.command("export")
 @click.argument("engine", type=click.Choice(["verl", "swift", "trl"]))
-@click.argument("source", metavar="RUN")
+@click.argument("run_id", metavar="RUN")
 @click.option("--out", required=True, type=NEW_FOLDER, help="The new folder.")
-@root_option
-@click.option("--profile", help="Whose values of stage 05 are handed over: tiny, or a folder of "
-                                "params/; left out, those that RUN's 05 had.")
 @click.option("--gpus", default=8, show_default=True, type=click.IntRange(1),
               help="GPUs of a node, for the configuration.")
-def export_command(engine: str, source: str, out: Path, root: Path | None, profile: str | None,
-                   gpus: int) -> None:
-    """Write the prompts that stage 04 of RUN kept, or those of a file of own data, for another
-    engine: its data, reward.py, and config.yaml with the recipe's values and the command.
+def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
+    """Write the prompts that stage 04 of RUN kept for another engine: its data, reward.py, and
+    config.yaml with the values of RUN's 05 (if that has not run, its profile's) and the command.
     """
-    from mig_kit.data.exports import write_export
-
-    is_file = Path(source).is_file()
-    if is_file and not profile:
-        raise UserError("a file has no recipe; name a --profile: tiny, or a folder of params/")
-    recipe = (_recipe_of_file(Path(source), profile, root) if is_file else
-              _recipe_of_run(source, profile))
-    differences = write_export(engine, recipe, out, gpus)
-    click.echo(f"{len(recipe.samples)} prompts, their rewards and the recipe for {engine}: {out}")
-    for sentence in differences:
-        click.echo(f"remark: with {engine}, {sentence}")
-
-
-def _recipe_of_file(source: Path, profile: str, root: Path | None):
-    """A file's questions with a profile's values and base model."""
-    from mig_kit.data import exports, own_data
-    from mig_kit.models import loading
-
-    of_run = profile_params("01_synthesize", profile)
-    params = profile_params("05_grpo", profile) | {name: of_run[name] for name in RUN_PARAMS}
-    if own := [text for text in params["rewards"] if ":" in text]:
-        raise UserError(f"the reward {own[0]} is exported from a run alone, whose 05 has tried it")
-    samples = list(own_data.iter_samples(source, root or source.parent))
-    return exports.Recipe(source.name, samples, params,
-                          loading.resolve_model(params["base_model"]), params["trl"])
-
-
-def _recipe_of_run(source: str, profile: str | None):
-    """A run's kept prompts with the values of its 05, or with a profile's."""
     from mig_kit.data import exports
     from mig_kit.models import loading
     from mig_kit.pipeline import run_facts, run_folders, store
     from mig_kit.sample import read_samples
     from mig_kit.training.reward_loading import BatchReward, load_rewards
 
-    run_folders.require_runs(source)
-    run_folders.require_record("04_rejection_sampling", source, "mig-kit data export")
-    params = profile_params("05_grpo", profile) if profile else store.recorded_params(
-        "05_grpo", run_folders.require_record("05_grpo", source, "export without --profile"))
-    params |= run_facts.run_params(source, "mig-kit data export")
-    start, merged = params["start_from"], run_folders.stage_folder("03_merge", source) / "merged"
-    folder = run_folders.stage_folder("05_grpo", source)
+    run_folders.require_runs(run_id)
+    run_folders.require_record("04_rejection_sampling", run_id, "mig-kit data export")
+    record = run_folders.load_record("05_grpo", run_id)
+    params = (store.recorded_params("05_grpo", record) if record else
+              profile_params("05_grpo", run_folders.load_profile(run_id) or "tiny"))
+    params |= run_facts.run_params(run_id, "mig-kit data export")
+    folder = run_folders.stage_folder("05_grpo", run_id)
     rewards = load_rewards(params["rewards"], folder)
     if of_batch := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
         raise UserError(f"the reward '{of_batch[0]}' judges whole batches, which other engines do "
                          "not give; write it as a function of reply, sample and box format")
-    for note in store.stale_notes("04_rejection_sampling", source):
+    for note in store.stale_notes("04_rejection_sampling", run_id):
         click.echo(f"warning: {note}", err=True)
-    kept = run_folders.stage_folder("04_rejection_sampling", source) / "kept.parquet"
-    model = merged if start == "merged" else loading.resolve_model(
-        params["base_model"] if start == "base" else start)
-    return exports.Recipe(source, read_samples(kept), params, model, params["trl"],
-                          tuple((folder / "rewards").glob("*.py")))
+    start, kept = params["start_from"], run_folders.stage_folder("04_rejection_sampling", run_id)
+    model = (run_folders.stage_folder("03_merge", run_id) / "merged" if start == "merged" else
+             loading.resolve_model(params["base_model"] if start == "base" else start))
+    samples = read_samples(kept / "kept.parquet")
+    recipe = exports.Recipe(run_id, samples, params, model, params["trl"],
+                            tuple((folder / "rewards").glob("*.py")))
+    differences = exports.write_export(engine, recipe, out, gpus)
+    click.echo(f"{len(samples)} prompts, their rewards and the recipe for {engine}: {out}")
+    for sentence in differences:
+        click.echo(f"remark: with {engine}, {sentence}")

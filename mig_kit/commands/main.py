@@ -1,6 +1,7 @@
 """The entry point `mig-kit` and the commands about runs."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import click
 from mig_kit import LATE, __version__
 from mig_kit.commands.ask import eval_command, ground
 from mig_kit.commands.data import data
-from mig_kit.commands.options import NEW_FILE, NEW_FOLDER, absolute_folder
+from mig_kit.commands.options import NEW_FILE, NEW_FOLDER
 from mig_kit.commands.reward import reward
 from mig_kit.commands.score import score_command
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, UserError, write_json
 from mig_kit.pipeline import store
-from mig_kit.pipeline.run_folders import remove_run, require_no_branches, require_runs
+from mig_kit.pipeline.params import validate_params
+from mig_kit.pipeline.plan import parse_overrides
+from mig_kit.pipeline.run_folders import lock_run, require_no_branches, require_runs, unlock_run
 
 
 def main() -> None:
@@ -124,7 +127,9 @@ def rm(run_id: str, yes: bool) -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     if not yes and not click.confirm(f"delete {folder}, {size:.0f} MB?"):
         return click.echo("nothing removed")
-    remove_run(run_id)
+    lock_run(folder)
+    shutil.rmtree(folder)
+    unlock_run(folder)
     click.echo(f"removed: run '{run_id}'")
 
 
@@ -163,19 +168,16 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
 
     if figure and figure.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
-    if differences and not figure:
-        raise UserError("--differences says what --figure draws; add --figure FILE, or leave it "
-                        "out: the tables have the differences")
     by_group = compare.parse_groups([*groups, *run_ids])
     result = compare.compare_groups(by_group, reference, system)
-    drawn = compare.figure_rows(result, differences) if figure else []
     click.echo(compare.render_table(result, form))
     if form == "csv":  # the other forms have the notes below the tables
         click.echo("\n".join(result["notes"]), nl=bool(result["notes"]), err=True)
     if figure:
         plots.set_style()
-        reference = result["reference"] if differences else ""
-        plots.plot_groups(drawn, system, reference).savefig(figure, bbox_inches="tight")
+        drawn = compare.figure_rows(result, differences)
+        plots.plot_groups(drawn, system, result["reference"] * differences).savefig(
+            figure, bbox_inches="tight")
         click.echo(f"figure: {figure}", err=True)
 
 
@@ -193,35 +195,26 @@ def record(run_ids: tuple[str, ...], out: Path) -> None:
 
 
 @cli.command()
-@click.option("--model", default="tiny", show_default=True, help="tiny, or a Qwen2.5-VL folder.")
-@click.option("--images", default=6, show_default=True, type=click.IntRange(1, 8),
-              help="Images of a prompt.")
-@click.option("--side", default=392, show_default=True, type=click.IntRange(56, 1960),
-              help="Side of an image, pixels.")
-@click.option("--group", default=8, show_default=True, type=click.IntRange(2),
-              help="Replies to a prompt, G.")
-@click.option("--reply", "tokens", default=64, show_default=True, type=click.IntRange(2),
-              help="Tokens of a reply, R.")
-@click.option("--prompts", default=4, show_default=True, type=click.IntRange(1),
-              help="Prompts of a step; fewer need less memory.")
-@click.option("--repeats", default=3, show_default=True, type=click.IntRange(1),
-              help="Turns of either side.")
-@click.option("--dtype", default="auto", show_default=True,
-              type=click.Choice(["auto", "float32", "bfloat16"]))
+@click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
+              help="Set a parameter of stage 08, such as images or group.")
 @click.option("--json", "out", type=NEW_FILE, help="Write the figures here.")
-def bench(model: str, repeats: int, dtype: str, out: Path | None, **load: int) -> None:
+def bench(overrides: tuple[tuple[str, str], ...], out: Path | None) -> None:
     """Stock TRL and the kit side by side in one run: rollout, training, whole step."""
     import tempfile
 
     if out and not out.absolute().parent.is_dir():
         raise UserError(f"{out} cannot be written; name a file in a folder that exists")
+    stage = "08_benchmark"
+    params = validate_params(parse_overrides(overrides, [stage]), stage)
     from mig_kit.lab.workload import Workload, headline_text, run_headline
     from mig_kit.models import loading
 
-    hardware, workload = loading.choose_hardware(dtype), Workload(**load)
+    hardware = loading.choose_hardware(params["dtype"])
+    workload = Workload(*(params[name] for name in ("images", "group", "tokens", "side",
+                                                    "prompts")))
     with tempfile.TemporaryDirectory() as name:
-        result = run_headline(loading.resolve_model(absolute_folder(model)), hardware, workload,
-                              Path(name), repeats)
+        result = run_headline(loading.resolve_model(params["model"]), hardware, workload,
+                              Path(name), params["repeats"])
     click.echo(headline_text(result, workload))
     if out:
         write_json(out, result)

@@ -45,7 +45,7 @@ class Recipe:
     """What is handed over: the prompts, and with what RL starts.
 
     Args:
-        name: of the run or file. params: of stage 05 and the run. model: folder or hub name.
+        name: of the run. params: of stage 05 and the run. model: folder or hub name.
         further: settings of TRL that the run sets besides.
         reward_files: files of the rewards that are not the kit's.
     """

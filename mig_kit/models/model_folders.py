@@ -169,7 +169,7 @@ def load_config(model: str | Path):
     family = read_model_type(model)
     if family and family not in FAMILIES:
         raise UserError(f"{model} is a {family}; the kit loads {', '.join(FAMILIES)}; any other "
-                         "model answers through a server (mig-kit eval --model NAME --server URL "
+                         "model answers through a server (mig-kit eval --model NAME -p server URL "
                          "--coordinates normalized_1000 or absolute), and mig-kit score judges "
                          "the replies that it has given to a benchmark")
     try:

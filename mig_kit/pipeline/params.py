@@ -103,8 +103,6 @@ def _sentence(problem: dict, stage: str) -> str:
 
 def unknown_parameter_message(name: str, where: str, names) -> str:
     """One sentence on a parameter that `where` lacks, with the nearest of `names`."""
-    if name.endswith("_token"):
-        return f"{name} would be kept in run.json; set HF_TOKEN in the environment instead"
     if name in RUN_PARAMS:
         return f"'{name}' is set once per run, in {RUN_PARAMS_STAGE}; run that stage with it"
     hint = suggest_word(name, names) or f"its parameters are {', '.join(sorted(names))}"

@@ -8,26 +8,14 @@ from typing import Literal, get_origin
 
 import yaml
 
-from mig_kit.common import PROJECT_ROOT, UserError, suggest_word
+from mig_kit.common import PROJECT_ROOT, UserError
+from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.params import (
     merge_mappings,
     needs_gpu,
     profile_params,
     unknown_parameter_message,
     validate_params,
-)
-from mig_kit.pipeline.run_folders import (
-    RECIPE,
-    STAGES,
-    check_branch,
-    list_runs,
-    load_branch,
-    load_profile,
-    load_record,
-    require_own_stage,
-    require_record,
-    require_runs,
-    validate_run_id,
 )
 from mig_kit.pipeline.run_rules import check_run, leave_out_cold_start
 from mig_kit.pipeline.stage_keys import MODEL_PARAMS
@@ -58,8 +46,8 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
         overrides: (name, text) of `-p`.
     Raises: UserError if the run could not start.
     """
-    validate_run_id(run_id)
-    recorded = load_profile(run_id) or (load_profile(source) if source else "")
+    run_folders.validate_run_id(run_id)
+    recorded = run_folders.load_profile(run_id) or run_folders.load_profile(source or run_id)
     if profile and recorded not in ("", profile):
         raise UserError(f"run '{source or run_id}' is of profile {recorded}; leave --profile out, "
                         "or use another --run-id for a run of its own")
@@ -69,16 +57,18 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
     params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
     if not names:
         params = leave_out_cold_start(params, source or run_id)
-    _check_full_profile(profile, params, "data" in values)
+    data = params.get(RUN_PARAMS_STAGE, {}).get("data")
+    if data == "scenes" and "data" not in values and needs_gpu(profile):
+        raise UserError(
+            f"profile '{profile}' would train a full model on synthetic scenes; name the file of "
+            "your data (-p data mine.jsonl), or say -p data scenes to train on them")
     if source:
-        check_branch(source, run_id, stages)
-    origin = run_id if load_branch(run_id) or not source else source
-    if any(STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
-        if suggest_word(origin, list_runs()):
-            require_runs(origin)
-        require_record(RUN_PARAMS_STAGE, origin, min(params))
+        run_folders.check_branch(source, run_id, stages)
+    origin = run_id if run_folders.load_branch(run_id) or not source else source
+    if any(run_folders.STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
+        run_folders.require_record(RUN_PARAMS_STAGE, origin, min(params))
     check_run({stage: values for stage, values in params.items()
-               if not load_record(stage, run_id)}, origin)
+               if not run_folders.load_record(stage, run_id)}, origin)
     return PlannedRun(run_id, source, params, profile, origin)
 
 
@@ -135,28 +125,11 @@ def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dic
     return validate_params(values | known, stage)
 
 
-def _check_full_profile(profile: str, params: dict[str, dict], is_data_given: bool) -> None:
-    """UserError if a full profile has no GPU, or trains on drawn scenes that nobody asked for."""
-    if not needs_gpu(profile):
-        return
-    data = params.get(RUN_PARAMS_STAGE, {}).get("data")
-    if data == "scenes" and not is_data_given:
-        raise UserError(
-            f"profile '{profile}' would train a full model on synthetic scenes; name the file of "
-            "your data (-p data mine.jsonl), or say -p data scenes to train on them")
-    if not any(values.get("device") == "cuda" for values in params.values()):
-        return
-    import torch  # seconds, which other profiles need not wait for
-
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"profile '{profile}' needs a GPU, and PyTorch {torch.__version__} sees none; check "
-            "the driver with nvidia-smi, or set -p device cpu")
 
 
 def plan_stages(names: list[str], run_id: str) -> list[str]:
     """`names`, or all stages of the recipe that are the run's own; UserError for its source's."""
     for stage in names:
-        require_own_stage(stage, run_id)
-    inherited = load_branch(run_id).get("stages", ())
-    return names or [stage for stage in RECIPE if stage not in inherited]
+        run_folders.require_own_stage(stage, run_id)
+    inherited = run_folders.load_branch(run_id).get("stages", ())
+    return names or [stage for stage in run_folders.RECIPE if stage not in inherited]

@@ -17,6 +17,8 @@ from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, RUN_PARAMS, RUN_PARA
 
 PACKAGES = ("mig-kit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
             "accelerate", "papermill", "numpy", "pillow")
+EVALUATE = "06_evaluate"
+ASKED = ("eval_seed", "suites", "max_new_tokens", "dtype")  # of 06: what a model is asked, and how
 MODELS = {"base": "", "sft": "03_merge/merged", "grpo": "05_grpo/model"}
 
 
@@ -44,7 +46,7 @@ def name_data(run_id: str) -> str:
 
 @dataclass(frozen=True)
 class RunModel:
-    """A model's folder or hub name and box format; evaluation: parameters of its run's 06."""
+    """A model's folder or hub name and box format; evaluation: ASKED of its run's 06."""
 
     folder: Path | str
     box_format: BoxFormat
@@ -74,7 +76,9 @@ def find_run_model(text: str) -> RunModel | None:
     else:
         require_record(stage, run_id, f"the model {text}")
         folder = stage_folder(stage, run_id) / name
-    return RunModel(folder, box_format, finished_params("06_evaluate", run_id), stage, run_id)
+    asked = {name: value for name, value in finished_params(EVALUATE, run_id).items()
+             if name in ASKED}
+    return RunModel(folder, box_format, asked, stage, run_id)
 
 
 def describe_machine() -> dict:

@@ -7,7 +7,6 @@ reference. A source may be a branch itself.
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -161,13 +160,6 @@ def unlock_run(run: Path) -> None:
     """Let others write the run again."""
     if run in _LOCKS:
         _LOCKS.pop(run).release(force=True)
-
-
-def remove_run(run_id: str) -> None:
-    """Delete a run that nobody writes."""
-    lock_run(runs_root() / run_id)
-    shutil.rmtree(runs_root() / run_id)
-    unlock_run(runs_root() / run_id)
 
 
 def require_no_branches(run_id: str) -> None:

@@ -308,10 +308,6 @@ class Grpo(Training, Served):
                 "per_device_train_batch_size must be a multiple of num_generations (without "
                 "share_prefix, times gradient_accumulation_steps), so that groups stay whole; "
                 "change one of them")
-        aggregation = self.trl.get("multi_objective_aggregation", "sum_then_normalize")
-        require(not self.share_prefix or aggregation == "sum_then_normalize",
-                "the kit's trainer sums weighted rewards before it divides; leave "
-                "multi_objective_aggregation out, or set share_prefix to false")
         require(self.share_prefix or not self.server,
                 "a server needs share_prefix, because TRL's own trainer has none; set share_prefix "
                 "to true")
@@ -323,9 +319,6 @@ class Grpo(Training, Served):
         require(self.loss_type != "cispo" or cap >= 1,
                 "loss_type cispo caps the ratio itself at epsilon_high, and below 1 would multiply "
                 "nearly every gradient by it; set epsilon_high to 1 or more (TRL advises 5.0)")
-        level = {"luspo": "sequence", "vespo": "token"}.get(self.loss_type)
-        require(level in (None, self.importance_sampling_level),
-                f"loss_type {self.loss_type} needs importance_sampling_level {level}; set it")
         return self
 
 

@@ -108,15 +108,12 @@ def recorded_params(stage: str, record: dict) -> dict:
             for name, default in default_params(stage).items()}
 
 
-def require_intact_inputs(stage: str, run_id: str, is_thorough: bool = False) -> None:
-    """UserError with file and command if an earlier stage's output has changed since.
-
-    is_thorough: also hash files of unchanged size and time (gigabytes in a second).
-    """
+def require_intact_inputs(stage: str, run_id: str) -> None:
+    """UserError with file and command if an earlier stage's output has other bytes than it had."""
     for name in input_stages(stage, run_id):
         owner, folder = find_owner(name, run_id), stage_folder(name, run_id)
         record = load_record(name, run_id)
-        if damaged := record and find_damaged(folder, record, is_thorough):
+        if damaged := record and find_damaged(folder, record, is_thorough=True):
             raise UserError(f"{damaged} is not what {name} of run '{owner}' wrote: damaged or "
                             "changed since; make it again: "
                             f"{format_run_command(name, owner, '--force')}")
@@ -306,7 +303,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
         print(f"run '{run_id}' is new: {earlier[0]} to {earlier[-1]} are those of run "
               f"'{DEFAULT_RUN}'")
     facts = stage_facts(stage, run_id, params)
-    require_intact_inputs(stage, run_id, is_thorough=True)
+    require_intact_inputs(stage, run_id)
     lock_run(run)
     started = read_started(unfinished_folder(stage, run_id))
     try:
@@ -334,12 +331,9 @@ def _open_copy(stage: str, run_id: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # of a kernel that was killed
 
     def bring_along(path: str, target: str) -> None:
-        # never written in place, so a hard link will do
-        parts = Path(path).relative_to(final).parts
-        if path.endswith(".safetensors") or {"checkpoints", IMAGE_FOLDER} & set(parts):
-            link_or_copy(Path(path), Path(target))
-        else:
-            shutil.copy2(path, target)
+        # weights and images are never written in place, so a hard link will do
+        is_fixed = path.endswith(".safetensors") or Path(path).parent.name == IMAGE_FOLDER
+        (link_or_copy if is_fixed else shutil.copy2)(Path(path), Path(target))
 
     shutil.copytree(final, folder, copy_function=bring_along,
                     ignore=shutil.ignore_patterns("run.json", "*.ipynb"))

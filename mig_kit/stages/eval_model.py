@@ -36,13 +36,9 @@ from mig_kit.serving import reply_files
 from mig_kit.serving.stored_replies import count_endings, describe_endings
 from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, paired_gap_by_list
-from mig_kit.world.suites import OWN, SUITES, suite_title
+from mig_kit.world.suites import OWN, suite_title
 
-DRAWN_SIZES = {"eval_seed": 53, "suites": {  # as notebook 06
-    name: suite.default for name, suite in SUITES.items()}}
-# what a model is asked with, where neither its run's 06 nor the caller says otherwise
-DEFAULTS = {**DRAWN_SIZES, "max_new_tokens": 128, "dtype": "auto"}
-OWN_FILE = "own data (a file)"  # in tables and cards, of questions that may be trained ones
+OWN_FILE = "own data (a file)"  # in tables, of questions that may be trained ones
 MODEL = "model"  # what the one system is called
 UNREAD = ("empty", "no box found", "unread")  # problems of replies
 BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
@@ -57,7 +53,6 @@ class Task:
     file: Path | None = None  # annotations or own data
     root: Path | None = None  # of its images
     limit: int = 0  # first questions of every task (of own data: of the file), 0 for all
-    sizes: Mapping | None = None  # as DRAWN_SIZES
 
 
 def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
@@ -73,7 +68,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     Raises: UserError if `out` holds replies of another model or to other questions.
     """
     folder, box_format = model.folder, model.box_format
-    samples, benchmark = load_questions(task)
+    samples, benchmark = load_questions(task, params)
     if not isinstance(folder, ServedName):
         measure = prompt_measure(folder, box_format)
         for sample in chain(*samples.values()):
@@ -156,16 +151,18 @@ def claim_folder(out: Path, settings: dict) -> None:
     write_json(path, settings)
 
 
-def load_questions(task: Task) -> tuple[dict[str, Sequence[Sample]], Benchmark | None]:
-    """The samples by suite, and the benchmark if it is a real one; UserError if there are none."""
+def load_questions(task: Task, params: SimpleNamespace) -> tuple[
+        dict[str, Sequence[Sample]], Benchmark | None]:
+    """The samples by suite, and the benchmark if it is a real one; UserError if there are none.
+
+    params: as of 06, whose eval_seed and suites say what is drawn.
+    """
     if task.suite in run_benchmark.RUNNABLE:
         benchmark, part = run_benchmark.read_runnable(task.suite, task.file, task.root, task.limit)
         return {task.suite: part}, benchmark
     if task.suite == "drawn":
-        sizes = task.sizes or DRAWN_SIZES
-        sizes = {**sizes, "suites": {name: min(size, task.limit or size)
-                                     for name, size in sizes["suites"].items()}}
-        if samples := evaluate.draw_test_samples(sizes):
+        sizes = {name: min(size, task.limit or size) for name, size in params.suites.items()}
+        if samples := evaluate.draw_test_samples({"eval_seed": params.eval_seed, "suites": sizes}):
             return samples, None
         raise UserError("no drawn suite is left to ask; one of suites must be over 0")
     if task.file.suffix == ".parquet":
@@ -247,7 +244,7 @@ def result_tables(results: Mapping[str, dict]) -> list[str]:
     count = sum(len(columns["id"]) for columns in first["items"].values())
     if first["unread"] > 0.1 * count:
         texts.append(f"{first['unread']} of {count} replies name no box or letter that can be read;"
-                     " look at predictions.jsonl, and if they are cut, raise --max-new-tokens "
+                     " look at predictions.jsonl, and if they are cut, raise max_new_tokens "
                      f"({first['max_new_tokens']})\n")
     for name, result in results.items():
         if result.get("trained"):

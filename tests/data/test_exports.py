@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import PACKAGE, PROJECT_ROOT
+from mig_kit.common import PACKAGE, PROJECT_ROOT, UserError
 from mig_kit.data import exports, own_data
 from mig_kit.pipeline.params import profile_params
 from mig_kit.prompts import correct_answer
@@ -30,7 +30,7 @@ FILES = {"verl": ["images", "train.parquet"],
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A file of own data about images of three sizes, 24 questions, and its samples."""
+    """24 questions of own data about images of three sizes."""
     folder = tmp_path_factory.mktemp("questions")
     for number, size in enumerate(SIZES):
         Image.effect_noise(size, 80).save(folder / f"{number}.png")
@@ -39,8 +39,7 @@ def questions(tmp_path_factory):
         side * eighths // 8 for eighths in (n % 4 + 1, n % 3 + 5) for side in SIZES[n % 3]])
         for n in range(20)]
     rows += [changed(CHOICE, images=names[n % 3:], id=f"choice {n}") for n in range(4)]
-    file = write_lines(folder, *rows)
-    return file, list(own_data.iter_samples(file, folder))
+    return list(own_data.iter_samples(write_lines(folder, *rows), folder))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def judged(questions):
     p, box_format, rng = profile_params("05_grpo"), BoxFormat(), random.Random(0)
     scores = score_functions(load_rewards(p["rewards"], Path()), box_format)
     rows = []
-    for number, sample in enumerate(questions[1]):
+    for number, sample in enumerate(questions):
         right = correct_answer(sample, box_format)
         for _ in range(21):
             answer = "".join(str(rng.randrange(10)) if letter.isdigit() and rng.random() < 0.2
@@ -64,15 +63,16 @@ def judged(questions):
     return rows
 
 
-def export(engine, file, out, *more):
-    """Call `mig-kit data export` with the tiny profile."""
-    return call("export", engine, file, "--profile", "tiny", "--out", out, *more)
+def export(engine, samples, out, trl=None):
+    """Export questions with the values of the profile tiny, for one GPU."""
+    params = profile_params("05_grpo") | profile_params("01_synthesize")
+    recipe = exports.Recipe("mine", samples, params, str(PACKAGE / "tiny_base"), trl or {})
+    return exports.write_export(engine, recipe, out, 1)
 
 
 @pytest.mark.parametrize("engine", FILES)
 def test_rewards_are_the_kits(engine, questions, judged, tmp_path, monkeypatch):
-    code, said = export(engine, questions[0], tmp_path / "out", "--gpus", 1)
-    assert code == 0 and "24 prompts" in said
+    export(engine, questions, tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted(["config.yaml", "reward.py", *FILES[engine]])
     swift = types.ModuleType("swift.rewards")
@@ -82,7 +82,7 @@ def test_rewards_are_the_kits(engine, questions, judged, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("reward", tmp_path / "out" / "reward.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     ten = judged[::50][:10]
-    facts = [exports.question_to_json(questions[1][number]) for number, *_ in ten]
+    facts = [exports.question_to_json(questions[number]) for number, *_ in ten]
     assert [exports.question_to_json(exports.question_from_json(text)) for text in facts] == facts
     replies = [reply for _, reply, _ in ten]
     scores = {
@@ -101,9 +101,8 @@ def test_settings_that_a_run_has_besides_are_handed_over_or_named(engine, questi
     folder = tmp_path / "out.tmp"
     folder.mkdir()
     (folder / "mine").touch()  # no export deletes what it has not made
-    recipe = exports.Recipe("mine", questions[1], profile_params("05_grpo") | profile_params(
-        "01_synthesize"), str(PACKAGE / "tiny_base"), {"adam_beta2": 0.9, "max_grad_norm": 0.2})
-    differences = exports.write_export(engine, recipe, tmp_path / "out", 1)
+    differences = export(engine, questions, tmp_path / "out",
+                         {"adam_beta2": 0.9, "max_grad_norm": 0.2})
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert config["adam_beta2"] == 0.9 and (folder / "mine").is_file()
     if engine == "trl":
@@ -132,19 +131,15 @@ def test_a_run_is_handed_over_with_its_own_values(smoke_runs, tmp_path, monkeypa
         assert card.data.library_name == "transformers"
 
 
-@pytest.mark.parametrize("row, words, said", [
-    (GOOD, ("--out", "{there}"), "exists; name a new folder"),
-    (GOOD, (), "an update takes 16 prompts"),
-    (changed(question="Find <image> there.", images=["a.png", "b.png"]), (),
-     "question' holds <image>"),
-    (GOOD, ("--profile", "none"), "no profile 'none'"), ("a run", (), "no run 'a run'")])
-def test_what_cannot_be_exported_is_one_sentence(row, words, said, root, tmp_path):
-    source = row if isinstance(row, str) else write_lines(root, row, name="few.jsonl")
-    words = [word.replace("{there}", str(tmp_path)) for word in words]
-    done = run_mig_kit("data", "export", "verl", str(source), "--profile", "tiny", "--out",
-                       str(tmp_path / "out"), *words)
-    assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+def test_what_cannot_be_exported_is_one_sentence(questions, root, tmp_path):
+    samples = list(own_data.iter_samples(write_lines(root, GOOD, name="few.jsonl"), root))
+    for out, sentence in ((".", "exists; name a new folder"),
+                          ("out", "an update takes 16 prompts")):
+        with pytest.raises(UserError, match=sentence):
+            export("verl", samples, tmp_path / out)
+    done = run_mig_kit("data", "export", "verl", "a run", "--out", str(tmp_path / "out"))
+    assert done.returncode == 1 and "no run 'a run'" in done.stderr
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -161,7 +156,7 @@ def test_engines_read_prompts_frames_and_rewards(engine, package, questions, jud
                        check=True)
         subprocess.run([*install, PROJECT_ROOT], check=True)
     out, result = tmp_path / "out", tmp_path / "result.json"
-    assert export(engine, questions[0], out, "--gpus", 1)[0] == 0
+    export(engine, questions, out)
     (tmp_path / "replies.json").write_text(json.dumps([row[:2] for row in judged]))
     words = [venv / "bin/python", Path(__file__).with_name("engine_reads.py"), engine, out,
              tmp_path / "replies.json", result]
@@ -171,7 +166,7 @@ def test_engines_read_prompts_frames_and_rewards(engine, package, questions, jud
     assert read["scores"] == pytest.approx([value for *_, value in judged], abs=1e-6)
     box_format = BoxFormat()
     processor = load_processor(PACKAGE / "tiny_base", box_format)
-    for row, sample in zip(read["rows"], questions[1], strict=True):
+    for row, sample in zip(read["rows"], questions, strict=True):
         inputs = processor(text=[render_prompt(processor, sample, box_format)],
                            images=list(sample.images), return_tensors="pt")
         assert row == {"ids": inputs["input_ids"][0].tolist(),

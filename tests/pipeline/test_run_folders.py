@@ -20,7 +20,7 @@ def root(root, monkeypatch):
     ("status", "defualt"),
     ("table", "defualt"), ("table", "--group", "a=default,defualt"),
     ("record", "defualt", "--out", "records"),
-    ("run", "05", "--from", "defualt", "--run-id", "b"), ("run", "05", "--run-id", "defualt")])
+    ("run", "05", "--from", "defualt", "--run-id", "b")])
 def test_a_misspelt_run_gets_the_nearest_name(root, words):
     assert error_of(*words) == f"no run 'defualt' in {root}; did you mean 'default'?"
     assert [path.name for path in root.rglob("*")] == ["default"]

@@ -225,7 +225,7 @@ def serve():
 
         server = TeacherServer(plan, ["another", name])
         servers.append(server)
-        return server, ("--model", name, "--server", server.url, "--concurrency", "1")
+        return server, ("--model", name, "-p", "server", server.url, "-p", "concurrency", "1")
 
     yield start
     for server in servers:
