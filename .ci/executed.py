@@ -16,7 +16,7 @@ import nbformat
 import papermill
 
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
-from mig_kit.pipeline import store
+from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.execute import ThisPython
 from mig_kit.pipeline.run_facts import describe_machine
 from mig_kit.stages.evaluated_runs import README_RECORD, record_run
@@ -62,10 +62,10 @@ def main(run_id: str) -> None:
     """Write the notebooks of all stages that the run has finished."""
     FOLDER.mkdir(exist_ok=True)
     facts = {}
-    for stage in store.STAGES:
-        path = store.stage_folder(stage, run_id) / f"{stage}.ipynb"
+    for stage in run_folders.STAGES:
+        path = run_folders.stage_folder(stage, run_id) / f"{stage}.ipynb"
         if path.is_file():
-            record = store.load_record(stage, run_id)
+            record = run_folders.load_record(stage, run_id)
             facts[stage] = {name: record[name] for name in FACTS} | {
                 "outputs": keep_notebook(path)}
     facts[BY_HAND] = run_by_hand(run_id)

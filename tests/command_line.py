@@ -22,7 +22,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from mig_kit.commands.main import cli, main
-from mig_kit.pipeline import store
+from mig_kit.pipeline import run_folders
 
 CLI = [sys.executable, "-c", "from mig_kit.commands.main import main; main()"]
 
@@ -62,7 +62,7 @@ def _execute_here(path, output, params, cwd, **_):
     finally:
         InteractiveShell.clear_instance()
         plt.close("all")
-        store.unlock_run(Path(output).parent)
+        run_folders.unlock_run(Path(output).parent)
     nbformat.write(notebook, output)
 
 

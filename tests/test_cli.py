@@ -31,7 +31,7 @@ def test_bench_starts_again_on_the_heap_that_stages_have():
     (("run", "02", "-p", "epochs", "1"), "did you mean 'num_train_epochs'?"),
     (("run", "02", "-p", "min_pixels", "1"), "'min_pixels' is set once per run, in 01_synthesize"),
     (("run", "-p", "learning_rat", "1"), "did you mean 'learning_rate'"),
-    (("run", "01", "-p", "data_shares", "[0.4,1.0"), "-p data_shares '[0.4,1.0' is no value"),
+    (("run", "01", "-p", "data_shares", "[0.4,1"), "data_shares is '[0.4,1'; it must be list[float]"),
     (("run", "01", "-p", "run_id", "b"), "use --run-id"),
     (("run", "05", "-p", "top_p", "0.9"), 'is written as -p trl "{NAME: VALUE}"'),
     (("run", "05", "-p", "reward_weights", "{box:2}"), "it must be dict[str, float]"),

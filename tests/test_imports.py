@@ -7,7 +7,7 @@ import tomllib
 from graphlib import TopologicalSorter
 
 from mig_kit.common import PACKAGE, PROJECT_ROOT
-from mig_kit.pipeline import store
+from mig_kit.pipeline import run_folders
 
 GROUND = {"boxes", "stats", "image_files", "common", "openai_client"}
 # a module of the hall -> the modules of the hall that it may import
@@ -102,7 +102,7 @@ def test_packages_are_the_wings():
 
 
 def test_one_number_one_notebook_one_module_one_test():
-    for stage in store.STAGES:
+    for stage in run_folders.STAGES:
         module, test = OTHER_HOMES.get(stage, (f"mig_kit/stages/{stage[3:]}.py",
                                                f"tests/stages/test_{stage[3:]}.py"))
         for path in (f"notebooks/{stage}.ipynb", module, test):

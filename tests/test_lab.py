@@ -13,7 +13,7 @@ import pytest
 from command_line import describe_files
 
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.pipeline import store
+from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.plan import choose_params
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -39,7 +39,7 @@ def prepare(stage, run_id, path, **changes):
 def lab(tmp_path_factory):
     """(address, folder, folder of runs): JupyterLab over the notebooks with smoke parameters."""
     folder, root = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("runs")
-    for stage in store.STAGES:
+    for stage in run_folders.STAGES:
         prepare(stage, "lab", folder / f"{stage}.ipynb")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,7 +105,7 @@ def save_and_read(page, path):
     return [output for cell in saved.cells for output in cell.get("outputs", [])]
 
 
-@pytest.mark.parametrize("stage", store.STAGES)
+@pytest.mark.parametrize("stage", run_folders.STAGES)
 def test_every_cell_runs_in_lab(stage, lab, page):
     address, folder, root = lab
     show(page, address, stage)

@@ -19,11 +19,11 @@ from traitlets.config.loader import PyFileConfigLoader
 from try_blocks import read_blocks
 
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT
-from mig_kit.pipeline import execute, store
+from mig_kit.pipeline import execute, run_folders
 from mig_kit.pipeline.run_folders import RECIPE
 
 pytestmark = pytest.mark.slow
-COMMANDS = [line for stage in store.STAGES for block in read_blocks(stage, "sh")
+COMMANDS = [line for stage in run_folders.STAGES for block in read_blocks(stage, "sh")
             for line in block.splitlines() if line.strip()]
 
 
@@ -33,7 +33,7 @@ def runs(smoke_runs, tmp_path_factory):
 
 
 def test_every_stage_left_what_it_should_and_no_notebook_shows_a_warning(smoke_runs):
-    for stage in store.STAGES:
+    for stage in run_folders.STAGES:
         folder = smoke_runs / "smoke" / stage
         names = {path.name for path in folder.iterdir()}
         assert {"metrics.json", "run.json", f"{stage}.ipynb"} <= names
@@ -100,7 +100,7 @@ def test_notebook_05b_learns_by_hand_what_the_trainer_computes(runs, tmp_path, m
     assert not any("shared_prefix" in cell.source for cell in executed.cells)
 
 
-@pytest.mark.parametrize("stage", [*store.STAGES, "09_compare"])
+@pytest.mark.parametrize("stage", [*run_folders.STAGES, "09_compare"])
 def test_what_a_reader_is_told_to_try_shows_something(stage):
     for block in read_blocks(stage, "python"):
         last = ast.parse(block).body[-1]

@@ -30,12 +30,9 @@ def find_model(model: str, coordinates: str | None, min_pixels: int | None,
     options = {name: value for name, value in options.items() if value is not None}
     is_served = server and model.partition("/")[0] not in list_runs()
     if run_model := None if is_served else find_run_model(model):
-        if replace(run_model.box_format, **options) != run_model.box_format:
-            raise UserError(f"the run's model has {run_model.box_format.description}; leave "
-                            "--coordinates and pixel limits out, or name the model's folder")
-        notes = stale_notes(run_model.stage, run_model.run_id) if run_model.stage else []
-        click.echo("\n".join(f"warning: {note}" for note in notes), nl=bool(notes), err=True)
-        return run_model
+        for note in stale_notes(run_model.stage, run_model.run_id) if run_model.stage else ():
+            click.echo(f"warning: {note}", err=True)
+        return replace(run_model, box_format=replace(run_model.box_format, **options))
     folder = loading.resolve_model(absolute_folder(model))
     # a server that runs already has the model, and the hub may be out of reach
     if server and read_model_type(folder, ask_hub=False) not in FAMILIES:

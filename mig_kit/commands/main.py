@@ -13,8 +13,8 @@ from mig_kit.commands.data import data
 from mig_kit.commands.options import NEW_FILE, NEW_FOLDER
 from mig_kit.commands.reward import reward
 from mig_kit.commands.score import score_command
-from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, UserError, write_json
-from mig_kit.pipeline import store
+from mig_kit.common import PROJECT_ROOT, UserError, write_json
+from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_folders import lock_run, require_no_branches, require_runs, unlock_run
@@ -52,12 +52,10 @@ def cli() -> None:
 
 def stage_name(text: str) -> str:
     """A stage from its number or name ("5", "05", "grpo", "05_grpo")."""
-    for stage in store.STAGES:
+    for stage in run_folders.STAGES:
         if text in (stage, stage[3:]) or text.zfill(2) == stage[:2]:
-            if not (NOTEBOOKS / f"{stage}.ipynb").is_file():
-                raise click.UsageError(f"{stage} comes with a clone of the repository alone")
             return stage
-    raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(store.STAGES)}")
+    raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(run_folders.STAGES)}")
 
 
 @cli.command()
@@ -83,14 +81,14 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrid
     run_id = run_id or (store.DEFAULT_RUN if profile in ("", "tiny") else profile)
     plan = plan_run([stage_name(text) for text in stages], profile, run_id, source, overrides)
     data = plan.params.get("01_synthesize", {"data": "scenes"})
-    if data["data"] != "scenes" and not store.load_record("01_synthesize", run_id):
+    if data["data"] != "scenes" and not run_folders.load_record("01_synthesize", run_id):
         from mig_kit.data.own_data import require_correct_lines  # a moment
 
         path = PROJECT_ROOT / data["data"]
         require_correct_lines(path, PROJECT_ROOT / (data["image_root"] or path.parent))
     run_plan(plan, force)
     if "07_report" in plan.params:
-        click.echo(f"report: {store.runs_root() / run_id / '07_report' / 'report.html'}")
+        click.echo(f"report: {run_folders.runs_root() / run_id / '07_report' / 'report.html'}")
     if "06_evaluate" in plan.params:
         from mig_kit.stages.evaluated_runs import compare_with_readme  # imports torch
 
@@ -113,8 +111,8 @@ def status(run_id: str | None) -> None:
         for line in run_lines(name) if run_id else [run_line(name)]:
             click.echo("  " * depth + line)
     if not runs:
-        click.echo(f"no run in {store.runs_root()} yet; mig-kit run makes one, all stages in some "
-                   "20 minutes, and mig-kit run --profile smoke tries them in a few")
+        click.echo(f"no run in {run_folders.runs_root()} yet; mig-kit run makes one, all stages in "
+                   "some 20 minutes, and mig-kit run --profile smoke tries them in a few")
 
 
 @cli.command()
@@ -123,7 +121,7 @@ def status(run_id: str | None) -> None:
 def rm(run_id: str, yes: bool) -> None:
     """Delete the run RUN_ID with all its stages, unless branches start from it."""
     require_no_branches(run_id)
-    folder = store.runs_root() / run_id
+    folder = run_folders.runs_root() / run_id
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     if not yes and not click.confirm(f"delete {folder}, {size:.0f} MB?"):
         return click.echo("nothing removed")
@@ -166,8 +164,6 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     from mig_kit.drawing import plots
     from mig_kit.stages import compare
 
-    if figure and figure.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
     by_group = compare.parse_groups([*groups, *run_ids])
     result = compare.compare_groups(by_group, reference, system)
     click.echo(compare.render_table(result, form))

@@ -9,7 +9,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
 from mig_kit.common import NOTEBOOKS, UserError
-from mig_kit.pipeline import store
+from mig_kit.pipeline import run_folders, stage_keys, store
 from mig_kit.pipeline.plan import PlannedRun
 from mig_kit.pipeline.run_folders import PROFILE_FILE, load_profile, start_branch
 from mig_kit.pipeline.run_rules import check_run
@@ -61,10 +61,10 @@ def check_plan(plan: PlannedRun) -> None:
     """UserError if a stage has finished otherwise, or would read a stale one."""
     for stage in [stage for stage, values in plan.params.items()
                   if not store.is_done(stage, plan.run_id, values)]:
-        inputs = store.input_stages(stage, plan.origin)
+        inputs = run_folders.input_stages(stage, plan.origin)
         if not set(inputs) & set(plan.params):
             for name in inputs:
-                store.require_record(name, plan.origin, stage)
+                run_folders.require_record(name, plan.origin, stage)
             store.find_stale_inputs(stage, plan.origin)
 
 
@@ -87,21 +87,22 @@ def run_plan(plan: PlannedRun, force: bool = False) -> None:
             _prepare(stage, plan, force)
             lines.set(stage, "running")
             _execute_notebook(stage, plan.run_id, values, lines)
-            lines.set(stage, "done", store.require_record(stage, plan.run_id, stage)["summary"])
+            record = run_folders.require_record(stage, plan.run_id, stage)
+            lines.set(stage, "done", record["summary"])
         del remaining[stage]
         check_run(remaining, plan.run_id)
 
 
 def _prepare(stage: str, plan: PlannedRun, force: bool) -> None:
     """Raise if an earlier stage is missing or another process writes the run."""
-    facts = store.stage_facts(stage, plan.run_id, plan.params[stage])
-    run = store.runs_root() / plan.run_id
-    store.lock_run(run)
+    facts = stage_keys.stage_facts(stage, plan.run_id, plan.params[stage])
+    run = run_folders.runs_root() / plan.run_id
+    run_folders.lock_run(run)
     if not load_profile(plan.run_id):
         (run / PROFILE_FILE).write_text(f"{plan.profile}\n")
     if force:
         store.begin_again(stage, plan.run_id, facts)
-    store.unlock_run(run)
+    run_folders.unlock_run(run)
 
 
 def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) -> None:
@@ -110,14 +111,12 @@ def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) 
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    folder = store.runs_root() / run_id / stage
+    folder = run_folders.runs_root() / run_id / stage
     output = folder.with_name(f"{stage}.running.ipynb")
-    # papermill formats paths with the parameters
-    paths = [str(path).replace("{", "{{").replace("}", "}}")
-             for path in (NOTEBOOKS / f"{stage}.ipynb", output)]
     try:
-        papermill.execute_notebook(*paths, params, progress_bar=False, log_output=True,
-                                   cwd=str(NOTEBOOKS), kernel_manager_class=ThisPython,
+        papermill.execute_notebook(NOTEBOOKS / f"{stage}.ipynb", output, params,
+                                   progress_bar=False, log_output=True, cwd=str(NOTEBOOKS),
+                                   kernel_manager_class=ThisPython,
                                    extra_arguments=["--log-level=CRITICAL"])
     except (PapermillExecutionError, DeadKernelError) as error:
         kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))

@@ -61,9 +61,8 @@ def _read_profile(path: Path) -> dict:
 
 
 def needs_gpu(profile: str) -> bool:
-    """Whether a profile trains a full model: a file of it sets device to "cuda"."""
-    files = (PROFILES / profile).glob("*.yaml")
-    return any(_read_profile(path).get("device") == "cuda" for path in files)
+    """Whether a profile trains a full model: one of its files sets device to "cuda"."""
+    return any(profile_params(stage, profile).get("device") == "cuda" for stage in MODELS)
 
 
 def merge_mappings(value, change):
@@ -72,13 +71,15 @@ def merge_mappings(value, change):
 
 
 def validate_params(values: dict, stage: str) -> dict:
-    """`values` with the stage's defaults, in their types.
+    """`values` with the stage's defaults, in their types; a mapping keeps those that it leaves out.
 
     Raises: UserError for an unknown name, a value of the wrong type or out of its range, and values
         that cannot act together; each names the fix.
     """
+    defaults = default_params(stage)
     try:
-        params = MODELS[stage](**values)
+        params = MODELS[stage](**{name: merge_mappings(defaults.get(name), value)
+                                  for name, value in values.items()})
     except ValidationError as error:
         raise UserError(f"{stage}: {_sentence(error.errors()[0], stage)}") from None
     if params_of_trl := getattr(params, "trl", {}):

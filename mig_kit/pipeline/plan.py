@@ -75,7 +75,7 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
 def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> dict:
     """The values of `-p name value`: words as they stand, all others read as YAML.
 
-    Raises: UserError for a name that no stage has, and for a value that cannot be read.
+    Raises: UserError for a name that no stage has.
     """
     known = {name: field for stage in stages
              for name, field in MODELS[stage].model_fields.items()}
@@ -90,8 +90,7 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
         try:
             value = text if is_text or not text else yaml.safe_load(text)
         except yaml.YAMLError:
-            raise UserError(f"-p {name} {text!r} is no value; write a number, a word, or a list "
-                            "as \"[1, 2]\"") from None
+            value = text  # the parameter says what it must be
         overrides[name] = locate_paths(name, value)
     return overrides
 

@@ -86,20 +86,13 @@ def list_sources(run_id: str) -> list[str]:
 
 
 def find_owner(stage: str, run_id: str) -> str:
-    """The run whose folder holds the stage: itself, or its source; UserError if gone."""
-    runs = list_sources(run_id)
-    for branch, source in zip(runs, runs[1:]):
-        if stage not in load_branch(branch)["stages"]:
-            return branch
-        if not (runs_root() / source).is_dir():
-            raise UserError(
-                f"run '{branch}' starts from run '{source}', which is not in {runs_root()}; bring "
-                f"it back, or write its new name into {runs_root() / branch / BRANCH_FILE}")
-    return runs[-1]
+    """The run whose folder holds the stage: itself, or its source."""
+    return next(run for run in list_sources(run_id)
+                if stage not in load_branch(run).get("stages", ()))
 
 
 def stage_folder(stage: str, run_id: str) -> Path:
-    """Where the stage of a run lies; raises as `find_owner`."""
+    """Where the stage of a run lies."""
     return runs_root() / find_owner(stage, run_id) / stage
 
 
@@ -115,6 +108,13 @@ def require_own_stage(stage: str, run_id: str) -> None:
 def has_cold_start(run_id: str) -> bool:
     """False if the run's 01 had no teacher."""
     return finished_params("01_synthesize", run_id).get("teacher") != "none"
+
+
+def input_stages(stage: str, run_id: str) -> tuple[str, ...]:
+    """The stages that this one reads. A run without a cold start has no 02 and 03."""
+    if stage <= COLD_START[-1] or has_cold_start(run_id):
+        return STAGES[stage]
+    return tuple(name for name in STAGES[stage] if name not in COLD_START)
 
 
 def finished_params(stage: str, run_id: str) -> dict:

@@ -25,7 +25,7 @@ from mig_kit.common import (
 )
 from mig_kit.image_files import is_regular_file
 from mig_kit.pipeline.run_facts import run_params
-from mig_kit.pipeline.run_folders import COLD_START, STAGES, has_cold_start, require_record
+from mig_kit.pipeline.run_folders import STAGES, input_stages, require_record
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 
 NOT_PRODUCTS = ("metrics.json",)  # they hold times and names of runs
@@ -47,22 +47,9 @@ TAGS_OUTSIDE = {"parameters", "picture", "lesson"}
 MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function
 
 
-def input_stages(stage: str, run_id: str) -> tuple[str, ...]:
-    """The stages that this one reads. A run without a cold start has no 02 and 03."""
-    if stage <= COLD_START[-1] or has_cold_start(run_id):
-        return STAGES[stage]
-    return tuple(name for name in STAGES[stage] if name not in COLD_START)
-
-
 def with_run_params(stage: str, run_id: str, params: dict) -> dict:
     """The stage's parameters; if it builds on earlier stages, also those of the whole run."""
     return {**params, **run_params(run_id, stage)} if STAGES[stage] else params
-
-
-def load_inputs(stage: str, run_id: str) -> dict[str, dict[str, str]]:
-    """Stage -> digests of its files, for the stages that this one reads; raises if one is gone."""
-    return {name: require_record(name, run_id, stage)["outputs"]
-            for name in input_stages(stage, run_id)}
 
 
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:
@@ -71,10 +58,10 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     A finished stage is stale where `describe_change` has something to say about the two.
     """
     params = with_run_params(stage, run_id, params)
-    inputs = load_inputs(stage, run_id)
-    if stage not in STAGES_OF_PICTURES:
-        inputs = {name: {file: digest for file, digest in outputs.items()
-                         if file not in NOT_PRODUCTS} for name, outputs in inputs.items()}
+    left_out = () if stage in STAGES_OF_PICTURES else NOT_PRODUCTS
+    inputs = {name: {file: digest
+                     for file, digest in require_record(name, run_id, stage)["outputs"].items()
+                     if file not in left_out} for name in input_stages(stage, run_id)}
     files = hash_named_files(params)
     images = files.pop("images", None)
     files |= {name: file_sha256(split_function_name(name)[0])

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic.fields import FieldInfo
 
 from mig_kit.boxes import MODEL_COORDINATES
-from mig_kit.common import PROFILES, PROJECT_ROOT, UserError, model_folder
+from mig_kit.common import PROJECT_ROOT, UserError, model_folder
 from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
 from mig_kit.pipeline.processes import parse_launcher
 from mig_kit.pipeline.reward_names import check_rewards
@@ -70,13 +70,6 @@ class StageParams(BaseModel):
     @classmethod
     def _is_a_folder(cls, run_id: str) -> str:
         return validate_run_id(run_id)
-
-    @field_validator("reward_weights", "suites", mode="before", check_fields=False)
-    @classmethod
-    def _keep_defaults(cls, values: object, info) -> object:
-        """A mapping keeps the defaults of the names that it leaves out."""
-        default = cls.model_fields[info.field_name].default
-        return {**default, **values} if isinstance(values, dict) else values
 
     @field_validator("base_model", "model", check_fields=False)
     @classmethod
@@ -144,13 +137,6 @@ class Preflight(StageParams):
     disk_gib: Amount = param(1.0, "free disk the profile needs, GiB")
     device: Device = DEVICE
 
-    @field_validator("profile")
-    @classmethod
-    def _exists(cls, profile: str) -> str:
-        require(profile == "tiny" or (profile.strip(".") and (PROFILES / profile).is_dir()),
-                f"profile is '{profile}'; it must be tiny or a folder of params/; name one")
-        return profile
-
 
 class Synthesize(Seeded):
     """01_synthesize."""
@@ -206,8 +192,6 @@ class Synthesize(Seeded):
         require((PROJECT_ROOT / self.data).is_file(),
                 f"data is '{self.data}'; it must be scenes or a file that exists: name the file of "
                 "your questions, as -p data mine.jsonl")
-        require((PROJECT_ROOT / self.image_root).is_dir(),
-                f"image_root is '{self.image_root}'; it must be a folder that exists; correct it")
         require(self.data_shares[2], "some questions must be held out; raise the last of "
                 "data_shares")
         require(self.teacher != "rules",

@@ -20,7 +20,7 @@ def run_line(run_id: str) -> str:
     parts += [f"from {branch['from']}"] if branch else []
     parts += [f"{' '.join(done) or 'nothing'} done"]
     parts += [f"{' '.join(stage[:2] for stage in stale)} stale"] if stale else []
-    parts += ["running"] if run_folders.is_locked(store.runs_root() / run_id) else []
+    parts += ["running"] if run_folders.is_locked(run_folders.runs_root() / run_id) else []
     if systems := _scores(run_id):
         suite = next(iter(systems["grpo"]))
         scores = " / ".join(f"{by_suite[suite]['score']:.1f}" for by_suite in systems.values())
@@ -43,16 +43,16 @@ def run_lines(run_id: str) -> list[str]:
 
 
 def _scores(run_id: str) -> dict:
-    folder = store.runs_root() / run_id / "06_evaluate"
+    folder = run_folders.runs_root() / run_id / "06_evaluate"
     return store.read_metrics(folder)["systems"] if (folder / "run.json").is_file() else {}
 
 
 def _stage_states(run_id: str) -> dict[str, str]:
     """What became of the run's own stages, of those that have begun."""
-    states, run = {}, store.runs_root() / run_id
+    states, run = {}, run_folders.runs_root() / run_id
     word = "running" if run_folders.is_locked(run) else "stopped"
     inherited = run_folders.load_branch(run_id).get("stages", ())
-    for stage in [stage for stage in store.STAGES if stage not in inherited]:
+    for stage in [stage for stage in run_folders.STAGES if stage not in inherited]:
         unfinished = store.unfinished_folder(stage, run_id)
         if record := run_folders.load_record(stage, run_id):
             states[stage] = f"done in {record['seconds'] / 60:.1f} min"

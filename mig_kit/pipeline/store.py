@@ -20,34 +20,11 @@ from types import SimpleNamespace
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, file_sha256, write_json
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, link_or_copy
+from mig_kit.pipeline import run_folders, stage_keys
 from mig_kit.pipeline.model_cards import CARD, write_card
 from mig_kit.pipeline.params import default_params, validate_params
 from mig_kit.pipeline.run_facts import describe_machine, package_versions
-from mig_kit.pipeline.run_folders import (
-    RECIPE,
-    STAGES,
-    find_owner,
-    format_run_command,
-    load_branch,
-    load_record,
-    lock_run,
-    require_own_stage,
-    runs_root,
-    stage_folder,
-    start_branch,
-    unlock_run,
-)
-from mig_kit.pipeline.run_folders import has_cold_start as has_cold_start  # for stages
-from mig_kit.pipeline.run_folders import require_record as require_record
 from mig_kit.pipeline.run_rules import check_run
-from mig_kit.pipeline.stage_keys import (
-    describe_change,
-    file_stats,
-    input_stages,
-    load_inputs,
-    stage_facts,
-    with_run_params,
-)
 
 DEFAULT_RUN = "default"  # which a new run of a notebook starts from
 STARTED = "started.json"
@@ -55,22 +32,23 @@ STARTED = "started.json"
 
 def describe_staleness(stage: str, run_id: str, params: dict) -> str:
     """How a finished stage differs from what it would be now, in words; "" if it does not."""
-    record = load_record(stage, run_id)
-    if change := describe_change(record["facts"], stage_facts(stage, run_id, params)):
-        return change
-    damaged = find_damaged(stage_folder(stage, run_id), record)
-    return f"{damaged} is gone or damaged" if damaged else ""
+    record = run_folders.load_record(stage, run_id)
+    now = stage_keys.stage_facts(stage, run_id, params)
+    damaged = find_damaged(run_folders.stage_folder(stage, run_id), record)
+    return stage_keys.describe_change(record["facts"], now) or (
+        f"{damaged} is gone or damaged" if damaged else "")
 
 
 def find_stale(run_id: str) -> dict[str, str]:
     """Stale stage -> "STAGE: why" of the first stage that makes it so, in a run and its source."""
     stale: dict[str, str] = {}
-    for stage in STAGES:
+    for stage in run_folders.STAGES:
         try:
-            if record := load_record(stage, run_id):
+            if record := run_folders.load_record(stage, run_id):
                 reason = describe_staleness(stage, run_id, recorded_params(stage, record))
                 causes = [f"{stage}: {reason}"] if reason else []
-                causes += [stale[name] for name in input_stages(stage, run_id) if name in stale]
+                causes += [stale[name] for name in run_folders.input_stages(stage, run_id)
+                           if name in stale]
                 stale |= {stage: causes[0]} if causes else {}
         except UserError as error:  # what it was made from is gone
             stale[stage] = f"{stage}: {error}"
@@ -80,7 +58,8 @@ def find_stale(run_id: str) -> dict[str, str]:
 def find_stale_inputs(stage: str, run_id: str, is_forced: bool = False) -> list[str]:
     """What makes inputs of a stage stale, as of `find_stale`; UserError unless forced."""
     stale = find_stale(run_id)
-    causes = sorted({stale[name] for name in input_stages(stage, run_id) if name in stale})
+    inputs = run_folders.input_stages(stage, run_id)
+    causes = sorted({stale[name] for name in inputs if name in stale})
     if causes and not is_forced:
         raise UserError(f"{stage} would build on what is stale in run '{run_id}' ({causes[0]}); "
                         "run that again, or add --force: what comes of it is then marked in "
@@ -92,14 +71,14 @@ def stale_notes(stage: str, run_id: str) -> list[str]:
     """Sentences on why a stage's results are not those of the present code and parameters."""
     reason = find_stale(run_id).get(stage, "")
     notes = [f"{stage} of run '{run_id}' is stale ({reason})"] if reason else []
-    return notes + list_marks(RECIPE[:RECIPE.index(stage) + 1], run_id)
+    return notes + list_marks(run_folders.RECIPE[:run_folders.RECIPE.index(stage) + 1], run_id)
 
 
 def list_marks(stages: Sequence[str], run_id: str) -> list[str]:
     """A sentence on each of these stages that was made from stale ones."""
-    marks = {stage: (load_record(stage, run_id) or {}).get("stale_inputs") for stage in stages}
+    records = {stage: run_folders.load_record(stage, run_id) or {} for stage in stages}
     return [f"{stage} of run '{run_id}' was made from what was stale ({'; '.join(causes)})"
-            for stage, causes in marks.items() if causes]
+            for stage, record in records.items() if (causes := record.get("stale_inputs"))]
 
 
 def recorded_params(stage: str, record: dict) -> dict:
@@ -110,13 +89,13 @@ def recorded_params(stage: str, record: dict) -> dict:
 
 def require_intact_inputs(stage: str, run_id: str) -> None:
     """UserError with file and command if an earlier stage's output has other bytes than it had."""
-    for name in input_stages(stage, run_id):
-        owner, folder = find_owner(name, run_id), stage_folder(name, run_id)
-        record = load_record(name, run_id)
+    for name in run_folders.input_stages(stage, run_id):
+        owner, folder = run_folders.find_owner(name, run_id), run_folders.stage_folder(name, run_id)
+        record = run_folders.load_record(name, run_id)
         if damaged := record and find_damaged(folder, record, is_thorough=True):
             raise UserError(f"{damaged} is not what {name} of run '{owner}' wrote: damaged or "
                             "changed since; make it again: "
-                            f"{format_run_command(name, owner, '--force')}")
+                            f"{run_folders.format_run_command(name, owner, '--force')}")
 
 
 def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path | None:
@@ -129,7 +108,7 @@ def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path 
         path = folder / name
         if not path.is_file():
             return path
-        is_as_it_was = record["stats"].get(name) == file_stats(path) and not is_thorough
+        is_as_it_was = record["stats"].get(name) == stage_keys.file_stats(path) and not is_thorough
         if not is_as_it_was and file_sha256(path) != digest:
             return path
     images = folder / IMAGE_FOLDER
@@ -140,7 +119,7 @@ def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path 
 
 def unfinished_folder(stage: str, run_id: str) -> Path:
     """Where the stage of a run is made."""
-    return runs_root() / run_id / f"{stage}.unfinished"
+    return run_folders.runs_root() / run_id / f"{stage}.unfinished"
 
 
 def read_started(folder: Path) -> dict:
@@ -176,9 +155,10 @@ def is_done(stage: str, run_id: str, params: dict) -> bool:
     Raises: UserError, with what differs and the ways out, if it has finished or was stopped with
         others, or if one of its files is damaged.
     """
-    record, started = load_record(stage, run_id), read_started(unfinished_folder(stage, run_id))
-    difference = started and describe_change(
-        started["facts"], stage_facts(stage, run_id, params), "started")
+    record = run_folders.load_record(stage, run_id)
+    started = read_started(unfinished_folder(stage, run_id))
+    difference = started and stage_keys.describe_change(
+        started["facts"], stage_keys.stage_facts(stage, run_id, params), "started")
     if not difference and (started or not record):
         return False
     if record and not (difference := describe_staleness(stage, run_id, params)):
@@ -196,8 +176,8 @@ def is_done(stage: str, run_id: str, params: dict) -> bool:
 class Stage:
     """A running stage; work: the folder it writes to, params: its own and the run's.
 
-    facts: of `stage_facts`. inputs: what the earlier stages had made when it started. is_shown:
-    whether it has finished before, and its cells only show it. spent: seconds before.
+    facts: of `stage_facts`. inputs: the stages that it reads. is_shown: whether it has finished
+    before, and its cells only show it. spent: seconds before.
     """
 
     name: str
@@ -205,7 +185,7 @@ class Stage:
     work: Path
     params: dict
     facts: dict
-    inputs: dict[str, dict[str, str]]
+    inputs: tuple[str, ...]
     is_shown: bool
     spent: float
     stale_inputs: list[str]
@@ -230,11 +210,11 @@ class Stage:
     @property
     def final_folder(self) -> Path:
         """Where the stage lies once it has finished."""
-        return runs_root() / self.run_id / self.name
+        return run_folders.runs_root() / self.run_id / self.name
 
     def input_path(self, stage: str, name: str = "") -> Path:
         """A file or folder that an earlier stage of this run, or of its source, has made."""
-        return stage_folder(stage, self.run_id) / name
+        return run_folders.stage_folder(stage, self.run_id) / name
 
     def finish(self, metrics: dict, summary: str = "", **facts) -> None:
         """Write metrics.json, then run.json, and rename the folder; a copy to show is deleted.
@@ -251,10 +231,9 @@ class Stage:
             files = {str(path.relative_to(folder)): path for path in _output_files(folder)}
             write_json(folder / "run.json", {
                 "stage": self.name, "run_id": self.run_id, "params": self.params,
-                "facts": self.facts, "inputs": self.inputs,
-                "branch": load_branch(self.run_id) if self.inputs else {},
+                "facts": self.facts, "branch": run_folders.load_branch(self.run_id),
                 "outputs": {name: file_sha256(path) for name, path in files.items()},
-                "stats": {name: file_stats(path) for name, path in files.items()},
+                "stats": {name: stage_keys.file_stats(path) for name, path in files.items()},
                 "summary": summary.replace(str(folder), str(final)), **describe_machine(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
                 "stale_inputs": self.stale_inputs,
@@ -264,7 +243,7 @@ class Stage:
             folder.rename(final)
             (final / STARTED).unlink()
         self.is_finished = True
-        unlock_run(final.parent)
+        run_folders.unlock_run(final.parent)
 
 
 def _output_files(folder: Path) -> list[Path]:
@@ -293,24 +272,25 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     params = validate_params({name: names[name] for name in sorted(assigned) if name in names},
                              stage)
     run_id = params["run_id"]
-    require_own_stage(stage, run_id)
-    run = runs_root() / run_id
-    is_branch = bool(STAGES[stage]) and not run.exists() and (runs_root() / DEFAULT_RUN).is_dir()
+    run_folders.require_own_stage(stage, run_id)
+    root, inputs = run_folders.runs_root(), run_folders.STAGES[stage]
+    run = root / run_id
+    is_branch = bool(inputs) and not run.exists() and (root / DEFAULT_RUN).is_dir()
     check_run({stage: params}, DEFAULT_RUN if is_branch else run_id)
     if is_branch:
-        start_branch(DEFAULT_RUN, run_id, stage)
-        earlier = load_branch(run_id)["stages"]
+        run_folders.start_branch(DEFAULT_RUN, run_id, stage)
+        earlier = run_folders.load_branch(run_id)["stages"]
         print(f"run '{run_id}' is new: {earlier[0]} to {earlier[-1]} are those of run "
               f"'{DEFAULT_RUN}'")
-    facts = stage_facts(stage, run_id, params)
+    facts = stage_keys.stage_facts(stage, run_id, params)
     require_intact_inputs(stage, run_id)
-    lock_run(run)
+    run_folders.lock_run(run)
     started = read_started(unfinished_folder(stage, run_id))
     try:
         is_shown = is_done(stage, run_id, params)
         stale_inputs = find_stale_inputs(stage, run_id, is_shown or started.get("is_forced", False))
     except UserError:
-        unlock_run(run)
+        run_folders.unlock_run(run)
         raise
     folder = _open_copy(stage, run_id) if is_shown else unfinished_folder(stage, run_id)
     spent = 0.0 if is_shown else seconds_spent(folder)
@@ -318,15 +298,15 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / STARTED, {"is_forced": False, **started, "facts": facts,
                                       "spent": spent})
-    begun = Stage(stage, run_id, folder, with_run_params(stage, run_id, params), facts,
-                  load_inputs(stage, run_id), is_shown, spent, stale_inputs)
+    begun = Stage(stage, run_id, folder, stage_keys.with_run_params(stage, run_id, params), facts,
+                  run_folders.input_stages(stage, run_id), is_shown, spent, stale_inputs)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 
 
 def _open_copy(stage: str, run_id: str) -> Path:
     """A copy of a finished stage, for the cells that show it; it goes when this process ends."""
-    final = runs_root() / run_id / stage
+    final = run_folders.runs_root() / run_id / stage
     folder = final.with_name(f"{stage}.shown")
     shutil.rmtree(folder, ignore_errors=True)  # of a kernel that was killed
 
@@ -358,7 +338,7 @@ def _print_stage(stage: Stage) -> None:
     print("versions:", ", ".join(f"{name} {version}"
                                  for name, version in package_versions().items()))
     if stage.is_shown:
-        record = require_record(stage.name, stage.run_id, stage.name)
+        record = run_folders.require_record(stage.name, stage.run_id, stage.name)
         print(f"it has finished ({record['summary'] or 'no summary'}): the cells show what is "
               "there, and train nothing again")
     elif stage.spent:

@@ -15,7 +15,7 @@ import numpy as np
 from mig_kit.boxes import Box, BoxFormat, iou
 from mig_kit.common import UserError, model_folder
 from mig_kit.image_files import image_digests
-from mig_kit.pipeline import store
+from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.run_facts import name_data
 from mig_kit.pipeline.stage_params import START_WORDS
 from mig_kit.prompts import is_well_formed, parse_boxes, reply_boxes_in_original
@@ -43,7 +43,7 @@ def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample
     """Suite -> scored samples: held-out own data, then synthetic suites; params: of 06."""
     samples: dict[str, Sequence[Sample]] = {}
     if has_own_data(run_id):
-        folder = store.stage_folder("01_synthesize", run_id)
+        folder = run_folders.stage_folder("01_synthesize", run_id)
         samples[suites.OWN] = read_samples(folder / "val.parquet")
     return samples | draw_test_samples(params)
 

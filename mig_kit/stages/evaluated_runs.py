@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
-from mig_kit.pipeline import store
+from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.run_facts import changed_params
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.sample import Sample
@@ -81,8 +81,8 @@ def _asked(run_id: str) -> dict:
     """What decides which questions a run answered: SAMPLE_PARAMS, and the file of own data."""
     if is_recorded(run_id):
         return read_recorded(run_id).params | {"own data": ""}
-    record = store.require_record("06_evaluate", run_id, "mig-kit table")
-    held_out = (store.load_record("01_synthesize", run_id)["outputs"]["val.parquet"]
+    record = run_folders.require_record("06_evaluate", run_id, "mig-kit table")
+    held_out = (run_folders.load_record("01_synthesize", run_id)["outputs"]["val.parquet"]
                 if evaluate.has_own_data(run_id) else "")
     return _sample_params(record["params"]) | {"own data": held_out}
 
@@ -96,18 +96,18 @@ def _sample_params(params: dict) -> dict:
 def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
     if is_recorded(run_id):
         return read_recorded(run_id)
-    record = store.load_record("06_evaluate", run_id)
-    stages = {stage: store.load_record(stage, run_id) or {} for stage in RECIPE[1:6]}
+    record = run_folders.load_record("06_evaluate", run_id)
+    stages = {stage: run_folders.load_record(stage, run_id) or {} for stage in RECIPE[1:6]}
     trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
-    curves = store.read_metrics(store.stage_folder("05_grpo", run_id)).get("curves", [])
+    curves = store.read_metrics(run_folders.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
     params = record["params"]
-    has_model = {"sft": store.has_cold_start(run_id), "sft_long": False}
+    has_model = {"sft": run_folders.has_cold_start(run_id), "sft_long": False}
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     correct = {system: {suite: _correctness(run_id, system, suite, part, box_format)
                         for suite, part in samples.items()}
                for system in SYSTEMS if has_model.get(system, True)}
-    seed, folder = trained.get("seed", 0), store.stage_folder("06_evaluate", run_id)
+    seed, folder = trained.get("seed", 0), run_folders.stage_folder("06_evaluate", run_id)
     return EvaluatedRun(
         run_id, synthesized.get("seed", seed), seed, correct,
         float(np.mean(lengths)) if lengths else float("nan"),
@@ -122,7 +122,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
 
 def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
                  box_format: BoxFormat) -> str:
-    folder = store.stage_folder("06_evaluate", run_id) / "replies"
+    folder = run_folders.stage_folder("06_evaluate", run_id) / "replies"
     replies = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
     return "".join(str(int(evaluate.reply_is_correct(replies[sample.id][0], sample, box_format)))
                    for sample in samples)
@@ -206,7 +206,7 @@ def compare_with_readme(run_id: str) -> str:
 
     "" for a run with other parameters than the README's, or without a finished 06.
     """
-    record = store.load_record("06_evaluate", run_id)
+    record = run_folders.load_record("06_evaluate", run_id)
     if (not (PROJECT_ROOT / README_RECORD).is_file() or not record
             or changed_params(run_id, RECIPE[1:7])):
         return ""

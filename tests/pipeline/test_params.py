@@ -8,7 +8,7 @@ import pytest
 from command_line import describe_files, error_of, output_of
 
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, UserError
-from mig_kit.pipeline import params, reward_names, stage_keys, store
+from mig_kit.pipeline import params, reward_names, run_folders, stage_keys, store
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.plan import choose_params, parse_overrides
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, MODELS
@@ -17,13 +17,12 @@ from mig_kit.serving.served_rollouts import SAMPLING_CURVES
 from mig_kit.stages.grpo import CURVES
 
 PROFILE_FILES = sorted((PROJECT_ROOT / "params").glob("*/*.yaml"))
-STAGES = {stage[:2]: stage for stage in store.STAGES}
+STAGES = {stage[:2]: stage for stage in run_folders.STAGES}
 KIT = ["format", "image", "box", "choice"]
 NO_SHARING = {"share_prefix": False}
 # stage, wrong values -> a part of the sentence; FILE and OTHER are files of rewards
 REFUSED = [
     ("00", {"disk_gib": "nan"}, "it must be float, 0 or more"),
-    ("00", {"profile": "huge"}, "it must be tiny or a folder of params/"),
     ("00", {"device": "gpu"}, "one of auto, cuda, cpu"),
     ("01", {"seed": -1}, "it must be int, 0 or more, at most 4294967295"),
     ("01", {"data_shares": [0.5, 0.2, 0.2]}, "must sum to 1"),
@@ -32,7 +31,6 @@ REFUSED = [
     ("01", {"data": "README.md", "teacher": "none", "data_shares": [0.5, 0.5, 0]}, "held out"),
     ("01", {"data": "none.jsonl", "teacher": "none"},
      "data is 'none.jsonl'; it must be scenes or a file that exists: name the"),
-    ("01", {"data": "README.md", "teacher": "none", "image_root": "nowhere"}, "that exists"),
     ("01", {"teacher": "own"}, "teacher own is the key 'reply' of your own data"),
     ("01", {"teacher": "endpoint"}, "endpoint_url like http://localhost"),
     ("01", {"teacher": "endpoint", "endpoint_model": "m", "endpoint_url": "http://u:secret@a/v1"},
@@ -118,14 +116,14 @@ def test_the_file_of_a_reward_is_part_of_what_makes_05_stale(reward_files, monke
     own_file = reward_files["FILE"]
     values = {"rewards": ["format", f"{own_file}:center"], "reward_weights": {"center": 0.5}}
     values = validate_params(values, "05_grpo")
-    key = store.stage_facts("05_grpo", "run", values)
-    assert store.stage_facts("05_grpo", "run", values) == key
+    key = stage_keys.stage_facts("05_grpo", "run", values)
+    assert stage_keys.stage_facts("05_grpo", "run", values) == key
     own_file.write_text(own_file.read_text().replace("1.0", "0.5"))
-    assert store.stage_facts("05_grpo", "run", values) != key
+    assert stage_keys.stage_facts("05_grpo", "run", values) != key
 
 
 def test_a_cell_and_the_command_refuse_it_alike_and_touch_nothing(root, leave):
-    for stage in store.STAGES:
+    for stage in run_folders.STAGES:
         leave(stage, "default")
     before = describe_files(root)
     with pytest.raises(UserError) as in_a_notebook:

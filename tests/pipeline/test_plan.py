@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from command_line import describe_files, error_of, output_of
 
 from mig_kit.commands.main import cli
-from mig_kit.common import UserError, write_json
+from mig_kit.common import UserError, digest_json, write_json
 from mig_kit.pipeline import execute, plan, run_facts, run_folders, stage_keys, status, store
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.stages import evaluated_runs
@@ -40,7 +40,7 @@ def no_kernels(monkeypatch):
         (begun.folder / "x").write_text(str(getattr(p, "max_steps", "x")))
         begun.finish({"systems": {"grpo": {"blink": {"score": 1.0}}}})
         write_json(begun.final_folder / "run.json",
-                   {**store.load_record(stage, run_id), "seconds": 90.0})
+                   {**run_folders.load_record(stage, run_id), "seconds": 90.0})
 
     monkeypatch.setattr(execute, "_execute_notebook", execute_notebook)
     monkeypatch.setattr(evaluated_runs, "compare_with_readme", lambda run_id: "")
@@ -55,11 +55,10 @@ def test_a_branch_takes_earlier_stages_by_reference_and_changes_none(root):
     stage = finish_stage("b", "05_grpo", "b")
     assert stage.final_folder == root / "b" / "05_grpo"
     assert stage.input_path("03_merge", "x") == root / "a" / "03_merge" / "x"
-    record = store.load_record("05_grpo", "b")
+    record = run_folders.load_record("05_grpo", "b")
     assert record["branch"] == branch
-    digest = hashlib.sha256(b"1").hexdigest()
-    assert {name: files["x"] for name, files in record["inputs"].items()} == {
-        "03_merge": digest, "04_rejection_sampling": digest}
+    digest = digest_json({"x": hashlib.sha256(b"1").hexdigest()})
+    assert record["facts"]["input"] == {"03_merge": digest, "04_rejection_sampling": digest}
     assert run_facts.run_params("b", "05_grpo")["base_model"] == "tiny"
     assert describe_files(root / "a") == before, "neither changed nor locked"
     with pytest.raises(UserError, match="03_merge of run 'b' is that of run 'a'; run it there"):
@@ -73,13 +72,14 @@ def test_a_branch_of_a_branch(root):
     run_folders.start_branch("a", "b", "05_grpo")
     finish_stage("b", "05_grpo", "b")
     run_folders.start_branch("b", "c", "06_evaluate")
-    assert store.stage_folder("02_sft", "c") == root / "a" / "02_sft"
-    assert store.stage_folder("05_grpo", "c") == root / "b" / "05_grpo"
-    inputs = finish_stage("c", "06_evaluate", "c").inputs
-    assert inputs["05_grpo"]["x"] == store.load_record("05_grpo", "b")["outputs"]["x"]
+    assert run_folders.stage_folder("02_sft", "c") == root / "a" / "02_sft"
+    assert run_folders.stage_folder("05_grpo", "c") == root / "b" / "05_grpo"
+    outputs = run_folders.load_record("05_grpo", "b")["outputs"]
+    assert finish_stage("c", "06_evaluate", "c").facts["input"]["05_grpo"] == digest_json(
+        {"x": outputs["x"]})
     run_folders.start_branch("c", "d", "03_merge")
-    assert [run for run in "abcd" if store.find_owner("02_sft", run) != "a"] == []
-    assert store.find_owner("04_rejection_sampling", "d") == "d"
+    assert [run for run in "abcd" if run_folders.find_owner("02_sft", run) != "a"] == []
+    assert run_folders.find_owner("04_rejection_sampling", "d") == "d"
 
 
 def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
@@ -132,10 +132,10 @@ def test_a_source_that_is_gone_is_one_sentence(root):
     assert "05_grpo needs 03_merge of run 'a', which has not finished; run: mig-kit run 03 " \
         "--run-id a, with every -p of that run" in error_of("run", "05", "--run-id", "b")
     (root / "a").rename(root / "other")
-    sentence = error_of("run", "05", "--run-id", "b")
-    assert "run 'b' starts from run 'a', which is not in " in sentence and "bring it" in sentence
-    assert "starts from run 'a', which is not in" in output_of("status", "b")
-    assert output_of("status").startswith("b (by hand); from a; 05 done; 01 02 03 04 05 stale")
+    assert "05_grpo needs 01_synthesize of run 'a', which has not finished; run: mig-kit run 01 " \
+        in error_of("run", "05", "--run-id", "b")
+    assert "needs 01_synthesize of run 'a', which has not finished" in output_of("status", "b")
+    assert output_of("status").startswith("b (by hand); from a; 05 done; 05 stale\n")
 
 
 def test_the_tree_of_runs_is_a_line_each(root, leave):
@@ -189,7 +189,7 @@ def test_a_run_keeps_the_profile_that_it_began_with(root, leave, no_kernels):
     leave("03_merge", "smoke")
     leave("04_rejection_sampling", "smoke")
     output_of("run", "05", "--from", "smoke", "--run-id", "b", "-p", "seed", "1")
-    assert store.load_record("05_grpo", "b")["params"]["max_steps"] == 2, "that of its source"
+    assert run_folders.load_record("05_grpo", "b")["params"]["max_steps"] == 2, "that of its source"
     assert output_of("status").splitlines()[2].startswith("  b (smoke); from smoke; 05 done")
 
 

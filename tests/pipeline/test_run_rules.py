@@ -72,7 +72,7 @@ def test_a_branch_of_a_run_without_a_cold_start(root, leave):
     run_folders.start_branch("a", "b", "05_grpo")
     for run_id in ("a", "b"):
         assert not run_folders.has_cold_start(run_id)
-        assert [store.input_stages(stage, run_id) for stage in RECIPE[3:7]] == [
+        assert [run_folders.input_stages(stage, run_id) for stage in RECIPE[3:7]] == [
             ("02_sft",), ("01_synthesize",), ("04_rejection_sampling",),
             ("01_synthesize", "05_grpo")]
     assert planned_stages([], OWN[2:], run_id="b") == ["00", "05", "06", "07"]

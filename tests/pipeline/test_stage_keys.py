@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from mig_kit.common import NOTEBOOKS, PACKAGE
-from mig_kit.pipeline import stage_keys, store
+from mig_kit.pipeline import run_folders, stage_keys
 from mig_kit.pipeline.run_folders import RECIPE
 
 
@@ -156,7 +156,7 @@ def assigned_and_used(cell):
     return assigned, used
 
 
-@pytest.mark.parametrize("stage", store.STAGES)
+@pytest.mark.parametrize("stage", run_folders.STAGES)
 def test_no_cell_that_counts_uses_what_a_picture_or_a_lesson_assigns(stage):
     outside = {}  # name -> the cell outside the key that assigned it last
     for cell in stage_keys.notebook_cells(stage):

@@ -13,7 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_json
-from mig_kit.pipeline import stage_keys, store
+from mig_kit.pipeline import run_folders, stage_keys, store
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -24,7 +24,7 @@ def begin(**values) -> store.Stage:
 
 
 def load_record(stage: str = "00_preflight"):
-    return store.load_record(stage, "a")
+    return run_folders.load_record(stage, "a")
 
 
 def test_a_stage_gives_its_parameters_and_prints_those_that_differ(root, leave, capsys):
@@ -102,7 +102,7 @@ def test_cells_of_a_finished_stage_show_what_is_there_and_write_nothing(root, ca
 
 def test_a_stopped_stage_goes_on_with_the_same_values_alone(root, capsys):
     (begin(memory_gib=1.0).folder / "half.txt").write_text("an hour's work")
-    store.unlock_run(root / "a")  # killed
+    run_folders.unlock_run(root / "a")  # killed
     with pytest.raises(UserError, match=r"was stopped, and stays .*2.0, started with 1.0"):
         begin(memory_gib=2.0)
     begun = begin(memory_gib=1.0)
@@ -115,13 +115,13 @@ def test_force_replaces_at_the_end_and_goes_on_after_a_kill(root):
     stage = begin()
     (stage.folder / "out.txt").write_text("old")
     stage.finish({"n": 1})
-    facts = store.stage_facts("00_preflight", "a", stage.params)
+    facts = stage_keys.stage_facts("00_preflight", "a", stage.params)
     store.begin_again("00_preflight", "a", facts)
     begun = begin()
     finished = stage.final_folder
     assert not (begun.folder / "out.txt").exists() and (finished / "out.txt").is_file()
     (begun.folder / "half.txt").write_text("new")
-    store.unlock_run(root / "a")  # killed
+    run_folders.unlock_run(root / "a")  # killed
     begun = begin()
     assert (begun.folder / "half.txt").is_file()
     begun.finish({"n": 2})
@@ -201,7 +201,7 @@ def test_a_flipped_byte_in_what_a_stage_reads_is_one_sentence(root, leave):
 
 
 def key_of(stage, **values):
-    return json.dumps(store.stage_facts(stage, "a", validate_params(values, stage)))
+    return json.dumps(stage_keys.stage_facts(stage, "a", validate_params(values, stage)))
 
 
 def count_keys(changes, stage, **values):
@@ -267,7 +267,7 @@ def test_two_writers_of_one_run(root):
     first = subprocess.Popen([*command, "stay"], env=environment, stdout=subprocess.PIPE, text=True)
     assert "begun\n" in iter(first.stdout.readline, "")
     with pytest.raises(UserError, match="'a' is being written by another process; wait"):
-        store.lock_run(root / "a", patience=0.2)
+        run_folders.lock_run(root / "a", patience=0.2)
     assert "running" in output_of("status", "a").splitlines()[1]
     store.begin_stage("00_preflight", {"run_id": "b"})  # another run is free
     begun = describe_files(root / "a" / "00_preflight.unfinished")
@@ -279,8 +279,8 @@ def test_two_writers_of_one_run(root):
     assert "stopped" in output_of("status", "a").splitlines()[1]
     second = subprocess.run([*command, "finish"], env=environment, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    store.lock_run(root / "a", patience=0.0)
-    store.unlock_run(root / "a")
+    run_folders.lock_run(root / "a", patience=0.0)
+    run_folders.unlock_run(root / "a")
 
 
 def test_a_clock_that_jumps_back_gives_no_negative_time(root, monkeypatch):
@@ -300,7 +300,7 @@ def small_disk(tmp_path, monkeypatch):
         pytest.skip("mounting a tmpfs is not allowed here")
     monkeypatch.setenv("MIG_KIT_RUNS", str(folder))
     yield folder
-    store.unlock_run(folder / "a")
+    run_folders.unlock_run(folder / "a")
     subprocess.run(["umount", str(folder)], check=True)
 
 
