@@ -11,7 +11,7 @@ from command_line import output_of, run_mig_kit
 
 from mig_kit import PROCESS_ENVIRONMENT
 from mig_kit.commands.main import cli
-from mig_kit.pipeline import status
+from mig_kit.pipeline import run_folders
 from mig_kit.world.tasks import make_sample
 
 
@@ -31,7 +31,7 @@ def test_bench_starts_again_on_the_heap_that_stages_have():
     (("run", "02", "-p", "epochs", "1"), "did you mean 'num_train_epochs'?"),
     (("run", "02", "-p", "min_pixels", "1"), "'min_pixels' is set once per run, in 01_synthesize"),
     (("run", "-p", "learning_rat", "1"), "did you mean 'learning_rate'"),
-    (("run", "01", "-p", "data_shares", "[0.4,1"), "data_shares is '[0.4,1'; it must be list[float]"),
+    (("run", "01", "-p", "data_shares", "[0.4,1"), "is '[0.4,1'; it must be list[float]"),
     (("run", "01", "-p", "run_id", "b"), "use --run-id"),
     (("run", "05", "-p", "top_p", "0.9"), 'is written as -p trl "{NAME: VALUE}"'),
     (("run", "05", "-p", "reward_weights", "{box:2}"), "it must be dict[str, float]"),
@@ -55,7 +55,7 @@ def test_a_sentence_is_all_that_a_process_says_and_a_bug_its_traceback(tmp_path,
     result = run_mig_kit("status", "nowhere", MIG_KIT_RUNS=str(tmp_path))
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("mig-kit: no run 'nowhere'")
-    monkeypatch.setattr(status, "run_tree", lambda: [][0])
+    monkeypatch.setattr(run_folders, "list_runs", lambda: [][0])
     with pytest.raises(IndexError):
         run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path))
 

@@ -99,20 +99,17 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrid
 @cli.command()
 @click.argument("run_id", required=False)
 def status(run_id: str | None) -> None:
-    """All runs, a line each, a branch below the run that it starts from; or the stages of RUN_ID,
-    why they are stale, and the greedy scores (percent).
+    """All runs, a line each; or the stages of RUN_ID, why they are stale, and the greedy scores
+    (percent).
     """
-    from mig_kit.pipeline.status import run_line, run_lines, run_tree
+    from mig_kit.pipeline.status import run_line, run_lines
 
     if run_id:
         require_runs(run_id)
-    runs = [(run_id, 0)] if run_id else run_tree()
-    for name, depth in runs:
-        for line in run_lines(name) if run_id else [run_line(name)]:
-            click.echo("  " * depth + line)
-    if not runs:
-        click.echo(f"no run in {run_folders.runs_root()} yet; mig-kit run makes one, all stages in "
-                   "some 20 minutes, and mig-kit run --profile smoke tries them in a few")
+    lines = run_lines(run_id) if run_id else map(run_line, sorted(run_folders.list_runs()))
+    click.echo("\n".join(lines) or (
+        f"no run in {run_folders.runs_root()} yet; mig-kit run makes one, all stages in some 20 "
+        "minutes, and mig-kit run --profile smoke tries them in a few"))
 
 
 @cli.command()

@@ -12,7 +12,6 @@ from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline import run_folders, stage_keys, store
 from mig_kit.pipeline.plan import PlannedRun
 from mig_kit.pipeline.run_folders import PROFILE_FILE, load_profile, start_branch
-from mig_kit.pipeline.run_rules import check_run
 
 STEP = re.compile(r"step \d+/\d+: ")
 
@@ -78,7 +77,7 @@ def run_plan(plan: PlannedRun, force: bool = False) -> None:
         check_plan(plan)
     if plan.source:
         start_branch(plan.source, plan.run_id, *plan.params)
-    remaining, lines = dict(plan.params), StageLines()
+    lines = StageLines()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[lines], force=True)
     for stage, values in plan.params.items():
         if not force and store.is_done(stage, plan.run_id, values):
@@ -89,8 +88,6 @@ def run_plan(plan: PlannedRun, force: bool = False) -> None:
             _execute_notebook(stage, plan.run_id, values, lines)
             record = run_folders.require_record(stage, plan.run_id, stage)
             lines.set(stage, "done", record["summary"])
-        del remaining[stage]
-        check_run(remaining, plan.run_id)
 
 
 def _prepare(stage: str, plan: PlannedRun, force: bool) -> None:

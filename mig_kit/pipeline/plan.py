@@ -1,5 +1,7 @@
 """What `mig-kit run` will do, checked before anything is written: stages and parameters."""
 
+import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -17,9 +19,10 @@ from mig_kit.pipeline.params import (
     unknown_parameter_message,
     validate_params,
 )
-from mig_kit.pipeline.run_rules import check_run, leave_out_cold_start
 from mig_kit.pipeline.stage_keys import MODEL_PARAMS
 from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS_STAGE, START_WORDS
+
+CURATION = "04_rejection_sampling"
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,17 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
         raise UserError(f"run '{source or run_id}' is of profile {recorded}; leave --profile out, "
                         "or use another --run-id for a run of its own")
     profile = profile or recorded or "tiny"
-    stages = plan_stages(names, run_id)
+    for stage in names:
+        run_folders.require_own_stage(stage, run_id)
+    inherited = run_folders.load_branch(run_id).get("stages", ())
+    stages = names or [stage for stage in run_folders.RECIPE if stage not in inherited]
     values = parse_overrides(overrides, stages)
     params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
-    if not names:
-        params = leave_out_cold_start(params, source or run_id)
+    synthesized = params.get(RUN_PARAMS_STAGE) or run_folders.finished_params(
+        RUN_PARAMS_STAGE, source or run_id)
+    if not names and synthesized.get("teacher") == "none":  # nothing to learn a cold start from
+        for stage in run_folders.COLD_START:
+            params.pop(stage, None)
     data = params.get(RUN_PARAMS_STAGE, {}).get("data")
     if data == "scenes" and "data" not in values and needs_gpu(profile):
         raise UserError(
@@ -124,11 +133,33 @@ def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dic
     return validate_params(values | known, stage)
 
 
+def check_run(planned: dict[str, dict], run_id: str) -> None:
+    """UserError if a planned stage cannot work on what the run's other stages make.
 
-
-def plan_stages(names: list[str], run_id: str) -> list[str]:
-    """`names`, or all stages of the recipe that are the run's own; UserError for its source's."""
-    for stage in names:
-        run_folders.require_own_stage(stage, run_id)
-    inherited = run_folders.load_branch(run_id).get("stages", ())
-    return names or [stage for stage in run_folders.RECIPE if stage not in inherited]
+    planned: parameters by stage. run_id: the run, or the one that it starts from.
+    """
+    synthesized = planned.get(RUN_PARAMS_STAGE) or run_folders.finished_params(
+        RUN_PARAMS_STAGE, run_id)
+    rl, evaluation = planned.get("05_grpo"), planned.get("06_evaluate")
+    if "02_sft" in planned and synthesized.get("teacher") == "none":
+        raise UserError("02_sft: teacher is 'none', so there is no cold-start set to learn from; "
+                        "use another run with a teacher, or leave 02 and 03 out and set start_from "
+                        "of 05 to base")
+    if rl and rl["start_from"] == "merged" and synthesized.get("teacher") == "none":
+        raise UserError("05_grpo: start_from is 'merged', and there is no cold start; set "
+                        "start_from to base, for RL alone, or teacher to own (the key 'reply' of "
+                        "your data) or endpoint")
+    curated = run_folders.stage_folder(CURATION, run_id) / "metrics.json"
+    if rl and CURATION not in planned and curated.is_file():
+        kept = json.loads(curated.read_text()).get("kept", math.inf)
+        replies = rl["per_device_train_batch_size"] * rl["gradient_accumulation_steps"]
+        if kept < (prompts := replies // rl["num_generations"]):
+            raise UserError(
+                f"05_grpo: an update uses {prompts} prompts (per_device_train_batch_size x "
+                f"gradient_accumulation_steps / num_generations), and 04 keeps {kept}; lower "
+                "gradient_accumulation_steps, widen min_pass_rate and max_pass_rate in 04, or make "
+                "more candidates in 01")
+    is_drawn = synthesized.get("data", "scenes") == "scenes"
+    if evaluation and is_drawn and not any(evaluation["suites"].values()):
+        raise UserError("06_evaluate: all suites are 0, so there is nothing to score; raise one of "
+                        "them")

@@ -5,8 +5,8 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from mig_kit.common import UserError
 
@@ -15,17 +15,12 @@ MODULE = "mig_kit.stages.launched_worker"  # a launcher starts it, with the stag
 OPTIONS = re.compile(r"--(nproc[-_]per[-_]node|nnodes|num[-_]machines|num[-_]processes)[ =]+(\S+)")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A launcher's words, processes per node (local) and nodes; 0 if unknown."""
+class Launch(NamedTuple):
+    """The words of a launcher's command, processes per node (local) and nodes; 0 if unknown."""
 
     words: tuple[str, ...]
     local: int
     nodes: int
-
-    def command(self, folder: Path) -> list[str]:
-        """The whole command that trains the job of a stage folder."""
-        return [*self.words, "-m", MODULE, str(folder)]
 
 
 def parse_launcher(launcher: str) -> Launch:
@@ -39,7 +34,7 @@ def parse_launcher(launcher: str) -> Launch:
                for name, text in OPTIONS.findall(launcher)}
     nodes = numbers.get("nnodes", numbers.get("num-machines", 1))
     local = numbers.get("nproc-per-node", numbers.get("num-processes", 0) // max(1, nodes))
-    return Launch((program, *words[1:]), local, nodes)
+    return Launch((program, *words[1:], "-m", MODULE), local, nodes)
 
 
 def search_path() -> str:

@@ -15,12 +15,9 @@ NAMES_OF_CURVES = ("step", "reward", "length", "entropy", "kl", "zero_std", "cli
 
 def check_rewards(references: Sequence[str], weights: Mapping[str, float],
                   default_weights: Mapping[str, float]) -> None:
-    """Check the rewards of 05 and their weights.
+    """UserError if 05 could not count these rewards, or if a weight (no default) is of none.
 
-    Args:
-        references: names of the kit's rewards, or "file.py:function".
-        weights: of names; one of no reward is a mistake, unless it is a default.
-    Raises: UserError.
+    references: names of the kit's rewards, or "file.py:function".
     """
     if not references:
         raise UserError("rewards is []; list names of rewards, such as [format, image, box, "

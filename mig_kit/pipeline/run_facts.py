@@ -61,12 +61,14 @@ def find_run_model(text: str) -> RunModel | None:
     Raises UserError if the run lacks that model, or if a single word names nothing here.
     """
     run_id, _, system = text.partition("/")
-    if run_id not in (runs := list_runs()) or system not in ("", *MODELS):
-        if system in ("", *MODELS) and not (text == "tiny" or Path(text).is_dir()):
-            near = suggest_word(run_id, runs | {"tiny"}, 0.5)
-            raise UserError(f"there is no run and no folder '{text}'; "
-                            f"{near or 'a model of the hub is USER/NAME'}")
+    if system not in ("", *MODELS):
         return None
+    if run_id not in (runs := list_runs()):
+        if text == "tiny" or Path(text).is_dir():
+            return None
+        near = suggest_word(run_id, runs | {"tiny"}, 0.5)
+        raise UserError(f"there is no run and no folder '{text}'; "
+                        f"{near or 'a model of the hub is USER/NAME'}")
     params = run_params(run_id, "a run's model")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     stage, _, name = MODELS[system or "grpo"].partition("/")
@@ -93,14 +95,13 @@ def describe_machine() -> dict:
 
 def _read_commit() -> str:
     """The project's commit, "+" for a changed tree; "" if there is no clone or no git."""
-    if not IS_CLONE:
-        return ""
     # named, a clone may be another user's, and a repository around it is not asked
     command = ["git", "--git-dir", ".git", "--work-tree", ".", "describe", "--always",
                "--exclude=*", "--abbrev=40", "--dirty=+"]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True,
-                              timeout=20, check=True).stdout.strip()
+    with suppress(OSError):
+        if IS_CLONE:
+            return subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True,
+                                  text=True).stdout.strip()
     return ""
 
 

@@ -2,7 +2,7 @@
 
 The command line, the profiles in params/ and the notebooks' setup cells read them here, and `make
 cells` writes the notebooks' `parameters` cells from them. A rule between parameters is a validator;
-a rule that needs other stages of the run stands in `run_rules`.
+a rule that needs other stages of the run stands in `plan.check_run`.
 """
 
 import re

@@ -4,14 +4,6 @@ from mig_kit.pipeline import run_folders, store
 from mig_kit.world.suites import suite_title
 
 
-def run_tree() -> list[tuple[str, int]]:
-    """(run, depth) of all runs: a branch follows its source, one deeper, if that is there."""
-    names = run_folders.list_runs()
-    paths = [[name for name in reversed(run_folders.list_sources(run_id)) if name in names]
-             for run_id in names]
-    return [(path[-1], len(path) - 1) for path in sorted(paths)]
-
-
 def run_line(run_id: str) -> str:
     """A run in one line: profile, what has finished, the scores of its first suite."""
     branch, stale = run_folders.load_branch(run_id), store.find_stale(run_id)

@@ -23,8 +23,8 @@ from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, link_or_copy
 from mig_kit.pipeline import run_folders, stage_keys
 from mig_kit.pipeline.model_cards import CARD, write_card
 from mig_kit.pipeline.params import default_params, validate_params
+from mig_kit.pipeline.plan import check_run
 from mig_kit.pipeline.run_facts import describe_machine, package_versions
-from mig_kit.pipeline.run_rules import check_run
 
 DEFAULT_RUN = "default"  # which a new run of a notebook starts from
 STARTED = "started.json"

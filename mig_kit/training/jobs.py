@@ -64,7 +64,7 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
         release_memory()
     else:
         (folder / ERROR_FILE).unlink(missing_ok=True)
-        run_command(launch.command(folder.resolve()), folder, launch.local)
+        run_command([*launch.words, str(folder.resolve())], folder, launch.local)
     write_json(path, {**job, "done": True})
     return _load_state(folder)
 

@@ -84,8 +84,9 @@ def test_a_branch_of_a_branch(root):
 
 def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
     run_folders.start_branch("a", "b", "05_grpo")
-    assert plan.plan_stages([], "b") == ["00_preflight", "05_grpo", "06_evaluate", "07_report"]
-    assert plan.plan_stages([], "a") == list(RECIPE)
+    for run_id, stages in (("a", list(RECIPE)),
+                           ("b", ["00_preflight", "05_grpo", "06_evaluate", "07_report"])):
+        assert list(plan.plan_run([], "", run_id, "", ()).params) == stages
     assert run_folders.check_branch("a", "b", ["06_evaluate"]) == [], "naming it again is no error"
     planned = plan.plan_run(["06_evaluate"], "", "b", "", ())
     assert (planned.source, list(planned.params)) == ("", ["06_evaluate"])
@@ -138,18 +139,17 @@ def test_a_source_that_is_gone_is_one_sentence(root):
     assert output_of("status").startswith("b (by hand); from a; 05 done; 05 stale\n")
 
 
-def test_the_tree_of_runs_is_a_line_each(root, leave):
+def test_runs_are_a_line_each(root, leave):
     leave("05_grpo", "a")
     run_folders.start_branch("a", "z", "05_grpo")
     finish_stage("z", "05_grpo", "z")
     run_folders.start_branch("a", "b", "06_evaluate")
     run_folders.start_branch("z", "c", "06_evaluate")
     leave("01_synthesize", "aa")
-    assert status.run_tree() == [("a", 0), ("b", 1), ("z", 1), ("c", 2), ("aa", 0)]
     assert output_of("status").splitlines() == [
-        "a (by hand); 01 02 03 04 05 done", "  b (by hand); from a; nothing done",
-        "  z (by hand); from a; 05 done", "    c (by hand); from z; nothing done",
-        "aa (by hand); 01 done"]
+        "a (by hand); 01 02 03 04 05 done", "aa (by hand); 01 done",
+        "b (by hand); from a; nothing done", "c (by hand); from z; nothing done",
+        "z (by hand); from a; 05 done"]
 
 
 def test_a_runs_name_makes_nothing_stale(root):
@@ -190,7 +190,7 @@ def test_a_run_keeps_the_profile_that_it_began_with(root, leave, no_kernels):
     leave("04_rejection_sampling", "smoke")
     output_of("run", "05", "--from", "smoke", "--run-id", "b", "-p", "seed", "1")
     assert run_folders.load_record("05_grpo", "b")["params"]["max_steps"] == 2, "that of its source"
-    assert output_of("status").splitlines()[2].startswith("  b (smoke); from smoke; 05 done")
+    assert output_of("status").splitlines()[1].startswith("b (smoke); from smoke; 05 done")
 
 
 def test_a_stale_stage_is_refused_or_marked_wherever_it_is_read(root, no_kernels, monkeypatch):

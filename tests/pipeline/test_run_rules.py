@@ -2,12 +2,11 @@
 
 from functools import partial
 
-import pyarrow.parquet
 import pytest
 from command_line import error_of
 
 from mig_kit.common import PROJECT_ROOT, UserError
-from mig_kit.pipeline import execute, plan, run_folders, store
+from mig_kit.pipeline import plan, run_folders, store
 from mig_kit.pipeline.run_folders import RECIPE
 
 refuse = partial(error_of, "run", "--run-id", "a")
@@ -78,23 +77,8 @@ def test_a_branch_of_a_run_without_a_cold_start(root, leave):
     assert planned_stages([], OWN[2:], run_id="b") == ["00", "05", "06", "07"]
 
 
-def leave_candidates(leave, counts):
-    tasks = [task for task, count in counts.items() for _ in range(count)]
-    pyarrow.parquet.write_table(pyarrow.table({"task": tasks}),
-                                leave("01_synthesize") / "rl.parquet")
-
-
-def test_too_few_prompts_are_known_from_01_on(root, leave):
-    leave_candidates(leave, {"diff": 10, "region": 3})
-    assert "an update uses 16 prompts (" in refuse("02", "03", "04", "05")
-    assert "and 04 keeps 8; lower" in refuse("04", "05", "-p", "per_task", "5")
-    few = ("-p", "gradient_accumulation_steps", "2")
-    assert planned_stages(["04_rejection_sampling", "05_grpo"], (few[1:],)) == ["04", "05"]
-
-
 def test_too_few_prompts_are_known_after_04(root, leave):
-    leave_candidates(leave, {"diff": 100})
-    for stage in RECIPE[2:5]:
+    for stage in RECIPE[1:5]:
         folder = leave(stage)
     (folder / "metrics.json").write_text('{"kept": 15}')
     sentence = "04 keeps 15; lower gradient_accumulation_steps"
@@ -105,19 +89,6 @@ def test_too_few_prompts_are_known_after_04(root, leave):
     run_folders.start_branch("a", "b", "05_grpo")
     with pytest.raises(UserError, match=sentence):
         planned_stages(["05_grpo"], (), "b")
-
-
-def test_too_few_candidates_end_a_command_after_01(root, leave, monkeypatch):
-    executed = []
-
-    def execute_notebook(stage, *_):
-        executed.append(stage)
-        leave_candidates(leave, {"diff": 9})
-
-    monkeypatch.setattr(execute, "_execute_notebook", execute_notebook)
-    monkeypatch.setattr(execute, "_prepare", lambda *_: None)
-    assert "04 keeps 9; lower" in refuse("01", "02", "03", "04", "05")
-    assert executed == ["01_synthesize"]
 
 
 def test_other_stages_of_the_run_decide(root, leave):

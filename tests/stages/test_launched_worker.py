@@ -100,7 +100,7 @@ def test_two_nodes_train_as_one_process_does(launch, alone, tmp_path):
     """The other node is told the command that the notebook prints."""
     launcher = ("torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id 1 "
                 f"--rdzv-endpoint 127.0.0.1:{free_port()}")
-    command = jobs.plan_launch(launcher).command(tmp_path / "02_sft")
+    command = [*jobs.plan_launch(launcher).words, str(tmp_path / "02_sft")]
 
     def train_elsewhere():
         while not (tmp_path / "02_sft" / jobs.JOB_FILE).is_file():
