@@ -35,8 +35,9 @@ def write_card(stage: str, folder: Path, run_id: str, params: dict) -> None:
     is_sft, base = stage == "03_merge", params["base_model"]
     facts = {"data": name_data(run_id), **(finished_params("02_sft", run_id) if is_sft else {}),
              **params}
-    recipe = {name: _without_folders(value) for name, value in facts.items()
-              if name not in EXECUTION_PARAMS}
+    recipe = json.dumps({name: value for name, value in facts.items()
+                         if name not in EXECUTION_PARAMS}, indent=1)
+    recipe = re.sub(r'"/[^"]*/', '"', recipe)  # of absolute paths the last part alone
     is_of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not model_folder(base).is_dir()
     title = f"{run_id}, {'SFT' if is_sft else 'GRPO'} model"
     head = ModelCardData(
@@ -44,12 +45,5 @@ def write_card(stage: str, folder: Path, run_id: str, params: dict) -> None:
         library_name="transformers", pipeline_tag="image-text-to-text", model_name=title,
         tags=["mig-kit", "visual-grounding", *(() if is_sft else ("trl", "grpo"))])
     # within a block of code, JSON's strings need no escape from Markdown
-    text = TEXT.format(title=title, recipe=json.dumps(recipe, indent=1))
+    text = TEXT.format(title=title, recipe=recipe)
     write_atomically(folder / name / CARD, ModelCard(f"---\n{head.to_yaml()}\n---\n{text}").save)
-
-
-def _without_folders(value):
-    """The value; of an absolute path, also in a list, its last part alone."""
-    if isinstance(value, list):
-        return [_without_folders(part) for part in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -22,7 +22,7 @@ from mig_kit.pipeline.stage_params import (
 
 # of pydantic's limits: what a number is then, in words
 LIMITS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}",
-          "multiple_of": "a multiple of {}", "min_length": "{} of them"}
+          "min_length": "{} of them"}
 
 
 def default_params(stage: str) -> dict:
@@ -33,8 +33,7 @@ def default_params(stage: str) -> dict:
 
 def list_profiles() -> list[str]:
     """The names of the profiles: tiny, and every folder of params/."""
-    folders = [path.name for path in PROFILES.iterdir() if path.is_dir()]
-    return ["tiny", *sorted(folders)]
+    return ["tiny", *sorted(path.name for path in PROFILES.iterdir() if path.is_dir())]
 
 
 def profile_params(stage: str, profile: str = "tiny") -> dict:
@@ -52,11 +51,10 @@ def _read_profile(path: Path) -> dict:
         return {}
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML ({str(error).splitlines()[0]}); write lines of "
-                        "parameter: value") from None
+    except yaml.YAMLError:
+        values = None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must be a mapping of parameter: value")
+        raise UserError(f"{path} is no mapping in YAML; write lines of parameter: value")
     return values
 
 

@@ -20,8 +20,7 @@ def check_rewards(references: Sequence[str], weights: Mapping[str, float],
     references: names of the kit's rewards, or "file.py:function".
     """
     if not references:
-        raise UserError("rewards is []; list names of rewards, such as [format, image, box, "
-                        "choice], and functions as file.py:function")
+        raise UserError("rewards is []; list names of rewards, such as [format, image, box]")
     names = [_reward_name(text) for text in references]
     files = [path.name for path in {split_function_name(text)[0] for text in references
                                     if ":" in text}]

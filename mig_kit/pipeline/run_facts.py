@@ -4,16 +4,14 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import IS_CLONE, PROJECT_ROOT, UserError, model_folder, suggest_word
-from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import finished_params, list_runs, require_record, stage_folder
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, RUN_PARAMS, RUN_PARAMS_STAGE
+from mig_kit.pipeline.stage_params import RUN_PARAMS, RUN_PARAMS_STAGE
 
 PACKAGES = ("mig-kit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
             "accelerate", "papermill", "numpy", "pillow")
@@ -26,17 +24,6 @@ def run_params(run_id: str, needed_by: str) -> dict:
     """RUN_PARAMS of a run, set by its stage 01; UserError if that has not finished."""
     params = require_record(RUN_PARAMS_STAGE, run_id, needed_by)["params"]
     return {name: params[name] for name in RUN_PARAMS}
-
-
-def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
-    """Finished stage -> its parameters that differ from the defaults and change results."""
-    changed = {}
-    for stage in stages:
-        params, defaults = finished_params(stage, run_id), default_params(stage)
-        changed[stage] = {name: value for name, value in params.items()
-                          if name in defaults and value != defaults[name]
-                          and name not in EXECUTION_PARAMS}
-    return {stage: values for stage, values in changed.items() if values}
 
 
 def name_data(run_id: str) -> str:

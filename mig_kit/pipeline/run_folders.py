@@ -59,8 +59,7 @@ def require_runs(*run_ids: str) -> None:
 
 def format_run_command(stage: str, run_id: str, options: str = "") -> str:
     """The command that makes this stage of a run, for error messages."""
-    command = " ".join(filter(None, ("mig-kit run", stage[:2], "--run-id", run_id, options)))
-    return f"{command}, with every -p of that run"
+    return f"mig-kit run {stage[:2]} --run-id {run_id}{options}, with every -p of that run"
 
 
 def load_profile(run_id: str) -> str:
@@ -165,8 +164,8 @@ def unlock_run(run: Path) -> None:
 def require_no_branches(run_id: str) -> None:
     """UserError, with their names, if other runs start from this one."""
     require_runs(validate_run_id(run_id))
-    if branches := [name for name in sorted(list_runs())
-                    if load_branch(name).get("from") == run_id]:
+    branches = [name for name in sorted(list_runs()) if load_branch(name).get("from") == run_id]
+    if branches:
         raise UserError(f"run '{run_id}' stays: {', '.join(branches)} start from it; remove these "
                         f"first, as mig-kit rm {branches[0]}")
 

@@ -8,7 +8,7 @@ a rule that needs other stages of the run stands in `plan.check_run`.
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from mig_kit.boxes import MODEL_COORDINATES
@@ -49,35 +49,45 @@ def param(default, words: str, **limits):
     return Field(default, description=words, **limits)
 
 
-DTYPE = param("auto", "auto, float32 or bfloat16")
-DEVICE = param("auto", "auto (a GPU where there is one), cuda or cpu")
-MAX_NEW_TOKENS = param(128, "longest reply, tokens")
-
-
 def require(condition: object, sentence: str) -> None:
     """UserError with the sentence, which names the fix, unless the condition holds."""
     if not condition:
         raise UserError(sentence)
 
 
+def _check_model(name: str, info) -> str:
+    require(model_folder(name).is_dir() and name or re.fullmatch(r"[\w.-]+/[\w.-]+", name),
+            f"{info.field_name} is '{name}'; it must be tiny, a folder that exists, or USER/NAME "
+            "of the hub; correct it")
+    return name
+
+
+def _check_server(server: str) -> str:
+    if server:
+        parse_server(server)  # else UserError
+    return server
+
+
+def _check_suites(sizes: dict[str, int]) -> dict[str, int]:
+    if other := sizes.keys() - SUITES.keys():
+        raise UserError(f"suites: '{min(other)}' is no drawn suite; they are {', '.join(SUITES)}")
+    require(min(sizes.values()) >= 0, "suites: a size is 0 or more; correct it")
+    return sizes
+
+
+RunId = Annotated[str, AfterValidator(validate_run_id)]
+Model = Annotated[str, AfterValidator(_check_model)]
+Server = Annotated[str, AfterValidator(_check_server)]
+DTYPE = param("auto", "auto, float32 or bfloat16")
+DEVICE = param("auto", "auto (a GPU where there is one), cuda or cpu")
+MAX_NEW_TOKENS = param(128, "longest reply, tokens")
+
+
 class StageParams(BaseModel):
     """What all stages have in common: no other names, no infinite numbers, no later changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    run_id: str = param("default", "name of the run folder under runs/")
-
-    @field_validator("run_id")
-    @classmethod
-    def _is_a_folder(cls, run_id: str) -> str:
-        return validate_run_id(run_id)
-
-    @field_validator("base_model", "model", check_fields=False)
-    @classmethod
-    def _is_a_model(cls, name: str, info) -> str:
-        require(model_folder(name).is_dir() and name or re.fullmatch(r"[\w.-]+/[\w.-]+", name),
-                f"{info.field_name} is '{name}'; it must be tiny, a folder that exists, or "
-                "USER/NAME of the hub; correct it")
-        return name
+    run_id: RunId = param("default", "name of the run folder under runs/")
 
 
 class Seeded(StageParams):
@@ -96,15 +106,8 @@ class OnHardware(StageParams):
 class Served(StageParams):
     """Stages whose replies servers may draw."""
 
-    server: str = param("", 'addresses of servers, as http://localhost:8000/v1; "": drawn here')
+    server: Server = param("", 'addresses of servers, as http://localhost:8000/v1; "": drawn here')
     concurrency: Positive = param(16, "requests under way at the servers")
-
-    @field_validator("server")
-    @classmethod
-    def _is_addresses(cls, server: str) -> str:
-        if server:
-            parse_server(server)  # else UserError
-        return server
 
 
 class Training(Seeded, OnHardware):
@@ -158,7 +161,7 @@ class Synthesize(Seeded):
     endpoint_url: str = param("", "as http://localhost:8000/v1; the key: $MIG_KIT_API_KEY")
     endpoint_model: str = param("", "name of the model at the endpoint")
     concurrency: Positive = param(4, "calls under way at once")
-    base_model: str = param("tiny", "the model to train: tiny (shipped), a folder or a hub name")
+    base_model: Model = param("tiny", "the model to train: tiny (shipped), a folder or a hub name")
     min_pixels: Positive = param(3136, "smallest area of an image as models see it, pixels")
     max_pixels: int = param(
         401408, "largest area of an image as models see it, pixels", ge=IMAGE_TOKEN)
@@ -172,35 +175,18 @@ class Synthesize(Seeded):
                 and abs(sum(self.data_shares) - 1) < 1e-6,
                 "data_shares, of cold start, RL and validation, must sum to 1; write three that "
                 "do, as [0.75, 0.2, 0.05]")
-        return self._check_scenes() if self.data == "scenes" else self._check_own_data()
-
-    def _check_scenes(self):
-        """Drawn scenes: there is something to learn from."""
-        require(self.teacher != "own",
-                "teacher own is the key 'reply' of your own data; name its file in data")
-        require(self.rl_per_task or self.rl_free_form_per_task or self.rl_boxes_per_task
-                or self.train_find_all_per_task,
-                "RL needs candidates; raise rl_per_task, rl_free_form_per_task or "
-                "rl_boxes_per_task")
-        require(self.teacher == "none" or self.cot_per_task or self.free_form_per_task
-                or self.train_find_all_per_task,
-                "the teacher needs questions; raise cot_per_task, or set teacher to none")
-        return self._check_endpoint()
-
-    def _check_own_data(self):
-        """Own data: the files are there, and its teacher can read photographs."""
-        require((PROJECT_ROOT / self.data).is_file(),
+        is_own = self.data != "scenes"
+        require(not is_own or (PROJECT_ROOT / self.data).is_file(),
                 f"data is '{self.data}'; it must be scenes or a file that exists: name the file of "
                 "your questions, as -p data mine.jsonl")
-        require(self.data_shares[2], "some questions must be held out; raise the last of "
-                "data_shares")
-        require(self.teacher != "rules",
+        require(not is_own or self.data_shares[2], "some questions must be held out; raise the "
+                "last of data_shares")
+        require(is_own or self.teacher != "own",
+                "teacher own is the key 'reply' of your own data; name its file in data")
+        require(not is_own or self.teacher != "rules",
                 f"data is '{self.data}', and the rules teacher reads synthetic scenes only; set "
                 "teacher to none and start_from to base (RL alone: images, question and target are "
                 "enough), to own (your key 'reply') or to endpoint")
-        return self._check_endpoint()
-
-    def _check_endpoint(self):
         require(self.teacher != "endpoint" or (
             ADDRESS.fullmatch(self.endpoint_url) and self.endpoint_model),
             "teacher endpoint needs endpoint_url like http://localhost:8000/v1, with no name, key "
@@ -309,21 +295,13 @@ class Grpo(Training, Served):
 class Evaluate(Seeded, OnHardware, Served):
     """06_evaluate."""
 
-    suites: dict[str, int] = param({name: suite.default for name, suite in SUITES.items()},
+    suites: Annotated[dict[str, int], AfterValidator(_check_suites)] = param(
+        {name: suite.default for name, suite in SUITES.items()},
         "test questions per task of each drawn suite; 0 leaves it out")
     eval_seed: Seed = param(53, "seed of the drawn test samples, the same for all runs")
     replies: Count = param(8, "replies at temperature 1 per sample; 0 for none")
     sampled_per_task: Count = param(10, "first samples of a task that get them; 0: all")
     max_new_tokens: Positive = MAX_NEW_TOKENS
-
-    @field_validator("suites")
-    @classmethod
-    def _are_drawn(cls, sizes: dict[str, int]) -> dict[str, int]:
-        if other := sizes.keys() - SUITES.keys():
-            raise UserError(f"suites: '{min(other)}' is no drawn suite; they are "
-                            f"{', '.join(SUITES)}")
-        require(min(sizes.values()) >= 0, "suites: a size is 0 or more; correct it")
-        return sizes
 
 
 class Report(StageParams):
@@ -340,7 +318,7 @@ class Benchmark(StageParams):
     group: int = param(8, "replies to a prompt, G", ge=2)
     tokens: int = param(64, "tokens of a reply", ge=2)
     prompts: Positive = param(4, "prompts of a step; stock needs memory for each")
-    model: str = param("tiny", "tiny (the shipped base) or a Qwen2.5-VL folder")
+    model: Model = param("tiny", "tiny (the shipped base) or a Qwen2.5-VL folder")
     repeats: Positive = param(3, "turns of either side")
     dtype: Dtype = DTYPE
 

@@ -95,7 +95,7 @@ def require_intact_inputs(stage: str, run_id: str) -> None:
         if damaged := record and find_damaged(folder, record, is_thorough=True):
             raise UserError(f"{damaged} is not what {name} of run '{owner}' wrote: damaged or "
                             "changed since; make it again: "
-                            f"{run_folders.format_run_command(name, owner, '--force')}")
+                            f"{run_folders.format_run_command(name, owner, ' --force')}")
 
 
 def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path | None:
@@ -123,10 +123,7 @@ def unfinished_folder(stage: str, run_id: str) -> Path:
 
 
 def read_started(folder: Path) -> dict:
-    """started.json of an unfinished stage, {} if there is none.
-
-    It is {"facts" of `stage_facts`, "spent": seconds before, "is_forced"}.
-    """
+    """started.json: {"facts" of `stage_facts`, "spent": seconds before, "is_forced"}, else {}."""
     path = folder / STARTED
     return json.loads(path.read_text()) if path.is_file() else {}
 

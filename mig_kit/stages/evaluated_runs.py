@@ -15,8 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
 from mig_kit.pipeline import run_folders, store
-from mig_kit.pipeline.run_facts import changed_params
+from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.sample import Sample
 from mig_kit.serving.stored_replies import load_replies
 from mig_kit.stages import evaluate
@@ -44,7 +45,7 @@ class EvaluatedRun:
     start_from: str = "merged"  # what 05 trained
     control: dict = field(default_factory=dict)  # run and parameters of sft_long, of old records
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
-    changed: dict[str, dict] = field(default_factory=dict)  # of `run_facts.changed_params`
+    changed: dict[str, dict] = field(default_factory=dict)  # of `changed_params`
     stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
     # by system and suite: truth and grounded of `evaluate.summarize_reasoning`
     reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
@@ -162,6 +163,16 @@ def read_recorded(path: str) -> EvaluatedRun:
         return TypeAdapter(EvaluatedRun).validate_json(file.read_bytes())
     except ValidationError as error:
         raise UserError(f"{path} is no recorded run; make one with mig-kit record") from error
+
+
+def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
+    """Finished stage -> its parameters that differ from the defaults and change results."""
+    changed = {}
+    for stage in stages:
+        params, defaults = run_folders.finished_params(stage, run_id), default_params(stage)
+        changed[stage] = {name: value for name, value in params.items()
+                          if name not in EXECUTION_PARAMS and value != defaults.get(name, value)}
+    return {stage: values for stage, values in changed.items() if values}
 
 
 def pair_runs(runs: Sequence[EvaluatedRun],

@@ -207,7 +207,7 @@ def test_the_models_before_rl_are_compared_too(nine_runs, monkeypatch):
     figure = plots.plot_groups(compare.figure_rows(result), "sft")
     assert "SFT models" in figure.get_suptitle()
     plots.plt.close(figure)
-    monkeypatch.setattr(evaluated_runs.store, "has_cold_start", lambda run: run != "dr_grpo-1")
+    monkeypatch.setattr(evaluated_runs.run_folders, "has_cold_start", lambda run: run != "dr_grpo-1")
     with pytest.raises(UserError, match="no SFT model; leave them out, .*: dr_grpo-1"):
         compare.compare_groups(groups, system="sft")
 

@@ -11,7 +11,7 @@ from mig_kit.stages.evaluated_runs import read_recorded
 
 @pytest.fixture
 def published(monkeypatch):
-    monkeypatch.setattr(evaluated_runs.store, "load_record", lambda *_: {"params": {}})
+    monkeypatch.setattr(evaluated_runs.run_folders, "load_record", lambda *_: {"params": {}})
     monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: {})
     return read_recorded(str(PROJECT_ROOT / evaluated_runs.README_RECORD))
 
