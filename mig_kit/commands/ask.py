@@ -16,38 +16,35 @@ from mig_kit.pipeline.run_folders import list_runs
 from mig_kit.pipeline.store import stale_notes
 
 
-def find_model(model: str, coordinates: str | None, min_pixels: int | None,
-               max_pixels: int | None, server: str = "") -> RunModel:
-    """What --model names, with its box format; options change that of a folder or hub name.
+def find_model(model: str, changes: dict, server: str = "") -> RunModel:
+    """What --model names, with its box format.
 
-    With a server and --coordinates, the model is only a name of the server's, a ServedName.
+    Args:
+        changes: of the box format; None keeps the model's own value.
+        server: with coordinates, the model may be only a name of the server's, a ServedName.
     """
     from mig_kit.models import loading
     from mig_kit.models.model_folders import FAMILIES, ServedName, read_model_type
     from mig_kit.models.processors import read_box_format
 
-    options = {"coordinates": coordinates, "min_pixels": min_pixels, "max_pixels": max_pixels}
-    options = {name: value for name, value in options.items() if value is not None}
-    is_served = server and model.partition("/")[0] not in list_runs()
-    if run_model := None if is_served else find_run_model(model):
-        for note in stale_notes(run_model.stage, run_model.run_id) if run_model.stage else ():
-            click.echo(f"warning: {note}", err=True)
-        return replace(run_model, box_format=replace(run_model.box_format, **options))
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not server or model.partition("/")[0] in list_runs():
+        if run_model := find_run_model(model):
+            for note in stale_notes(run_model.stage, run_model.run_id) if run_model.stage else ():
+                click.echo(f"warning: {note}", err=True)
+            return replace(run_model, box_format=replace(run_model.box_format, **changes))
     folder = loading.resolve_model(absolute_folder(model))
     # a server that runs already has the model, and the hub may be out of reach
-    if server and read_model_type(folder, ask_hub=False) not in FAMILIES:
-        if coordinates is None:
-            raise UserError(f"only the server knows the model {model}; say with --coordinates how "
-                            "it writes boxes")
-        box_format = BoxFormat(**options)
-        click.echo(f"{model} is asked through its server alone, with {box_format.description}: "
-                   "its prompts are not compared with the kit's", err=True)
-        return RunModel(ServedName(folder), box_format, {})
-    own = read_box_format(folder)
-    box_format = replace(own, **options)
-    its_own = f" (its own: {own.description})" if box_format != own else ""
-    click.echo(f"{model} is asked with {box_format.description}{its_own}", err=True)
-    return RunModel(folder, box_format, {})
+    is_served = server and read_model_type(folder, ask_hub=False) not in FAMILIES
+    if is_served and "coordinates" not in changes:
+        raise UserError(f"only the server knows the model {model}; say with --coordinates how it "
+                        "writes boxes")
+    own = BoxFormat() if is_served else read_box_format(folder)
+    box_format = replace(own, **changes)
+    further = ("; its prompts are not compared with the kit's" if is_served else
+               f" (its own: {own.description})" if box_format != own else "")
+    click.echo(f"{model} is asked with {box_format.description}{further}", err=True)
+    return RunModel(ServedName(folder) if is_served else folder, box_format, {})
 
 
 def model_options(command):
@@ -93,8 +90,7 @@ def model_options(command):
                    "max_new_tokens (1024 for a model that reasons at length).")
 def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
                  images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
-                 coordinates: str | None, min_pixels: int | None, max_pixels: int | None,
-                 overrides: tuple[tuple[str, str], ...]) -> None:
+                 overrides: tuple[tuple[str, str], ...], **changes) -> None:
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     if (suite == "drawn") != (file is None):
         raise UserError("--suite drawn has no --file; every other suite needs one: its questions")
@@ -105,7 +101,7 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
 
     others = {str(folder): eval_model.read_result(folder) for folder in compare}
     chosen = parse_overrides(overrides, [EVALUATE])
-    run_model = find_model(model, coordinates, min_pixels, max_pixels, chosen.get("server", ""))
+    run_model = find_model(model, changes, chosen.get("server", ""))
     if adapter and isinstance(run_model.folder, ServedName):
         raise UserError("--adapter is merged into a model that the kit loads; have the server "
                          "load it, and give --model the adapter's name there")
@@ -131,16 +127,11 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
 @click.option("--max-new-tokens", default=256, show_default=True)
 @click.argument("question")
 def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_new_tokens: int,
-           coordinates: str | None, min_pixels: int | None, max_pixels: int | None,
-           question: str) -> None:
+           question: str, **changes) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
-    from mig_kit.image_files import BadImage, open_rgb
+    from mig_kit.image_files import open_rgb
 
-    try:
-        opened = [open_rgb(Path(path)) for path in images]
-    except BadImage as error:
-        raise UserError(f"--image: {error}") from error
-
+    opened = [open_rgb(Path(path)) for path in images]  # before seconds of imports
     from mig_kit.drawing.pictures import draw_sample
     from mig_kit.models import loading
     from mig_kit.prompts import parse_reply, reply_boxes_in_original
@@ -148,7 +139,7 @@ def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_ne
     from mig_kit.score.own import read_freely
     from mig_kit.serving import reply_files
 
-    run_model = find_model(model, coordinates, min_pixels, max_pixels)
+    run_model = find_model(model, changes)
     box_format = run_model.box_format
     policy = loading.load_policy(run_model.folder, loading.choose_hardware(), box_format)
     sample = Sample("ground", "", "", "", tuple(opened), question, find_all=find_all)
@@ -160,12 +151,8 @@ def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_ne
         click.echo(f"no box; the model said: {reply}")
         return
     for number, box in boxes:
-        click.echo(f"image: {number} ({images[number - 1]})")
         numbers = ", ".join(f"{value:.0f}" for value in box)
-        click.echo(f"box: {numbers} (xyxy, pixels of that image)")
-        width, height = opened[number - 1].size
-        if min(box) < 0 or box[2] > width or box[3] > height:
-            click.echo(f"the box leaves its image, which is {width}x{height}: are --coordinates "
-                       "and the pixel limits the model's?")
+        click.echo(f"image: {number} ({images[number - 1]})\nbox: {numbers} (xyxy, pixels of that "
+                   "image, {}x{})".format(*opened[number - 1].size))
     draw_sample(sample, read_reply, box_format, 320).save(Path(out))
     click.echo(f"image: {out}")

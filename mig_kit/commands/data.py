@@ -1,9 +1,9 @@
 """`mig-kit data`: check, look at, import and compare training data; nothing here loads a model."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mig_kit.commands.options import (
 from mig_kit.common import UserError
 from mig_kit.pipeline.params import profile_params
 
-SHOWN = 100  # problems that a command prints
+SHOWN, DRAWN = 100, 12  # problems that a command prints, questions of a preview
 
 
 @click.group()
@@ -35,7 +35,10 @@ def data() -> None:
 @click.option("--profile", help="Also find prompts that are too long for this profile's base "
                                 "model, whose tokenizer is loaded: tiny, or a folder of params/.")
 @click.option("--out", type=NEW_FILE, help="Write the correct lines here.")
-def check(file: Path, root: Path | None, profile: str | None, out: Path | None) -> None:
+@click.option("--preview", type=NEW_FILE,
+              help="Draw the boxes of the first correct lines on their images: an HTML page.")
+def check(file: Path, root: Path | None, profile: str | None, out: Path | None,
+          preview: Path | None) -> None:
     """Say line by line what is wrong with FILE, your own data, and its images, which are decoded.
 
     FILE has a JSON object a line, holds a list of them, or is a table. The guide,
@@ -51,13 +54,19 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None) 
         model = loading.resolve_model(profile_params("01_synthesize", profile)["base_model"])
         lines = own_data.check_lengths(lines, processors.prompt_measure(
             model, profile_box_format(profile)))
-    counts, _ = _write_correct(lines, remarks, file, records.entry_word(file), out, root)
+    counts, _ = _write_correct(lines, remarks, records.entry_word(file), out, file, root)
     own_data.require_lines(file, remarks.n_lines)
+    if preview:
+        from mig_kit.data.inspection import write_preview
+
+        lines = own_data.iter_checked_lines(file, root, decodes=True)
+        samples = (line.sample for line in lines if line.sample)
+        click.echo(f"{write_preview(islice(samples, DRAWN), preview)} questions drawn: {preview}")
     if counts:
         raise click.exceptions.Exit(1)
 
 
-def _write_correct(lines: Iterable, remarks, file: Path, word: str, out: Path | None,
+def _write_correct(lines: Iterable, remarks, word: str, out: Path | None, file: Path,
                    root: Path) -> tuple[Counter, bool]:
     """Print what is wrong with lines of own data, and write the correct ones to `out`.
 
@@ -71,48 +80,29 @@ def _write_correct(lines: Iterable, remarks, file: Path, word: str, out: Path | 
         raise UserError(f"--out {out} is FILE itself, or in no folder that exists; name another "
                         "file")
     counts: Counter[str] = Counter()
-    temporary = out and out.with_name(f"{out.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") if out else nullcontext() as correct:
-            for line in lines:
-                if line.problems:
-                    counts[line.problems[0].reason] += 1
-                    if counts.total() <= SHOWN:
-                        click.echo(f"{line.place}: {'; '.join(map(str, line.problems))}")
-                elif correct:
-                    correct.write(json.dumps(line.record) + "\n")
-        n_correct = remarks.n_lines - counts.total()
-        is_written = bool(out and n_correct and not remarks.file_fault())
-        if is_written:  # an older file is not replaced by none
-            temporary.replace(out)
-    finally:
-        if out:
-            temporary.unlink(missing_ok=True)
-    written = (f"; {n_correct} written to {out} (image root: {root})" if is_written
-               else "; nothing written" * bool(out))
+    temporary = out.with_name(f"{out.name}.tmp") if out else Path(os.devnull)
+    with temporary.open("w", encoding="utf-8") as correct:
+        for line in lines:
+            if not line.problems:
+                correct.write(json.dumps(line.record) + "\n")
+                continue
+            counts[line.problems[0].reason] += 1
+            if counts.total() <= SHOWN:
+                click.echo(f"{line.place}: {'; '.join(map(str, line.problems))}")
+    n_correct = remarks.n_lines - counts.total()
+    is_written = bool(out and n_correct and not remarks.file_fault())
+    if is_written:  # an older file is not replaced by none
+        temporary.replace(out)
+    elif out:
+        temporary.unlink()
+    written = f"; {n_correct} written to {out} (image root: {root})" if is_written else ""
     more = f" (the first {SHOWN} shown)" if counts.total() > SHOWN else ""
     click.echo(f"{remarks.n_lines} {word}s, {n_correct} correct, {counts.total()} wrong{more}"
-               f"{written}")
+               f"{written or '; nothing written' * bool(out)}")
     for sentence in [*describe_counts(counts),
                      *(f"remark: {sentence}" for sentence in remarks.sentences())]:
         click.echo(sentence)
     return counts, is_written
-
-
-@data.command()
-@click.argument("file", type=FILE)
-@root_option
-@click.option("--out", default="preview.html", show_default=True, type=NEW_FILE, help="The page.")
-@click.option("--count", default=12, show_default=True, type=click.IntRange(1, 200),
-              help="How many questions, from the top.")
-def preview(file: Path, root: Path | None, out: Path, count: int) -> None:
-    """Draw the boxes of FILE's first questions on their images, of those lines that are correct."""
-    from mig_kit.data import own_data
-    from mig_kit.data.inspection import write_preview
-
-    lines = own_data.iter_checked_lines(file, root or file.parent, decodes=True)
-    samples = (line.sample for line in lines if line.sample)
-    click.echo(f"{write_preview(islice(samples, count), out)} questions drawn: {out}")
 
 
 @data.command("import")
@@ -153,7 +143,7 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
                                   BoxFormat(min_pixels, max_pixels), several or "", split)
     lines = own_data.check_records(importers.iter_own_records(form, file, rules), root,
                                    remarks=remarks)
-    if not _write_correct(lines, remarks, file, "question", out, root)[1]:
+    if not _write_correct(lines, remarks, "question", out, file, root)[1]:
         raise click.exceptions.Exit(1)
 
 

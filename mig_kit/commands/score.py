@@ -7,6 +7,10 @@ import click
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.common import UserError, write_json, write_json_lines
 
+PATH, SIDE = click.Path(path_type=Path), click.IntRange(1)
+FRAME, ORDER = click.Choice([name.value for name in Coordinates]), click.Choice(
+    ["xyxy", "yxyx", "xywh"])
+
 
 @click.command("score")
 @click.argument("benchmark", metavar="BENCHMARK")
@@ -20,22 +24,19 @@ from mig_kit.common import UserError, write_json, write_json_lines
 @click.option("--protocol", default="",
               help="official (the default) or strict; for own data free_text (the default) or "
                    "strict.")
-@click.option("--coordinates", default="normalized_1000", show_default=True,
-              type=click.Choice([name.value for name in Coordinates]),
+@click.option("--coordinates", default="normalized_1000", show_default=True, type=FRAME,
               help="Boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels (of the "
                    "original image) or absolute (pixels of the resized image, as Qwen2.5-VL "
                    "answers); official converts them for the authors' rule.")
-@click.option("--box-order", type=click.Choice(["xyxy", "yxyx", "xywh"]),
+@click.option("--box-order", type=ORDER,
               help="Order of a box's four numbers, if not x1, y1, x2, y2: yxyx (Gemini) or xywh.")
-@click.option("--compare-coordinates", type=click.Choice([name.value for name in Coordinates]),
-              help="Coordinates of the second model's boxes, if not those of the first.")
-@click.option("--compare-box-order", type=click.Choice(["xyxy", "yxyx", "xywh"]),
-              help="Order of the second model's numbers, if not that of the first.")
+@click.option("--compare-coordinates", type=FRAME, help="Those of the second model's boxes.")
+@click.option("--compare-box-order", type=ORDER, help="Order of the second model's numbers.")
 @click.option("--images", type=click.Path(),
               help="The folder of the images, where their sizes are needed.")
-@click.option("--min-pixels", default=3136, show_default=True, type=click.IntRange(1),
+@click.option("--min-pixels", default=3136, show_default=True, type=SIDE,
               help="The processor's lower limit of an image's area, for --coordinates absolute.")
-@click.option("--max-pixels", default=401408, show_default=True, type=click.IntRange(1),
+@click.option("--max-pixels", default=401408, show_default=True, type=SIDE,
               help="The processor's upper limit.")
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
 @click.option("--judge", metavar="URL",
@@ -46,13 +47,13 @@ from mig_kit.common import UserError, write_json, write_json_lines
               help="Beside the model: what answers score that no image is needed for.")
 @click.option("--calibrate", is_flag=True,
               help="Refit the edges of the boxes on half of the image lists, score the other half.")
-@click.option("--json", "out", type=click.Path(), help="Write the result here.")
-@click.option("--items", type=click.Path(),
+@click.option("--json", "out", type=PATH, help="Write the result here.")
+@click.option("--items", type=PATH,
               help="Write one line per question here: its value, the image and box that were read, "
                    "and why none was; with --compare also win, loss or tie.")
 def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
-                  compare_coordinates: str | None, compare_box_order: str | None, out: str | None,
-                  items: str | None, judge: str | None, judge_model: str | None, min_pixels: int,
+                  compare_coordinates: str | None, compare_box_order: str | None, out: Path | None,
+                  items: Path | None, judge: str | None, judge_model: str | None, min_pixels: int,
                   max_pixels: int, blind: bool, calibrate: bool, **rules) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
@@ -66,14 +67,11 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     if bool(judge) != bool(judge_model):
         raise UserError("--judge URL and --judge-model NAME belong together; give both")
     rules["judge"] = (judge, judge_model) if judge else None
-    written = [Path(name).resolve() for name in (out, items) if name]
-    sources = [Path(name).resolve() for name in (annotations, predictions, compare) if name]
-    for target in written:
-        if target.is_dir() or not target.parent.is_dir():
-            raise UserError(f"{target} cannot be written; name a file in a folder that exists")
-        if written.count(target) > 1 or {target, *target.parents} & {*sources}:
-            raise UserError(f"{target} is given twice, or lies in a folder that is read, and would "
-                            "be overwritten; write to a file elsewhere")
+    read = {Path(name).resolve() for name in (annotations, predictions, compare) if name}
+    for target in [path.resolve() for path in (out, items) if path]:
+        if not target.parent.is_dir() or {target, *target.parents} & read:
+            raise UserError(f"{target} cannot be written: its folder does not exist, or is read "
+                            "from; name a file elsewhere")
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     if name == "own":
         for number, line in enumerate(read_records(annotations), 1):
@@ -110,7 +108,7 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         result["remarks"] += [f"{Path(compare).name}: {remark}" for remark in other.remarks
                               if remark not in scored.remarks]
     if items:
-        write_json_lines(Path(items), protocols.item_rows(scored, name, other))
+        write_json_lines(items, protocols.item_rows(scored, name, other))
     click.echo(score_markdown(result))
     if out:
-        write_json(Path(out), result)
+        write_json(out, result)

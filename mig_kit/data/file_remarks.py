@@ -172,11 +172,11 @@ class Remarks:
             return (f"all {self.n_boxes} boxes are stated as {stated}, and all fit {names[0]}, "
                     f"though the images are {widths[0]} to {widths[-1]} pixels wide and "
                     f"{heights[0]} to {heights[-1]} high: if that is their frame, convert or state "
-                    "it; look at a few (mig-kit data preview)")
+                    "it; look at a few (mig-kit data check --preview)")
         if reach < LEAST_FILLED and len(self._numbers) * math.log(reach) < math.log(LEAST_CHANCE):
             return (f"none of the {self.n_boxes} boxes, stated as {stated}, reaches beyond "
                     f"{100 * reach:.0f} % of its image's width or height: they may be of smaller "
-                    "copies of the images; look at a few (mig-kit data preview)")
+                    "copies of the images; look at a few (mig-kit data check --preview)")
         return ""
 
     def sentences(self) -> list[str]:
@@ -188,7 +188,7 @@ class Remarks:
             remarks.append(
                 f"{n_images} of {self.n_boxes} boxes are in photos that their EXIF data turn; "
                 f"boxes are of the upright picture, which {upright} of them fit, and {stored} "
-                "would fit the stored one; look at some (mig-kit data preview)")
+                "would fit the stored one; look at some (mig-kit data check --preview)")
         if self.asks_for_all and self.n_all < self.n_lines:
             remarks.append(f"{self.n_all} of {self.n_lines} questions list 'targets' or say that "
                            "no image answers, so all questions of the file ask for all boxes")
