@@ -1,4 +1,4 @@
-"""What every module may use: folders, atomic writes, line-wise reading, progress."""
+"""What every module may use: folders, atomic writes, lines, progress."""
 
 import ctypes
 import difflib
@@ -21,7 +21,6 @@ PROJECT_ROOT = PACKAGE.parent if IS_CLONE else Path(
 # a wheel has them inside the package
 NOTEBOOKS, PROFILES = ((PACKAGE.parent if IS_CLONE else PACKAGE) / name
                        for name in ("notebooks", "params"))
-MAX_LINE = 1 << 20
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -91,18 +90,11 @@ def digest_json(facts) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def iter_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """(line number from 1, line without its end); None for a line over MAX_LINE bytes."""
+def iter_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, without their ends."""
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) <= MAX_LINE or line.endswith(b"\n"):
-                yield number, line.rstrip(b"\r\n")
-                continue
-            while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                pass
-            yield number, None
+        for line in file:
+            yield line.rstrip(b"\r\n")
 
 
 def progress_bar(steps: Iterable, label: str, **more) -> tqdm:

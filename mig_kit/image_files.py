@@ -24,13 +24,13 @@ IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
 IMAGE_MANIFEST = "images.txt"  # lists them
 MAX_PIXELS = 2**26  # of an image, some 67 million: decoded and copied it takes 400 MB
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by MAX_PIXELS
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_ASPECT_RATIO = 200
 CUT = "is cut or broken; copy it again"
 ORIENTATION = ExifTags.Base.Orientation
 SWAPS_SIDES = (5, 6, 7, 8)  # of the orientations 1 to 8; 1 is upright
 is_regular_file = os.path.isfile  # False for a name that no file system takes
-# what Pillow's readers raise for broken files; those of AVIF, DDS and JPEG 2000 the last two
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, MemoryError)
+DECODE_ERRORS = (OSError, ValueError, SyntaxError)  # of Pillow's readers of these formats
 
 
 class BadImage(UserError):
@@ -76,43 +76,27 @@ def read_orientation(image: Image.Image) -> int:
     return value if type(value) is int and 1 <= value <= 8 else 1
 
 
-def read_size(path: Path, takes_frames: bool = True,
-              takes_any_depth: bool = False) -> tuple[int, int]:
+def read_size(path: Path) -> tuple[int, int]:
     """(width, height) of the upright picture, pixels, as `read_header`."""
-    return read_header(path, takes_frames, takes_any_depth).size
+    return read_header(path).size
 
 
-def read_header(path: Path, takes_frames: bool = True,
-                takes_any_depth: bool = False) -> ImageHeader:
-    """The image's sizes, from the header alone; BadImage if it is unusable.
-
-    takes_frames: whether a film's first frame will do. takes_any_depth: no pixels are needed.
-    """
+def read_header(path: Path) -> ImageHeader:
+    """The image's sizes, from the header alone; BadImage if it is unusable."""
     if not is_regular_file(path):
         raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
                                         "root, or correct its path")
     with _name_fault(path, "is no readable image: give a PNG or JPEG file"), \
-            Image.open(path) as image:
+            Image.open(path, formats=FORMATS) as image:
         width, height = image.size
-        orientation, is_tiff = read_orientation(image), image.format == "TIFF"
-        is_deep = image.mode.startswith("I") or image.mode == "F"
-        # the smaller pictures that phones add to a photo (MPO) are no film
-        is_film = not takes_frames and image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-    too_long = max(width, height) > MAX_ASPECT_RATIO * min(width, height)
-    for is_wrong, reason, sentence in (
-            (width * height > MAX_PIXELS or too_long, "image too large",
-             f"has {width}x{height} pixels; Qwen2.5-VL takes sides up to {MAX_ASPECT_RATIO} to 1, "
-             f"and the kit {MAX_PIXELS:,} pixels; crop or shrink it"),
-            (is_film, "several frames", "holds several frames, and it is not said which one a box "
-             "is in; save that one as PNG or JPEG"),
-            # more than eight bits would be cut, not scaled
-            (is_deep and not takes_any_depth, "deep image",
-             "is grey of more than 8 bits a pixel; scale it to 8 and save it as PNG or JPEG"),
-            # Pillow turns some TIFF files by itself, and not others
-            (is_tiff and orientation != 1, "turned image",
-             "is a TIFF with an EXIF orientation; save it upright, as PNG or JPEG")):
-        if is_wrong:
-            raise BadImage(reason, f"{path.name!r} {sentence}")
+        orientation, is_deep = read_orientation(image), image.mode[0] in "IF"
+    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise BadImage("image too large", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL "
+                       f"takes sides up to {MAX_ASPECT_RATIO} to 1, and the kit {MAX_PIXELS:,} "
+                       "pixels; crop or shrink it")
+    if is_deep:  # more bits would be cut, not scaled
+        raise BadImage("deep image", f"{path.name!r} is grey of more than 8 bits a pixel; scale it "
+                                     "to 8 and save it as PNG or JPEG")
     upright = (height, width) if orientation in SWAPS_SIDES else (width, height)
     return ImageHeader(upright, (width, height))
 
@@ -120,7 +104,7 @@ def read_header(path: Path, takes_frames: bool = True,
 def open_rgb(path: Path) -> Image.Image:
     """The upright picture, decoded, RGB; raises as `read_header`."""
     read_header(path)
-    with _name_fault(path, CUT), Image.open(path) as image:
+    with _name_fault(path, CUT), Image.open(path, formats=FORMATS) as image:
         return _decode_upright(image)
 
 
@@ -132,7 +116,7 @@ def read_image_file(path: Path) -> bytes:
 
 def check_decodes(content: bytes, path: Path) -> None:
     """BadImage unless all pixels of an image file's bytes can be read. path: of the file."""
-    with _name_fault(path, CUT), Image.open(io.BytesIO(content)) as image:
+    with _name_fault(path, CUT), Image.open(io.BytesIO(content), formats=FORMATS) as image:
         image.load()
 
 
@@ -149,9 +133,6 @@ def _name_fault(path: Path, broken: str) -> Iterator[None]:
             raise BadImage("closed file", f"{path.name!r} cannot be read: {error.strerror}; the "
                                           "image may be good: mend its rights, the disk or the "
                                           "limit, and start again") from error
-        with path.open("rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                broken = "is a Git LFS pointer, not the file itself; run git lfs pull"
         raise BadImage("unreadable image", f"{path.name!r} {broken}") from error
 
 
@@ -192,7 +173,7 @@ class EncodedImage:
         """The upright picture as RGB; BadImage for a missing, broken or changed file."""
         if isinstance(self.content, Path) and not self.sha256:
             return open_rgb(self.content)
-        with Image.open(io.BytesIO(self.read_bytes())) as image:
+        with Image.open(io.BytesIO(self.read_bytes()), formats=FORMATS) as image:
             return _decode_upright(image)
 
     def read_bytes(self) -> bytes:
@@ -275,7 +256,7 @@ class ImageStore:
         size = read_size(path)
         content = read_image_file(path)
         sha256 = hashlib.sha256(content).hexdigest()
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             target = self.folder / f"{sha256}.{image.format.lower()}"
         is_stored = target.is_file() and (
             target.samefile(path) or hashlib.sha256(target.read_bytes()).hexdigest() == sha256)

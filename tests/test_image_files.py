@@ -84,12 +84,6 @@ def test_what_the_system_refuses_is_no_bad_image(tmp_path, monkeypatch):
     assert error.value.reason == "closed file"
 
 
-def test_a_git_lfs_pointer_is_named(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(BadImage, match="is a Git LFS pointer.*run git lfs pull"):
-        read_size(tmp_path / "a.png")
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photos_are_turned_as_their_exif_data_say(tmp_path, orientation, suffix):
@@ -107,25 +101,15 @@ def test_photos_are_turned_as_their_exif_data_say(tmp_path, orientation, suffix)
     assert np.array_equal(np.array(stored), np.array(expected))
 
 
-def test_a_turned_tiff_is_refused(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("L", (40, 30)).save(tmp_path / "a.tiff", exif=exif)
-    with pytest.raises(BadImage, match="save it upright, as PNG or JPEG"):
-        read_size(tmp_path / "a.tiff")
-    Image.new("L", (40, 30)).save(tmp_path / "a.tiff")
-    assert open_rgb(tmp_path / "a.tiff").size == (40, 30)
-
-
-def test_an_image_of_more_than_eight_bits_is_refused(tmp_path):
+def test_an_image_of_more_than_eight_bits_or_of_a_rare_format_is_refused(tmp_path):
     deep = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)
-    for name in ("a.png", "a.tiff"):
-        deep.save(tmp_path / name)
-        for read in (open_rgb, read_size):
-            with pytest.raises(BadImage, match="scale it to 8") as error:
-                read(tmp_path / name)
-            assert error.value.reason == "deep image"
-        assert read_size(tmp_path / name, takes_any_depth=True) == (30, 20)
+    deep.save(tmp_path / "a.png")
+    Image.new("L", (40, 30)).save(tmp_path / "a.tiff")
+    for read in (open_rgb, read_size):
+        with pytest.raises(BadImage, match="scale it to 8"):
+            read(tmp_path / "a.png")
+        with pytest.raises(BadImage, match="give a PNG or JPEG"):
+            read(tmp_path / "a.tiff")
 
 
 def test_exif_data_that_cannot_be_read_say_nothing(tmp_path):
@@ -140,7 +124,7 @@ def test_a_folders_images_come_in_order_and_others_are_counted(tmp_path):
     for name in ("b/c.png", "a.JPG", "d.bmp"):
         Image.new("L", (8, 8)).save(tmp_path / name)
     (tmp_path / "e.png").write_text("no image")
-    Image.new("L", (8, 8)).save(tmp_path / "g", format="GIF")
+    Image.new("L", (8, 8)).save(tmp_path / "g", format="PNG")
     (tmp_path / "h").symlink_to(tmp_path / "b")
     skipped = []
     assert hash_images(tmp_path, skipped.append)[0] == ["a.JPG", "b/c.png", "d.bmp", "g"]

@@ -74,7 +74,7 @@ def _finish_record(record: dict, read: Callable, rules: ImportRules) -> dict:
     if rules.coordinates:
         record["coordinates"] = "pixels" if is_absolute else rules.coordinates
     line, problems = parse_line(record) if is_absolute or stated_size else (None, [])
-    headers = [read(name, takes_frames=True) for name in line.images] if line else []
+    headers = [read(name) for name in line.images] if line else []
     if bad := [header for header in headers if isinstance(header, BadImage)]:
         raise bad[0]
     if is_absolute and not problems:

@@ -219,9 +219,8 @@ def find_file_problems(line: OwnLine, read: Callable) -> tuple[list, list[Proble
 
     read: as `headers_below` gives it. Returns: a header or BadImage for each image.
     """
-    headers = [read(name, takes_frames=line.is_choice) for name in line.images]
-    problems = [Problem(header.reason, f"image {number}: {header}",
-                        header.reason in ("outside root", "several frames"))
+    headers = [read(name) for name in line.images]
+    problems = [Problem(header.reason, f"image {number}: {header}", header.reason == "outside root")
                 for number, header in enumerate(headers, 1) if isinstance(header, BadImage)]
     for _, number, box in line.places():
         header = headers[number - 1] if number <= len(headers) else None
@@ -233,20 +232,18 @@ def find_file_problems(line: OwnLine, read: Callable) -> tuple[list, list[Proble
     return headers, problems
 
 
-def headers_below(root: Path, decodes: bool = False) -> Callable[..., ImageHeader | BadImage]:
-    """A function from an image's name to its header, or to a BadImage.
+def headers_below(root: Path, decodes: bool = False) -> Callable[[str], ImageHeader | BadImage]:
+    """A function from an image's name to its header, or to a BadImage; it remembers MAX_HEADERS.
 
     Args:
         root: the folder that names are relative to.
         decodes: also read all pixels, so that cut files are found.
-    Returns: a function of (name, takes_frames), which remembers MAX_HEADERS images. takes_frames:
-        whether the image may be a film, of which the first frame counts.
     """
     @lru_cache(MAX_HEADERS)
-    def read(name: str, takes_frames: bool = False) -> ImageHeader | BadImage:
+    def read(name: str) -> ImageHeader | BadImage:
         try:
             path = resolve_under_root(root, name)
-            header = read_header(path, takes_frames)
+            header = read_header(path)
             if decodes:
                 check_decodes(read_image_file(path), path)
         except BadImage as error:

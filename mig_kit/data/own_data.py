@@ -95,7 +95,7 @@ def check_lengths(lines: Iterable[Line], measure: Callable[[Sample], str]) -> It
 def file_asks_for_all(path: Path) -> bool:
     """Whether a line has "targets" or says that no image answers, so that all ask for all boxes."""
     is_possible = entry_word(path) == "row" or any(
-        line is None or b"targets" in line or b"null" in line for _, line in iter_lines(path))
+        b"targets" in line or b"null" in line for line in iter_lines(path))
     return is_possible and any("targets" in simplify(record) for _, record in iter_entries(path)
                                if not isinstance(record, Problem))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ijson
 
-from mig_kit.common import MAX_LINE, UserError, iter_lines
+from mig_kit.common import UserError, iter_lines
 
 PARQUET = b"PAR1"
 NOT_IN_CSV = ("question", "letter", "id", "task", "reply", "coordinates")  # cells that are no JSON
@@ -87,11 +87,9 @@ def iter_entries(path: Path) -> Iterator[tuple[str, dict | Problem]]:
 
 
 def _iter_json_lines(path: Path) -> Iterator[object]:
-    for _, line in iter_lines(path):
+    for line in iter_lines(path):
         try:
-            yield Problem(f"the line is longer than {MAX_LINE} bytes; put one question on a line, "
-                          "and images into files of their own"
-                          ) if line is None else json.loads(line)
+            yield json.loads(line)
         except (ValueError, RecursionError):
             yield Problem("the line is no JSON object; write one {...} per line, not one over "
                           "several")

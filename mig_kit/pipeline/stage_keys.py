@@ -114,10 +114,8 @@ def hash_named_files(params: dict) -> dict:
     if path == PROJECT_ROOT / "scenes" or not path.is_file():
         return {}
     root = PROJECT_ROOT / params["image_root"] if params["image_root"] else path.parent
-    is_by_line = path.suffix == ".jsonl"  # else a list, which has no lines to count
-    lines = (line for _, line in iter_lines(path)) if is_by_line else [path.read_bytes()]
     images = {}
-    for text in (text for line in lines for text in JSON_STRING.findall(line or b"")):
+    for text in (text for line in iter_lines(path) for text in JSON_STRING.findall(line)):
         name = text[1:-1].decode(errors="replace").removeprefix("file://")
         if is_regular_file(root / name):
             images[name] = file_stats(root / name)

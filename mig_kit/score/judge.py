@@ -56,7 +56,7 @@ def ask_judge(judge: Judge, unread: list[tuple[BenchmarkItem, str]]) -> list[str
     answers = {}
     if judge.file.exists():
         answers = {record["key"]: record["answer"] for record in (
-            json.loads(line) for _, line in iter_lines(judge.file) if line and line[-1:] == b"}")}
+            json.loads(line) for line in iter_lines(judge.file) if line[-1:] == b"}")}
     todo = {key: prompt for key, prompt in zip(keys, prompts) if key not in answers}
     url, = parse_server(judge.url)[:1]
     with closing(open_client(url, TIMEOUT, RETRIES)) as client, \

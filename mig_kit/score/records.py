@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from mig_kit.common import MAX_LINE, UserError, iter_lines
+from mig_kit.common import UserError, iter_lines
 from mig_kit.score.annotations import BenchmarkItem
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -76,7 +76,7 @@ def _read_table(path: Path) -> list[dict]:
             return file.read(columns).to_pylist()
         if suffix == ".xlsx":
             return pandas.read_excel(path, keep_default_na=False).to_dict("records")
-        csv.field_size_limit(MAX_LINE)
+        csv.field_size_limit(1 << 20)
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
     except Exception as error:  # of parquet, zip, XML and text alike
@@ -101,10 +101,7 @@ def _read_numbered(path: Path) -> dict[int, object]:
             if "Extra data" not in str(error):  # which more lines are
                 raise
     numbered = {}
-    for number, line in iter_lines(path):
-        if line is None:
-            raise UserError(f"line {number} of {path} is longer than {MAX_LINE} bytes; write one "
-                            "JSON object per line")
+    for number, line in enumerate(iter_lines(path), 1):
         if line.strip(BYTE_ORDER_MARK + b" \t"):
             numbered[number] = _parse_json(line, f"line {number} of {path}")
     return numbered

@@ -90,7 +90,6 @@ def test_null_is_absent_and_whole_numbers_are_whole(root):
     (asking_all((1, [1, 2, 3, 4]), coordinates=...), "'coordinates' says what boxes are measured"),
     (b"", "no JSON object"), (b"{", "no JSON object"), (b"\xff{}", "no JSON object"),
     (b"[" * 20000, "no JSON object"), (b"3", "no JSON object"),
-    (b'{"x": "' + b"y" * (1 << 20) + b'"}', "longer than"),
     (changed(box=...), "give one of 'box', 'boxes', 'targets' and 'options'"),
     (changed(boxes=[[1, 2, 3, 4]]), "this line has box and boxes"),
     (changed(coordinates=...), "'coordinates' says what boxes are measured in"),
@@ -290,7 +289,7 @@ def test_the_commands(root, tmp_path):
     assert "12 of 14 lines are refused for one reason: an image that is not there" in result.stdout
     code, text = call("check", path, "--out", tmp_path / "out.jsonl")
     assert "nothing written" in text and not (tmp_path / "out.jsonl").exists()
-    assert "2 questions drawn" in call("preview", path, "--out", tmp_path / "a.html")[1]
+    assert "2 questions drawn" in call("check", path, "--preview", tmp_path / "a.html")[1]
     assert call("check", write_lines(root, GOOD), "--root", root)[0] == 0
     for name in ("train", "held", "none"):
         (tmp_path / name).mkdir()

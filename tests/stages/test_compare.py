@@ -207,7 +207,8 @@ def test_the_models_before_rl_are_compared_too(nine_runs, monkeypatch):
     figure = plots.plot_groups(compare.figure_rows(result), "sft")
     assert "SFT models" in figure.get_suptitle()
     plots.plt.close(figure)
-    monkeypatch.setattr(evaluated_runs.run_folders, "has_cold_start", lambda run: run != "dr_grpo-1")
+    monkeypatch.setattr(evaluated_runs.run_folders, "has_cold_start",
+                        lambda run: run != "dr_grpo-1")
     with pytest.raises(UserError, match="no SFT model; leave them out, .*: dr_grpo-1"):
         compare.compare_groups(groups, system="sft")
 
@@ -340,12 +341,9 @@ def test_the_command_prints_and_draws(nine_runs, tmp_path):
     figure = tmp_path / "gaps.svg"
     run_mig_kit(*words, "--figure", str(figure), "--differences")
     assert figure.is_file()
-    for more, sentence in (((*words, "--figure", "groups.doc"), "end its name in .png, .pdf or"),
-                           ((*words, "--differences"), "add --figure FILE"),
-                           (("table", "recipe-0", "--figure", str(tmp_path / "a.png"),
-                             "--differences"), "one group has no differences")):
-        refused = run_mig_kit(*more)
-        assert sentence in refused.stderr and not refused.stdout
+    refused = run_mig_kit("table", "recipe-0", "--figure", str(tmp_path / "a.png"),
+                          "--differences")
+    assert "one group has no differences" in refused.stderr
 
 
 def test_runs_that_answered_other_questions_are_refused(tmp_path, monkeypatch):
