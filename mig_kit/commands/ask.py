@@ -53,7 +53,7 @@ def model_options(command):
         click.option("--model", required=True,
                      help="A run (its GRPO model; RUN/sft, RUN/base: the others), tiny, or a "
                           "folder or hub name of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5; "
-                          "with --server also another model's name there."),
+                          "with -p server also another model's name there."),
         click.option("--coordinates", type=click.Choice(["absolute", "normalized_1000"]),
                      help="How the model writes boxes: absolute (Qwen2.5-VL) or normalized_1000 "
                           "(the other families); the model's own if left out."),
