@@ -95,4 +95,4 @@ def test_a_variant_goes_on_without_its_sources_name(shared_runs):
     assert again.count("up to date") == 3
     assert "\n| variant | 1 | " in output_of("table", "smoke", "variant", **environment)
     lines = output_of("status", **environment).splitlines()
-    assert any(line.startswith("  variant (smoke); from smoke; 05 06 07 done") for line in lines)
+    assert any(line.startswith("variant (smoke); from smoke; 05 06 07 done") for line in lines)

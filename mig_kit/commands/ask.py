@@ -28,23 +28,26 @@ def find_model(model: str, changes: dict, server: str = "") -> RunModel:
     from mig_kit.models.processors import read_box_format
 
     changes = {name: value for name, value in changes.items() if value is not None}
-    if not server or model.partition("/")[0] in list_runs():
-        if run_model := find_run_model(model):
-            for note in stale_notes(run_model.stage, run_model.run_id) if run_model.stage else ():
-                click.echo(f"warning: {note}", err=True)
-            return replace(run_model, box_format=replace(run_model.box_format, **changes))
-    folder = loading.resolve_model(absolute_folder(model))
+    is_run = not server or model.partition("/")[0] in list_runs()
+    found_model = find_run_model(model) if is_run else None
+    folder = found_model.folder if found_model else loading.resolve_model(absolute_folder(model))
     # a server that runs already has the model, and the hub may be out of reach
-    is_served = server and read_model_type(folder, ask_hub=False) not in FAMILIES
+    is_served = server and not found_model and (
+        read_model_type(folder, ask_hub=False) not in FAMILIES)
     if is_served and "coordinates" not in changes:
         raise UserError(f"only the server knows the model {model}; say with --coordinates how it "
                         "writes boxes")
-    own = BoxFormat() if is_served else read_box_format(folder)
+    own = (found_model.box_format if found_model else BoxFormat() if is_served else
+           read_box_format(folder))
     box_format = replace(own, **changes)
     further = ("; its prompts are not compared with the kit's" if is_served else
                f" (its own: {own.description})" if box_format != own else "")
     click.echo(f"{model} is asked with {box_format.description}{further}", err=True)
-    return RunModel(ServedName(folder) if is_served else folder, box_format, {})
+    if not found_model:
+        return RunModel(ServedName(folder) if is_served else folder, box_format, {})
+    for note in stale_notes(found_model.stage, found_model.run_id) if found_model.stage else ():
+        click.echo(f"warning: {note}", err=True)
+    return replace(found_model, box_format=box_format)
 
 
 def model_options(command):

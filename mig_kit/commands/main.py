@@ -10,13 +10,13 @@ import click
 from mig_kit import LATE, __version__
 from mig_kit.commands.ask import eval_command, ground
 from mig_kit.commands.data import data
-from mig_kit.commands.options import NEW_FILE, NEW_FOLDER
+from mig_kit.commands.options import NEW_FILE
 from mig_kit.commands.reward import reward
 from mig_kit.commands.score import score_command
-from mig_kit.common import PROJECT_ROOT, UserError, write_json
+from mig_kit.common import NOTEBOOKS, UserError, write_json
 from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.params import validate_params
-from mig_kit.pipeline.plan import parse_overrides
+from mig_kit.pipeline.plan import parse_overrides, plan_run
 from mig_kit.pipeline.run_folders import lock_run, require_no_branches, require_runs, unlock_run
 
 
@@ -54,6 +54,8 @@ def stage_name(text: str) -> str:
     """A stage from its number or name ("5", "05", "grpo", "05_grpo")."""
     for stage in run_folders.STAGES:
         if text in (stage, stage[3:]) or text.zfill(2) == stage[:2]:
+            if not (NOTEBOOKS / f"{stage}.ipynb").is_file():
+                raise click.UsageError(f"{stage} comes with a clone of the repository alone")
             return stage
     raise click.UsageError(f"no stage '{text}'; the stages are {', '.join(run_folders.STAGES)}")
 
@@ -75,20 +77,11 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrid
     """Run STAGES (all by default) as notebooks; a stage that has finished is skipped, and refused
     if it would now be made otherwise.
     """
-    from mig_kit.pipeline.execute import run_plan
-    from mig_kit.pipeline.plan import plan_run
+    from mig_kit.pipeline.execute import run_plan  # a second, as papermill
 
     run_id = run_id or (store.DEFAULT_RUN if profile in ("", "tiny") else profile)
     plan = plan_run([stage_name(text) for text in stages], profile, run_id, source, overrides)
-    data = plan.params.get("01_synthesize", {"data": "scenes"})
-    if data["data"] != "scenes" and not run_folders.load_record("01_synthesize", run_id):
-        from mig_kit.data.own_data import require_correct_lines  # a moment
-
-        path = PROJECT_ROOT / data["data"]
-        require_correct_lines(path, PROJECT_ROOT / (data["image_root"] or path.parent))
     run_plan(plan, force)
-    if "07_report" in plan.params:
-        click.echo(f"report: {run_folders.runs_root() / run_id / '07_report' / 'report.html'}")
     if "06_evaluate" in plan.params:
         from mig_kit.stages.evaluated_runs import compare_with_readme  # imports torch
 
@@ -172,19 +165,6 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
         plots.plot_groups(drawn, system, result["reference"] * differences).savefig(
             figure, bbox_inches="tight")
         click.echo(f"figure: {figure}", err=True)
-
-
-@cli.command()
-@click.argument("run_ids", nargs=-1, required=True)
-@click.option("--out", required=True, type=NEW_FOLDER,
-              help="Write RUN.json of every run into this folder.")
-def record(run_ids: tuple[str, ...], out: Path) -> None:
-    """Keep what `table` reads of RUNS as small files, which `table` takes in place of the runs."""
-    from mig_kit.stages.evaluated_runs import record_run
-
-    require_runs(*run_ids)
-    for run_id in run_ids:
-        click.echo(f"recorded: {record_run(run_id, out)}")
 
 
 @cli.command()

@@ -158,11 +158,12 @@ def read_recorded(path: str) -> EvaluatedRun:
     """
     file = next((file for file in (Path(path), PROJECT_ROOT / path) if file.is_file()), None)
     if file is None:
-        raise UserError(f"there is no recorded run {path}; make one with mig-kit record")
+        raise UserError(f"there is no recorded run {path}; name a run, or a file that "
+                        "evaluated_runs.record_run has written")
     try:
         return TypeAdapter(EvaluatedRun).validate_json(file.read_bytes())
     except ValidationError as error:
-        raise UserError(f"{path} is no recorded run; make one with mig-kit record") from error
+        raise UserError(f"{path} is no file of evaluated_runs.record_run; name another") from error
 
 
 def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:

@@ -49,7 +49,7 @@ def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
 
 @pytest.mark.parametrize(("file", "content", "sentence"), [
     ("preprocessor_config.json", None, "preprocessor_config.json"),
-    ("config.json", b'{"model_type": "llama"}', "is a llama; .* --server URL .* mig-kit score"),
+    ("config.json", b'{"model_type": "llama"}', "is a llama; .* -p server URL .* mig-kit score"),
     ("tokenizer.json", None, "tokenizer.json is missing; hf download or copy it again"),
     ("tokenizer.json", b"{", "tokenizer or image settings of .* cannot be read"),
     ("config.json", b"{", "config.json' is not a valid JSON file.*; copy config.json from the"),

@@ -19,7 +19,6 @@ def root(root, monkeypatch):
 @pytest.mark.parametrize("words", [
     ("status", "defualt"),
     ("table", "defualt"), ("table", "--group", "a=default,defualt"),
-    ("record", "defualt", "--out", "records"),
     ("run", "05", "--from", "defualt", "--run-id", "b")])
 def test_a_misspelt_run_gets_the_nearest_name(root, words):
     assert error_of(*words) == f"no run 'defualt' in {root}; did you mean 'default'?"

@@ -373,9 +373,9 @@ def test_a_file_that_is_no_recorded_run_is_refused(tmp_path):
     path = tmp_path / "a.json"
     for text in ('{"run_id": "a"}', "{"):
         path.write_text(text)
-        with pytest.raises(UserError, match="is no recorded run; make one with mig-kit record"):
+        with pytest.raises(UserError, match="is no file of evaluated_runs.record_run"):
             compare.compare_groups({"a": [str(path)]})
-    with pytest.raises(UserError, match="there is no recorded run .*mig-kit record"):
+    with pytest.raises(UserError, match="there is no recorded run .*; name a run"):
         compare.compare_groups({"a": [str(tmp_path / "no.json")]})
 
 

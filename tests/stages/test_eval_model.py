@@ -294,7 +294,7 @@ def test_a_folder_of_another_family_is_asked_as_the_server_names_it(serve, own_t
     (folder / "config.json").write_text('{"model_type": "unheard_of"}')
     _, words = serve({"content": "In image 1: [3, 5, 70, 50]"}, name=str(folder))
     result = ask_own(own_task, tmp_path / "out", *words, "--coordinates", "absolute")
-    assert result.returncode == 0 and "through its server alone" in result.stderr
+    assert result.returncode == 0 and "its prompts are not compared with the kit's" in result.stderr
     scores = read_scores(tmp_path / "out")
     assert list(scores["free_text"]) == ["own"]
 
@@ -342,13 +342,14 @@ def test_a_runs_name_is_that_of_its_model(smoke_runs, monkeypatch):
         find_run_model("smoek")
 
 
-def test_a_runs_box_format_is_not_changed(monkeypatch):
+def test_another_box_format_than_the_models_own_is_said(monkeypatch, capsys):
     model = RunModel("folder", BOX_FORMAT, {})
     monkeypatch.setattr(ask, "find_run_model", lambda text: model)
-    assert ask.find_model("mine", "absolute", None, 401408) == model
-    for options in ((None, None, 50000), ("normalized_1000", None, None)):
-        with pytest.raises(UserError, match="leave --coordinates and pixel limits out, or name"):
-            ask.find_model("mine", *options)
+    assert ask.find_model("mine", {"coordinates": None}) == model
+    changed = ask.find_model("mine", {"coordinates": "normalized_1000", "max_pixels": None})
+    assert changed.box_format.coordinates == "normalized_1000"
+    first, second = capsys.readouterr().err.splitlines()
+    assert "its own" not in first and "(its own: images of 3136 to 401408" in second
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
