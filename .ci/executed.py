@@ -1,8 +1,8 @@
 """Put the notebooks of a finished run into notebooks/executed: `make executed RUN_ID=default`.
 
 05b, which is no stage, is executed on that run. run.json beside them says of which run they are,
-and holds a digest of each one's outputs; scores.json is the run as `evaluated_runs.record_run` keeps it, whose
-scores the README prints.
+and holds a digest of each one's outputs; scores.json is the run as `evaluated_runs.record_run`
+keeps it, whose scores the README prints.
 """
 
 import hashlib
