@@ -75,7 +75,8 @@ def describe_machine() -> dict:
     import torch  # not at the top: a command that only looks at runs need not wait for it
 
     # the CPU and its threads: another number of them rounds sums otherwise, with other digits
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    facts = torch.cpu.get_capabilities()
+    name = (facts.get("cpu_name") or platform.machine()) + " with AMX" * bool(facts.get("amx_bf16"))
     machine = f"{name}, {platform.system()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return {"versions": package_versions(), "machine": machine, "git": _read_commit()}
 
