@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import click
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.commands.options import FILE, FOLDER, NEW_FOLDER, absolute_folder
+from mig_kit.commands.options import FILE, FOLDER, NEW_FOLDER
 from mig_kit.common import UserError
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.plan import parse_overrides
@@ -17,11 +17,8 @@ from mig_kit.pipeline.store import stale_notes
 
 
 def find_model(model: str, changes: dict, server: str = "") -> RunModel:
-    """What --model names, with its box format.
-
-    Args:
-        changes: of the box format; None keeps the model's own value.
-        server: with coordinates, the model may be only a name of the server's, a ServedName.
+    """What --model names, with its box format, of which `changes` change what is not None; with a
+    server and coordinates it may be only a name of the server's, a ServedName.
     """
     from mig_kit.models import loading
     from mig_kit.models.model_folders import FAMILIES, ServedName, read_model_type
@@ -30,7 +27,9 @@ def find_model(model: str, changes: dict, server: str = "") -> RunModel:
     changes = {name: value for name, value in changes.items() if value is not None}
     is_run = not server or model.partition("/")[0] in list_runs()
     found_model = find_run_model(model) if is_run else None
-    folder = found_model.folder if found_model else loading.resolve_model(absolute_folder(model))
+    is_folder = Path(model).is_dir() and model != "tiny"  # from where the command is given
+    folder = found_model.folder if found_model else loading.resolve_model(
+        str(Path(model).absolute()) if is_folder else model)
     # a server that runs already has the model, and the hub may be out of reach
     is_served = server and not found_model and (
         read_model_type(folder, ask_hub=False) not in FAMILIES)
@@ -74,7 +73,7 @@ def model_options(command):
 @model_options
 @click.option("--adapter", type=FOLDER, help="A LoRA adapter of that model, merged into it first.")
 @click.option("--four-bit", is_flag=True, help="The adapter was trained on 4-bit weights (QLoRA).")
-@click.option("--suite", default="drawn", show_default=True, help="What is asked.",
+@click.option("--suite", default="drawn", help="What is asked.",
               type=click.Choice(["drawn", "own", "mig_bench", "lisa", "revos", "ref_l4", "blink",
                                  "mmiu"]))
 @click.option("--file", "file", type=FILE,
@@ -125,9 +124,8 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
               help="An image; repeat in order.")
 @click.option("--all", "find_all", is_flag=True,
               help="Ask for all boxes, or none: for models trained on such questions.")
-@click.option("--out", default="grounded.png", show_default=True,
-              help="Where the image with the box goes.")
-@click.option("--max-new-tokens", default=256, show_default=True)
+@click.option("--out", default="grounded.png", help="Where the image with the box goes.")
+@click.option("--max-new-tokens", default=256)
 @click.argument("question")
 def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_new_tokens: int,
            question: str, **changes) -> None:

@@ -1,4 +1,4 @@
-"""`mig-kit data`: check, look at, import and compare training data; nothing here loads a model."""
+"""`mig-kit data`: check, look at, import and export training data; nothing here loads a model."""
 
 import json
 import os
@@ -10,14 +10,7 @@ from pathlib import Path
 import click
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.commands.options import (
-    FILE,
-    FOLDER,
-    NEW_FILE,
-    NEW_FOLDER,
-    profile_box_format,
-    root_option,
-)
+from mig_kit.commands.options import FILE, NEW_FILE, NEW_FOLDER, profile_box_format, root_option
 from mig_kit.common import UserError
 from mig_kit.pipeline.params import profile_params
 
@@ -26,7 +19,7 @@ SHOWN, DRAWN = 100, 12  # problems that a command prints, questions of a preview
 
 @click.group()
 def data() -> None:
-    """Check, look at, import, compare and export training data; nothing here loads a model."""
+    """Check, look at, import and export training data; nothing here loads a model."""
 
 
 @data.command()
@@ -115,12 +108,12 @@ def _write_correct(lines: Iterable, remarks, word: str, out: Path | None, file: 
                                                   "normalized_1"]),
               help="What all boxes are measured in, in place of what FILE says; absolute: pixels "
                    "of the image resized to --min-pixels and --max-pixels.")
-@click.option("--min-pixels", default=BoxFormat.min_pixels, show_default=True)
-@click.option("--max-pixels", default=BoxFormat.max_pixels, show_default=True)
+@click.option("--min-pixels", default=BoxFormat.min_pixels)
+@click.option("--max-pixels", default=BoxFormat.max_pixels)
 @click.option("--several", type=click.Choice(["any", "all"]),
               help="Of several boxes in an answer any is correct, or all must be found; without "
                    "it, such answers are left out.")
-@click.option("--split", default="",
+@click.option("--split", default="", show_default=False,
               help="Take the records of this split; left out: train, and lines that name none. A "
                    "table that names no split needs it.")
 def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
@@ -147,35 +140,11 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
         raise click.exceptions.Exit(1)
 
 
-@data.command()
-@click.argument("train", type=FOLDER)
-@click.argument("held_out", type=FOLDER)
-def duplicates(train: Path, held_out: Path) -> None:
-    """List images below TRAIN that are nearly images below HELD_OUT (perceptual hash); exit code 1
-    if there are any.
-    """
-    from mig_kit.data.inspection import find_near_duplicates, hash_images
-
-    hashes = [hash_images(folder, click.echo) for folder in (train, held_out)]
-    for folder, (names, _) in zip((train, held_out), hashes):
-        if not names:
-            raise UserError(f"there is no image that can be read below {folder}; name the folder "
-                            "of the images")
-    pairs = 0
-    for name, other, distance in find_near_duplicates(*hashes):
-        pairs += 1
-        click.echo(f"{train / name}\t{held_out / other}\t{distance} bits")
-    click.echo(f"{len(hashes[0][0])} against {len(hashes[1][0])} images: {pairs} pairs")
-    if pairs:
-        raise click.exceptions.Exit(1)
-
-
 @data.command("export")
 @click.argument("engine", type=click.Choice(["verl", "swift", "trl"]))
 @click.argument("run_id", metavar="RUN")
 @click.option("--out", required=True, type=NEW_FOLDER, help="The new folder.")
-@click.option("--gpus", default=8, show_default=True, type=click.IntRange(1),
-              help="GPUs of a node, for the configuration.")
+@click.option("--gpus", default=8, type=click.IntRange(1), help="GPUs of a node, in config.yaml.")
 def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
     """Write the prompts that stage 04 of RUN kept for another engine: its data, reward.py, and
     config.yaml with the values of RUN's 05 (if that has not run, its profile's) and the command.

@@ -17,7 +17,6 @@ from mig_kit.common import NOTEBOOKS, UserError, write_json
 from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.plan import parse_overrides, plan_run
-from mig_kit.pipeline.run_folders import lock_run, require_no_branches, require_runs, unlock_run
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def main() -> None:
         sys.exit(f"mig-kit: {error}")
 
 
-@click.group()
+@click.group(context_settings={"show_default": True})
 @click.version_option(__version__, prog_name="mig-kit")
 def cli() -> None:
     """mig-kit: multi-image visual grounding by reinforcement learning."""
@@ -64,9 +63,9 @@ def stage_name(text: str) -> str:
 @click.argument("stages", nargs=-1)
 @click.option("--profile", default="", show_default="the run's, of a new run tiny",
               help="tiny, or a folder of params/.")
-@click.option("--run-id", default="",
+@click.option("--run-id", default="", show_default=False,
               help="Folder under runs/; default with the profile tiny, else the profile's name.")
-@click.option("--from", "source", default="", metavar="RUN",
+@click.option("--from", "source", default="", show_default=False, metavar="RUN",
               help="Take the stages before STAGES from this run, by reference.")
 @click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
               help="Set a parameter in every stage that has it.")
@@ -98,7 +97,7 @@ def status(run_id: str | None) -> None:
     from mig_kit.pipeline.status import run_line, run_lines
 
     if run_id:
-        require_runs(run_id)
+        run_folders.require_runs(run_id)
     lines = run_lines(run_id) if run_id else map(run_line, sorted(run_folders.list_runs()))
     click.echo("\n".join(lines) or (
         f"no run in {run_folders.runs_root()} yet; mig-kit run makes one, all stages in some 20 "
@@ -110,20 +109,20 @@ def status(run_id: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(run_id: str, yes: bool) -> None:
     """Delete the run RUN_ID with all its stages, unless branches start from it."""
-    require_no_branches(run_id)
+    run_folders.require_no_branches(run_id)
     folder = run_folders.runs_root() / run_id
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     if not yes and not click.confirm(f"delete {folder}, {size:.0f} MB?"):
         return click.echo("nothing removed")
-    lock_run(folder)
+    run_folders.lock_run(folder)
     shutil.rmtree(folder)
-    unlock_run(folder)
+    run_folders.unlock_run(folder)
     click.echo(f"removed: run '{run_id}'")
 
 
 @cli.command("params")
 @click.argument("stage")
-@click.option("--profile", default="tiny", show_default=True, help="tiny, or a folder of params/.")
+@click.option("--profile", default="tiny", help="tiny, or a folder of params/.")
 def params_command(stage: str, profile: str) -> None:
     """All parameters of STAGE, their values in a profile and what they mean."""
     from mig_kit.pipeline.params import params_text
@@ -135,12 +134,11 @@ def params_command(stage: str, profile: str) -> None:
 @click.argument("run_ids", nargs=-1)
 @click.option("--group", "groups", multiple=True, metavar="NAME=RUN,RUN",
               help="Runs that count as one, such as the seeds of a variant; repeat.")
-@click.option("--reference", default="", help="The group that the others are compared with.")
-@click.option("--system", default="grpo", show_default=True,
-              type=click.Choice(["grpo", "sft", "base", "sft_long"]),
+@click.option("--reference", default="", show_default=False,
+              help="The group that the others are compared with.")
+@click.option("--system", default="grpo", type=click.Choice(["grpo", "sft", "base", "sft_long"]),
               help="Whose scores are compared; sft_long: longer SFT, of recorded runs alone.")
-@click.option("--format", "form", default="md", show_default=True,
-              type=click.Choice(["md", "csv"]))
+@click.option("--format", "form", default="md", type=click.Choice(["md", "csv"]))
 @click.option("--figure", type=NEW_FILE, help="Draw the scores here: a .png, .pdf or .svg.")
 @click.option("--differences", is_flag=True,
               help="With --figure, draw the differences to the reference, not the scores.")

@@ -15,11 +15,6 @@ NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 root_option = click.option("--root", type=FOLDER, help="Image root; else the folder of the file.")
 
 
-def absolute_folder(model: str) -> str:
-    """A folder that is named from where the command is given; anything else as it is."""
-    return str(Path(model).absolute()) if Path(model).is_dir() and model != "tiny" else model
-
-
 def profile_box_format(profile: str) -> BoxFormat:
     """How the models of a profile see images and write boxes."""
     params = profile_params("01_synthesize", profile)

@@ -18,7 +18,7 @@ def reward() -> None:
 @click.option("--data", "file", required=True, type=FILE,
               help="Own data, whose questions the replies are constructed for.")
 @root_option
-@click.option("--profile", default="tiny", show_default=True,
+@click.option("--profile", default="tiny",
               help="Whose coordinates, pixel limits and weights count: tiny, or a folder of "
                    "params/.")
 @click.option("--as", "engine", type=click.Choice(["trl", "verl", "swift"]),

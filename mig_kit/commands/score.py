@@ -21,10 +21,10 @@ FRAME, ORDER = click.Choice([name.value for name in Coordinates]), click.Choice(
                    "lmms-eval, a table of VLMEvalKit or BLINK's outputs; a file or a folder.")
 @click.option("--compare", type=click.Path(),
               help="A second model's predictions: adds the paired difference.")
-@click.option("--protocol", default="",
+@click.option("--protocol", default="", show_default=False,
               help="official (the default) or strict; for own data free_text (the default) or "
                    "strict.")
-@click.option("--coordinates", default="normalized_1000", show_default=True, type=FRAME,
+@click.option("--coordinates", default="normalized_1000", type=FRAME,
               help="Boxes are normalized_1000 (0 to 1000), normalized_1 (0 to 1), pixels (of the "
                    "original image) or absolute (pixels of the resized image, as Qwen2.5-VL "
                    "answers); official converts them for the authors' rule.")
@@ -34,16 +34,16 @@ FRAME, ORDER = click.Choice([name.value for name in Coordinates]), click.Choice(
 @click.option("--compare-box-order", type=ORDER, help="Order of the second model's numbers.")
 @click.option("--images", type=click.Path(),
               help="The folder of the images, where their sizes are needed.")
-@click.option("--min-pixels", default=3136, show_default=True, type=SIDE,
+@click.option("--min-pixels", default=3136, type=SIDE,
               help="The processor's lower limit of an image's area, for --coordinates absolute.")
-@click.option("--max-pixels", default=401408, show_default=True, type=SIDE,
+@click.option("--max-pixels", default=401408, type=SIDE,
               help="The processor's upper limit.")
 @click.option("--allow-missing", is_flag=True, help="Count items without a prediction wrong.")
 @click.option("--judge", metavar="URL",
               help="An OpenAI-compatible server that reads the letters that no rule reads (blink, "
                    "mmiu); its answers are kept beside the predictions.")
 @click.option("--judge-model", metavar="NAME", help="The judge's name on that server.")
-@click.option("--blind/--no-blind", default=True, show_default=True,
+@click.option("--blind/--no-blind", default=True,
               help="Beside the model: what answers score that no image is needed for.")
 @click.option("--calibrate", is_flag=True,
               help="Refit the edges of the boxes on half of the image lists, score the other half.")

@@ -134,7 +134,7 @@ def _require_questions(counts: dict[str, int], p: SimpleNamespace, report: SkipR
 def choose_set(sha256: str, shares: list[float]) -> str:
     """One of SET_NAMES, by the hash of a question's first image; other images may be shared.
 
-    shares: of cot, rl and val. Compare folders with `mig-kit data duplicates`.
+    shares: of cot, rl and val.
     """
     position = int(sha256[:16], 16) / 2**64
     if position < shares[0]:

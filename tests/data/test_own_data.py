@@ -291,16 +291,6 @@ def test_the_commands(root, tmp_path):
     assert "nothing written" in text and not (tmp_path / "out.jsonl").exists()
     assert "2 questions drawn" in call("check", path, "--preview", tmp_path / "a.html")[1]
     assert call("check", write_lines(root, GOOD), "--root", root)[0] == 0
-    for name in ("train", "held", "none"):
-        (tmp_path / name).mkdir()
-    Image.open(root / "b.png").save(tmp_path / "train" / "x.png")
-    Image.open(root / "b.png").resize((150, 80)).save(tmp_path / "held" / "y.jpg")
-    (tmp_path / "held" / "z.jpg").write_bytes(b"no image")
-    code, text = call("duplicates", tmp_path / "train", tmp_path / "held")
-    assert code == 1 and "1 against 1 images: 1 pairs" in text
-    assert "left out, z.jpg: 'z.jpg' is no readable image" in text
-    code, text = call("duplicates", tmp_path / "train", tmp_path / "none")
-    assert code == 1 and "no image that can be read below" in text
 
 
 def test_check_writes_the_correct_lines(root):
