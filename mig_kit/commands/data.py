@@ -11,7 +11,7 @@ import click
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.commands.options import FILE, NEW_FILE, NEW_FOLDER, profile_box_format, root_option
-from mig_kit.common import UserError
+from mig_kit.common import UserError, split_function_name
 from mig_kit.pipeline.params import profile_params
 
 SHOWN, DRAWN = 100, 12  # problems that a command prints, questions of a preview
@@ -162,7 +162,7 @@ def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
               profile_params("05_grpo", run_folders.load_profile(run_id) or "tiny"))
     params |= run_facts.run_params(run_id, "mig-kit data export")
     folder = run_folders.stage_folder("05_grpo", run_id)
-    rewards = load_rewards(params["rewards"], folder)
+    rewards = load_rewards(params["rewards"], folder if record else None)
     if of_batch := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
         raise UserError(f"the reward '{of_batch[0]}' judges whole batches, which other engines do "
                          "not give; write it as a function of reply, sample and box format")
@@ -172,8 +172,9 @@ def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
     model = (run_folders.stage_folder("03_merge", run_id) / "merged" if start == "merged" else
              loading.resolve_model(params["base_model"] if start == "base" else start))
     samples = read_samples(kept / "kept.parquet")
-    recipe = exports.Recipe(run_id, samples, params, model, params["trl"],
-                            tuple((folder / "rewards").glob("*.py")))
+    files = (folder / "rewards").glob("*.py") if record else {
+        split_function_name(text)[0] for text in params["rewards"] if ":" in text}
+    recipe = exports.Recipe(run_id, samples, params, model, params["trl"], tuple(files))
     differences = exports.write_export(engine, recipe, out, gpus)
     click.echo(f"{len(samples)} prompts, their rewards and the recipe for {engine}: {out}")
     for sentence in differences:

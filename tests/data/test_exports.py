@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -20,6 +21,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import PACKAGE, PROJECT_ROOT, UserError
 from mig_kit.data import exports, own_data
 from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.prompts import correct_answer
 from mig_kit.training.reward_loading import load_rewards, score_functions
 
@@ -126,6 +128,13 @@ def test_a_run_is_handed_over_with_its_own_values(smoke_runs, tmp_path, monkeypa
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert (config["num_generations"], config["learning_rate"], config["max_steps"]) == (4, 5e-4, 2)
     assert config["model"] == str(smoke_runs / "smoke/03_merge/merged")
+    for stage in RECIPE[1:5]:  # before 05 has run, its profile's values count
+        shutil.copytree(smoke_runs / "smoke" / stage, tmp_path / "runs/early" / stage)
+    shutil.copy(smoke_runs / "smoke/profile.txt", tmp_path / "runs/early")
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
+    assert call("export", "trl", "early", "--out", tmp_path / "early", "--gpus", 1)[0] == 0
+    early = yaml.safe_load((tmp_path / "early" / "config.yaml").read_text())
+    assert (early["max_steps"], early["num_generations"]) == (2, 4)
     for stage, name in (("03_merge", "merged"), ("05_grpo", "model")):
         card = ModelCard.load(smoke_runs / "smoke" / stage / name / "README.md")
         assert card.data.library_name == "transformers"
