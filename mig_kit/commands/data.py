@@ -1,9 +1,5 @@
 """`mig-kit data`: check, look at, import and export training data; nothing here loads a model."""
 
-import json
-import os
-from collections import Counter
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +10,7 @@ from mig_kit.commands.options import FILE, NEW_FILE, NEW_FOLDER, profile_box_for
 from mig_kit.common import UserError, split_function_name
 from mig_kit.pipeline.params import profile_params
 
-SHOWN, DRAWN = 100, 12  # problems that a command prints, questions of a preview
+DRAWN = 12  # questions of a preview
 
 
 @click.group()
@@ -37,7 +33,7 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None,
     FILE has a JSON object a line, holds a list of them, or is a table. The guide,
     notebooks/guide/own_data.md, says what is in one.
     """
-    from mig_kit.data import own_data, records
+    from mig_kit.data import inspection, own_data, records
 
     remarks, root = own_data.Remarks(), root or file.parent
     lines = own_data.iter_checked_lines(file, root, True, remarks)
@@ -47,55 +43,16 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None,
         model = loading.resolve_model(profile_params("01_synthesize", profile)["base_model"])
         lines = own_data.check_lengths(lines, processors.prompt_measure(
             model, profile_box_format(profile)))
-    counts, _ = _write_correct(lines, remarks, records.entry_word(file), out, file, root)
+    counts, _ = inspection.sort_lines(lines, remarks, records.entry_word(file), out, file, root,
+                                      click.echo)
     own_data.require_lines(file, remarks.n_lines)
     if preview:
-        from mig_kit.data.inspection import write_preview
-
         lines = own_data.iter_checked_lines(file, root, decodes=True)
         samples = (line.sample for line in lines if line.sample)
-        click.echo(f"{write_preview(islice(samples, DRAWN), preview)} questions drawn: {preview}")
+        count = inspection.write_preview(islice(samples, DRAWN), preview)
+        click.echo(f"{count} questions drawn: {preview}")
     if counts:
         raise click.exceptions.Exit(1)
-
-
-def _write_correct(lines: Iterable, remarks, word: str, out: Path | None, file: Path,
-                   root: Path) -> tuple[Counter, bool]:
-    """Print what is wrong with lines of own data, and write the correct ones to `out`.
-
-    Nothing is written if none is correct, or if one reason refuses a fifth of the file.
-
-    Returns: the wrong lines by reason, and whether `out` is written.
-    """
-    from mig_kit.data.records import describe_counts
-
-    if out and (out.resolve() == file.resolve() or not out.absolute().parent.is_dir()):
-        raise UserError(f"--out {out} is FILE itself, or in no folder that exists; name another "
-                        "file")
-    counts: Counter[str] = Counter()
-    temporary = out.with_name(f"{out.name}.tmp") if out else Path(os.devnull)
-    with temporary.open("w", encoding="utf-8") as correct:
-        for line in lines:
-            if not line.problems:
-                correct.write(json.dumps(line.record) + "\n")
-                continue
-            counts[line.problems[0].reason] += 1
-            if counts.total() <= SHOWN:
-                click.echo(f"{line.place}: {'; '.join(map(str, line.problems))}")
-    n_correct = remarks.n_lines - counts.total()
-    is_written = bool(out and n_correct and not remarks.file_fault())
-    if is_written:  # an older file is not replaced by none
-        temporary.replace(out)
-    elif out:
-        temporary.unlink()
-    written = f"; {n_correct} written to {out} (image root: {root})" if is_written else ""
-    more = f" (the first {SHOWN} shown)" if counts.total() > SHOWN else ""
-    click.echo(f"{remarks.n_lines} {word}s, {n_correct} correct, {counts.total()} wrong{more}"
-               f"{written or '; nothing written' * bool(out)}")
-    for sentence in [*describe_counts(counts),
-                     *(f"remark: {sentence}" for sentence in remarks.sentences())]:
-        click.echo(sentence)
-    return counts, is_written
 
 
 @data.command("import")
@@ -124,7 +81,7 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
     LLaVA, Qwen-VL. mgrounding: MGrounding-630k. coco. Images in a table are written to the folder
     of OUT if no root is given.
     """
-    from mig_kit.data import importers, own_data, records
+    from mig_kit.data import importers, inspection, own_data, records
 
     if form == "llava" and not coordinates:
         raise UserError("files of this format do not say what their boxes are measured in; give "
@@ -136,7 +93,7 @@ def import_command(form: str, file: Path, out: Path, root: Path | None, coordina
                                   BoxFormat(min_pixels, max_pixels), several or "", split)
     lines = own_data.check_records(importers.iter_own_records(form, file, rules), root,
                                    remarks=remarks)
-    if not _write_correct(lines, remarks, "question", out, file, root)[1]:
+    if not inspection.sort_lines(lines, remarks, "question", out, file, root, click.echo)[1]:
         raise click.exceptions.Exit(1)
 
 

@@ -1,20 +1,66 @@
-"""What a person looks at before a training: boxes on a page."""
+"""What a person looks at before a training: what is wrong with lines, and boxes on a page."""
 
-from collections.abc import Iterator
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from pathlib import Path
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_atomically
+from mig_kit.data.file_remarks import Remarks
+from mig_kit.data.own_data import Line
+from mig_kit.data.records import describe_counts
 from mig_kit.image_files import to_data_url
 from mig_kit.prompts import format_question
 from mig_kit.sample import Sample
 
+SHOWN = 100  # lines that are named
 PAGE = """<!doctype html><meta charset="utf-8"><title>Preview</title>
 <meta http-equiv="Content-Security-Policy"
       content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>body { font: 15px sans-serif; margin: 2em } img { max-width: 100% }</style>
 """
+
+
+def sort_lines(lines: Iterable[Line], remarks: Remarks, word: str, out: Path | None, file: Path,
+               root: Path, say: Callable[[str], object]) -> tuple[Counter, bool]:
+    """Say what is wrong with lines of own data, and write the correct ones to `out`.
+
+    Nothing is written if none is correct, or if one reason refuses a fifth of the file.
+
+    Args:
+        remarks: takes in the lines. word: what one is called. file, root: that they are from.
+    Returns: the wrong lines by reason, and whether `out` is written.
+    """
+    if out and (out.resolve() == file.resolve() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out {out} is FILE itself, or in no folder that exists; name another "
+                        "file")
+    counts: Counter[str] = Counter()
+    temporary = out.with_name(f"{out.name}.tmp") if out else Path(os.devnull)
+    with temporary.open("w", encoding="utf-8") as correct:
+        for line in lines:
+            if not line.problems:
+                correct.write(json.dumps(line.record) + "\n")
+                continue
+            counts[line.problems[0].reason] += 1
+            if counts.total() <= SHOWN:
+                say(f"{line.place}: {'; '.join(map(str, line.problems))}")
+    n_correct = remarks.n_lines - counts.total()
+    is_written = bool(out and n_correct and not remarks.file_fault())
+    if is_written:  # an older file is not replaced by none
+        temporary.replace(out)
+    elif out:
+        temporary.unlink()
+    written = f"; {n_correct} written to {out} (image root: {root})" if is_written else ""
+    more = f" (the first {SHOWN} shown)" if counts.total() > SHOWN else ""
+    say(f"{remarks.n_lines} {word}s, {n_correct} correct, {counts.total()} wrong{more}"
+               f"{written or '; nothing written' * bool(out)}")
+    for sentence in [*describe_counts(counts),
+                     *(f"remark: {sentence}" for sentence in remarks.sentences())]:
+        say(sentence)
+    return counts, is_written
 
 
 def write_preview(samples: Iterator[Sample], out: Path) -> int:
