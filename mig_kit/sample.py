@@ -1,7 +1,7 @@
 """The record that flows through all stages: a question on several images, and its answers."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -222,6 +222,9 @@ class TableRows(Sequence):
             return self.select(range(len(self))[index])
         (row,) = self.table.slice(int(self.rows[index]), 1).to_pylist()
         return self.convert(row, self.path.parent)
+
+    def __iter__(self) -> Iterator:  # Sequence's own would take a bug's IndexError for the end
+        return (self[index] for index in range(len(self)))
 
     def select(self, indices: Sequence[int]) -> "TableRows":
         """The items at these indices, in this order."""
