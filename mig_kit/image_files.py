@@ -211,6 +211,9 @@ class LazyImages(Sequence):
             return LazyImages(self.encoded[index])
         return self.encoded[index].open()
 
+    def __iter__(self) -> Iterator[Image.Image]:  # Sequence's own ends at any IndexError
+        return (image.open() for image in self.encoded)
+
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """(width, height) of every image, pixels; decodes nothing."""

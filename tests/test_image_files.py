@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from mig_kit import image_files
 from mig_kit.data.records import SkipReport
-from mig_kit.image_files import BadImage, EncodedImage, open_rgb, read_size
+from mig_kit.image_files import BadImage, EncodedImage, LazyImages, open_rgb, read_size
 
 
 @pytest.mark.parametrize("name", [
@@ -111,3 +111,10 @@ def test_what_is_transparent_is_white(tmp_path, mode, black, clear):
     opened = open_rgb(tmp_path / "a.png")
     assert opened.mode == "RGB"
     assert (opened.getpixel((5, 5)), opened.getpixel((35, 5))) == ((0, 0, 0), (255, 255, 255))
+
+
+def test_a_decoders_index_error_is_no_end_of_the_images(monkeypatch):
+    images = LazyImages((EncodedImage(b"", (8, 8)),) * 2)
+    monkeypatch.setattr(EncodedImage, "open", lambda image: [][0])
+    with pytest.raises(IndexError):
+        list(images)
