@@ -17,8 +17,9 @@ from mig_kit.pipeline.store import stale_notes
 
 
 def find_model(model: str, changes: dict, server: str = "") -> RunModel:
-    """What --model names, with its box format, of which `changes` change what is not None; with a
-    server and coordinates it may be only a name of the server's, a ServedName.
+    """The model that --model names; a ServedName if only the server knows it.
+
+    changes: of its box format; None keeps the model's own value.
     """
     from mig_kit.models import loading
     from mig_kit.models.model_folders import FAMILIES, ServedName, read_model_type
@@ -103,6 +104,8 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
 
     others = {str(folder): eval_model.read_result(folder) for folder in compare}
     chosen = parse_overrides(overrides, [EVALUATE])
+    if "replies" in chosen:
+        raise UserError("eval asks every question once, greedily; leave -p replies out")
     run_model = find_model(model, changes, chosen.get("server", ""))
     if adapter and isinstance(run_model.folder, ServedName):
         raise UserError("--adapter is merged into a model that the kit loads; have the server "

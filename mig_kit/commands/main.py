@@ -152,6 +152,8 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     from mig_kit.drawing import plots
     from mig_kit.stages import compare
 
+    if figure and figure.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")
     by_group = compare.parse_groups([*groups, *run_ids])
     result = compare.compare_groups(by_group, reference, system)
     click.echo(compare.render_table(result, form))

@@ -30,8 +30,10 @@ FRAME, ORDER = click.Choice([name.value for name in Coordinates]), click.Choice(
                    "answers); official converts them for the authors' rule.")
 @click.option("--box-order", type=ORDER,
               help="Order of a box's four numbers, if not x1, y1, x2, y2: yxyx (Gemini) or xywh.")
-@click.option("--compare-coordinates", type=FRAME, help="Those of the second model's boxes.")
-@click.option("--compare-box-order", type=ORDER, help="Order of the second model's numbers.")
+@click.option("--compare-coordinates", type=FRAME,
+              help="Coordinates of the second model's boxes, if not those of the first.")
+@click.option("--compare-box-order", type=ORDER,
+              help="Order of the second model's numbers, if not that of the first.")
 @click.option("--images", type=click.Path(),
               help="The folder of the images, where their sizes are needed.")
 @click.option("--min-pixels", default=3136, type=SIDE,
@@ -68,10 +70,13 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         raise UserError("--judge URL and --judge-model NAME belong together; give both")
     rules["judge"] = (judge, judge_model) if judge else None
     read = {Path(name).resolve() for name in (annotations, predictions, compare) if name}
-    for target in [path.resolve() for path in (out, items) if path]:
-        if not target.parent.is_dir() or {target, *target.parents} & read:
-            raise UserError(f"{target} cannot be written: its folder does not exist, or is read "
-                            "from; name a file elsewhere")
+    written = [path.resolve() for path in (out, items) if path]
+    for target in written:
+        if target.is_dir() or not target.parent.is_dir():
+            raise UserError(f"{target} cannot be written; name a file in a folder that exists")
+        if written.count(target) > 1 or {target, *target.parents} & read:
+            raise UserError(f"{target} is given twice, or lies in a folder that is read, and would "
+                            "be overwritten; write to a file elsewhere")
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
     if name == "own":
         for number, line in enumerate(read_records(annotations), 1):

@@ -39,24 +39,26 @@ def sort_lines(lines: Iterable[Line], remarks: Remarks, word: str, out: Path | N
                         "file")
     counts: Counter[str] = Counter()
     temporary = out.with_name(f"{out.name}.tmp") if out else Path(os.devnull)
-    with temporary.open("w", encoding="utf-8") as correct:
-        for line in lines:
-            if not line.problems:
-                correct.write(json.dumps(line.record) + "\n")
-                continue
-            counts[line.problems[0].reason] += 1
-            if counts.total() <= SHOWN:
-                say(f"{line.place}: {'; '.join(map(str, line.problems))}")
-    n_correct = remarks.n_lines - counts.total()
-    is_written = bool(out and n_correct and not remarks.file_fault())
-    if is_written:  # an older file is not replaced by none
-        temporary.replace(out)
-    elif out:
-        temporary.unlink()
+    try:
+        with temporary.open("w", encoding="utf-8") as correct:
+            for line in lines:
+                if not line.problems:
+                    correct.write(json.dumps(line.record) + "\n")
+                    continue
+                counts[line.problems[0].reason] += 1
+                if counts.total() <= SHOWN:
+                    say(f"{line.place}: {'; '.join(map(str, line.problems))}")
+        n_correct = remarks.n_lines - counts.total()
+        is_written = bool(out and n_correct and not remarks.file_fault())
+        if is_written:  # an older file is not replaced by none
+            temporary.replace(out)
+    finally:
+        if out:
+            temporary.unlink(missing_ok=True)
     written = f"; {n_correct} written to {out} (image root: {root})" if is_written else ""
     more = f" (the first {SHOWN} shown)" if counts.total() > SHOWN else ""
     say(f"{remarks.n_lines} {word}s, {n_correct} correct, {counts.total()} wrong{more}"
-               f"{written or '; nothing written' * bool(out)}")
+        f"{written or '; nothing written' * bool(out)}")
     for sentence in [*describe_counts(counts),
                      *(f"remark: {sentence}" for sentence in remarks.sentences())]:
         say(sentence)

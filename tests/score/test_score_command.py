@@ -37,8 +37,9 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("words,sentence", [
-    (("--json", "a.jsonl"), "or is read from; name a file"),
-    (("--json", "p/new.json", "--predictions", "p"), "or is read from; name a file")])
+    (("--json", "a.jsonl"), "is given twice"),
+    (("--json", "new.json", "--items", "new.json"), "is given twice"),
+    (("--json", "p/new.json", "--predictions", "p"), "lies in a folder that is read")])
 def test_no_file_that_was_given_is_overwritten(files, words, sentence):
     (files / "p").mkdir()
     (files / "p" / "a.jsonl").write_text((files / "a.jsonl").read_text())
@@ -75,7 +76,7 @@ def test_items_say_what_became_of_each_question(files):
                     "other": 0.0, "result": "win"}
     assert (unread["box"], unread["problem"], unread["result"]) == (None, "unread", "loss")
     refused = run_score(files, *words, str(files / "a.jsonl"), annotations="two.json")
-    assert "cannot be written" in str(refused.exception)
+    assert "is given twice" in str(refused.exception)
 
 
 @pytest.mark.parametrize("scale,order,sentence", [

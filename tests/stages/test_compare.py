@@ -341,6 +341,8 @@ def test_the_command_prints_and_draws(nine_runs, tmp_path):
     figure = tmp_path / "gaps.svg"
     run_mig_kit(*words, "--figure", str(figure), "--differences")
     assert figure.is_file()
+    refused = run_mig_kit(*words, "--figure", "groups.doc")
+    assert "end its name in .png, .pdf or" in refused.stderr and not refused.stdout
     refused = run_mig_kit("table", "recipe-0", "--figure", str(tmp_path / "a.png"),
                           "--differences")
     assert "one group has no differences" in refused.stderr

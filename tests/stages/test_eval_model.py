@@ -355,6 +355,7 @@ def test_another_box_format_than_the_models_own_is_said(monkeypatch, capsys):
 @pytest.mark.parametrize(("words", "sentence"), [
     (("--suite", "drawn", "--file", "here.jsonl"), "has no --file"),
     (("--suite", "own"), "every other suite needs one"),
+    (("-p", "replies", "8"), "leave -p replies out"),
     (("--compare", "."), "holds no eval.json")])
 def test_bad_words_end_at_once(words, sentence, tmp_path, monkeypatch):
     (tmp_path / "here.jsonl").write_text("{}")
