@@ -1,28 +1,14 @@
 """The command line's sentences."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
 from command_line import output_of, run_mig_kit
 
-from mig_kit import PROCESS_ENVIRONMENT
 from mig_kit.commands.main import cli
 from mig_kit.pipeline import run_folders
 from mig_kit.world.tasks import make_sample
-
-
-def test_bench_starts_again_on_the_heap_that_stages_have():
-    code = ("import os; print(os.environ.get('MALLOC_TOP_PAD_'), flush=True); "
-            "from mig_kit.commands.main import main; main()")
-    bare = {name: value for name, value in os.environ.items() if name not in PROCESS_ENVIRONMENT}
-    result = subprocess.run([sys.executable, "-c", code, "bench", "-p", "repeats", "0"],
-                            capture_output=True, text=True, env=bare)
-    assert result.stdout.split() == ["None", PROCESS_ENVIRONMENT["MALLOC_TOP_PAD_"]]
-    assert result.returncode == 1 and "repeats is 0; it must be int, 1 or more" in result.stderr
 
 
 @pytest.mark.parametrize("words,sentence", [
@@ -41,7 +27,6 @@ def test_bench_starts_again_on_the_heap_that_stages_have():
     (("run", "99"), "no stage '99'"),
     (("run", "05", "--run-id", "none-such"), "05_grpo needs 01_synthesize of run 'none-such'"),
     (("run", "--profile", "huge"), "the profiles are tiny, "),
-    (("bench", "-p", "tokens", "1"), "tokens is 1; it must be int, 2 or more"),
 ])
 def test_bad_input_is_one_sentence(words, sentence, tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))

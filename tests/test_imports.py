@@ -27,8 +27,7 @@ WINGS = {
     "training": {"models", "serving", "shared_prefix", "pipeline", "drawing"},
     "data": {"drawing", "models"}, "pipeline": {"world"},
     "stages": {"world", "data", *ENGINE, "pipeline", "drawing"},
-    "lab": {"stages", "world", "data", *ENGINE, "pipeline", "drawing"},
-    "commands": {"lab", "stages", "world", "data", "score", *ENGINE, "pipeline", "drawing"},
+    "commands": {"stages", "world", "data", "score", *ENGINE, "pipeline", "drawing"},
 }
 # what stages share; train is what launchers start
 STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "tables": set(),
@@ -39,7 +38,7 @@ READS_STAGES = {"compare": {"evaluate", "evaluated_runs"},
 # the notebook-less 06 judges real benchmarks; 06 refits the edges of boxes
 READS_SCORING = {"stages.eval_model": "", "stages.evaluate": "calibration"}  # module: "" for all
 OTHER_HOMES = {  # module and test of a stage that is none of the recipe
-    "08_benchmark": ("mig_kit/lab/workload.py", "tests/lab/test_workload.py"),
+    "08_benchmark": ("mig_kit/shared_prefix/compare.py", "tests/shared_prefix/test_trainer.py"),
     "90_tiny_base": ("notebooks/tiny_base/training.py", "tests/test_tiny_base.py")}
 
 

@@ -1,29 +1,24 @@
 """The entry point `mig-kit` and the commands about runs."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import click
 
-from mig_kit import LATE, __version__
+from mig_kit import __version__
 from mig_kit.commands.ask import eval_command, ground
 from mig_kit.commands.data import data
 from mig_kit.commands.options import NEW_FILE
 from mig_kit.commands.reward import reward
 from mig_kit.commands.score import score_command
-from mig_kit.common import NOTEBOOKS, UserError, write_json
+from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline import run_folders, store
-from mig_kit.pipeline.params import validate_params
-from mig_kit.pipeline.plan import parse_overrides, plan_run
+from mig_kit.pipeline.plan import plan_run
 
 
 def main() -> None:
     """Entry point: what the user has to change ends with one sentence, a bug with its traceback."""
-    # bench measures in this process, whose heap heeds its environment only from its start
-    if LATE and sys.argv[1:2] == ["bench"]:
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     try:
         if code := cli(standalone_mode=False):
             sys.exit(code)
@@ -165,32 +160,6 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
         plots.plot_groups(drawn, system, result["reference"] * differences).savefig(
             figure, bbox_inches="tight")
         click.echo(f"figure: {figure}", err=True)
-
-
-@cli.command()
-@click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
-              help="Set a parameter of stage 08, such as images or group.")
-@click.option("--json", "out", type=NEW_FILE, help="Write the figures here.")
-def bench(overrides: tuple[tuple[str, str], ...], out: Path | None) -> None:
-    """Stock TRL and the kit side by side in one run: rollout, training, whole step."""
-    import tempfile
-
-    if out and not out.absolute().parent.is_dir():
-        raise UserError(f"{out} cannot be written; name a file in a folder that exists")
-    stage = "08_benchmark"
-    params = validate_params(parse_overrides(overrides, [stage]), stage)
-    from mig_kit.lab.workload import Workload, headline_text, run_headline
-    from mig_kit.models import loading
-
-    hardware = loading.choose_hardware(params["dtype"])
-    workload = Workload(*(params[name] for name in ("images", "group", "tokens", "side",
-                                                    "prompts")))
-    with tempfile.TemporaryDirectory() as name:
-        result = run_headline(loading.resolve_model(params["model"]), hardware, workload,
-                              Path(name), params["repeats"])
-    click.echo(headline_text(result, workload))
-    if out:
-        write_json(out, result)
 
 
 for command in (score_command, eval_command, ground, data, reward):

@@ -197,11 +197,11 @@ def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
     figure, axes = plt.subplots(2, 1, sharex=True, layout="constrained", figsize=(
         WIDTH, 1.6 + 0.2 * group), height_ratios=(group, group + 1))
     stock, kit = axes
-    stock.barh(range(group), [prompt] * group, color=SIDE_COLOURS["stock"], edgecolor="white",
+    stock.barh(range(group), [prompt] * group, color=SIDE_COLOURS["stock TRL"], edgecolor="white",
                label="prompt: images and question")
     stock.barh(range(group), [reply] * group, left=prompt, color=CORRECT, edgecolor="white",
                label="a reply")
-    kit.barh([0], [prompt], color=SIDE_COLOURS["stock"], edgecolor="white")
+    kit.barh([0], [prompt], color=SIDE_COLOURS["stock TRL"], edgecolor="white")
     kit.barh(range(1, group + 1), [reply] * group, left=prompt, color=CORRECT, edgecolor="white")
     for row in range(1, group + 1):  # every reply attends to the one prompt
         kit.plot([prompt / 2, prompt / 2, prompt], [0.45, row, row], color=INK, linewidth=0.6,

@@ -14,7 +14,7 @@ SYSTEM_COLOURS = {"base": "#8C8C8C", "sft": "#E69F00", "start": "#009E73", "grpo
 SYSTEM_LABELS = {"base": "base", "sft": "SFT", "start": "start of RL", "grpo": "GRPO",
                  "sft_long": "control SFT"}
 SYSTEM_MARKERS = {"base": "o", "sft": "s", "start": "P", "grpo": "D", "sft_long": "^"}
-SIDE_COLOURS = {"stock": "#999999", "kit": "#0072B2"}
+SIDE_COLOURS = {"stock TRL": "#999999", "shared prompts": "#0072B2"}
 # what became of a trace, a prompt or a reply: the good end is blue everywhere
 PIECE_COLOURS = {
     "kept": CORRECT, "correct": CORRECT,

@@ -313,14 +313,11 @@ class Report(StageParams):
 class Benchmark(StageParams):
     """08_benchmark."""
 
-    images: int = param(6, "images of the headline's prompt", ge=1, le=8)
+    images: int = param(6, "images of a prompt", ge=1, le=8)
     side: int = param(392, "side of an image, pixels", ge=56, le=1960)
     group: int = param(8, "replies to a prompt, G", ge=2)
     tokens: int = param(64, "tokens of a reply", ge=2)
-    prompts: Positive = param(4, "prompts of a step; stock needs memory for each")
-    model: Model = param("tiny", "tiny (the shipped base) or a Qwen2.5-VL folder")
-    repeats: Positive = param(3, "turns of either side")
-    dtype: Dtype = DTYPE
+    model: Model = param("tiny", "tiny (the shipped base), a folder or a hub name")
 
 
 class TinyBase(Seeded):

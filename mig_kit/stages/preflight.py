@@ -1,4 +1,4 @@
-"""Stage 00: what this machine has and what the profile will need, before anything is computed."""
+"""Stage 00: what this machine has, and what the profile took where it was measured."""
 
 import os
 import shutil
@@ -19,7 +19,10 @@ TINY_COST = {
     "04_rejection_sampling": (1.5, 4.0), "05_grpo": (5.6, 8.0), "06_evaluate": (2.2, 6.0),
     "07_report": (0.3, 4.0)}
 REFERENCE_SECONDS = 0.298  # what `time_reference_step` gave in that run
-BUSY_PERCENT = 20  # of the cores; a step that is timed beside busier programs says little
+# GiB at the peak of each stage on one H100, version 0.3, random weights, six images of 512 tokens a
+# prompt (notebooks/guide/real_run.md)
+MEASURED_PEAKS = {"qwen2_5_vl_3b": {"02_sft": 11.7, "03_merge": 11.7, "04_rejection_sampling": 14.1,
+                                    "05_grpo, first replies": 14.0}}
 
 
 def describe_machine() -> dict:
@@ -52,11 +55,6 @@ def time_reference_step(hardware: Hardware, rounds: int = 7) -> float:
     return median(seconds)
 
 
-def measure_others() -> float:
-    """Percent of this machine's cores that other programs take, while this one waits a second."""
-    return psutil.cpu_percent(1.0)
-
-
 def predict_minutes(seconds: float) -> list[dict]:
     """Rows {stage, minutes, memory_gib} of the tiny profile; seconds: of `time_reference_step`."""
     return [{"stage": stage, "minutes": round(seconds / REFERENCE_SECONDS * minutes, 1),
@@ -78,19 +76,3 @@ def require_resources(machine: dict, memory_gib: float, disk_gib: float,
         raise UserError(
             f"this profile writes up to {disk_gib:g} GiB and {machine['disk_free_gib']:g} GiB are "
             "free; free some disk or set MIG_KIT_RUNS to a larger one")
-
-
-def summary(profile: str, minutes: float, memory: list[dict], others: float = 0.0) -> str:
-    """A line on the minutes or the GPU memory that the run will take.
-
-    Args:
-        minutes: of the tiny profile's stages on this machine.
-        memory: rows of `gpu_needs.predict`; [] if the profile needs no GPU.
-        others: percent of the cores, of `measure_others`.
-    """
-    if memory:
-        most = max(memory, key=lambda row: row["GiB"])
-        return f"profile {profile}: predicted {most['GiB']:g} GiB of a GPU ({most['stage']})"
-    busy = (f"; this machine is too busy to be timed: other programs take {others:.0f} % of its "
-            "cores" if others > BUSY_PERCENT else "")
-    return f"the tiny profile takes about {minutes:.0f} minutes here{busy}"

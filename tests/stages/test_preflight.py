@@ -2,6 +2,7 @@
 
 import pytest
 
+from mig_kit.common import NOTEBOOKS
 from mig_kit.models import loading
 from mig_kit.stages import preflight
 
@@ -32,10 +33,8 @@ def test_the_machine_is_described_even_where_no_run_exists_yet(tmp_path, monkeyp
     assert machine["cpus"] > 0 and machine["memory_gib"] > 0 and machine["disk_free_gib"] > 0
 
 
-def test_the_summary_says_what_a_gpu_needs():
-    assert preflight.summary("tiny", 24.4, []) == "the tiny profile takes about 24 minutes here"
-    assert preflight.summary("tiny", 24.4, [], 55.0).endswith(
-        "; this machine is too busy to be timed: other programs take 55 % of its cores")
-    memory = [{"stage": "02_sft", "GiB": 21.6}, {"stage": "05_grpo", "GiB": 28.4}]
-    assert preflight.summary("large", 24.4, memory) == (
-        "profile large: predicted 28.4 GiB of a GPU (05_grpo)")
+def test_the_measured_peaks_are_those_of_the_guide():
+    page = (NOTEBOOKS / "guide" / "real_run.md").read_text()
+    for profile, peaks in preflight.MEASURED_PEAKS.items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{profile}` |"))
+        assert [float(cell) for cell in row.split("|")[2:5]] == list(peaks.values())[1:]

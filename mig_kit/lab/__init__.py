@@ -1,1 +1,0 @@
-"""Speed beside stock TRL, and what a GPU will need."""
