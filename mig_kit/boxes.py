@@ -5,11 +5,8 @@ Qwen2.5-VL answers in pixels of that resized image, Qwen2-VL and Qwen3-VL in 0 t
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-
-import numpy as np
 
 from mig_kit.common import UserError
 
@@ -130,15 +127,3 @@ def iou(a: Box, b: Box) -> float:
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     overlap = width * height
     return overlap / (area_a + area_b - overlap)
-
-
-def matched_sum(scores: Sequence[Sequence[float]]) -> float:
-    """The largest sum of scores over one-to-one pairs of rows and columns (Hungarian matching).
-
-    Args:
-        scores: (n, m) of every pair, n and m at least 1.
-    """
-    from scipy.optimize import linear_sum_assignment  # half a second, which most commands spare
-
-    table = np.asarray(scores, dtype=float)
-    return float(table[linear_sum_assignment(table, maximize=True)].sum())

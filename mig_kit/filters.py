@@ -8,8 +8,8 @@ ours.
 import re
 
 from mig_kit.boxes import BoxFormat, iou, rescale_box, to_model_box
-from mig_kit.prompts import is_well_formed, parse_reply
-from mig_kit.rewards import image_set_iou, reply_iou, weakest_iou
+from mig_kit.prompts import parse_reply
+from mig_kit.rewards import names_image, reply_iou
 from mig_kit.sample import Sample, Trace
 
 DROP_REASONS = ("format", "image", "box", "choice", "leak")
@@ -32,19 +32,19 @@ OPTION_LETTER = re.compile(r"(?:^|\s)\(?[A-H][.)](?:\s|$)")
 def drop_reason(reply: str, sample: Sample, box_format: BoxFormat) -> str:
     """"" if the reply may teach, else the first of DROP_REASONS that speaks against it.
 
-    "box" means an IoU below 0.5 with the target, or a missing or extra box.
+    "box" means an IoU below 0.5 with the target.
     """
     answer = parse_reply(reply)
-    has_answer = sample.find_all or (answer.letter if sample.options else answer.box is not None)
-    if not has_answer or not is_well_formed(reply, sample):
+    has_answer = answer.letter if sample.options else answer.box is not None
+    if not has_answer or not answer.well_formed:
         return "format"
     if sample.options:
         if answer.letter != sample.letter:
             return "choice"
         return "leak" if OPTION_LETTER.search(answer.thinking) else ""
-    if image_set_iou(reply, sample) < 1:
+    if not names_image(reply, sample):
         return "image"
-    if weakest_iou(reply, sample, box_format) < 0.5:
+    if reply_iou(reply, sample, box_format) < 0.5:
         return "box"
     return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
 

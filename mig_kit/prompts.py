@@ -1,12 +1,11 @@
 """Prompts and answers: how a sample is put to the model, and how its reply is read.
 
 Edit GROUNDING_INSTRUCTION or CHOICE_INSTRUCTION to try another prompt. The reply format is
-MG-Thinker's: reasoning in `<think>`, then one JSON object in `<answer>`, or one per box.
+MG-Thinker's: reasoning in `<think>`, then one JSON object in `<answer>`.
 """
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box, to_original_box
@@ -14,16 +13,10 @@ from mig_kit.sample import Sample
 
 GROUNDING_INSTRUCTION = ('Think in <think></think>, then answer '
                          '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
-# Not "null", so that a digit stands in every answer: a small base cannot learn to write tokens that
-# it has never written. The prompt is the same whether none, one or several boxes are correct.
-NO_BOX = '{"image": 0}'
-ALL_INSTRUCTION = (f"{GROUNDING_INSTRUCTION} Several may fit: list all, with commas between. "
-                   f"If none fits, answer {NO_BOX}.")
 CHOICE_INSTRUCTION = ("Think in <think></think>, then answer with the letter in "
                       "<answer></answer>.")
 LETTERS = "ABCDEFGH"
 LARGEST = 1e6  # a coordinate beyond it is no coordinate
-MOST_BOXES = 100  # an answer that lists more is no answer
 
 
 @dataclass(frozen=True)
@@ -33,7 +26,7 @@ class Reply:
     Args:
         image, box: number of the image, from 1, and xyxy in the model's coordinates.
         well_formed: it is one `<think>` and one `<answer>` block with one answer, nothing else.
-        names_none: likewise, but the answer holds neither number nor letter, or is NO_BOX.
+        names_none: likewise, but the answer holds neither number nor letter.
     """
 
     thinking: str
@@ -54,20 +47,12 @@ def format_answer(image: int, box: Box) -> str:
     return f'{{"image": {image}, "box": {format_box(box)}}}'
 
 
-def format_answers(answers: Iterable[tuple[int, Box]]) -> str:
-    """The inside of `<answer>` to a question for all boxes; answers: (image number, box) pairs."""
-    return ", ".join(format_answer(image, box) for image, box in answers) or NO_BOX
-
-
 def correct_answers(sample: Sample, box_format: BoxFormat) -> list[str]:
-    """Every correct inside of `<answer>`: the letter, each target's box, or all boxes at once."""
+    """Every correct inside of `<answer>`: the letter, or the box of each target."""
     if sample.options:
         return [sample.letter]
-    answers = [(image, to_model_box(box, sample.sizes[image - 1], box_format))
-               for image, box in sample.targets]
-    if sample.find_all:
-        return [format_answers(answers)]
-    return [format_answer(*answer) for answer in answers] or ["none"]
+    return [format_answer(image, to_model_box(box, sample.sizes[image - 1], box_format))
+            for image, box in sample.targets] or ["none"]
 
 
 def correct_answer(sample: Sample, box_format: BoxFormat) -> str:
@@ -84,9 +69,7 @@ def format_question(sample: Sample, box_format: BoxFormat, with_instruction: boo
     text += "".join(f" {letter}. {option}" for letter, option in zip(LETTERS, sample.options))
     if not with_instruction:
         return text
-    if sample.options:
-        return f"{text} {CHOICE_INSTRUCTION}"
-    return f"{text} {ALL_INSTRUCTION if sample.find_all else GROUNDING_INSTRUCTION}"
+    return f"{text} {CHOICE_INSTRUCTION if sample.options else GROUNDING_INSTRUCTION}"
 
 
 def image_label(number: int, size: tuple[int, int] | None = None) -> str:
@@ -114,50 +97,9 @@ def parse_reply(text: str) -> Reply:
         letter = _parse_letter(answers[0])
     is_clean = _has_two_blocks(text)
     has_answer = box is not None or letter != ""
-    is_without_number = is_clean and not letter and not re.search(r"\d", answers[0])
-    names_none = is_without_number or (is_clean and answers[0].strip() == NO_BOX)
+    names_none = is_clean and not letter and not re.search(r"\d", answers[0])
     return Reply(thinking.group(1).strip() if thinking else "", image, box, letter,
                  well_formed=is_clean and has_answer, names_none=names_none)
-
-
-def parse_boxes(text: str) -> list[tuple[int, Box]] | None:
-    """The (image number, box) pairs that answer a question for all boxes; never raises.
-
-    Boxes are in the model's coordinates and may be empty or inverted; an image may be any number.
-
-    Returns: [] if the answer says that there is none (NO_BOX, null, [] or an object whose image is
-    null); None if it cannot be read: not one `<answer>` block, a part that is no such object, or
-    more than MOST_BOXES.
-    """
-    answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    if len(answers) != 1 or not answers[0].strip():
-        return None
-    try:
-        items = json.loads(f"[{answers[0]}]")
-    except (ValueError, RecursionError):
-        return None
-    if len(items) == 1 and isinstance(items[0], list):
-        items = items[0]
-    if not items or len(items) == 1 and _is_no_box(items[0]):
-        return []
-    boxes = [_read_box(item) for item in items[:MOST_BOXES + 1]]
-    is_readable = len(boxes) <= MOST_BOXES and all(box is not None for _, box in boxes)
-    return boxes if is_readable else None
-
-
-def _is_no_box(item: object) -> bool:
-    if not isinstance(item, dict):
-        return item is None
-    number = item.get("image", "")
-    is_zero = type(number) is int and number == 0
-    return (number is None or is_zero) and item.get("box") in (None, [])
-
-
-def is_well_formed(text: str, sample: Sample) -> bool:
-    """Whether a reply is one `<think>` and one `<answer>` block with an answer as asked for."""
-    if sample.find_all:
-        return _has_two_blocks(text) and parse_boxes(text) is not None
-    return parse_reply(text).well_formed
 
 
 def _has_two_blocks(text: str) -> bool:
@@ -172,15 +114,11 @@ def _parse_letter(answer: str) -> str:
 
 
 def _parse_box(answer: str) -> tuple[int | None, Box | None]:
+    """(image number, box) of an answer's object; each None if missing or malformed."""
     try:
         data = json.loads(answer)
     except (ValueError, RecursionError):
         return None, None
-    return _read_box(data)
-
-
-def _read_box(data: object) -> tuple[int | None, Box | None]:
-    """(image number, box) of an answer's object; each None if missing or malformed."""
     if not isinstance(data, dict):
         return None, None
     image, box = data.get("image"), data.get("box")
@@ -200,14 +138,11 @@ def cut_reasoning(reply: str) -> str:
 
 def reply_boxes_in_original(sample: Sample, text: str,
                             box_format: BoxFormat) -> list[tuple[int, Box]]:
-    """(image number, box in pixels of that original) of each box in a reply to the sample.
+    """[(image number, box in pixels of that original)] of the reply's box.
 
-    Boxes in images that the sample does not have are left out.
+    Returns: [] for a reply without a box, or with one in an image that the sample does not have.
     """
-    if sample.find_all:
-        answers = parse_boxes(text) or []
-    else:
-        reply = parse_reply(text)
-        answers = [(reply.image, reply.box)] if reply.box is not None else []
-    return [(image, to_original_box(box, sample.sizes[image - 1], box_format))
-            for image, box in answers if 1 <= image <= len(sample.images)]
+    reply = parse_reply(text)
+    if reply.box is None or not 1 <= reply.image <= len(sample.images):
+        return []
+    return [(reply.image, to_original_box(reply.box, sample.sizes[reply.image - 1], box_format))]

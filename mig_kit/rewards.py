@@ -6,98 +6,26 @@ own file: "my_rewards.py:center". The paper publishes no formula; the form is MG
 """
 
 import re
-from bisect import bisect_left
 from collections.abc import Callable
 
-import numpy as np
-
-from mig_kit.boxes import Box, BoxFormat, iou, matched_sum, to_original_box
-from mig_kit.prompts import is_well_formed, parse_boxes, parse_reply, reply_boxes_in_original
+from mig_kit.boxes import BoxFormat, iou
+from mig_kit.prompts import parse_reply, reply_boxes_in_original
 from mig_kit.sample import Sample
 
 Reward = Callable[[str, Sample, BoxFormat], float | None]
-PairScore = Callable[[Box, Box], float]  # of a box and a target, pixels of the same image
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# Ours: what a correct "none" earns in the image term and in every box term; a wrong one earns 0.
-# At the default weights, with two images and a third of the questions without a box, always saying
-# "none" earns 0.28 on average, and guessing an image with a box that misses 0.30. With more than
-# three images "none" would earn more than guessing: lower RIGHT_NONE there.
-RIGHT_NONE = 0.5
-
-
-def match_score(reply: str, sample: Sample, box_format: BoxFormat, score: PairScore = iou,
-                right_none: float = 1.0) -> float:
-    """How well a reply's boxes meet the targets of a question for all boxes, 0..1.
-
-    Args:
-        score: how well a box meets a target of the same image; other pairs count 0.
-        right_none: what a reply that names no box gets if there is no target.
-    Returns: the largest sum of scores over one-to-one pairs, divided by the larger number of boxes
-    or targets, as in VisionReasoner (arXiv 2505.12081); 0 for an answer that cannot be read.
-    """
-    boxes = parse_boxes(reply)
-    if boxes is None:
-        return 0.0
-    if not boxes or not sample.targets:
-        return 0.0 if boxes or sample.targets else right_none
-    scores = _pair_scores(list(dict.fromkeys(boxes)), sample, box_format, score)
-    return matched_sum(scores) / max(len(boxes), len(sample.targets))
-
-
-def _pair_scores(boxes: list[tuple[int, Box]], sample: Sample, box_format: BoxFormat,
-                 score: PairScore = iou) -> np.ndarray:
-    """(boxes, targets) float: the score of every pair, 0 if they lie in different images."""
-    return np.array([
-        [score(to_original_box(box, sample.sizes[target.image - 1], box_format), target.box)
-         if image == target.image else 0.0 for target in sample.targets] for image, box in boxes])
 
 
 def reply_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
-    """IoU of the reply's box with the target in the image that it names, else 0.
-
-    For a question for all boxes it is `match_score`.
-    """
-    if sample.find_all:
-        return match_score(reply, sample, box_format)
+    """IoU of the reply's box with the nearest target in the image that it names, else 0."""
     return max((iou(box, target.box)
                 for image, box in reply_boxes_in_original(sample, reply, box_format)
                 for target in sample.targets if target.image == image), default=0.0)
 
 
-def weakest_iou(reply: str, sample: Sample, box_format: BoxFormat) -> float:
-    """The lowest IoU of the pairing of boxes and targets whose lowest IoU is highest.
-
-    0 unless a reply has as many boxes as there are targets; 1 for a correct "none". For a question
-    for one box it is `reply_iou`.
-    """
-    if not sample.find_all:
-        return reply_iou(reply, sample, box_format)
-    boxes = parse_boxes(reply)
-    if boxes is None or len(set(boxes)) != len(boxes) or len(boxes) != len(sample.targets):
-        return 0.0
-    if not boxes:
-        return 1.0
-    overlaps = _pair_scores(boxes, sample, box_format)
-    values = np.unique(overlaps)  # every pairing reaches the first of them
-    n_reached = bisect_left(values, True, key=lambda value: (
-        matched_sum(overlaps >= value) < len(boxes)))
-    return float(values[n_reached - 1])
-
-
-def image_set_iou(reply: str, sample: Sample) -> float:
-    """1 if the reply names an image with a target, else 0.
-
-    For a question for all boxes: images named that hold targets, over images named or holding
-    targets; 1 for a correct "none".
-    """
-    wanted = {target.image for target in sample.targets}
-    if not sample.find_all:
-        return float(parse_reply(reply).image in wanted)
-    boxes = parse_boxes(reply)
-    if boxes is None:
-        return 0.0
-    named = {image for image, _ in boxes}
-    return len(named & wanted) / len(named | wanted) if named | wanted else 1.0
+def names_image(reply: str, sample: Sample) -> bool:
+    """Whether the reply names an image with a target."""
+    return parse_reply(reply).image in {target.image for target in sample.targets}
 
 
 def names_letter(reply: str, sample: Sample) -> bool:
@@ -106,22 +34,14 @@ def names_letter(reply: str, sample: Sample) -> bool:
 
 
 def format_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float:
-    """1 if the reply is well formed, else 0.25 per tag that occurs exactly once, at most 0.75.
-
-    0 for a "none" to a question for all boxes that has a target.
-    """
-    if sample.find_all and sample.targets and parse_boxes(reply) == []:
-        return 0.0
+    """1 if the reply is well formed, else 0.25 per tag that occurs exactly once, at most 0.75."""
     paired = sum(reply.count(tag) == 1 for tag in TAGS) / len(TAGS)
-    return 1.0 if is_well_formed(reply, sample) else min(paired, 0.75)
+    return 1.0 if parse_reply(reply).well_formed else min(paired, 0.75)
 
 
 def image_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
-    """`image_set_iou`, but RIGHT_NONE for a correct "none"; None for multiple choice."""
-    if sample.options:
-        return None
-    is_none_right = sample.find_all and not sample.targets
-    return image_set_iou(reply, sample) * (RIGHT_NONE if is_none_right else 1.0)
+    """1 if the reply names an image with a target, else 0; None for multiple choice."""
+    return None if sample.options else float(names_image(reply, sample))
 
 
 def choice_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | None:
@@ -131,20 +51,11 @@ def choice_reward(reply: str, sample: Sample, box_format: BoxFormat) -> float | 
 
 def box_reward(reply: str, sample: Sample, box_format: BoxFormat,
                floor: float = 0.1) -> float | None:
-    """`reply_iou`, or 0 below `floor`; None for multiple choice.
-
-    For a question for all boxes it is `match_score` with every pair's IoU cut likewise.
-    """
+    """`reply_iou`, or 0 below `floor`; None for multiple choice."""
     if sample.options:
         return None
     # The IoU tells good boxes from better ones; MG-Thinker steps to 1 at IoU 0.9.
-    if not sample.find_all:
-        return _cut_below(reply_iou(reply, sample, box_format), floor)
-    return match_score(reply, sample, box_format,
-                       lambda box, target: _cut_below(iou(box, target), floor), RIGHT_NONE)
-
-
-def _cut_below(overlap: float, floor: float) -> float:
+    overlap = reply_iou(reply, sample, box_format)
     return overlap if overlap >= floor else 0.0
 
 
@@ -163,12 +74,11 @@ def cites_only_existing_images(reply: str, sample: Sample) -> bool:
 def is_correct(reply: str, sample: Sample, box_format: BoxFormat, threshold: float = 0.5) -> bool:
     """Whether a reply is correct, by what its sample asks for.
 
-    A box must be in the right image with IoU >= threshold; a letter must be the right one. If all
-    boxes are asked for, each must be found with that IoU, and no other; if nothing in the images
-    answers, the reply must say so.
+    A box must be in the right image with IoU >= threshold; a letter must be the right one; if
+    nothing in the images answers, as in some MC-Bench-like questions, the reply must say so.
     """
     if sample.options:
         return names_letter(reply, sample)
-    if not sample.targets and not sample.find_all:
+    if not sample.targets:
         return parse_reply(reply).names_none
-    return weakest_iou(reply, sample, box_format) >= threshold
+    return reply_iou(reply, sample, box_format) >= threshold

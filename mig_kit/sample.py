@@ -39,7 +39,6 @@ class Sample:
         reference: xyxy, pixels of the original first image.
         options, letter: of multiple choice, and the correct one's letter.
         notes, finding: the scene graph's way to the answer, for the tiny profile's teacher.
-        find_all: all targets must be found, be they none, one or several.
         spec: the `SampleSpec` of a drawn one; in no table, so None of one read from a file.
     """
 
@@ -55,7 +54,6 @@ class Sample:
     letter: str = ""
     notes: tuple[str, ...] = ()
     finding: str = ""
-    find_all: bool = False
     spec: object = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
@@ -86,7 +84,7 @@ def table_schema(with_traces: bool):
     columns = {"id": text, "suite": text, "task": text, "split": text, "images": List(Image()),
                "sizes": List(List(number)), "question": text, "target_images": List(number),
                "target_boxes": List(coordinates), "reference": coordinates, "options": List(text),
-               "letter": text, "notes": List(text), "finding": text, "find_all": Value("bool")}
+               "letter": text, "notes": List(text), "finding": text}
     trace = dict.fromkeys(("reply", "detail", "error"), text) if with_traces else {}
     return Features(columns | trace).arrow_schema
 
@@ -119,8 +117,7 @@ def sample_from_row(row: dict, folder: Path) -> Sample:
         targets=tuple(Target(int(image), tuple(box)) for image, box in targets),
         reference=tuple(row["reference"]) if row["reference"] else None,
         options=tuple(row["options"]), letter=row["letter"],
-        notes=tuple(row["notes"]), finding=row["finding"],
-        find_all=row["find_all"])
+        notes=tuple(row["notes"]), finding=row["finding"])
 
 
 def _image_from_row(image: dict, size: list[int], folder: Path) -> EncodedImage:
@@ -248,9 +245,8 @@ def _convert_reply(convert: Callable[[str], object], row: dict, folder: Path) ->
 
 
 def question_kind(sample: Sample) -> str:
-    """What a question asks for: "a letter", "a box", "all boxes", or "none" where there is none."""
-    boxes = "all boxes" if sample.find_all else "a box"
-    return "a letter" if sample.options else boxes if sample.targets else "none"
+    """What a question asks for: "a letter", "a box", or "none" where there is none."""
+    return "a letter" if sample.options else "a box" if sample.targets else "none"
 
 
 def unsolved_kinds(samples: Sequence[Sample], rates: np.ndarray) -> list[str]:

@@ -1,5 +1,5 @@
 """Questions of one's own, made by a script: a user's JSONL with PNG, JPEG and turned photos, in all
-coordinates, some multiple choice; or for all boxes, a third each with none, one and several.
+coordinates, some multiple choice.
 """
 
 import json
@@ -11,8 +11,7 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat, rescale_box
 from mig_kit.sample import Sample
-from mig_kit.world.free_form import FIND_ALL
-from mig_kit.world.suites import iter_free_form, make_suite
+from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 from mig_kit.world.teacher import write_trace
 
@@ -34,12 +33,6 @@ def draw_questions(count: int, seed: int = SEED) -> list[Sample]:
     questions = boxes + choices[:n_choices]
     random.Random(seed).shuffle(questions)
     return questions
-
-
-def draw_all_boxes(count: int, seed: int = SEED) -> list[Sample]:
-    questions = list(make_suite("find_all", SPLIT, -(-count // len(FIND_ALL)), seed))
-    random.Random(seed).shuffle(questions)
-    return questions[:count]
 
 
 def save_image(image: Image.Image, path: Path, orientation: int) -> None:
@@ -66,10 +59,7 @@ def to_line(sample: Sample, number: int, folder: Path, with_reply: bool) -> dict
         size = sample.sizes[image - 1]
         return list(rescale_box(box, size, limits.get(coordinates, size)))
 
-    if sample.find_all:
-        targets = [{"image": image, "box": write_box(box, image)} for image, box in sample.targets]
-        line |= {"targets": targets, "coordinates": coordinates} if targets else {"image": None}
-    elif sample.options:
+    if sample.options:
         line |= {"options": list(sample.options), "letter": sample.letter}
     else:
         image, box = sample.targets[0]
@@ -82,10 +72,9 @@ def to_line(sample: Sample, number: int, folder: Path, with_reply: bool) -> dict
     return line
 
 
-def write_questions(folder: Path, count: int = 300, replies: float = 0.0,
-                    find_all: bool = False) -> Path:
-    """replies: the share of lines with a reply; find_all: questions for all boxes instead."""
-    samples = draw_all_boxes(count) if find_all else draw_questions(count)
+def write_questions(folder: Path, count: int = 300, replies: float = 0.0) -> Path:
+    """replies: the share of lines with a reply."""
+    samples = draw_questions(count)
     folder.mkdir(parents=True, exist_ok=True)
     with_reply = random.Random("replies")
     lines = [to_line(sample, number, folder, with_reply.random() < replies)
@@ -96,5 +85,4 @@ def write_questions(folder: Path, count: int = 300, replies: float = 0.0,
 
 
 if __name__ == "__main__":
-    print(write_questions(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]),
-                          find_all=sys.argv[4:] == ["all"]))
+    print(write_questions(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])))

@@ -13,20 +13,15 @@ from mig_kit.sample import read_samples
 pytestmark = pytest.mark.slow
 SMOKE = ("run", "--profile", "smoke", "-p", "data", "own.jsonl",
          "-p", "launcher", "", "-p", "per_task", "50")
-ONE_DRAWN_SUITE = ("-p", "suites", "{ood_grounding: 0, blink: 0, mmiu: 0, find_all: 2}")
+ONE_DRAWN_SUITE = ("-p", "suites", "{ood_grounding: 0, blink: 0, mmiu: 0}")
 NO_DRAWN_SUITE = ("-p", "suites", "{mig_bench: 0, ood_grounding: 0, blink: 0, mmiu: 0}")
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """own.jsonl: 40 questions, half with a reply; all.jsonl: also 30 for none to several boxes."""
+    """own.jsonl: 60 questions, most with a reply."""
     folder = tmp_path_factory.mktemp("questions")
-    lines = own_questions.write_questions(folder, 40, replies=0.5).read_text()
-    boxes = own_questions.write_questions(folder / "boxes", 30, replies=1.0, find_all=True)
-    for line in map(json.loads, boxes.read_text().splitlines()):
-        names = [f"boxes/{name}" for name in line["images"]]
-        lines += json.dumps(line | {"id": f"boxes-{line['id']}", "images": names}) + "\n"
-    (folder / "all.jsonl").write_text(lines)
+    own_questions.write_questions(folder, 60, replies=0.7)
     Image.new("RGB", (90, 70), "white").save(folder / "one.png")
     question = {"task": "reasoning", "images": ["one.png", "one.png"], "question": "Find it.",
                 "answer": [0.1, 0.2, 0.6, 0.7]}
@@ -79,19 +74,12 @@ def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_
 
 def test_own_traces_need_no_teacher(run_here, questions, tmp_path):
     run_here(*SMOKE, *RECIPE[1:], *ONE_DRAWN_SUITE, "--run-id", "own", "-p", "teacher", "own",
-             "-p", "data", "all.jsonl", "-p", "data_shares", "[0.5, 0.25, 0.25]")
+             "-p", "data_shares", "[0.5, 0.25, 0.25]")
     folder = tmp_path / "own"
     evaluation, report = read_run(folder)
     assert list(evaluation["systems"]) == ["base", "sft", "grpo"]
-    suites = ["own", "mig_bench", "find_all"]
-    assert list(evaluation["systems"]["grpo"]) == suites, "own data, then the drawn suites"
+    assert list(evaluation["systems"]["grpo"]) == ["own", "mig_bench"], (
+        "own data, then the drawn suites")
     assert "SFT over base" in report and "MIG-Bench-like (drawn)" in report
     traces = json.loads((folder / "01_synthesize" / "metrics.json").read_text())["traces"]
     assert traces["kept"] > 5 and "no reply" not in traces["dropped"]
-    kept = read_samples(folder / "04_rejection_sampling" / "kept.parquet")
-    assert {len(sample.targets) for sample in kept if sample.find_all} >= {0, 1}
-    for by_suite in evaluation["systems"].values():
-        assert by_suite["find_all"]["boxes"]["n"] == 6
-        assert list(by_suite["find_all"]["tasks"]) == ["in_none", "in_one", "in_several"]
-    assert "None, one or several boxes" in report and "rejection rate" in report
-    assert "find_all/in_none/test/0" in report

@@ -1,6 +1,11 @@
 """Rewards by hand."""
 
+import os
+from dataclasses import replace
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
@@ -34,7 +39,7 @@ def test_the_image_gates_the_box(sample):
     for reply, earned in ((right, (1, 1, 1)), (wrong, (1, 0, 0))):
         assert earn(reply, sample, "format", "image", "box") == earned
         assert rewards.is_correct(reply, sample, BOX_FORMAT) == (reply is right)
-        assert rewards.image_set_iou(reply, sample) == earned[1]
+        assert rewards.names_image(reply, sample) == bool(earned[1])
     assert earn("", next(iter_free_form("val", 1)), "image", "box") == (None, None)
 
 
@@ -52,6 +57,36 @@ def test_naming_several_boxes_gains_nothing(sample):
         reply = f"<think></think><answer>{answers}</answer>"
         assert earn(reply, sample, "image", "box") == (0, 0)
         assert earn(reply, sample, "format") < (1,)
+
+
+def test_any_of_several_targets_answers(sample):
+    first, second = sample.targets[0], (1, (0, 0, 28, 28))
+    both = replace(sample, targets=(first, second))
+    for target in both.targets:
+        assert rewards.is_correct(write_reply(*target), both, BOX_FORMAT)
+    assert earn(write_reply(1, first.box), both, "image") == (1,)
+    assert not rewards.is_correct(write_reply(1, first.box), both, BOX_FORMAT)
+
+
+def test_where_nothing_answers_none_is_correct(sample):
+    nowhere = replace(sample, targets=())
+    for answer, is_right in (("none", True), ("", True), ("0", False), ("A", False),
+                             (write_answer(2, sample.targets[0].box), False)):
+        reply = f"<think></think><answer>{answer}</answer>"
+        assert rewards.is_correct(reply, nowhere, BOX_FORMAT) == is_right, answer
+    assert not rewards.is_correct("<answer>none</answer>", nowhere, BOX_FORMAT)
+
+
+pieces = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", '{"image": ', "2", "0",
+                          ', "box": [', "1,2,3,4", "]}", "}", "[", "]", ", ", "NaN", "-1", "null"])
+
+
+@settings(max_examples=int(os.environ.get("MIG_KIT_FUZZ", 300)), deadline=None)
+@given(st.one_of(st.text(), st.lists(pieces, max_size=20).map("".join)))
+def test_no_text_raises_and_no_reward_leaves_its_range(text):
+    for name, reward in rewards.REWARDS.items():
+        value = reward(text, make_sample("diff", "val", 0), BOX_FORMAT)
+        assert value is None if name == "choice" else 0 <= value <= 1
 
 
 @pytest.mark.parametrize(("reply", "earned"), [

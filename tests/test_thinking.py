@@ -15,7 +15,7 @@ from mig_kit.models import loading
 from mig_kit.models.processors import load_processor, render_prompt
 from mig_kit.models.sample_prompts import reply_logps
 from mig_kit.pipeline.run_facts import RunModel
-from mig_kit.prompts import NO_BOX, chat_messages, format_answer, parse_reply
+from mig_kit.prompts import chat_messages, format_answer, parse_reply
 from mig_kit.sample import Sample
 from mig_kit.serving import reply_files
 from mig_kit.stages import eval_model, grpo, rejection_sampling, sft
@@ -60,18 +60,19 @@ def folders(make_once, random_folder):
 
 @pytest.fixture(scope="module")
 def questions():
-    """One for a box, and one for all boxes where there is none."""
+    """One for a box, and one for a letter."""
     image = make_sample("diff", "val", 3).images[0].resize((56, 56))
     return [Sample("a", "own", "own", "", (image,), "Where is the star?",
                    targets=((1, (3.0, 5.0, 30.0, 40.0)),)),
-            Sample("n", "own", "own", "", (image,), "Where is the cat?", find_all=True)]
+            Sample("b", "own", "own", "", (image,), "What is it?", options=("a cat", "a dog"),
+                   letter="B")]
 
 
 @pytest.fixture(scope="module")
 def traces():
     box = format_answer(1, (3, 5, 30, 40))
     return [f"<think>{thought}</think><answer>{answer}</answer>"
-            for thought, answer in (("It is on top.", box), ("Nothing fits.", NO_BOX))]
+            for thought, answer in (("It is on top.", box), ("It barks.", "B"))]
 
 
 @pytest.fixture(scope="module")

@@ -125,13 +125,11 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
 @model_options
 @click.option("--image", "images", multiple=True, required=True, type=click.Path(),
               help="An image; repeat in order.")
-@click.option("--all", "find_all", is_flag=True,
-              help="Ask for all boxes, or none: for models trained on such questions.")
 @click.option("--out", default="grounded.png", help="Where the image with the box goes.")
 @click.option("--max-new-tokens", default=256)
 @click.argument("question")
-def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_new_tokens: int,
-           question: str, **changes) -> None:
+def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, question: str,
+           **changes) -> None:
     """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
     from mig_kit.image_files import open_rgb
 
@@ -146,7 +144,7 @@ def ground(model: str, images: tuple[str, ...], find_all: bool, out: str, max_ne
     run_model = find_model(model, changes)
     box_format = run_model.box_format
     policy = loading.load_policy(run_model.folder, loading.choose_hardware(), box_format)
-    sample = Sample("ground", "", "", "", tuple(opened), question, find_all=find_all)
+    sample = Sample("ground", "", "", "", tuple(opened), question)
     reply = reply_files.greedy_replies(policy, [sample], max_new_tokens)[0]
     read_reply = read_freely(reply, sample)
     boxes = reply_boxes_in_original(sample, read_reply, box_format)

@@ -67,9 +67,9 @@ def check(file: Path, root: Path | None, profile: str | None, out: Path | None,
                    "of the image resized to --min-pixels and --max-pixels.")
 @click.option("--min-pixels", default=BoxFormat.min_pixels)
 @click.option("--max-pixels", default=BoxFormat.max_pixels)
-@click.option("--several", type=click.Choice(["any", "all"]),
-              help="Of several boxes in an answer any is correct, or all must be found; without "
-                   "it, such answers are left out.")
+@click.option("--several", type=click.Choice(["any"]),
+              help="Of several boxes in an answer any is correct; without it, such answers are "
+                   "left out.")
 @click.option("--split", default="", show_default=False,
               help="Take the records of this split; left out: train, and lines that name none. A "
                    "table that names no split needs it.")

@@ -160,13 +160,10 @@ def _make_line(form: str, asked: str, answered: str, images: list, numbers: list
 def target_keys(boxes: list[tuple[int, list]], several: str) -> dict:
     """The keys of own data for the (image number, box) pairs of an answer."""
     require(bool(boxes), "no answer with a box", is_fault=False)
-    if several == "all" and len(boxes) > 1:
-        return {"targets": [{"image": number, "box": box} for number, box in boxes]}
     numbers = {number for number, _ in boxes}
     require(len(boxes) == 1 or several == "any" and len(numbers) == 1, "several boxes",
-            f"the answer has {len(boxes)} boxes; add --several any if "
-            "any one of them, in one image, is correct, or --several all if all are to be found",
-            False)
+            f"the answer has {len(boxes)} boxes; add --several any if any one of them, in one "
+            "image, is correct", False)
     key = {"box": boxes[0][1]} if len(boxes) == 1 else {"boxes": [box for _, box in boxes]}
     return {"image": boxes[0][0], **key}
 

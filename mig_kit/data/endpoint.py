@@ -27,7 +27,6 @@ from mig_kit.openai_client import (
     request_completion,
 )
 from mig_kit.prompts import (
-    ALL_INSTRUCTION,
     CHOICE_INSTRUCTION,
     GROUNDING_INSTRUCTION,
     correct_answers,
@@ -71,9 +70,6 @@ def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
     """The text after the images; kind: "trace", or "direct", without truth and without thinking."""
     question = format_question(sample, box_format)
     if kind == "direct":
-        if sample.find_all:
-            more = ALL_INSTRUCTION.removeprefix(GROUNDING_INSTRUCTION)
-            return question.removesuffix(ALL_INSTRUCTION) + DIRECT_INSTRUCTION + more
         question = question.removesuffix(CHOICE_INSTRUCTION).removesuffix(GROUNDING_INSTRUCTION)
         return question + (DIRECT_CHOICE_INSTRUCTION if sample.options else DIRECT_INSTRUCTION)
     truth = " or ".join(correct_answers(sample, box_format))

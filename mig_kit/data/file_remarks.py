@@ -59,9 +59,8 @@ class Remarks:
     """What is to be said of a whole file; in memory are each box and each answer."""
 
     def __init__(self) -> None:
-        self.n_lines = self.n_boxes = self.n_lettered = self.n_all = 0
+        self.n_lines = self.n_boxes = self.n_lettered = 0
         self.refused: Counter[str] = Counter()  # lines, by the reason of a problem
-        self.asks_for_all = False
         self.fits, self.furthest = Counter(), Counter()  # boxes, and the share of the frame
         self.chance = Counter()  # by frame: log, that boxes of the stated one fit it
         self.stated: Counter[str] = Counter()  # boxes by their coordinates
@@ -83,7 +82,6 @@ class Remarks:
             header = headers[number - 1] if number <= len(headers) else None
             if isinstance(header, ImageHeader):
                 self._weigh(line.coordinates or "pixels", box, header)
-        self.n_all += line.targets is not None
         self.n_lettered += bool(own_letters(line.options or []))
         numbers = map(int, IMAGE_WORD.findall(line.question))
         self.unnamed += [place] * any(not 1 <= number <= len(line.images) for number in numbers)
@@ -189,9 +187,6 @@ class Remarks:
                 f"{n_images} of {self.n_boxes} boxes are in photos that their EXIF data turn; "
                 f"boxes are of the upright picture, which {upright} of them fit, and {stored} "
                 "would fit the stored one; look at some (mig-kit data check --preview)")
-        if self.asks_for_all and self.n_all < self.n_lines:
-            remarks.append(f"{self.n_all} of {self.n_lines} questions list 'targets' or say that "
-                           "no image answers, so all questions of the file ask for all boxes")
         if self.n_lettered:
             remarks.append(f"{self.n_lettered} questions have options that begin with letters of "
                            "their own, as in 'A. a cup'; the prompt writes letters once")
@@ -203,7 +198,7 @@ class Remarks:
             remarks.append(f"{len(self._conflicts)} questions are asked of the same images before, "
                            "with another answer, and no reply is correct for both "
                            f"({', '.join(self._conflicts[:SHOWN])}{more}); keep one of them, or "
-                           "write one question with 'boxes' (any is correct) or 'targets' (all)")
+                           "write one question with 'boxes' (any is correct)")
         return remarks
 
 

@@ -31,7 +31,7 @@ class ImportRules:
         root: the folder that holds all images; folder: in it, of those that the file holds.
         coordinates: of all boxes, in place of what the file says; "" for the file's word.
         box_format: absolute boxes are pixels of an image that is resized to these limits.
-        several: several boxes in an answer: any is correct, all must be found, "" not used.
+        several: "any" if any of several boxes in an answer is correct, "": not used.
         split: the one that is taken, "" for train; the split of a table that names none.
     """
 
@@ -97,9 +97,6 @@ def _to_pixels(line: OwnLine, sizes: list[tuple[int, int]], box_format: BoxForma
 
     keys = {"box": line.box and convert(line.image, line.box),
             "boxes": line.boxes and [convert(line.image, box) for box in line.boxes],
-            "targets": line.targets and [
-                {"image": target.image, "box": convert(target.image, target.box)}
-                for target in line.targets],
             "reference": line.reference and convert(1, line.reference)}
     return {key: value for key, value in keys.items() if value}
 

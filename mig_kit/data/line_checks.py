@@ -22,7 +22,7 @@ from mig_kit.image_files import (
     read_image_file,
     resolve_under_root,
 )
-from mig_kit.prompts import LETTERS, MOST_BOXES
+from mig_kit.prompts import LETTERS
 
 MAX_HEADERS = 100_000  # of images that are kept in memory
 LIMITS = {"normalized_1000": 1000, "normalized_1": 1}  # in pixels the image decides
@@ -60,14 +60,6 @@ Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e9, lt=1e9)]
 BoxNumbers = tuple[Number, Number, Number, Number]
 
 
-class TargetBox(BaseModel):
-    """One of the boxes that must all be found."""
-
-    model_config = ConfigDict(extra="forbid")
-    image: ImageNumber
-    box: BoxNumbers
-
-
 class OwnLine(BaseModel):
     """A line of own data; notebooks/guide/own_data.md explains its keys."""
 
@@ -77,7 +69,6 @@ class OwnLine(BaseModel):
     image: ImageNumber | None = None
     box: BoxNumbers | None = None
     boxes: Annotated[list[BoxNumbers], Field(min_length=1)] | None = None
-    targets: Annotated[list[TargetBox], Field(max_length=MOST_BOXES)] | None = None
     coordinates: Literal["pixels", "normalized_1000", "normalized_1"] | None = None
     reference: BoxNumbers | None = None
     options: Annotated[list[Text], Field(min_length=2, max_length=len(LETTERS))] | None = None
@@ -86,17 +77,9 @@ class OwnLine(BaseModel):
     task: Word = "own"
     reply: Text | None = None
 
-    @property
-    def is_choice(self) -> bool:
-        """Whether it is a multiple-choice question."""
-        return self.options is not None or self.letter is not None
-
     def places(self) -> list[tuple[str, int, tuple]]:
         """(words, image number, numbers) of every box; the reference is last."""
-        if self.targets is not None:
-            places = [(f"the box of 'targets' number {number}", target.image, target.box)
-                      for number, target in enumerate(self.targets, 1)]
-        elif self.boxes is not None:
+        if self.boxes is not None:
             places = [(f"'boxes' number {number}", self.image or 1, box)
                       for number, box in enumerate(self.boxes, 1)]
         else:
@@ -114,11 +97,8 @@ def parse_line(record: dict) -> tuple[OwnLine | None, list[Problem]]:
 
 
 def simplify(record: dict) -> dict:
-    """The record without null; "image": null alone says that nothing in the images answers."""
+    """The record without null, its images by their paths."""
     line = {key: value for key, value in record.items() if value is not None}
-    if "image" in record.keys() - line.keys() and not record.keys() & {"box", "boxes", "targets",
-                                                                       "options"}:
-        line["targets"] = []
     if isinstance(line.get("images"), list):
         line["images"] = [image["path"] if isinstance(image, dict) and image.get("path")
                           and not image.get("bytes") else image for image in line["images"]]
@@ -137,28 +117,25 @@ def _describe_error(error: dict) -> Problem:
     if error["type"] == "missing":
         return Problem(f"{where} is missing", f"{where} is missing; {EXAMPLE}")
     if key == "image" and error["type"] == "greater_than_equal":
-        return Problem("an image 0", "'image' is the number of an image, from 1; \"targets\": [] "
-                                     "says that no image answers")
+        return Problem("an image 0", "'image' is the number of an image, from 1")
     a_box = "; a box is four numbers [x1, y1, x2, y2]" * (key in ("box", "boxes", "reference"))
     return Problem(f"{where}: {error['msg'].removeprefix('Value error, ')}{a_box}")
 
 
 def _find_problems(line: OwnLine) -> list[Problem]:
     """What types and keys do not show: parts that go together, boxes, options, tags."""
-    kinds = [name for name in ("box", "boxes", "targets", "options")
-             if getattr(line, name) is not None]
+    kinds = [name for name in ("box", "boxes", "options") if getattr(line, name) is not None]
     texts = {"'question'": line.question, **{
         f"'options' number {number}": text for number, text in enumerate(line.options or (), 1)}}
     tags = [(name, tag[0]) for name, text in texts.items() if (tag := TAG.search(text))]
     token = CONTROL_TOKEN.search(line.reply or "")
     rules = [
-        (len(kinds) == 1, "not one kind of answer", "give one of 'box', 'boxes', 'targets' and "
-         f"'options' with 'letter'; this line has {' and '.join(kinds) or 'none'} (\"targets\": [] "
-         "says that nothing in the images answers)"),
+        (len(kinds) == 1, "not one kind of answer", "give one of 'box', 'boxes' and 'options' with "
+         f"'letter'; this line has {' and '.join(kinds) or 'none'}"),
         ((line.image is not None) == (line.box is not None or line.boxes is not None),
          "'image' goes with 'box' or 'boxes', and with nothing else", ""),
         ((line.options is None) == (line.letter is None), "'options' and 'letter' go together", ""),
-        ((line.coordinates is not None) == bool(line.places()) or line.targets == [],
+        ((line.coordinates is not None) == bool(line.places()),
          "'coordinates' goes with boxes", "'coordinates' says what boxes are measured in; give it "
          "with boxes, and only with them: pixels, normalized_1000 or normalized_1"),
         (("{ref}" in line.question) == (line.reference is not None),

@@ -1,7 +1,6 @@
 """Your own data: JSON lines or another table, one question each, checked before anyone trains.
 
-notebooks/guide/own_data.md explains the keys. If one line has "targets" or says that no image
-answers, every question of the file asks for all boxes; else the prompt would tell how many.
+notebooks/guide/own_data.md explains the keys.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,6 @@ from mig_kit.data.line_checks import (
     headers_below,
     own_letters,
     parse_line,
-    simplify,
 )
 from mig_kit.data.records import Problem, entry_word, iter_entries
 from mig_kit.image_files import EncodedImage, LazyImages, resolve_under_root
@@ -45,11 +43,11 @@ class Line:
 def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
                        remarks: Remarks | None = None) -> Iterator[Line]:
     """Every line of the file; UserError for a file of another kind. See `check_records`."""
-    return check_records(iter_entries(path), root, decodes, remarks, file_asks_for_all(path))
+    return check_records(iter_entries(path), root, decodes, remarks)
 
 
 def check_records(records: Iterable[tuple[str, dict | Problem]], root: Path, decodes: bool = False,
-                  remarks: Remarks | None = None, find_all: bool = False) -> Iterator[Line]:
+                  remarks: Remarks | None = None) -> Iterator[Line]:
     """A Line for every record of own data.
 
     Args:
@@ -57,7 +55,6 @@ def check_records(records: Iterable[tuple[str, dict | Problem]], root: Path, dec
         root: the folder that image names are relative to.
         decodes: read the pixels of every image, once.
         remarks: takes in every line.
-        find_all: the questions ask for all boxes.
     """
     read, ids = headers_below(root, decodes), set()
     for place, record in records:
@@ -70,17 +67,12 @@ def check_records(records: Iterable[tuple[str, dict | Problem]], root: Path, dec
             line.id = line.id or place.replace(" ", "-")
             headers, file_problems = find_file_problems(line, read)
             problems += file_problems
-            if find_all and line.boxes:
-                problems.append(Problem("'boxes' among questions for all boxes", "'boxes' are "
-                                        "alternatives, but other lines ask for all boxes; write "
-                                        "'targets', or put these lines into another file"))
             if hash(line.id) in ids:
                 problems.append(Problem("an id twice", f"id {line.id[:40]!r} is there twice"))
             ids.add(hash(line.id))
         if remarks:
-            remarks.asks_for_all = find_all
             remarks.add(place, line, headers, problems)
-        sample = None if problems else make_sample(line, root, headers, find_all)
+        sample = None if problems else make_sample(line, root, headers)
         yield Line(place, problems, sample, line and line.reply or "", record)
 
 
@@ -90,14 +82,6 @@ def check_lengths(lines: Iterable[Line], measure: Callable[[Sample], str]) -> It
         if line.sample and (sentence := measure(line.sample)):
             line.problems.append(Problem("prompts that are too long", sentence, is_fault=False))
         yield line
-
-
-def file_asks_for_all(path: Path) -> bool:
-    """Whether a line has "targets" or says that no image answers, so that all ask for all boxes."""
-    is_possible = entry_word(path) == "row" or any(
-        b"targets" in line or b"null" in line for line in iter_lines(path))
-    return is_possible and any("targets" in simplify(record) for _, record in iter_entries(path)
-                               if not isinstance(record, Problem))
 
 
 def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None) -> int:
@@ -134,7 +118,7 @@ def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[S
         yield line.sample
 
 
-def make_sample(line: OwnLine, root: Path, headers: list, find_all: bool) -> Sample:
+def make_sample(line: OwnLine, root: Path, headers: list) -> Sample:
     """The sample of a correct line; headers: of its images, below `root`."""
     images = LazyImages(tuple(EncodedImage(resolve_under_root(root, name), header.size)
                               for name, header in zip(line.images, headers)))
@@ -147,5 +131,4 @@ def make_sample(line: OwnLine, root: Path, headers: list, find_all: bool) -> Sam
     if own_letters(options):  # the prompt writes them once
         options = [OWN_LETTER.sub("", option, count=1) for option in options]
     return Sample(line.id, "own", line.task, "train", images, line.question, tuple(targets),
-                  reference, tuple(options), line.letter or "",
-                  find_all=find_all and not line.is_choice)
+                  reference, tuple(options), line.letter or "")

@@ -19,7 +19,7 @@ SIDE_COLOURS = {"stock TRL": "#999999", "shared prompts": "#0072B2"}
 PIECE_COLOURS = {
     "kept": CORRECT, "correct": CORRECT,
     "loose box": "#56B4E9", "wrong object": PREDICTED, "wrong image": "#F0E442",
-    "wrong option": "#B5679A", "no answer": "#4D4D4D", "wrong list of boxes": "#E69F00",
+    "wrong option": "#B5679A", "no answer": "#4D4D4D",
     "box where none is": "#009E73",
     "below min_pass_rate": PREDICTED, "above max_pass_rate": "#F0E442",
     "method": "#F0E442", "finding": "#E69F00", "evidence": CORRECT}

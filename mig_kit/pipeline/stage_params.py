@@ -150,7 +150,6 @@ class Synthesize(Seeded):
     rl_free_form_per_task: Count = param(
         120, "candidates per kind of question that a letter answers")
     rl_boxes_per_task: Count = param(450, "candidates per kind of question that a box answers")
-    train_find_all_per_task: Count = param(0, "questions for all boxes, per kind")
     val_per_task: Positive = param(10, "validation samples per task")
     data: str = param("scenes", "what is asked about: scenes (drawn), or a file of your questions")
     image_root: str = param("", "folder of their images; empty for the folder of the file")

@@ -56,8 +56,7 @@ class BenchmarkItem:
     options: str = ""  # all its letters
     choices: tuple[str, ...] = ()  # what the letters stand for
     category: str = ""  # kind of the object, of Ref-L4
-    targets: tuple[tuple[int, Box], ...] = ()  # of own data: (image, box), any or all of which
-    find_all: bool = False  # of own data: whether all targets are asked for
+    targets: tuple[tuple[int, Box], ...] = ()  # of own data: (image, box), any of which answers
 
     @property
     def name(self) -> str:

@@ -18,15 +18,12 @@ FOLDS, GRID, ROUNDS, SEEDS, MOST = 5, 20, 2, 40, 500  # MOST: boxes that a fit l
 
 
 def shares_of_image(items: list[BenchmarkItem]) -> np.ndarray:
-    """(n, 4) the items' boxes in 0..1 of their images; NaN for an item without box or size.
-
-    Also for a question for all boxes that has not exactly one.
-    """
+    """(n, 4) the items' boxes in 0..1 of their images; NaN for an item without box or size."""
     limits = {"normalized_1": (1, 1), "normalized_1000": (1000, 1000)}
     rows = []
     for item in items:
         size = limits.get(item.coordinates, item.size)
-        is_open = item.box is None or size is None or item.find_all and len(item.targets) != 1
+        is_open = item.box is None or size is None
         rows.append([np.nan] * 4 if is_open else np.divide(item.box, (*size, *size)))
     return np.array(rows, dtype=float).reshape(-1, 4)
 

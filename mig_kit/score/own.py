@@ -6,12 +6,11 @@ import re
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, rescale_box
 from mig_kit.data.line_checks import parse_line
 from mig_kit.image_files import EncodedImage, LazyImages
-from mig_kit.prompts import LETTERS, NO_BOX, is_well_formed, parse_boxes, parse_reply
-from mig_kit.rewards import image_set_iou, is_correct
+from mig_kit.prompts import LETTERS, parse_reply
+from mig_kit.rewards import is_correct, names_image
 from mig_kit.sample import Sample
 from mig_kit.score.annotations import Benchmark, BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
-from mig_kit.score.official import last_answer_block, shown_text
 from mig_kit.score.reply_boxes import UNREAD, parse_named_boxes
 from mig_kit.score.result import Verdict
 
@@ -24,7 +23,6 @@ UNIT_IMAGE = EncodedImage(b"", (1000, 1000))
 def read_own(records: list[dict]) -> Benchmark:
     """The lines of an own-data file, which must be correct ones."""
     lines = [parse_line(record)[0] for record in records]
-    find_all = any(line.targets is not None for line in lines)
     items = []
     for index, line in enumerate(lines):
         pairs = tuple((image, box) for _, image, box in line.places()
@@ -35,7 +33,7 @@ def read_own(records: list[dict]) -> Benchmark:
             index, line.id or f"line-{index + 1}", line.task, line.question, tuple(line.images),
             first_box, Coordinates(line.coordinates or "pixels"), first_image, False,
             letter=line.letter or "", options=LETTERS[:len(options)], choices=options,
-            targets=pairs, find_all=find_all and not options))
+            targets=pairs))
     return Benchmark("own", "", tuple(items), None)
 
 
@@ -43,9 +41,9 @@ def read_freely(reply: str, sample: Sample) -> str:
     """The reply in the kit's answer format if it states a box or a letter, else unchanged.
 
     It is read as `strict` reads an <answer>, with or without one. A box without an image is in the
-    question's only image. A question for all boxes has NO_BOX in place of "none".
+    question's only image.
     """
-    if is_well_formed(reply, sample) or sample.find_all and parse_boxes(reply) is not None:
+    if parse_reply(reply).well_formed:
         return reply
     if sample.options:
         letters = LETTERS[:len(sample.options)]
@@ -54,12 +52,8 @@ def read_freely(reply: str, sample: Sample) -> str:
         only_image = 1 if len(sample.images) == 1 else None
         named = dict.fromkeys((image or only_image, box)
                               for image, box in parse_named_boxes(reply))
-        is_open = any(image is None for image, _ in named) or len(named) > 1 and not sample.find_all
-        answer = "" if is_open else ", ".join(json.dumps({"image": image, "box": box})
-                                              for image, box in named)
-        block = last_answer_block(reply) or shown_text(reply)
-        if sample.find_all and not named and block.strip(" .").lower() in ("none", "nothing"):
-            answer = NO_BOX
+        image, box = next(iter(named)) if len(named) == 1 else (None, None)
+        answer = json.dumps({"image": image, "box": box}) if image else ""
     text = re.sub("</?(?:think|answer)>", " ", reply).strip()
     return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply
 
@@ -79,18 +73,14 @@ def judge_own(item: BenchmarkItem, reply: str, protocol: str, coordinates: Coord
     sample = Sample(item.id, "own", item.task, "test",
                     LazyImages((UNIT_IMAGE,) * len(item.images)), item.question,
                     tuple((image, convert(image, box)) for image, box in item.targets),
-                    options=item.choices, letter=item.letter, find_all=item.find_all)
+                    options=item.choices, letter=item.letter)
     text = read_freely(reply, sample) if protocol == "free_text" else reply
-    answer, boxes = parse_reply(text), parse_boxes(text)
-    is_read = answer.letter if item.letter else (
-        (boxes if item.find_all else answer.box) is not None)
+    answer = parse_reply(text)
+    is_read = answer.letter if item.letter else answer.box is not None
     problem = "" if is_read else UNREAD
-    if is_read and item.find_all and len(boxes) != len(item.targets):
-        problem = "another number of boxes than there are"
-    elif is_read and not item.letter and not image_set_iou(text, sample):
+    if is_read and not item.letter and not names_image(text, sample):
         problem = "wrong image"
     rule = "a statement" if is_read else ""
     read = {"letter": item.letter, "read": answer.letter, "rule": rule} if item.letter else {
-        "image": answer.image, "box": [box for _, box in boxes or ()] if item.find_all else
-        answer.box, "rule": rule}
+        "image": answer.image, "box": answer.box, "rule": rule}
     return Verdict(float(is_correct(text, sample, AS_WRITTEN)), problem, read)

@@ -26,7 +26,7 @@ from mig_kit.models.processors import load_processor, prompt_measure
 from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.pipeline.run_folders import stage_folder
 from mig_kit.pipeline.stage_keys import model_fingerprint
-from mig_kit.prompts import format_question, is_well_formed
+from mig_kit.prompts import format_question, parse_reply
 from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark
 from mig_kit.score.annotations import Benchmark
@@ -191,7 +191,7 @@ def judge_suites(samples: dict[str, Sequence[Sample]], replies: dict[str, dict],
                                    for reply, sample in zip(by_suite[suite]["greedy"], part)]
                         for protocol, by_suite in by_protocol.items()}}
              for suite, part in samples.items()}
-    unread = sum(not is_well_formed(reply, sample) for suite, part in samples.items()
+    unread = sum(not parse_reply(reply).well_formed for suite, part in samples.items()
                  for reply, sample in zip(free[suite]["greedy"], part))
     lines = [{"id": name, "response": reply} for suite, columns in items.items()
              for name, reply in zip(columns["id"], replies[suite]["greedy"])]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mig_kit.boxes import Box, BoxFormat, iou
+from mig_kit.boxes import BoxFormat, iou
 from mig_kit.common import UserError, model_folder
 from mig_kit.image_files import image_digests
 from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.run_facts import name_data
 from mig_kit.pipeline.stage_params import START_WORDS
-from mig_kit.prompts import is_well_formed, parse_boxes, reply_boxes_in_original
-from mig_kit.rewards import image_set_iou, is_correct, match_score, weakest_iou
+from mig_kit.prompts import parse_reply, reply_boxes_in_original
+from mig_kit.rewards import is_correct, names_image, reply_iou
 from mig_kit.sample import Sample, TableRows, read_samples
 from mig_kit.score import calibration
 from mig_kit.stats import (
@@ -28,7 +28,6 @@ from mig_kit.stats import (
     paired_gap_by_list,
     pass_at_k,
     ratio_interval,
-    share_interval,
     share_interval_by_list,
     to_percent,
 )
@@ -62,8 +61,7 @@ def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
         digest = hashlib.sha256()
         for sample in suite_samples:
             asked = (sample.id, sample.question, sample.targets, sample.reference, sample.options,
-                     sample.letter, sample.find_all,
-                     [image.hex() for image in image_digests(sample.images)])
+                     sample.letter, [image.hex() for image in image_digests(sample.images)])
             digest.update(json.dumps(asked, default=float).encode())
         digests[suite] = digest.hexdigest()
     return digests
@@ -93,16 +91,16 @@ def list_pairs(systems: Mapping) -> list[tuple[str, str]]:
 def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, float]:
     """{"iou", "correct", "image", "format"} of one reply, 0..1 each.
 
-    image: whether the image is correct; of a question for all boxes, the share; its iou is the
-    weakest box's. In multiple choice, and without a target, iou and image repeat correct.
+    image: whether the image is correct. In multiple choice, and without a target, iou and image
+    repeat correct.
     """
     correct = float(is_correct(reply, sample, box_format))
-    well_formed = float(is_well_formed(reply, sample))
-    if sample.options or not sample.targets and not sample.find_all:
+    well_formed = float(parse_reply(reply).well_formed)
+    if sample.options or not sample.targets:
         return {"iou": correct, "correct": correct, "image": correct,
                 "format": well_formed if sample.options else max(correct, well_formed)}
-    return {"iou": weakest_iou(reply, sample, box_format), "correct": correct,
-            "image": image_set_iou(reply, sample), "format": well_formed}
+    return {"iou": reply_iou(reply, sample, box_format), "correct": correct,
+            "image": float(names_image(reply, sample)), "format": well_formed}
 
 
 def reply_is_correct(reply: str, sample: Sample, box_format: BoxFormat) -> float:
@@ -158,8 +156,8 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
         greedy: a reply to each sample.
         drawn: replies at temperature 1 to each sample, which may have none.
     Returns: {"n", "score", "ci95", "format", "image", "tasks"} of the greedy replies; {"n_sampled",
-        "sampled", "pass_at_k"} of those drawn, where sampled is None if no sample has any; "boxes"
-        if some question asks for all boxes, "reasoning" for drawn scenes.
+        "sampled", "pass_at_k"} of those drawn, where sampled is None if no sample has any;
+        "reasoning" for drawn scenes.
     """
     scores = [score_reply(reply, sample, box_format)
               for reply, sample in zip(greedy, samples, strict=True)]
@@ -180,8 +178,6 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
         summary |= _sampled_averages(split_for_score(drawn_samples, drawn_values))
     for name in ("format", "image"):
         summary[name] = to_percent(macro_mean(split_for_score(samples, columns[name])))
-    if any(sample.find_all for sample in samples):
-        summary["boxes"] = summarize_boxes(samples, greedy, box_format)
     if all(sample.spec for sample in samples):
         summary["reasoning"] = summarize_reasoning(samples, greedy, box_format)
     return summary
@@ -215,44 +211,8 @@ def _summarize_ratio(part: np.ndarray, total: np.ndarray) -> tuple[float, list[f
     return to_percent(part.sum() / total.sum()), _percents(ratio_interval(part, total))
 
 
-def summarize_boxes(samples: list[Sample], replies: list[str], box_format: BoxFormat) -> dict:
-    """The questions for all boxes, box by box, in percent; others are left out.
-
-    Returns:
-        precision, recall, f1: over all boxes; Hungarian matching pairs boxes at IoU >= 0.5.
-        rejection: share of the questions without a target whose reply says that there is none.
-        wrong_rejection: that share of the questions with a target.
-        Figures without a case are None.
-    """
-    counts, rejected = [], {True: [], False: []}  # rejected: by whether there is no target
-    for sample, reply in zip(samples, replies, strict=True):
-        if not sample.find_all:
-            continue
-        boxes = parse_boxes(reply)
-        larger = max(len(boxes or ()), len(sample.targets))
-        right = match_score(reply, sample, box_format, _reaches_half, right_none=0.0) * larger
-        counts.append((round(right), len(boxes or ()), len(sample.targets)))
-        rejected[not sample.targets].append(boxes == [])  # unreadable: None
-    right, named, wanted = np.array(counts, dtype=float).T
-    ratios = {"precision": (right, named), "recall": (right, wanted),
-              "f1": (2 * right, named + wanted)}
-    summary = {"n": len(counts), "n_none": len(rejected[True])}
-    for name, ratio in ratios.items():
-        summary[name], interval = _summarize_ratio(*ratio)
-    summary["f1_ci95"] = interval
-    for name, outcomes in (("rejection", rejected[True]), ("wrong_rejection", rejected[False])):
-        interval = _percents(share_interval(sum(outcomes), len(outcomes)))
-        summary[name] = to_percent(np.mean(outcomes)) if outcomes else None
-        summary[f"{name}_ci95"] = interval if outcomes else None
-    return summary
-
-
 def _percents(interval: list[float]) -> list[float]:
     return [to_percent(bound) for bound in interval]
-
-
-def _reaches_half(box: Box, target: Box) -> float:
-    return float(iou(box, target) >= 0.5)
 
 
 def _share_correct(samples: list[Sample], replies: list[list[str]],
@@ -337,7 +297,7 @@ def calibrate_systems(samples: dict[str, list[Sample]], replies: dict,
 
 
 def _asks_for_one_box(sample: Sample) -> bool:
-    return bool(sample.targets) and not sample.options and not sample.find_all
+    return bool(sample.targets) and not sample.options
 
 
 def calibrate_boxes(samples: list[Sample], greedy: list[str], box_format: BoxFormat) -> dict:

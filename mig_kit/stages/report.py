@@ -18,7 +18,7 @@ from PIL.Image import Image
 from mig_kit.boxes import BoxFormat, iou
 from mig_kit.drawing.palette import PREDICTED, SYSTEM_COLOURS, SYSTEM_LABELS, text_colour
 from mig_kit.drawing.pictures import SYSTEM_MARKS, draw_sample, draw_systems
-from mig_kit.prompts import format_question, parse_boxes, parse_reply, reply_boxes_in_original
+from mig_kit.prompts import format_question, parse_reply, reply_boxes_in_original
 from mig_kit.rewards import is_correct, reply_iou
 from mig_kit.sample import Sample
 from mig_kit.serving.stored_replies import load_replies
@@ -29,7 +29,7 @@ from mig_kit.world.suites import OWN, is_on_target, list_object_boxes, suite_tit
 SYSTEMS = ("base", "sft", "start", "grpo")
 RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
 OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option", "no answer",
-            "wrong list of boxes", "box where none is")
+            "box where none is")
 LOOSE_IOU = 0.1  # from here on a box of own data, whose objects are not known, counts as loose
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
@@ -58,8 +58,6 @@ def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat) -> str:
     answer = parse_reply(reply)
     if is_correct(reply, sample, box_format):
         return "correct"
-    if sample.find_all:
-        return "no answer" if parse_boxes(reply) is None else "wrong list of boxes"
     if sample.options:
         return "wrong option" if answer.letter else "no answer"
     if answer.box is None:
@@ -243,8 +241,6 @@ def report_sections(metrics: dict, figures: Mapping[str, plt.Figure | Image | No
         (f"Scores on {drawn}, mean of replies at temperature 1 (percent)",
          table(tables.score_rows(systems, "sampled"), "sampled")
          + table(tables.pass_at_k_rows(systems), "pass_at_k")),
-        ("None, one or several boxes (greedy, percent)",
-         table(tables.box_rows(systems), "boxes")),
         (f"{suite_title(main_suite)}, per task", images("tasks", "outcomes")),
         ("Is the reasoning true? (greedy, percent)", images("reasoning")),
         ("Training", images("loss", "grpo")),

@@ -70,8 +70,6 @@ def _pair_with_other_images(samples: list[Sample],
     """(sample, the same with the next sample's images, reply), by task and number of images."""
     alike = defaultdict(list)
     for sample, reply in zip(samples, replies, strict=True):
-        if sample.find_all and not sample.targets:  # "none" is as likely with other images
-            continue
         alike[sample.task, len(sample.images)].append((sample, reply))
     pairs = []
     for rows in alike.values():

@@ -38,11 +38,9 @@ def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, Tabl
 
 def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:
     samples = {
-        "cot": suites.iter_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed,
-                                        find_all_per_task=p.train_find_all_per_task),
+        "cot": suites.iter_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed),
         "rl": suites.iter_training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed,
-                                       p.rl_boxes_per_task, p.train_find_all_per_task,
-                                       suites.CANDIDATE_WORLDS),
+                                       p.rl_boxes_per_task, suites.CANDIDATE_WORLDS),
         "val": suites.iter_training_mix("val", p.val_per_task, 0, p.seed)}
     with ExitStack() as stack:
         for name, writer in _open_writers(folder, stack).items():

@@ -126,21 +126,6 @@ def pass_at_k_rows(systems: dict) -> list[dict]:
             if (result := systems[system][suite]).get("pass_at_k")]
 
 
-def box_rows(systems: dict) -> list[dict]:
-    """Rows {suite, system, questions, precision, ...} of suites that ask for all boxes, rounded."""
-    def rounded(figure):
-        return np.round(figure, 1).tolist() if figure is not None else None
-
-    names = {"precision": "precision", "recall": "recall", "f1": "F1", "f1_ci95": "F1, 95 %",
-             "rejection": "rejection rate", "rejection_ci95": "rejection rate, 95 %",
-             "wrong_rejection": "wrongly none"}
-    return [{"suite": suite_title(suite), "system": system,
-             "questions": result["boxes"]["n"], "without a box": result["boxes"]["n_none"],
-             **{title: rounded(result["boxes"][name]) for name, title in names.items()}}
-            for system, suites in systems.items() for suite, result in suites.items()
-            if "boxes" in result]
-
-
 def score_bars(systems: dict) -> list[dict]:
     """Rows {suite, system, score, ci95, n} for `plots.plot_scores`; systems: of 06's metrics."""
     return [{"suite": suite_title(suite), "system": system,

@@ -11,7 +11,7 @@ import numpy as np
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, iou, rescale_box
 from mig_kit.common import UserError
-from mig_kit.prompts import LETTERS, NO_BOX, correct_answer, format_box
+from mig_kit.prompts import LETTERS, correct_answer, format_box
 from mig_kit.rewards import REWARDS, Reward
 from mig_kit.sample import Sample
 from mig_kit.training.reward_loading import BatchReward, Score, as_completions, score_functions
@@ -70,7 +70,7 @@ def constructed_replies(sample: Sample, box_format: BoxFormat) -> dict[str, str]
         return replies | {WRONG_LETTER: _reply(other)}
     if not sample.targets:
         return replies
-    targets = sample.targets if sample.find_all else sample.targets[:1]
+    targets = sample.targets[:1]
     sizes = [sample.sizes[image - 1] for image, _ in targets]
 
     def scale(measure: Coordinates | None, factor: float = 1) -> list[tuple]:
@@ -92,7 +92,7 @@ def constructed_replies(sample: Sample, box_format: BoxFormat) -> dict[str, str]
         "no box": _reply(f'{{"image": {images[0]}}}'),
         "a box too many": _box_reply([*zip(images, right), (images[0],
                                                             _change(right[0], 0.5, 0.5))]),
-        '"none"': _reply(NO_BOX if sample.find_all else "none")}
+        '"none"': _reply("none")}
 
 
 def _constant_replies(samples: Sequence[Sample], box_format: BoxFormat) -> list[list[str]]:

@@ -1,12 +1,11 @@
 """General questions beside the ten tasks, as MGrounding-630k has them; trained on, in no suite.
 
 They keep a model reading the question, because the number of images alone nearly tells the ten
-tasks apart. Questions for all boxes (FIND_ALL) are asked if a parameter of 01 or 06 says how many.
+tasks apart.
 """
 
 import random
 from dataclasses import replace
-from functools import partial
 
 from mig_kit.world.scenes import World, object_name
 from mig_kit.world.tasks import (
@@ -19,8 +18,6 @@ from mig_kit.world.tasks import (
     make_scenes_with_holder,
     shuffle_options,
 )
-
-ALL_BOXES = ("Find every {}.", "Where is each {}?", "Find the {} in all images.")
 
 
 def name_object(rng: random.Random, world: World) -> SampleSpec:
@@ -148,24 +145,6 @@ def count_objects(rng: random.Random, world: World) -> SampleSpec:
                       **shuffle_options(rng, str(total), wrong))
 
 
-def find_named(rng: random.Random, world: World, fewest: int, most: int) -> SampleSpec:
-    """Two or three images; `fewest` to `most` of them show the named object."""
-    count = rng.randint(2, 3)
-    wanted, *others = world.pick_appearances(rng, 6)
-    holders = sorted(rng.sample(range(1, count + 1), rng.randint(fewest, min(most, count))))
-    scenes = []
-    for number in range(1, count + 1):
-        shown = rng.sample(others, rng.randint(2, 3))
-        if number in holders:
-            shown[rng.randrange(len(shown))] = wanted
-        scenes.append(world.arrange_scene(rng, shown))
-    name = object_name(wanted)
-    places = ", ".join(f"image {number}" for number in holders or [0])
-    return SampleSpec(scenes, rng.choice(ALL_BOXES).format(name),
-                      [(number, name) for number in holders], f"{name}: {places}.",
-                      list_image_notes(scenes), find_all=True)
-
-
 # The keys stand in the ids of samples and in the seeds that they are drawn with. No suite asks one
 # word for word, but some are near: "choosing" to changes and shapes, "pointing" to image pairs,
 # "telling" to single images, "excepting" to a film's new object, "tallying" to counting.
@@ -174,8 +153,3 @@ FREE_FORM: dict[str, TaskFunction] = {
     "choosing": task_as_choice, "pointing": locate_named, "telling": locate_described,
     "excepting": locate_exception, "tallying": count_objects}
 BOX_FORMS = ("pointing", "telling", "excepting")  # the kinds whose answer is a box
-# The three share questions and numbers of images and objects: only the images tell how many boxes.
-FIND_ALL: dict[str, TaskFunction] = {
-    "in_none": partial(find_named, fewest=0, most=0),
-    "in_one": partial(find_named, fewest=1, most=1),
-    "in_several": partial(find_named, fewest=2, most=3)}

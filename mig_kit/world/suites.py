@@ -11,7 +11,7 @@ from functools import partial
 
 from mig_kit.boxes import Box, iou
 from mig_kit.sample import Sample
-from mig_kit.world.free_form import BOX_FORMS, FIND_ALL, FREE_FORM
+from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
 from mig_kit.world.scenes import (
     PLAIN,
     Appearance,
@@ -208,7 +208,7 @@ class Suite:
 
     title: str  # in tables and figures
     tasks: dict[str, Draw]
-    default: int  # questions per task in 06 unless `suites` says otherwise; 0 leaves it out
+    default: int  # questions per task in 06 unless `suites` says otherwise
 
 
 def _draws(tasks: dict[str, TaskFunction], prefix: str = "",
@@ -243,9 +243,7 @@ SUITES = {
     "mmiu": Suite(
         "MMIU-like (drawn)",
         _draws({"order": frame_order, "retrieval": retrieval, "change": find_change}),
-        260),
-    "find_all": Suite("none, one or several (drawn)", _draws(FIND_ALL, "find_all/"),
-                      0)}
+        260)}
 OUT_OF_DOMAIN = "ood_grounding"
 OWN = "own"  # the suite of the held-out questions of own data
 TASK_TITLES = {"lisa": "LISA-like (drawn)", "revos": "ReVOS-like (drawn)",
@@ -293,9 +291,9 @@ def iter_free_form(split: str, per_task: int, seed: int = 0, boxes: int | None =
 
 
 def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: int,
-                      boxes: int | None = None, find_all_per_task: int = 0,
+                      boxes: int | None = None,
                       worlds: Sequence[World] = (PLAIN,)) -> Iterator[Sample]:
-    """What the stages train on: the ten tasks, general questions and questions for all boxes.
+    """What the stages train on: the ten tasks and general questions.
 
     boxes: general questions of each kind that asks for a box; None for `free_form_per_task`.
     worlds: what tasks and general questions are drawn from, in turn.
@@ -303,8 +301,6 @@ def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: 
     # not through SUITES: a suite more would make stage 01 stale
     yield from _iter_tasks("mig_bench", _draws(TASKS, worlds=worlds), split, per_task, seed)
     yield from iter_free_form(split, free_form_per_task, seed, boxes, worlds)
-    yield from _iter_tasks("find_all", _draws(FIND_ALL, "find_all/"), split, find_all_per_task,
-                           seed)
 
 
 def list_object_boxes(spec: SampleSpec) -> list[list[Box]]:

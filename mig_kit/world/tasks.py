@@ -45,7 +45,6 @@ class SampleSpec:
     options: tuple[str, ...] = ()
     letter: str = ""
     box: Box | None = None  # the target's, if it is not the object's own
-    find_all: bool = False
 
 
 TaskFunction = Callable[[random.Random, World], SampleSpec]
@@ -362,7 +361,7 @@ def render_sample(spec: SampleSpec, suite: str, task: str, split: str, index: in
         id=f"{suite}/{task}/{split}/{index}", suite=suite, task=task, split=split,
         images=tuple(render_scene(scene) for scene in spec.scenes), question=spec.question,
         targets=tuple(targets), reference=reference, options=spec.options, letter=spec.letter,
-        notes=tuple(spec.notes), finding=spec.finding, find_all=spec.find_all, spec=spec)
+        notes=tuple(spec.notes), finding=spec.finding, spec=spec)
 
 
 def make_sample(task: str, split: str, index: int, seed: int = 0) -> Sample:

@@ -7,7 +7,7 @@ cannot follow the last two: too many cost it skills, and RL finds out which it c
 import random
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, to_model_box
-from mig_kit.prompts import LETTERS, format_answer, format_answers, format_box
+from mig_kit.prompts import LETTERS, format_answer, format_box
 from mig_kit.sample import Sample, Trace
 from mig_kit.world.scenes import CELL
 
@@ -54,8 +54,6 @@ def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,
     thought = write_reasoning(sample, detail)
     if sample.options:
         return _write_choice_trace(sample, rng, detail, error, thought)
-    if sample.find_all:
-        return _write_list_trace(sample, rng, box_format, jitter, detail, error, thought)
     image, target_box = sample.targets[0]
     if error == "wrong image":
         others = [number for number in range(1, len(sample.images) + 1) if number != image]
@@ -75,26 +73,6 @@ def _write_reply(rng: random.Random, thought: str, answer: str, detail: str, err
                            f"<think>{thought}</think><answer>{answer}"])
         return Trace(text, detail, error)
     return Trace(f"<think>{thought}</think><answer>{answer}</answer>", detail, error)
-
-
-def _write_list_trace(sample: Sample, rng: random.Random, box_format: BoxFormat, jitter: float,
-                      detail: str, error: str, thought: str) -> Trace:
-    """A trace with all boxes; "wrong image" leaves one out; where none is, errors invent one."""
-    boxes = [(image, _misplace_box(box, sample.sizes[image - 1], rng, box_format, error, jitter))
-             for image, box in sample.targets]
-    if not boxes and error == "leaked answer":
-        error = ""
-    elif not boxes and error and error != "broken format":
-        corner = [rng.uniform(0, 2 * CELL) for _ in range(2)]
-        image = rng.randint(1, len(sample.images))
-        pixel = _pixel_of(sample.sizes[image - 1], box_format)
-        pixels = (*corner, *(value + CELL for value in corner))
-        boxes = [(image, tuple(value * step for value, step in zip(pixels, pixel * 2)))]
-    elif error == "wrong image":
-        boxes = boxes[1:]
-    elif error == "leaked answer":
-        thought = f"{thought} {format_box(boxes[0][1])}"
-    return _write_reply(rng, thought, format_answers(boxes), detail, error)
 
 
 def _pixel_of(size: tuple[int, int], box_format: BoxFormat) -> tuple[float, float]:

@@ -35,62 +35,25 @@ def test_a_correct_file_and_its_samples_in_all_coordinates(root):
     assert len(list(own_data.iter_samples(path, root, limit=2))) == 2
 
 
-def asking_all(*targets, **keys):
-    """GOOD with 'targets' in place of 'image' and 'box'."""
-    boxes = [{"image": image, "box": box} for image, box in targets]
-    return changed(**{"image": ..., "box": ..., "targets": boxes, **keys})
-
-
-NOTHING = changed(image=None, box=...)
-
-
-def test_none_one_or_several_boxes(root):
-    path = write_lines(
-        root, GOOD, asking_all((1, [0, 0, 500, 1000]), (2, [0, 0, 500, 1000]),
-                               coordinates="normalized_1000"),
-        NOTHING, changed(image=None, box=..., coordinates=...),
-        changed(image=None, box=..., question="Like {ref}?", reference=[1, 2, 3, 4]),
-        asking_all(), asking_all(coordinates=...), asking_all((2, [1, 2, 3, 4])))
-    assert check(path, root) == [[]] * 8
-    samples = list(own_data.iter_samples(path, root))
-    assert all(sample.find_all for sample in samples)  # else the prompt would tell the number
-    assert [len(sample.targets) for sample in samples] == [1, 2, 0, 0, 0, 0, 0, 1]
-    assert samples[1].targets == ((1, (0, 0, 50, 50)), (2, (0, 0, 100, 100)))
-    assert "7 of 8 questions list 'targets' or say that no image answers, so all questions" in (
-        call("check", path)[1])
-    path = write_lines(root, GOOD, changed(task="targets or null"))
-    assert not any(sample.find_all for sample in own_data.iter_samples(path, root))
-    alternatives = changed(box=..., boxes=[[1, 2, 3, 4]])
-    first, second = check(write_lines(root, alternatives, NOTHING), root)
-    assert "other lines ask for all boxes; write 'targets'" in first[0] and not second
-
-
 def test_null_is_absent_and_whole_numbers_are_whole(root):
     """As pandas and datasets write rows of several kinds."""
-    columns = dict.fromkeys(("image", "box", "boxes", "targets", "options", "letter", "reference",
+    columns = dict.fromkeys(("image", "box", "boxes", "options", "letter", "reference",
                              "coordinates", "reply", "id"))
     path = write_lines(root, columns | GOOD | {"image": 2.0}, columns | CHOICE)
     assert check(path, root) == [[], []]
     first, second = own_data.iter_samples(path, root)
     assert first.targets[0].image == 2 and type(first.targets[0].image) is int
-    assert second.letter == "B" and not first.find_all
+    assert second.letter == "B"
     row = columns | {"images": ["a.png"], "question": "Find it."}
-    assert '"targets": [] says that nothing in the images answers' in problems_of(root, row)
-    first, second = check(write_lines(root, columns | GOOD, row), root)
-    assert not first and second, "one missing value does not change the other questions"
+    assert "this line has none" in problems_of(root, row)
 
 
 @pytest.mark.parametrize("row, sentence", [
-    (asking_all(image=1), "'image' goes with 'box'"),
-    (asking_all((3, [1, 2, 3, 4])), "'targets' number 1 is in image 3, but there are 2 images"),
-    (asking_all((1, [5, 2, 3, 4])), "the box of 'targets' number 1 is [5.0, 2.0, 3.0, 4.0]: x2"),
-    (asking_all((1, "here")), "'targets' number 1 'box': Input should be a valid tuple"),
-    (asking_all((1, [1, 2, 300, 4])), "leaves image 1, which is 100x50"),
-    (asking_all(targets=[{"image": 1, "box": [1, 2, 3, 4], "x": 1}]), "unknown key 'targets'"),
-    (asking_all((1, [1, 2, 3, 4]), coordinates=...), "'coordinates' says what boxes are measured"),
+    (changed(targets=[{"image": 1, "box": [1, 2, 3, 4]}]), "unknown key 'targets'"),
+    (changed(image=None, box=...), "this line has none"),
     (b"", "no JSON object"), (b"{", "no JSON object"), (b"\xff{}", "no JSON object"),
     (b"[" * 20000, "no JSON object"), (b"3", "no JSON object"),
-    (changed(box=...), "give one of 'box', 'boxes', 'targets' and 'options'"),
+    (changed(box=...), "give one of 'box', 'boxes' and 'options'"),
     (changed(boxes=[[1, 2, 3, 4]]), "this line has box and boxes"),
     (changed(coordinates=...), "'coordinates' says what boxes are measured in"),
     (changed(coordinates="0-1"), "'coordinates': Input should be 'pixels', 'normalized_1000' or"),
@@ -98,7 +61,7 @@ def test_null_is_absent_and_whole_numbers_are_whole(root):
     (changed(images="a.png"), "'images': Input should be a valid list"),
     (changed(images=[]), "'images': List should have at least 1 item"),
     (changed(question=" "), "'question'"), (changed(question="\ud83d"), "'question'"),
-    (changed(image=0), 'from 1; "targets": [] says that no image answers'),
+    (changed(image=0), "'image' is the number of an image, from 1"),
     (changed(image=3), "'box' is in image 3, but there are 2 images"),
     (changed(image="2.5"), "'image'"), (changed(box=[1, 2, 3]), "'box'"),
     (changed(box="[1, 2, 3, 4]"), "a box is four numbers [x1, y1, x2, y2]"),
@@ -229,8 +192,6 @@ ROWS = st.fixed_dictionaries(
     optional={"options": st.lists(st.text(max_size=5), max_size=9) | VALUES,
               "letter": st.sampled_from("ABCI") | VALUES, "reply": VALUES,
               "box": BOXES, "boxes": st.lists(BOXES, max_size=3) | VALUES, "reference": BOXES,
-              "targets": st.lists(st.fixed_dictionaries(
-                  {"image": st.integers(0, 3), "box": BOXES}), max_size=3) | VALUES,
               "id": VALUES, "task": VALUES, "unit": VALUES, "x": VALUES})
 LINES = (ROWS.map(lambda row: json.dumps(row).encode())
          | VALUES.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=200))

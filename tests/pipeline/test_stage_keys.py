@@ -89,7 +89,7 @@ def test_a_changed_text_makes_exactly_its_users_stale(stale_after, path, text, s
 
 
 @pytest.mark.parametrize(("name", "stages"), [
-    ("box_reward", "05 07"), ("names_letter", "04 05 06 07"), ("image_set_iou", "01 05 06 07"),
+    ("box_reward", "05 07"), ("names_letter", "04 05 06 07"), ("names_image", "01 05 06 07"),
     ("keep_good_traces", "01"), ("pass_at_k", "04 06"), ("plot_curves", "07"),
     ("stage_folder", ""), ("CompletionLossTrainer", "02"), ("attention", "00 02 03 04 05 06"),
     ("smart_resize", "01 02 03 04 05 06 07"), ("grpo_trainer", "05"), ("render_scene", "01 06 07"),

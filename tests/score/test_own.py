@@ -8,7 +8,7 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.data import own_data
-from mig_kit.prompts import format_answer, parse_boxes
+from mig_kit.prompts import format_answer, parse_reply
 from mig_kit.rewards import is_correct
 from mig_kit.score import own
 from mig_kit.world.suites import make_suite
@@ -21,14 +21,10 @@ LINES = [
     {"images": ["a.png"], "question": "Find a dog.", "image": 1, "task": "dogs",
      "boxes": [[0, 0, 500, 500], [500, 500, 1000, 1000]], "coordinates": "normalized_1000"},
     {"images": ["b.png"], "question": "Which?", "options": ["a cat", "a dog"], "letter": "B"}]
-ALL = [
-    {"images": ["a.png", "b.png"], "question": "Find all.", "coordinates": "pixels", "targets": [
-        {"image": 1, "box": [0, 0, 100, 50]}, {"image": 2, "box": [40, 30, 200, 150]}]},
-    {"images": ["a.png"], "question": "Find all.", "image": None}]
 # in 0 to 1000
 BOX = '{"image": 2, "box": [100,100,500,500]}'
 REPLIES = [f"<think>t</think><answer>{answer}</answer>" for answer in (
-    BOX, BOX.replace("2", "1"), "B", '{"image": 0}',
+    BOX, BOX.replace("2", "1"), "B", "none",
     f'{{"image": 1, "box": [0,0,500,500]}}, {BOX}')]
 REPLIES += ["In image 2, at [100, 100, 500, 500].", "[500, 500, 1000, 1000]", "None.", "", "A dog.",
             "Image 1: [0,0,500,500]. Image 2: [100,100,500,500].", "Image 1: [0,0,500,500]."]
@@ -42,16 +38,15 @@ def folder(tmp_path):
 
 
 # as pandas and datasets write rows of several kinds
-COLUMNS = dict.fromkeys(("image", "box", "boxes", "targets", "options", "letter", "coordinates",
+COLUMNS = dict.fromkeys(("image", "box", "boxes", "options", "letter", "coordinates",
                          "id", "task"))
 PANDAS = [COLUMNS | line | ({"image": 2.0} if line.get("id") else {}) for line in LINES]
 
 
-@pytest.mark.parametrize("lines", [LINES, ALL, PANDAS], ids=["one", "all", "pandas"])
+@pytest.mark.parametrize("lines", [LINES, PANDAS], ids=["json", "pandas"])
 def test_every_reply_is_judged_as_by_eval(folder, lines):
     write_lines(folder / "mine.jsonl", lines)
     samples = list(own_data.iter_samples(folder / "mine.jsonl", folder))
-    assert all(sample.find_all for sample in samples) == (lines is ALL)
     box_format = BoxFormat(coordinates="normalized_1000")
     for item, sample in zip(own.read_own(lines).items, samples, strict=True):
         assert item.id == sample.id and item.task == sample.task
@@ -85,35 +80,20 @@ def test_text_without_the_answer_format_is_read():
     one_image = dataclasses.replace(single, images=single.images[:1])
     choice = make_suite("blink", "val", 1)[0]
     reply = "It is in the second image: [10, 20, 30, 40]."
-    assert parse_boxes(own.read_freely(reply, single)) == [(2, (10, 20, 30, 40))]
+    answer = parse_reply(own.read_freely(reply, single))
+    assert (answer.image, answer.box) == (2, (10, 20, 30, 40))
     assert own.read_freely("At [10, 20, 30, 40].", single) == "At [10, 20, 30, 40]."
-    assert parse_boxes(own.read_freely("[1, 2, 30.5, 40]", one_image)) == [(1, (1, 2, 30.5, 40))]
+    answer = parse_reply(own.read_freely("[1, 2, 30.5, 40]", one_image))
+    assert (answer.image, answer.box) == (1, (1, 2, 30.5, 40))
     assert own.read_freely("The answer is (A).", choice).endswith("<answer>A</answer>")
     well_formed = f"<think>x</think><answer>{format_answer(1, (1, 2, 3, 4))}</answer>"
     assert own.read_freely(well_formed, single) == well_formed
 
 
-THREE = [(1, (1, 2, 30, 40)), (2, (5, 6, 70, 80)), (2, (9, 10, 90, 95))]
-
-
-NONE = ["<answer>none</answer>", "<think>image 1: [1, 2, 3, 4]?</think><answer>None.</answer>"]
-
-
 @pytest.mark.parametrize("text", [
-    *NONE, "In image 1: [1, 2, 30, 40]\nIn image 2: [5, 6, 70, 80]\nIn image 2: [9, 10, 90, 95]",
-    '[{"image": 1, "x1": 1, "y1": 2, "x2": 30, "y2": 40}, {"image": 2, "box": [5, 6, 70, 80]}, '
-    '{"image": 2, "box": [[9, 10], [90, 95]]}]'])
-def test_all_boxes_are_read_from_free_text(text):
-    sample = dataclasses.replace(make_sample("refer_grounding", "val", 0), find_all=True)
-    assert parse_boxes(own.read_freely(text, sample)) == ([] if text in NONE else THREE)
-
-
-@pytest.mark.parametrize("text", [
-    "None but the second.", "[1, 2, 30, 40]", "There is none.",
-    "In image 1: [1, 2, 30, 40] and there is more in image 2.",
-    "Image 2: [5, 6, 70, 80]. In both image 1 and image 3: [1, 2, 30, 40].",
+    "None but the second.", "[1, 2, 30, 40]", "There is none.", "<answer>none</answer>",
+    "In image 1: [1, 2, 30, 40]\nIn image 2: [5, 6, 70, 80]",
     '[{"bbox_2d": [1, 2, 30, 40], "image": 1}, {"bbox_2d": [5, 6, 7, 8], "image": [1, 2]}]'])
 def test_what_is_not_clear_stays_as_it_is(text):
-    """No box may get lost: the others could then be all that are asked for."""
-    sample = dataclasses.replace(make_sample("refer_grounding", "val", 0), find_all=True)
-    assert own.read_freely(text, sample) == text
+    """No box may get lost: the other one could then be the answer."""
+    assert own.read_freely(text, make_sample("refer_grounding", "val", 0)) == text

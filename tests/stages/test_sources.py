@@ -14,7 +14,7 @@ from mig_kit.image_files import BadImage
 from mig_kit.sample import read_samples
 from mig_kit.stages import sources
 from mig_kit.world import suites
-from mig_kit.world.free_form import BOX_FORMS, FIND_ALL, FREE_FORM
+from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
 from mig_kit.world.tasks import TASKS, make_sample
 
 SMALL = {"cot_per_task": 6, "free_form_per_task": 2, "rl_per_task": 4, "rl_free_form_per_task": 2,
@@ -47,16 +47,14 @@ def count_samples(sets):
 
 
 def test_drawn_sets_hold_what_their_parameters_say(params, tmp_path):
-    p = params(rl_per_task=1, rl_boxes_per_task=5, train_find_all_per_task=3)
+    p = params(rl_per_task=1, rl_boxes_per_task=5)
     sets, text = sources.load_training_sets(p, tmp_path)
     mix = list(suites.iter_training_mix("cot", p.cot_per_task, p.free_form_per_task, p.seed))
-    assert text == "" and [s.id for s in sets["cot"]][:len(mix)] == [sample.id for sample in mix]
+    assert text == "" and [s.id for s in sets["cot"]] == [sample.id for sample in mix]
     assert len(sets["val"]) == 10 * p.val_per_task and sets["rl"][0].split == "rl"
     counts = Counter(sample.task for sample in sets["rl"])
     assert counts == {**dict.fromkeys(TASKS, 1), **dict.fromkeys(FREE_FORM, 2),
-                      **dict.fromkeys(BOX_FORMS, 5), **dict.fromkeys(FIND_ALL, 3)}
-    all_boxes = {name: sum(sample.find_all for sample in part) for name, part in sets.items()}
-    assert all_boxes == {"cot": 9, "rl": 9, "val": 0}
+                      **dict.fromkeys(BOX_FORMS, 5)}
 
 
 def test_own_data_is_divided_by_image(params, own_file, tmp_path):

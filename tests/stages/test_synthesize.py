@@ -8,7 +8,7 @@ from mig_kit.prompts import format_answer, format_box
 from mig_kit.sample import read_replies, read_samples, write_samples
 from mig_kit.stages import synthesize
 from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
-from mig_kit.world.suites import iter_free_form, make_suite
+from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -52,11 +52,11 @@ def test_the_teacher_errs_at_its_rate_and_the_filter_notices():
 
 
 def test_round_trip_through_parquet(tmp_path):
-    samples = [make_sample(task, "cot", 3) for task in TASKS] + make_suite("find_all", "cot", 2)
+    samples = [make_sample(task, "cot", 3) for task in TASKS]
     traces = synthesize.RuleBasedTraces(samples, 0, BOX_FORMAT, error_rate=0.0)
     write_samples(tmp_path / "cot.parquet", samples, traces)
     for sample, read in zip(samples, read_samples(tmp_path / "cot.parquet"), strict=True):
-        for name in ("id", "question", "notes", "sizes", "targets", "find_all"):
+        for name in ("id", "question", "notes", "sizes", "targets"):
             assert getattr(sample, name) == getattr(read, name)
         assert all(image.tobytes() == read_image.convert("RGB").tobytes()
                    for image, read_image in zip(sample.images, read.images))

@@ -109,8 +109,9 @@ def test_the_claims_of_a_reply_are_counted_and_stand_where_they_say():
 
 
 def test_all_that_the_teacher_says_is_true_of_scenes_and_of_notes():
-    drawn = [*iter_training_mix("val", 3, 3, 1, find_all_per_task=3),
-             *make_suite("ood_grounding", "test", 10)]
+    drawn = [sample for sample in [*iter_training_mix("val", 3, 3, 1),
+                                   *make_suite("ood_grounding", "test", 10)]
+             if sample.targets or sample.options]
     for sample in drawn:
         reply = write_trace(sample, Random(sample.id), BoxFormat(), (1, 0, 0), 0).text
         for known in (sample, replace(sample, spec=None)):
