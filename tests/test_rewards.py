@@ -13,6 +13,7 @@ from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
+SAMPLE = make_sample("diff", "val", 0)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ pieces = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", '{"ima
 @given(st.one_of(st.text(), st.lists(pieces, max_size=20).map("".join)))
 def test_no_text_raises_and_no_reward_leaves_its_range(text):
     for name, reward in rewards.REWARDS.items():
-        value = reward(text, make_sample("diff", "val", 0), BOX_FORMAT)
+        value = reward(text, SAMPLE, BOX_FORMAT)
         assert value is None if name == "choice" else 0 <= value <= 1
 
 
