@@ -145,8 +145,8 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
                 for index, completions in zip(batch, rollouts) if ids[index] not in is_stored}
 
     end_tokens = {*end_token_ids(policy.model.generation_config, policy.processor)}
-    weights = fuse_decoding_weights(unwrap_peft(policy.model), policy.hardware.autocast)
-    with weights as fused_weights, closing(map_in_threads(draw, todo, workers)) as drawn:
+    fused_weights = fuse_decoding_weights(unwrap_peft(policy.model), policy.hardware.autocast)
+    with closing(map_in_threads(draw, todo, workers)) as drawn:
         yield from drawn
 
 

@@ -1,12 +1,13 @@
 """One token at a time for many rows, over keys and values that they share.
 
-Adapters of plain LoRA are folded into the weights for as long as replies are drawn. All other
-layers, 4-bit ones or those of other PEFT methods, are the model's own modules and work unchanged.
+Plain layers with the same input are one product, and their adapters of plain LoRA another, which is
+added to it: what the learner computes, rounded as it rounds. All other layers, 4-bit ones or those
+of other PEFT methods, are the model's own modules and work unchanged.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear, pad, softmax
@@ -17,8 +18,18 @@ from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes, has_linear_a
 
 ROW_BLOCK = 16  # tokens by which a row's keys and values grow on a CPU
 
-# layers with the same input -> their weights as one (all outputs, inputs), and bias (all outputs,)
-FusedWeights = dict[tuple[torch.nn.Module, ...], tuple[torch.Tensor, torch.Tensor | None]]
+
+class FusedLayers(NamedTuple):
+    """Layers with the same input as one product, and their adapters' product beside it."""
+
+    weight: torch.Tensor  # (all outputs, inputs)
+    bias: torch.Tensor | None  # (all outputs,)
+    down: torch.Tensor | None = None  # A of all layers, (all ranks, inputs); None without adapters
+    up: torch.Tensor | None = None  # B of all layers, block diagonal: (all outputs, all ranks)
+    scale: float = 1.0  # of the adapters' product
+
+
+FusedWeights = dict[tuple[torch.nn.Module, ...], FusedLayers]  # layers with the same input -> them
 
 
 class Decoder:
@@ -167,7 +178,11 @@ class Decoder:
     def _project(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor:
         """(rows, inputs) -> the layers' outputs, side by side."""
         if layers in self.fused_weights:
-            return linear(inputs.to(self.dtype), *self.fused_weights[layers])
+            fused, inputs = self.fused_weights[layers], inputs.to(self.dtype)
+            outputs = linear(inputs, fused.weight, fused.bias)
+            if fused.down is None:
+                return outputs
+            return outputs + linear(linear(inputs, fused.down), fused.up) * fused.scale
         outputs = [self._project(inputs, layer) if (layer,) in self.fused_weights else layer(inputs)
                    for layer in layers]
         return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
@@ -262,62 +277,12 @@ def _float32_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return scores.view(*queries.shape[:-1], keys.shape[-2])
 
 
-@contextmanager
-def fuse_decoding_weights(model, autocast: bool) -> Iterator[FusedWeights]:
-    """While it lasts, adapters are folded into the weights, and under autocast weights are bf16.
+def fuse_decoding_weights(model, autocast: bool) -> FusedWeights:
+    """The weights of all plain projections and their adapters, as the decoder multiplies by them.
 
-    Only plain LoRA on float32 weights is folded: bfloat16 would round a young adapter away. Yields
-    the weights of plain layers; under autocast those of layers with the same input are one.
+    Under autocast they are bfloat16 copies, layers with the same input are one, and the head is
+    among them.
     """
-    layers = dict(model.model.language_model.layers.named_modules())
-    folded = [layer for layer in layers.values() if _is_foldable(layer)]
-    uses = Counter(id(layer.base_layer.weight) for layer in folded)
-    folded = [layer for layer in folded if uses[id(layer.base_layer.weight)] == 1]  # not tied
-    adapted = {layer.base_layer for layer in folded}
-    unfolded = {layer.base_layer for layer in layers.values()
-                if "base_layer" in dict(layer.named_children()) and not _is_bare(layer)} - adapted
-    plain = [layer for name, layer in layers.items()
-             if type(layer) is torch.nn.Linear and ".lora_" not in name and layer not in unfolded]
-    changed = [layer for layer in plain if autocast or layer in adapted]
-    originals = [layer.weight.data for layer in changed]
-    try:
-        for layer in folded:
-            _fold_adapter(layer, torch.bfloat16 if autocast else torch.float32)
-        if autocast:
-            for layer in changed:
-                layer.weight.data = layer.weight.data.to(torch.bfloat16)
-        yield _fuse_model(model, autocast)
-    finally:
-        for layer in folded:
-            layer.merged_adapters.clear()
-        for layer, original in zip(changed, originals):
-            layer.weight.data = original
-
-
-def _fold_adapter(layer: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Put weight + adapters, in `dtype`, in the place of the weight, which stays as it is."""
-    weight = layer.base_layer.weight.data
-    for adapter in layer.active_adapters:
-        if adapter in layer.lora_A:
-            weight = weight + layer.get_delta_weight(adapter)
-            layer.merged_adapters.append(adapter)
-    layer.base_layer.weight.data = weight.to(dtype)
-
-
-def _is_foldable(layer: torch.nn.Module) -> bool:
-    """Is this a float32 layer with a plain adapter that is in use?"""
-    return (is_plain_lora(layer) and type(layer.base_layer) is torch.nn.Linear
-            and not layer.merged and not layer.disable_adapters
-            and layer.base_layer.weight.dtype == torch.float32)
-
-
-def _is_bare(layer: torch.nn.Module) -> bool:
-    """Is this a layer of LoRA's that computes what its base layer does?"""
-    return "lora_A" in dict(layer.named_children()) and layer.merged != layer.disable_adapters
-
-
-def _fuse_model(model, autocast: bool) -> FusedWeights:
-    """The weights of all plain projections, and under autocast of the head."""
     fused_weights: FusedWeights = {}
     if has_linear_attention(model):
         return fused_weights
@@ -326,32 +291,55 @@ def _fuse_model(model, autocast: bool) -> FusedWeights:
         same_input = [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)]
         if not has_experts(mlp):
             same_input += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
+        if not autocast:  # no copies: each layer's own weights
+            same_input = [(single,) for layers in same_input for single in layers]
         for layers in same_input:
-            if autocast:
-                _fuse_layers(fused_weights, layers)
-                continue
-            for single in layers:
-                _fuse_layers(fused_weights, (single,))
+            if fused := _fuse_layers(layers, autocast):
+                fused_weights[layers] = fused
     if autocast and type(model.lm_head) is torch.nn.Linear:
-        # a copy: the head's weight may be the embeddings', which stay as they are
-        fused_weights[model.lm_head,] = model.lm_head.weight.to(torch.bfloat16), None
+        fused_weights[model.lm_head,] = FusedLayers(model.lm_head.weight.to(torch.bfloat16), None)
     return fused_weights
 
 
-def _fuse_layers(fused_weights: FusedWeights, layers: tuple[torch.nn.Module, ...]) -> None:
-    """Add the layers' weights as one, if all layers are plain; theirs become parts of it."""
-    plain = [layer.base_layer if _is_bare(layer) else layer for layer in layers]
-    if not all(type(layer) is torch.nn.Linear for layer in plain):
-        return
-    weight = plain[0].weight.data
-    if len(plain) > 1:
-        weight = torch.cat([layer.weight.data for layer in plain])
-        parts = weight.split([layer.out_features for layer in plain])
-        for layer, part in zip(plain, parts):
-            layer.weight.data = part
-    biases = [layer.bias for layer in plain]
-    has_bias = all(bias is not None for bias in biases)
-    fused_weights[layers] = weight, torch.cat(biases).to(weight.dtype) if has_bias else None
+def _fuse_layers(layers: tuple[torch.nn.Module, ...], autocast: bool) -> FusedLayers | None:
+    """The layers as one; None if one is not plain, or if their adapters differ in kind."""
+    bases, adapters = [], []
+    for layer in layers:
+        adapter = _active_adapter(layer) if is_plain_lora(layer) else None
+        is_wrapped = adapter is not None or _is_bare(layer)
+        bases.append(layer.base_layer if is_wrapped else layer)
+        adapters.append(adapter)
+    if not all(type(base) is torch.nn.Linear for base in bases):
+        return None
+    dtype = torch.bfloat16 if autocast else bases[0].weight.dtype
+    weights, biases = [base.weight.detach().to(dtype) for base in bases], [
+        base.bias for base in bases]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    bias = None if biases[0] is None else torch.cat(biases).detach().to(dtype)
+    if adapters == [None] * len(layers):
+        return FusedLayers(weight, bias)
+    if None in adapters:
+        return None
+    downs, ups, scales = zip(*adapters)
+    if len(set(scales)) > 1 or not autocast and downs[0].dtype != dtype:
+        return None
+    return FusedLayers(weight, bias, torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype),
+                       scales[0])
+
+
+def _active_adapter(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """A (rank, inputs), B (outputs, rank) and factor of a plain adapter that is in use, or None."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.merged or layer.disable_adapters or not names:
+        return None
+    name = names[0]
+    return (layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(),
+            layer.scaling[name])
+
+
+def _is_bare(layer: torch.nn.Module) -> bool:
+    """Is this a layer of LoRA's that computes what its base layer does?"""
+    return "lora_A" in dict(layer.named_children()) and layer.merged != layer.disable_adapters
 
 
 def train_mode_for_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:

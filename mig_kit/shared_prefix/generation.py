@@ -2,8 +2,8 @@
 few dozen. Several questions about the same images read these once, too.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -129,16 +129,28 @@ def end_token_ids(generation_config, processor) -> list[int]:
     return sorted({processor.tokenizer.eos_token_id, *declared} - {None})
 
 
-@torch.no_grad()
-def generate_rollouts(model, processor, prompts: list[Prompt], group: int,
-                      sampling: SamplingOptions, uniforms: torch.Tensor | None = None,
-                      autocast: bool = False, fused_weights: FusedWeights | None = None,
-                      max_bytes: int | None = None) -> list[list[list[int]]]:
-    """`group` completions to each prompt: token ids, with the end token if there is one.
+class Completion(NamedTuple):
+    """A completion's token ids, with the end token if there is one, and how likely each was."""
 
-    uniforms: of `draw_uniforms`; None: new ones. fused_weights: of `fuse_decoding_weights`, if the
-    caller has folded the adapters, as it must if several threads use the model. max_bytes: of keys
-    and values at a time; None: `max_kv_bytes`.
+    ids: list[int]
+    logps: list[float]  # at the temperature, before what is never drawn is left out
+
+
+def generate_rollouts(*args, **kwargs) -> list[list[list[int]]]:
+    """The token ids of `draw_completions`."""
+    return [[completion.ids for completion in rollout]
+            for rollout in draw_completions(*args, **kwargs)]
+
+
+@torch.no_grad()
+def draw_completions(model, processor, prompts: list[Prompt], group: int,
+                     sampling: SamplingOptions, uniforms: torch.Tensor | None = None,
+                     autocast: bool = False, fused_weights: FusedWeights | None = None,
+                     max_bytes: int | None = None) -> list[list[Completion]]:
+    """`group` completions to each prompt.
+
+    uniforms: of `draw_uniforms`; None: new ones. fused_weights: of `fuse_decoding_weights`; None:
+    made here. max_bytes: of keys and values at a time; None: `max_kv_bytes`.
     """
     model = unwrap_peft(model)
     device = model.device
@@ -151,11 +163,10 @@ def generate_rollouts(model, processor, prompts: list[Prompt], group: int,
         max_bytes or max_kv_bytes(device),
         reading_bytes_per_token(model) if device.type == "cuda" else 0,
         longest * token_bytes + state_bytes(model) if has_linear_attention(model) else 0)
-    weights = (fuse_decoding_weights(model, autocast) if fused_weights is None
-               else nullcontext(fused_weights))
+    if fused_weights is None:
+        fused_weights = fuse_decoding_weights(model, autocast)
     rollouts = []
-    with weights as fused_weights, torch.inference_mode(), \
-            torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         for start in range(0, len(prompts), at_once):
             part = slice(start, start + at_once)
             rollouts += _generate_round(model, processor, prompts[part], group, sampling,
@@ -166,8 +177,8 @@ def generate_rollouts(model, processor, prompts: list[Prompt], group: int,
 
 def _generate_round(model, processor, prompts: list[Prompt], group: int, sampling: SamplingOptions,
                     uniforms: torch.Tensor | None,
-                    fused_weights: FusedWeights) -> list[list[list[int]]]:
-    """`generate_rollouts` of prompts that are read together; uniforms: None at temperature 0."""
+                    fused_weights: FusedWeights) -> list[list[Completion]]:
+    """`draw_completions` to prompts that are read together; uniforms: None at temperature 0."""
     decoder, hidden, prompt_of_row = _prefill_prompts(model, prompts, group,
                                                       sampling.max_new_tokens, fused_weights)
     device = hidden.device
@@ -179,7 +190,7 @@ def _generate_round(model, processor, prompts: list[Prompt], group: int, samplin
     completions = _decode(decoder, logits, is_empty, sampling, uniforms,
                           end_token_ids(model.generation_config, processor),
                           forbidden_token_ids(processor))
-    rollouts: list[list[list[int]]] = [[] for _ in prompts]
+    rollouts: list[list[Completion]] = [[] for _ in prompts]
     for completion, prompt in zip(completions, prompt_of_row.tolist()):
         if prompt >= 0:
             rollouts[prompt].append(completion)
@@ -214,22 +225,27 @@ def _prefill_prompts(
 
 def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, is_done: torch.Tensor,
             sampling: SamplingOptions, uniforms: torch.Tensor | None, end_tokens: list[int],
-            forbidden_tokens: list[int]) -> list[list[int]]:
+            forbidden_tokens: list[int]) -> list[Completion]:
     """Draw tokens from logits (rows, vocabulary) on, until all rows are done; a completion each."""
     device = logits.device
     ends = torch.tensor(end_tokens, device=device)
-    completions: list[list[int]] = [[] for _ in range(len(logits))]
+    completions = [Completion([], []) for _ in range(len(logits))]
     rows = torch.arange(len(logits), device=device)  # those that the decoder still holds
     for step in range(sampling.max_new_tokens):
+        scaled = logits.float() / (sampling.temperature or 1.0)
+        total = scaled.logsumexp(-1)
         logits[:, forbidden_tokens] = -torch.inf
         if step + 1 < sampling.min_new_tokens:
             logits[:, ends] = -torch.inf
         row_uniforms = uniforms[rows, step] if sampling.temperature else None
         tokens = sample_tokens(logits, sampling, row_uniforms)
+        logps = scaled.gather(-1, tokens[:, None])[:, 0] - total
         # a row that is done goes on with its prefix, but what it draws is dropped
-        for row, token, was_done in zip(rows.tolist(), tokens.tolist(), is_done.tolist()):
+        for row, token, logp, was_done in zip(rows.tolist(), tokens.tolist(), logps.tolist(),
+                                              is_done.tolist()):
             if not was_done:
-                completions[row].append(token)
+                completions[row].ids.append(token)
+                completions[row].logps.append(logp)
         is_done = is_done | (tokens[:, None] == ends).any(1)
         if is_done.all() or step + 1 == sampling.max_new_tokens:
             break

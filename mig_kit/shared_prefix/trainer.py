@@ -22,9 +22,10 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from mig_kit.shared_prefix import obstacles
 from mig_kit.shared_prefix.decoding import evaluation_mode
 from mig_kit.shared_prefix.generation import (
+    Completion,
     SamplingOptions,
+    draw_completions,
     draw_uniforms,
-    generate_rollouts,
 )
 from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
@@ -42,6 +43,8 @@ IMAGE_COLUMNS = ("images", "image")
 PAYS_FROM = 1.15  # times fewer tokens to read: measured, see the guide
 BUCKET = 2**23  # numbers of gradients that are averaged in one message
 IMAGES = "images of the row"  # column that takes a row's images past TRL's processor
+DRAWN_LOGPS = "drawn_logps"  # of the decoder's tokens, in a batch
+SAMPLING_DIFFERENCE = "sampling/sampling_logp_difference"  # TRL's name
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
@@ -79,6 +82,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.sources: dict[int, PromptSource] = {}  # prompts of the batch under way, by number
         self.training_numbers: set[int] = set()  # those that evaluation must not drop
         self.draws = Counter()  # by global step, and whether it was for training
+        self.last_logps: torch.Tensor | None = None  # of the last pass
+        self.sampling_gaps: list[torch.Tensor] = []  # of an update's tokens, step by step
         # global steps of the first self-check and of the last
         self.is_checked, self.first_check, self.last_check = False, -1, -1
         if self.unshared:
@@ -164,6 +169,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if self.unshared:
             return super()._generate_and_score_completions(inputs)
         output = super()._generate_and_score_completions(rows)
+        if not self.use_vllm and "sampling_per_token_logps" in output:  # TRL's are a server's
+            output[DRAWN_LOGPS] = output.pop("sampling_per_token_logps")
         if self.model.training:
             self.training_numbers = set(self.sources)
         if self.log_multimodal and any(IMAGES in row for row in rows):
@@ -279,10 +286,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
                 ids = [merge_image_tokens(row, self.processor.image_token_id) for row in ids]
             return super()._generate_single_turn(ids, images, fields, num_generations)
-        return self._draw_completions(numbers, num_generations), None
+        drawn = self._draw_completions(numbers, num_generations)
+        return [completion.ids for completion in drawn], [completion.logps for completion in drawn]
 
-    def _draw_completions(self, numbers: list[int], group: int) -> list[list[int]]:
-        """Token ids of a completion to each of this process's rows; numbers: of their prompts."""
+    def _draw_completions(self, numbers: list[int], group: int) -> list[Completion]:
+        """A completion to each of this process's rows; numbers: of their prompts."""
         accelerator, count, config = self.accelerator, len(numbers), self.generation_config
         sampling = SamplingOptions(config.temperature, config.top_p, config.max_new_tokens,
                                    config.min_new_tokens
@@ -301,7 +309,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         rows = (torch.tensor(starts)[:, None] + torch.arange(most)).clamp(max=count - 1)
         model = accelerator.unwrap_model(self.model)
         with evaluation_mode(model):
-            rollouts = generate_rollouts(
+            rollouts = draw_completions(
                 model, self.processor, self._prompts_of([numbers[row] for row in starts]), most,
                 sampling, uniforms[accelerator.process_index * count + rows], self.autocasts)
         return [completion for rollout, start, end in zip(rollouts, starts, ends)
@@ -315,6 +323,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         logps, entropies = self._logps(model, input_ids[:, -logits_to_keep - 1],
                                        input_ids[:, -logits_to_keep:],
                                        attention_mask[:, -logits_to_keep:])
+        self.last_logps = logps.detach()
         return logps, entropies, None
 
     def _logps(self, model, numbers, ids, mask):
@@ -388,7 +397,27 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.unshared and self.accelerator.sync_gradients:
             average_gradients(model, self.accelerator.num_processes)
+            self._log_sampling_differences()
         return loss
+
+    def _compute_loss(self, model, inputs):  # keeps how far the decoder was from the learner
+        loss = super()._compute_loss(model, inputs)
+        if DRAWN_LOGPS in inputs and self.model.training:
+            learned = inputs.get("old_per_token_logps", self.last_logps)
+            gaps = (learned - inputs[DRAWN_LOGPS]).abs()
+            self.sampling_gaps.append(gaps[inputs["completion_mask"].bool()])
+        return loss
+
+    def _log_sampling_differences(self) -> None:
+        """Log the mean and the largest difference of an update's tokens, of all processes."""
+        gaps = torch.cat(self.sampling_gaps) if self.sampling_gaps else torch.zeros(0)
+        self.sampling_gaps = []
+        own = gaps.new_tensor([gaps.sum(), len(gaps), gaps.max() if len(gaps) else 0])
+        total, count, largest = self.accelerator.gather(own.to(self.accelerator.device)[None]).T
+        if count.sum():  # else others drew the completions
+            log = self._metrics["train"]
+            log[f"{SAMPLING_DIFFERENCE}/mean"].append((total.sum() / count.sum()).item())
+            log[f"{SAMPLING_DIFFERENCE}/max"].append(largest.max().item())
 
 
 def average_gradients(model: torch.nn.Module, processes: int) -> None:

@@ -148,14 +148,15 @@ def draw_completions(count):
 
 def force_completions(stock, own):
     stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
-    own._draw_completions = lambda numbers, group: draw_completions(len(numbers))
+    own._draw_completions = lambda numbers, group: [
+        generation.Completion(ids, [0.0] * len(ids)) for ids in draw_completions(len(numbers))]
 
 
 def logged(trainer):
     """The log of the updates, without times and what stock TRL does not log."""
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    return [{name: value for name, value in row.items() if "time" not in name and name != "shared"}
-            for row in rows]
+    return [{name: value for name, value in row.items() if "time" not in name and name != "shared"
+             and not name.startswith("sampling/")} for row in rows]
 
 
 def trained_parameters(trainer):
@@ -591,7 +592,8 @@ def test_processes_share_a_group_and_draw_what_one_would(make_pair):
             num_processes=processes, process_index=process, device=torch.device("cpu"),
             gather=lambda values: values, unwrap_model=lambda model: model)
         numbers, _, _ = own._tokenize_prompts(prompts[part])
-        return own._draw_completions([number for number, in numbers], 4)
+        drawn = own._draw_completions([number for number, in numbers], 4)
+        return [completion.ids for completion in drawn]
 
     together = draw(slice(None), 0, 1)
     assert draw(slice(0, 6), 0, 2) + draw(slice(6, None), 1, 2) == together
@@ -622,11 +624,38 @@ def test_a_decoder_of_another_policy_is_noticed_though_the_adapter_is_zero(make_
     for name, parameter in own.model.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
-    monkeypatch.setattr(decoding, "_fold_adapter",
-                        lambda layer, dtype: layer.merged_adapters.append("default"))
+    fuse = decoding._fuse_layers
+    monkeypatch.setattr(decoding, "_fuse_layers", lambda *arguments: (
+        (fused := fuse(*arguments)) and fused._replace(down=None)))
     own._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
     with pytest.warns(UserWarning, match="the decoder's choices at the first batch are"):
         own.train()
+
+
+DIFFERENCES = "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"num_iterations": 2, "max_steps": 4},
+                                      {"steps_per_generation": 4}], ids=str)
+def test_a_decoder_that_rounds_otherwise_is_seen_in_the_log(make_pair, monkeypatch, settings):
+    """The ratio of an update is 1 whatever drew its replies, so that no other figure tells."""
+    def train():
+        _, own = make_pair(**settings)
+        del own._draw_completions
+        own.train()
+        rows = [row for row in own.state.log_history if "loss" in row]
+        assert [DIFFERENCES[0] in row for row in rows] == [True] * len(rows)
+        return [[row[name] for name in DIFFERENCES] for row in rows]
+
+    for mean, largest in train():
+        assert 0 < mean < 1e-5 and mean <= largest < 1e-4
+    fuse = decoding._fuse_layers
+    monkeypatch.setattr(decoding, "_fuse_layers", lambda *arguments: (
+        (fused := fuse(*arguments)) and fused._replace(
+            weight=fused.weight.bfloat16().to(fused.weight.dtype))))
+    for mean, largest in train():
+        assert mean > 1e-4 and largest > 1e-3
 
 
 @pytest.mark.slow
