@@ -1,15 +1,14 @@
 """What a stage's results follow from, as digests: parameters, inputs, files and code.
 
-A change of these makes a stage stale. Its code is the notebook's cells and every definition of
-the kit that they lead to, so another reward does not repeat fine-tuning. Docstrings, comments and
-what only keeps runs or draws pictures do not count.
+A change of these makes a stage stale. Its code is the notebook's code cells and every module of
+the kit that they lead to by imports. Docstrings, comments, markdown and what only keeps runs or
+draws pictures do not count.
 """
 
 import ast
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -34,17 +33,12 @@ LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
 JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
-Name = tuple[str, str]  # (module, definition); (module, "") is the module itself
-
 BASE_CODE = "tiny_base"  # what made the tiny base, beside notebook 90
-PLUMBING = "mig_kit.pipeline"
+PLUMBING = "mig_kit.pipeline."
 # what no result follows from: packages and modules that keep runs, show something or check it
 NOT_PART_OF_A_KEY = (
-    PLUMBING, "mig_kit.drawing", "mig_kit.stages.tables", "mig_kit.stages.sanity_checks")
+    PLUMBING, "mig_kit.drawing.", "mig_kit.stages.tables.", "mig_kit.stages.sanity_checks.")
 STAGES_OF_PICTURES = {"07_report", "08_benchmark"}  # all of that counts but PLUMBING
-# cells that decide nothing: they only draw, or compute by hand what no later cell uses
-TAGS_OUTSIDE = {"parameters", "picture", "lesson"}
-MODULE_BODY = "<body>"  # what a module does when it is imported, such as registering a function
 
 
 def with_run_params(stage: str, run_id: str, params: dict) -> dict:
@@ -84,8 +78,8 @@ def describe_change(before: dict, now: dict, finished: str = "finished") -> str:
     differences = [f"{name}: {new.get(name)!r}, {finished} with {old.get(name)!r}"
                    for name in sorted({*old, *new})
                    if digest_json(old.get(name)) != digest_json(new.get(name))]
-    for kind in ("file", "input", "definition"):
-        old, new = before[kind], now[kind]
+    for kind in ("file", "input", "code"):
+        old, new = before.get(kind, {}), now[kind]
         differences += [f"{name.rpartition('.')[2]} has changed" for name in sorted({*old, *new})
                         if old.get(name) != new.get(name)]
     differences += ["a cell of its notebook has changed"] * (before["cells"] != now["cells"])
@@ -123,48 +117,24 @@ def hash_named_files(params: dict) -> dict:
 
 
 def describe_code(stage: str) -> dict:
-    """The code of a stage: {"definition": "module.name" -> digest, "cells": a digest}."""
-    cells, names, imports = [], set(), {}
-    for cell in notebook_cells(stage):
-        tree = _parse("".join(cell["source"]))
-        imports |= _imports(tree)
-        # JupyterLab adds an empty cell
-        if tree.body and not TAGS_OUTSIDE & set(cell["metadata"].get("tags", ())):
-            cells.append(ast.dump(tree))
-            names |= _references(tree, imports)
-    definitions = {".".join(name): hashlib.sha256(code.encode()).hexdigest()[:16]
-                   for name, code in sorted(_find_definitions(names, stage).items())}
-    for module in {name.rpartition(".")[0] for name in definitions}:
-        path = _module_path(module)  # and what lies beside it under its name, such as a template
-        definitions |= {f"{module}.{file.name}": file_sha256(file)
-                        for file in path.parent.glob(f"{path.stem}.*") if file.suffix != ".py"}
-    return {"definition": definitions, "cells": digest_json(cells)}
+    """The code of a stage: {"code": module -> digest, "cells": a digest}."""
+    left_out = (PLUMBING,) if stage in STAGES_OF_PICTURES else NOT_PART_OF_A_KEY
+    trees = [_parse("".join(cell["source"])) for cell in notebook_cells(stage)]
+    todo, digests = set().union(*map(_imported_modules, trees)), {}
+    while todo:
+        module = todo.pop()
+        if module not in digests and not f"{module}.".startswith(left_out):
+            path = _module_path(module)
+            digests[module], imported = _read_module(path, path.stat().st_mtime_ns)
+            todo |= imported
+    return {"code": digests, "cells": digest_json([ast.dump(tree) for tree in trees if tree.body])}
 
 
 def notebook_cells(stage: str) -> list[dict]:
-    """The code cells of a stage's notebook."""
+    """The code cells of a stage's notebook, without the one of its parameters."""
     cells = json.loads((NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
-
-
-def _find_definitions(names: Iterable[Name], stage: str) -> dict[Name, str]:
-    """The code of these definitions and of all that they lead to."""
-    left_out = (PLUMBING,) if stage in STAGES_OF_PICTURES else NOT_PART_OF_A_KEY
-    todo, seen, used = set(names), set(), {}
-    while todo:
-        module, name = todo.pop()
-        is_left_out = any(f"{module}.".startswith(f"{other}.") for other in left_out)
-        path = _module_path(module)
-        if (module, name) in seen or is_left_out or not path.is_file():
-            continue
-        seen.add((module, name))
-        definitions, imports = _read_module(module, path, path.stat().st_mtime_ns)
-        if name in imports:  # from there it leads to where it is defined
-            todo.add(imports[name])
-        elif name in definitions:
-            used[module, name], references = definitions[name]
-            todo |= references | {(module, MODULE_BODY)}
-    return used
+    return [cell for cell in cells if cell["cell_type"] == "code"
+            and "parameters" not in cell["metadata"].get("tags", ())]
 
 
 def _module_path(module: str) -> Path:
@@ -174,31 +144,10 @@ def _module_path(module: str) -> Path:
 
 
 @cache
-def _read_module(module: str, path: Path, modified: int) -> tuple[
-        dict[str, tuple[str, set[Name]]], dict[str, Name]]:
-    """(name -> (code, references) of a module's top-level definitions, its imports by name)."""
+def _read_module(path: Path, modified: int) -> tuple[str, set[str]]:
+    """(digest of a module's code, modules that it imports)."""
     tree = _parse(path.read_text())
-    statements = [pair for statement in tree.body for pair in _name_statement(statement)]
-    imports = _imports(tree)
-    known = imports | {name: (module, name) for name, _ in statements}
-    definitions: dict[str, tuple[str, set[Name]]] = {}
-    for name, statement in statements:
-        code, references = definitions.get(name, ("", set()))
-        definitions[name] = (code + ast.dump(statement),
-                             references | _references(statement, known))
-    return definitions, imports
-
-
-def _name_statement(statement: ast.stmt) -> list[tuple[str, ast.AST]]:
-    """(name that it defines, statement) pairs."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return [(statement.name, statement)]
-    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        return [(node.id, statement) for target in targets for node in ast.walk(target)
-                if isinstance(node, ast.Name)]
-    is_import = isinstance(statement, ast.Import | ast.ImportFrom)
-    return [] if is_import else [(MODULE_BODY, statement)]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], _imported_modules(tree)
 
 
 def _parse(source: str) -> ast.Module:
@@ -213,28 +162,9 @@ def _parse(source: str) -> ast.Module:
     return tree
 
 
-def _imports(tree: ast.AST) -> dict[str, Name]:
-    """Local name -> what it stands for, for all imports from the kit."""
-    names = {}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or not node.module:
-            continue
-        if node.module.split(".")[0] in ("mig_kit", BASE_CODE):
-            for alias in node.names:
-                module = f"{node.module}.{alias.name}"
-                is_module = _module_path(module).is_file()
-                names[alias.asname or alias.name] = (module, "") if is_module else (
-                    node.module, alias.name)
-    return names
-
-
-def _references(tree: ast.AST, names: dict[str, Name]) -> set[Name]:
-    """The definitions of the kit that the tree uses, as a name or as `module.name`."""
-    names, used = {**names, **_imports(tree)}, set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id in names and names[node.id][1]:
-            used.add(names[node.id])
-        is_attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-        if is_attribute and names.get(node.value.id, ("", "no module"))[1] == "":
-            used.add((names[node.value.id][0], node.attr))
-    return used
+def _imported_modules(tree: ast.Module) -> set[str]:
+    """The modules of the kit, and of what made the tiny base, that a tree imports anywhere."""
+    names = {name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+             for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))}
+    return {name for name in names
+            if name.startswith(("mig_kit.", f"{BASE_CODE}.")) and _module_path(name).is_file()}

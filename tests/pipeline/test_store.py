@@ -157,13 +157,13 @@ def test_minutes_are_those_before_a_kill_too(root):
 def test_status_and_run_mean_the_same_by_stale_and_say_why(root, monkeypatch):
     begin(memory_gib=1.0).finish({})
     code = stage_keys.describe_code("00_preflight")
-    name = "mig_kit.stages.preflight.describe_machine"
-    assert name in code["definition"]
+    name = "mig_kit.stages.preflight"
+    assert name in code["code"]
     assert "stale" not in output_of("status", "a")
-    changed = {**code, "definition": {**code["definition"], name: "2"}}
+    changed = {**code, "code": {**code["code"], name: "2"}}
     monkeypatch.setattr(stage_keys, "describe_code", lambda *_: changed)
-    assert output_of("status", "a").splitlines()[1].endswith(": describe_machine has changed")
-    assert "as it is (describe_machine has changed)" in error_of(
+    assert output_of("status", "a").splitlines()[1].endswith(": preflight has changed")
+    assert "as it is (preflight has changed)" in error_of(
         "run", "00", "--run-id", "a", "-p", "memory_gib", "1")
 
 
