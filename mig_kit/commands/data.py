@@ -1,16 +1,12 @@
 """`mig-kit data`: check, look at, import and export training data; nothing here loads a model."""
 
-from itertools import islice
 from pathlib import Path
 
 import click
 
-from mig_kit.boxes import BoxFormat
 from mig_kit.commands.options import FILE, NEW_FILE, NEW_FOLDER, profile_box_format, root_option
 from mig_kit.common import UserError, split_function_name
 from mig_kit.pipeline.params import profile_params
-
-DRAWN = 12  # questions of a preview
 
 
 @click.group()
@@ -24,76 +20,49 @@ def data() -> None:
 @click.option("--profile", help="Also find prompts that are too long for this profile's base "
                                 "model, whose tokenizer is loaded: tiny, or a folder of params/.")
 @click.option("--out", type=NEW_FILE, help="Write the correct lines here.")
-@click.option("--preview", type=NEW_FILE,
-              help="Draw the boxes of the first correct lines on their images: an HTML page.")
+@click.option("--sheet", type=NEW_FILE, show_default="beside FILE",
+              help="The page with the boxes of twelve questions on their images.")
 def check(file: Path, root: Path | None, profile: str | None, out: Path | None,
-          preview: Path | None) -> None:
-    """Say line by line what is wrong with FILE, your own data, and its images, which are decoded.
+          sheet: Path | None) -> None:
+    """Say line by line what is wrong with FILE, your own data, and its images, which are decoded;
+    and draw twelve of its questions.
 
     FILE has a JSON object a line, holds a list of them, or is a table. The guide,
     notebooks/guide/own_data.md, says what is in one.
     """
     from mig_kit.data import inspection, own_data, records
 
-    remarks, root = own_data.Remarks(), root or file.parent
-    lines = own_data.iter_checked_lines(file, root, True, remarks)
+    root, sheet = root or file.parent, sheet or file.with_name(f"{file.stem}.sheet.html")
+    if sheet.suffix != ".html" or not sheet.absolute().parent.is_dir():
+        raise UserError(f"--sheet {sheet} must end in .html, in a folder that exists")
+    lines = own_data.iter_checked_lines(file, root, decodes=True)
     if profile:
         from mig_kit.models import loading, processors
 
         model = loading.resolve_model(profile_params("01_synthesize", profile)["base_model"])
         lines = own_data.check_lengths(lines, processors.prompt_measure(
             model, profile_box_format(profile)))
-    counts, _ = inspection.sort_lines(lines, remarks, records.entry_word(file), out, file, root,
-                                      click.echo)
-    own_data.require_lines(file, remarks.n_lines)
-    if preview:
-        lines = own_data.iter_checked_lines(file, root, decodes=True)
-        samples = (line.sample for line in lines if line.sample)
-        count = inspection.write_preview(islice(samples, DRAWN), preview)
-        click.echo(f"{count} questions drawn: {preview}")
-    if counts:
+    findings = inspection.sort_lines(lines, records.entry_word(file), out, file, root, click.echo)
+    own_data.require_lines(file, findings.n_lines)
+    inspection.write_sheet(findings.drawn, sheet)
+    click.echo(f"look at {len(findings.drawn)} questions with their boxes: {sheet}")
+    if findings.wrong:
         raise click.exceptions.Exit(1)
 
 
 @data.command("import")
-@click.argument("form", metavar="FORMAT",
-                type=click.Choice(["own", "swift", "llava", "mgrounding", "coco"]))
+@click.argument("form", metavar="mgrounding", type=click.Choice(["mgrounding"]))
 @click.argument("file", type=FILE)
 @root_option
 @click.option("--out", required=True, type=NEW_FILE, help="Where the JSONL of own data goes.")
-@click.option("--coordinates", type=click.Choice(["pixels", "absolute", "normalized_1000",
-                                                  "normalized_1"]),
-              help="What all boxes are measured in, in place of what FILE says; absolute: pixels "
-                   "of the image resized to --min-pixels and --max-pixels.")
-@click.option("--min-pixels", default=BoxFormat.min_pixels)
-@click.option("--max-pixels", default=BoxFormat.max_pixels)
-@click.option("--several", type=click.Choice(["any"]),
-              help="Of several boxes in an answer any is correct; without it, such answers are "
-                   "left out.")
-@click.option("--split", default="", show_default=False,
-              help="Take the records of this split; left out: train, and lines that name none. A "
-                   "table that names no split needs it.")
-def import_command(form: str, file: Path, out: Path, root: Path | None, coordinates: str | None,
-                   min_pixels: int, max_pixels: int, several: str | None, split: str) -> None:
-    """Write FILE, a data set of another project, as own data, and say what is left out, and why.
+def import_command(form: str, file: Path, out: Path, root: Path | None) -> None:
+    """Write FILE, the JSON of MGrounding-630k, as own data, and say what is left out, and why."""
+    from mig_kit.data import importers, inspection, own_data
 
-    own: tables of own data (JSON, CSV, parquet), also with images in them. swift: ms-swift. llava:
-    LLaVA, Qwen-VL. mgrounding: MGrounding-630k. coco. Images in a table are written to the folder
-    of OUT if no root is given.
-    """
-    from mig_kit.data import importers, inspection, own_data, records
-
-    if form == "llava" and not coordinates:
-        raise UserError("files of this format do not say what their boxes are measured in; give "
-                        "--coordinates: pixels, absolute (of the resized image, with "
-                        "--max-pixels), normalized_1000 or normalized_1")
-    root = root or (out if records.entry_word(file) == "row" else file).parent
-    remarks = own_data.Remarks()
-    rules = importers.ImportRules(root, f"{out.stem}_images", coordinates or "",
-                                  BoxFormat(min_pixels, max_pixels), several or "", split)
-    lines = own_data.check_records(importers.iter_own_records(form, file, rules), root,
-                                   remarks=remarks)
-    if not inspection.sort_lines(lines, remarks, "question", out, file, root, click.echo)[1]:
+    root = root or file.parent
+    lines = own_data.check_records(importers.iter_mgrounding(file), root)
+    findings = inspection.sort_lines(lines, "record", out, file, root, click.echo)
+    if findings.n_lines == findings.wrong.total():
         raise click.exceptions.Exit(1)
 
 

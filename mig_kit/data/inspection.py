@@ -1,88 +1,109 @@
-"""What a person looks at before a training: what is wrong with lines, and boxes on a page."""
+"""What a person looks at before a training: what is wrong with lines, and twelve of them drawn."""
 
 import json
 import os
+import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_atomically
-from mig_kit.data.file_remarks import Remarks
+from mig_kit.data.line_checks import LEAVES
 from mig_kit.data.own_data import Line
 from mig_kit.data.records import describe_counts
+from mig_kit.drawing.pictures import draw_sample
 from mig_kit.image_files import to_data_url
 from mig_kit.prompts import format_question
-from mig_kit.sample import Sample
 
-SHOWN = 100  # lines that are named
-PAGE = """<!doctype html><meta charset="utf-8"><title>Preview</title>
+SHOWN, DRAWN = 100, 12  # lines that are named; questions on a sheet
+PAGE = """<!doctype html><meta charset="utf-8"><title>Questions and boxes</title>
 <meta http-equiv="Content-Security-Policy"
       content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>body { font: 15px sans-serif; margin: 2em } img { max-width: 100% }</style>
 """
 
 
-def sort_lines(lines: Iterable[Line], remarks: Remarks, word: str, out: Path | None, file: Path,
-               root: Path, say: Callable[[str], object]) -> tuple[Counter, bool]:
-    """Say what is wrong with lines of own data, and write the correct ones to `out`.
+@dataclass
+class Findings:
+    """What the lines of a file have shown."""
 
-    Nothing is written if none is correct, or if one reason refuses a fifth of the file.
+    n_lines: int = 0
+    wrong: Counter = field(default_factory=Counter)  # lines, by the reason of their first problem
+    n_boxes: int = 0
+    n_outside: int = 0  # boxes that leave their image
+    furthest: tuple[float, str] = (0.0, "")  # the largest of the lines' `reaches`, and its line
+    n_drawable: int = 0
+    drawn: list[Line] = field(default_factory=list)  # up to DRAWN, at random
+
+    def add(self, line: Line, rng: random.Random) -> None:
+        """Take in a line."""
+        self.n_lines += 1
+        self.n_boxes += len(line.reaches)
+        self.n_outside += sum(problem.reason == LEAVES for problem in line.problems)
+        self.furthest = max(self.furthest, (max(line.reaches, default=0.0), line.place))
+        if line.problems:
+            self.wrong[line.problems[0].reason] += 1
+        if line.sample:
+            self.n_drawable += 1
+            place = rng.randrange(self.n_drawable)  # each line is as likely to be drawn
+            if len(self.drawn) < DRAWN:
+                self.drawn.append(line)
+            elif place < DRAWN:
+                self.drawn[place] = line
+
+    def describe_boxes(self) -> str:
+        """How many boxes leave their image, and how far the furthest reaches."""
+        reach, place = self.furthest
+        return (f"{self.n_outside} of {self.n_boxes} boxes leave their image; the furthest reaches "
+                f"{100 * reach:.0f} % of its image's width or height ({place})")
+
+
+def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, root: Path,
+               say: Callable[[str], object]) -> Findings:
+    """Say what is wrong with lines of own data, and write the correct ones to `out`, if there are.
 
     Args:
-        remarks: takes in the lines. word: what one is called. file, root: that they are from.
-    Returns: the wrong lines by reason, and whether `out` is written.
+        word: what a line is called. file, root: that the lines are from.
     """
     if out and (out.resolve() == file.resolve() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out {out} is FILE itself, or in no folder that exists; name another "
                         "file")
-    counts: Counter[str] = Counter()
+    findings, rng = Findings(), random.Random(0)
     temporary = out.with_name(f"{out.name}.tmp") if out else Path(os.devnull)
     try:
         with temporary.open("w", encoding="utf-8") as correct:
             for line in lines:
+                findings.add(line, rng)
                 if not line.problems:
                     correct.write(json.dumps(line.record) + "\n")
-                    continue
-                counts[line.problems[0].reason] += 1
-                if counts.total() <= SHOWN:
+                elif findings.wrong.total() <= SHOWN:
                     say(f"{line.place}: {'; '.join(map(str, line.problems))}")
-        n_correct = remarks.n_lines - counts.total()
-        is_written = bool(out and n_correct and not remarks.file_fault())
-        if is_written:  # an older file is not replaced by none
+        n_wrong = findings.wrong.total()
+        n_correct = findings.n_lines - n_wrong
+        if out and n_correct:  # an older file is not replaced by none
             temporary.replace(out)
     finally:
         if out:
             temporary.unlink(missing_ok=True)
-    written = f"; {n_correct} written to {out} (image root: {root})" if is_written else ""
-    more = f" (the first {SHOWN} shown)" if counts.total() > SHOWN else ""
-    say(f"{remarks.n_lines} {word}s, {n_correct} correct, {counts.total()} wrong{more}"
-        f"{written or '; nothing written' * bool(out)}")
-    for sentence in [*describe_counts(counts),
-                     *(f"remark: {sentence}" for sentence in remarks.sentences())]:
+    written = f"; {n_correct} written to {out} (image root: {root})" if out and n_correct else (
+        "; nothing written" * bool(out))
+    more = f" (the first {SHOWN} shown)" * (n_wrong > SHOWN)
+    say(f"{findings.n_lines} {word}s, {n_correct} correct, {n_wrong} wrong{more}{written}")
+    for sentence in [*describe_counts(findings.wrong), findings.describe_boxes()]:
         say(sentence)
-    return counts, is_written
+    return findings
 
 
-def write_preview(samples: Iterator[Sample], out: Path) -> int:
-    """Draw the samples' boxes into one escaped page, and return how many samples were drawn.
-
-    Raises: UserError for a name not ending in .html, a missing folder, or no sample.
-    """
-    from mig_kit.drawing.pictures import draw_sample  # of an extra
-
-    if out.suffix.lower() != ".html" or not out.absolute().parent.is_dir():
-        raise UserError(f"{out} must end in .html, in a folder that exists")
+def write_sheet(lines: Iterable[Line], out: Path) -> None:
+    """Draw the lines' boxes on their images: one escaped page."""
     rows = []
-    for sample in samples:
-        question = format_question(sample, BoxFormat(), with_instruction=False)
-        answer = sample.letter or f"{len(sample.targets)} drawn in green"
-        rows.append(f"<h4>{escape(sample.id)}</h4>\n<p>{escape(question)} (correct: "
-                    f'{escape(answer)})</p>\n<img alt="" src="'
-                    f'{to_data_url(draw_sample(sample, height=220))}">\n')
-    if not rows:
-        raise UserError("there is no question to draw; the file is empty, or has no correct line "
-                        "(mig-kit data check lists what is wrong)")
+    for line in lines:
+        question = format_question(line.sample, BoxFormat(), with_instruction=False)
+        answer = line.sample.letter or f"{len(line.sample.targets)} drawn in green"
+        rows.append(f"<h4>{escape(line.place)}</h4>\n<p>{escape(question)} (correct: "
+                    f"{escape(answer)}) {escape('; '.join(map(str, line.problems)))}</p>\n"
+                    f'<img alt="" src="{to_data_url(draw_sample(line.sample, height=220))}">\n')
     write_atomically(out, lambda temporary: temporary.write_text(PAGE + "".join(rows), "utf-8"))
-    return len(rows)

@@ -11,23 +11,19 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from mig_kit.boxes import Coordinates
-from mig_kit.common import suggest_word
+from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size
 from mig_kit.data.records import Problem
 from mig_kit.image_files import (
     BadImage,
-    ImageHeader,
     check_decodes,
-    read_header,
     read_image_file,
+    read_size,
     resolve_under_root,
 )
 from mig_kit.prompts import LETTERS
 
-MAX_HEADERS = 100_000  # of images that are kept in memory
-LIMITS = {"normalized_1000": 1000, "normalized_1": 1}  # in pixels the image decides
-EXAMPLE = ('a line of own data is {"images": ["a.jpg"], "question": "Find the cup.", "image": 1, '
-           '"box": [x1, y1, x2, y2], "coordinates": "pixels"}')
+MAX_SIZES = 100_000  # of images that are kept in memory
+LEAVES = "boxes that leave their image"
 # text that a tokenizer reads as a control token, or that stands for an image, a box or a name
 TAG = re.compile(
     r"<\|[a-z0-9_]{1,40}\|>|</?(?:image|img|video|audio|bbox|box|ref|ref-object|obj|object|region"
@@ -35,14 +31,13 @@ TAG = re.compile(
 CONTROL_TOKEN = re.compile(r"<\|[a-z0-9_]{1,40}\|>")
 # an option's own letter, as in "B. a dog", "(B) a dog" or "B" alone
 OWN_LETTER = re.compile(r"\s*\(?([A-Ha-h])(?:[.):]\s*|\s*$)")
-LISTED_OPTIONS = re.compile(r"(?:^|\s)\(?A[.):]\s.*\s\(?B[.):]\s", re.DOTALL)
 
 
 def _check_path(path: object) -> object:
     is_path = isinstance(path, str) and not path.startswith("data:")
     if not is_path or "://" in path and not path.startswith("file://"):
-        raise ValueError("an image is no path; download it, or have mig-kit data import own FILE "
-                         "--out OUT write images that are in the file as files")
+        raise ValueError("an image is no path; save it as a file below the image root, and write "
+                         "its path")
     return path
 
 
@@ -106,20 +101,10 @@ def simplify(record: dict) -> dict:
 
 
 def _describe_error(error: dict) -> Problem:
-    """pydantic's finding in the words of the guide."""
-    key, *places = error["loc"]
-    where = f"'{key}'" + "".join(f" number {place + 1}" if isinstance(place, int) else
-                                 f" {place!r}" for place in places)
-    if error["type"] == "extra_forbidden":
-        unknown = f"unknown key {str(key)[:40]!r}"
-        hint = suggest_word(str(key)[:40], OwnLine.model_fields, 0.5) or EXAMPLE
-        return Problem(unknown, f"{unknown}; {hint}")
-    if error["type"] == "missing":
-        return Problem(f"{where} is missing", f"{where} is missing; {EXAMPLE}")
-    if key == "image" and error["type"] == "greater_than_equal":
-        return Problem("an image 0", "'image' is the number of an image, from 1")
-    a_box = "; a box is four numbers [x1, y1, x2, y2]" * (key in ("box", "boxes", "reference"))
-    return Problem(f"{where}: {error['msg'].removeprefix('Value error, ')}{a_box}")
+    """pydantic's finding with the key in front."""
+    where = " ".join(f"number {part + 1}" if isinstance(part, int) else repr(str(part)[:40])
+                     for part in error["loc"])
+    return Problem(f"{where}: {error['msg'].removeprefix('Value error, ')}")
 
 
 def _find_problems(line: OwnLine) -> list[Problem]:
@@ -146,31 +131,25 @@ def _find_problems(line: OwnLine) -> list[Problem]:
         (token is None, "a control token in 'reply'",
          f"'reply' holds {token and token[0]}, which the model reads as a control token")]
     if line.options and line.letter:
-        rules += _option_rules(line.options, line.letter, line.question)
+        rules += _option_rules(line.options, line.letter)
     for place in line.places():
         rules += _box_rules(*place, line)
     return [Problem(reason, sentence) for is_right, reason, sentence in rules if not is_right]
 
 
 def _box_rules(words: str, number: int, box: tuple, line: OwnLine) -> list[tuple[bool, str, str]]:
-    width, height = box[2] - box[0], box[3] - box[1]
-    is_in_order, is_within = min(width, height) > 0, (
-        min(box) >= 0 and max(box) <= LIMITS.get(line.coordinates, 1e9))
-    is_wide = line.coordinates == Coordinates.NORMALIZED_1 or min(width, height) >= 1
+    side = min(box[2] - box[0], box[3] - box[1])
     return [
-        (is_in_order, "boxes with x2 <= x1 or y2 <= y1", f"{words} is {list(box)}: x2 must be "
-         "greater than x1 and y2 than y1 (is it x, y, width, height?)"),
-        (is_within or not is_in_order, "boxes outside their coordinates", f"{words} is "
-         f"{list(box)}, outside '{line.coordinates}'; state the coordinates that the numbers are "
-         "in"),
-        (is_wide or not (is_in_order and is_within), "boxes less than 1 wide", f"{words} is "
-         f"{list(box)}, less than 1 wide or high in '{line.coordinates}'; are the coordinates "
-         "'normalized_1'?"),
+        (side > 0, "boxes with x2 <= x1 or y2 <= y1", f"{words} is {list(box)}: x2 must be greater "
+         "than x1 and y2 than y1 (is it x, y, width, height?)"),
+        (side <= 0 or side >= 1 or line.coordinates == Coordinates.NORMALIZED_1,
+         "boxes less than 1 wide", f"{words} is {list(box)}, less than 1 wide or high in "
+         f"'{line.coordinates}'; are the coordinates 'normalized_1'?"),
         (number <= len(line.images), "an image that is not there", f"{words} is in image {number}, "
          f"but there are {len(line.images)} images; the first is number 1")]
 
 
-def _option_rules(options: list[str], letter: str, question: str) -> list[tuple[bool, str, str]]:
+def _option_rules(options: list[str], letter: str) -> list[tuple[bool, str, str]]:
     texts, letters = [" ".join(option.split()) for option in options], own_letters(options)
     return [
         (len({*texts}) == len(texts), "the same option twice", "two of the 'options' are the same; "
@@ -179,10 +158,7 @@ def _option_rules(options: list[str], letter: str, question: str) -> list[tuple[
          f"the correct option, A to {LETTERS[len(texts) - 1]}"),
         (letters in ("", LETTERS[:len(letters)]), "options with letters of another order", "the "
          f"options begin with letters of their own ({texts[0]!r} is option A), so which one "
-         "'letter' means is unclear; take these letters out"),
-        (not LISTED_OPTIONS.search(question), "options in the question", "the question lists "
-         "options (A. ... B. ...), and 'options' are listed after it; take them out of the "
-         "question")]
+         "'letter' means is unclear; take these letters out")]
 
 
 def own_letters(options: list[str]) -> str:
@@ -191,40 +167,42 @@ def own_letters(options: list[str]) -> str:
     return "".join(match[1].upper() for match in matches) if all(matches) else ""
 
 
-def find_file_problems(line: OwnLine, read: Callable) -> tuple[list, list[Problem]]:
-    """The headers of a line's images, and what is wrong with the image files.
+def find_file_problems(line: OwnLine, sizes: list) -> tuple[list[float], list[Problem]]:
+    """How far each box reaches, as a share of its image's side, and what is wrong with the files.
 
-    read: as `headers_below` gives it. Returns: a header or BadImage for each image.
+    sizes: of the line's images, pixels, or a BadImage.
     """
-    headers = [read(name) for name in line.images]
-    problems = [Problem(header.reason, f"image {number}: {header}", header.reason == "outside root")
-                for number, header in enumerate(headers, 1) if isinstance(header, BadImage)]
-    for _, number, box in line.places():
-        header = headers[number - 1] if number <= len(headers) else None
-        if line.coordinates == Coordinates.PIXELS and isinstance(header, ImageHeader) and (
-                box[2] > header.size[0] or box[3] > header.size[1]):
-            problems.append(Problem(
-                "boxes that leave their image", f"{list(box)} leaves image {number}, which is "
-                f"{header.size[0]}x{header.size[1]} pixels; boxes are in pixels of the original"))
-    return headers, problems
+    problems = [Problem(size.reason, f"image {number}: {size}")
+                for number, size in enumerate(sizes, 1) if isinstance(size, BadImage)]
+    reaches = []
+    for words, number, box in line.places():
+        size = sizes[number - 1] if number <= len(sizes) else None
+        if not isinstance(size, tuple):
+            continue
+        width, height = coordinate_size(size, line.coordinates, BoxFormat())
+        reaches.append(max(box[2] / width, box[3] / height))
+        if min(box) < 0 or reaches[-1] > 1:
+            problems.append(Problem(LEAVES, f"{words} is {list(box)} and leaves image {number}, "
+                                    f"which is {width}x{height} in '{line.coordinates}'"))
+    return reaches, problems
 
 
-def headers_below(root: Path, decodes: bool = False) -> Callable[[str], ImageHeader | BadImage]:
-    """A function from an image's name to its header, or to a BadImage; it remembers MAX_HEADERS.
+def sizes_below(root: Path, decodes: bool = False) -> Callable[[str], tuple | BadImage]:
+    """A function from an image's name to its size, or to a BadImage; it remembers MAX_SIZES.
 
     Args:
         root: the folder that names are relative to.
         decodes: also read all pixels, so that cut files are found.
     """
-    @lru_cache(MAX_HEADERS)
-    def read(name: str) -> ImageHeader | BadImage:
+    @lru_cache(MAX_SIZES)
+    def read(name: str) -> tuple[int, int] | BadImage:
         try:
             path = resolve_under_root(root, name)
-            header = read_header(path)
+            size = read_size(path)
             if decodes:
                 check_decodes(read_image_file(path), path)
         except BadImage as error:
             return error.with_traceback(None)
-        return header
+        return size
 
     return read

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box
 from mig_kit.common import UserError, iter_lines, progress_bar
-from mig_kit.data.file_remarks import Remarks
 from mig_kit.data.line_checks import (
+    LEAVES,
     OWN_LETTER,
     OwnLine,
     find_file_problems,
-    headers_below,
     own_letters,
     parse_line,
+    sizes_below,
 )
 from mig_kit.data.records import Problem, entry_word, iter_entries
 from mig_kit.image_files import EncodedImage, LazyImages, resolve_under_root
@@ -26,13 +26,16 @@ from mig_kit.sample import Sample, Target
 
 @dataclass(frozen=True)
 class Line:
-    """A checked line; place: as "line 3". sample: None if there are problems."""
+    """A checked line; place: as "line 3". sample: None if there is more wrong than boxes that leave
+    their image; reaches: how far each box reaches, as a share of its image's side.
+    """
 
     place: str
     problems: list[Problem]
     sample: Sample | None = None
     reply: str = ""  # the line's own
     record: dict = field(default_factory=dict)  # as the file has it
+    reaches: list[float] = field(default_factory=list)
 
     @property
     def is_damaged(self) -> bool:
@@ -40,66 +43,62 @@ class Line:
         return {problem.reason for problem in self.problems} == {"unreadable image"}
 
 
-def iter_checked_lines(path: Path, root: Path, decodes: bool = False,
-                       remarks: Remarks | None = None) -> Iterator[Line]:
+def iter_checked_lines(path: Path, root: Path, decodes: bool = False) -> Iterator[Line]:
     """Every line of the file; UserError for a file of another kind. See `check_records`."""
-    return check_records(iter_entries(path), root, decodes, remarks)
+    return check_records(iter_entries(path), root, decodes)
 
 
-def check_records(records: Iterable[tuple[str, dict | Problem]], root: Path, decodes: bool = False,
-                  remarks: Remarks | None = None) -> Iterator[Line]:
+def check_records(records: Iterable[tuple[str, dict | Problem]], root: Path,
+                  decodes: bool = False) -> Iterator[Line]:
     """A Line for every record of own data.
 
     Args:
         records: (place, record or what is wrong with it).
         root: the folder that image names are relative to.
         decodes: read the pixels of every image, once.
-        remarks: takes in every line.
     """
-    read, ids = headers_below(root, decodes), set()
+    read, ids = sizes_below(root, decodes), set()
     for place, record in records:
-        line, problems, headers = None, [record], []
+        line, problems, sizes, reaches = None, [record], [], []
         if isinstance(record, Problem):
             record = {}
         else:
             line, problems = parse_line(record)
         if line:
             line.id = line.id or place.replace(" ", "-")
-            headers, file_problems = find_file_problems(line, read)
+            sizes = [read(name) for name in line.images]
+            reaches, file_problems = find_file_problems(line, sizes)
             problems += file_problems
             if hash(line.id) in ids:
                 problems.append(Problem("an id twice", f"id {line.id[:40]!r} is there twice"))
             ids.add(hash(line.id))
-        if remarks:
-            remarks.add(place, line, headers, problems)
-        sample = None if problems else make_sample(line, root, headers)
-        yield Line(place, problems, sample, line and line.reply or "", record)
+        is_drawable = line and {problem.reason for problem in problems} <= {LEAVES}
+        sample = make_sample(line, root, sizes) if is_drawable else None
+        yield Line(place, problems, sample, line and line.reply or "", record, reaches)
 
 
 def check_lengths(lines: Iterable[Line], measure: Callable[[Sample], str]) -> Iterator[Line]:
     """The lines; measure gives a sentence on a sample that is too long for a model, or ""."""
     for line in lines:
         if line.sample and (sentence := measure(line.sample)):
-            line.problems.append(Problem("prompts that are too long", sentence, is_fault=False))
+            line.problems.append(Problem("prompts that are too long", sentence))
         yield line
 
 
-def require_correct_lines(path: Path, root: Path, remarks: Remarks | None = None) -> int:
+def require_correct_lines(path: Path, root: Path) -> int:
     """The number of lines; UserError with the first wrong one. Damaged images are left to 01."""
-    word, n_wrong, first, remarks = entry_word(path), 0, "", remarks or Remarks()
+    word, n_lines, n_wrong, first = entry_word(path), 0, 0, ""
     total = sum(1 for _ in iter_lines(path)) if word == "line" else None
-    lines = iter_checked_lines(path, root, remarks=remarks)
-    for line in progress_bar(lines, "check lines", total=total, delay=2):
+    for line in progress_bar(iter_checked_lines(path, root), "check lines", total=total, delay=2):
+        n_lines += 1
         if line.problems and not line.is_damaged:
             n_wrong += 1
             first = first or f"{line.place}: {line.problems[0]}"
-    require_lines(path, remarks.n_lines)
+    require_lines(path, n_lines)
     if n_wrong:
-        fault = remarks.file_fault()
-        raise UserError(f"{path} has {n_wrong} wrong of {remarks.n_lines} {word}s; "
-                        f"{fault and f'{fault}; '}{first} (mig-kit data check {path} --root {root} "
-                        "lists them, --out FILE writes the rest)")
-    return remarks.n_lines
+        raise UserError(f"{path} has {n_wrong} wrong of {n_lines} {word}s; {first} (mig-kit data "
+                        f"check {path} --root {root} lists them, --out FILE writes the rest)")
+    return n_lines
 
 
 def require_lines(path: Path, count: int) -> None:
@@ -118,10 +117,10 @@ def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[S
         yield line.sample
 
 
-def make_sample(line: OwnLine, root: Path, headers: list) -> Sample:
-    """The sample of a correct line; headers: of its images, below `root`."""
-    images = LazyImages(tuple(EncodedImage(resolve_under_root(root, name), header.size)
-                              for name, header in zip(line.images, headers)))
+def make_sample(line: OwnLine, root: Path, sizes: list) -> Sample:
+    """The sample of a correct line; sizes: of its images, below `root`, pixels."""
+    images = LazyImages(tuple(EncodedImage(resolve_under_root(root, name), size)
+                              for name, size in zip(line.images, sizes)))
     coordinates = Coordinates(line.coordinates or Coordinates.PIXELS)
     targets = [Target(image, rescale_box(box, coordinate_size(size, coordinates, BoxFormat()),
                                          size))

@@ -11,19 +11,15 @@ import ijson
 
 from mig_kit.common import UserError, iter_lines
 
-PARQUET = b"PAR1"
 NOT_IN_CSV = ("question", "letter", "id", "task", "reply", "coordinates")  # cells that are no JSON
 
 
 class Problem(UserError):
-    """Why a question cannot be used, in one sentence; reason: a few words, by which to count.
+    """Why a question cannot be used, in one sentence; reason: a few words, by which to count."""
 
-    is_fault: the file says something wrong, so that the rest of it may be wrong, too.
-    """
-
-    def __init__(self, reason: str, sentence: str = "", is_fault: bool = True):
+    def __init__(self, reason: str, sentence: str = ""):
         super().__init__(sentence or reason)
-        self.reason, self.is_fault = reason, is_fault
+        self.reason = reason
 
 
 @dataclass
@@ -53,22 +49,21 @@ def describe_counts(counts: Counter) -> list[str]:
     return [f"  {count:>7}  {reason}" for reason, count in counts.most_common()]
 
 
-def require(condition: bool, reason: str, sentence: str = "", is_fault: bool = True) -> None:
+def require(condition: bool, reason: str, sentence: str = "") -> None:
     """Raise a Problem unless the condition holds."""
     if not condition:
-        raise Problem(reason, sentence, is_fault)
+        raise Problem(reason, sentence)
 
 
 def entry_word(path: Path) -> str:
     """What an entry of the file is called: a line, a record of a list, or a row of a table."""
     with path.open("rb") as file:
         opening = file.read(1024).lstrip()
-    if path.suffix == ".csv" or opening.startswith(PARQUET):
+    if path.suffix == ".csv" or opening.startswith(b"PAR1"):
         return "row"
     if opening and opening[:1] not in b"[{":
-        raise UserError(f"{path} is neither JSON in UTF-8 nor parquet nor CSV; unpack it, or save "
-                        "its records as JSON, one object a line (pandas: to_json(..., "
-                        "orient='records', lines=True)); the kit opens no pickle")
+        raise UserError(f"{path} is neither JSON in UTF-8 nor parquet nor CSV; save its records as "
+                        "JSON, one object a line")
     return "record" if opening.startswith(b"[") else "line"
 
 
@@ -78,12 +73,15 @@ def iter_entries(path: Path) -> Iterator[tuple[str, dict | Problem]]:
     Raises: UserError for a file of another kind, and where a list or table is cut.
     """
     word = entry_word(path)
-    entries = (_iter_json_lines if word == "line" else iter_records if word == "record" else
-               _iter_csv if path.suffix == ".csv" else _iter_parquet)(path)
-    for number, record in enumerate(entries, 1):
-        if not isinstance(record, dict | Problem):
-            record = Problem(f"the {word} is no JSON object; write one {{...}} per {word}")
-        yield f"{word} {number}", record
+    read = _iter_json_lines if word == "line" else _iter_list if word == "record" else _iter_table
+    try:
+        for number, record in enumerate(read(path), 1):
+            if not isinstance(record, dict | Problem):
+                record = Problem(f"the {word} is no JSON object; write one {{...}} per {word}")
+            yield f"{word} {number}", record
+    except (ValueError, OSError, csv.Error, ijson.JSONError) as error:
+        raise UserError(f"{path} is cut or broken ({str(error).splitlines()[0].strip()}); save it "
+                        "again") from error
 
 
 def _iter_json_lines(path: Path) -> Iterator[object]:
@@ -95,20 +93,23 @@ def _iter_json_lines(path: Path) -> Iterator[object]:
                           "several")
 
 
-def _iter_parquet(path: Path) -> Iterator[dict]:
-    from pyarrow import ArrowException, parquet  # of an extra
+def _iter_list(path: Path) -> Iterator[object]:
+    with path.open("rb") as file:
+        yield from ijson.items(file, "item", use_float=True)
 
-    try:
+
+def _iter_table(path: Path) -> Iterator[dict]:
+    """The rows of a parquet, or of a CSV, whose lists and numbers are JSON; empty cells go."""
+    if path.suffix != ".csv":
+        from pyarrow import parquet  # of an extra
+
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=16):
             yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path} is cut or no parquet file; download it again") from error
-
-
-def _iter_csv(path: Path) -> Iterator[dict]:
-    """The rows of a CSV, whose lists and numbers are JSON; an empty cell is left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        return
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        delimiter = max(",;", key=file.readline().count)  # spreadsheets of some countries write ;
+        file.seek(0)
+        for row in csv.DictReader(file, delimiter=delimiter):
             yield {key: _read_cell(key, text) for key, text in row.items() if text}
 
 
@@ -117,16 +118,3 @@ def _read_cell(key: str, text: str) -> object:
         return text if key in NOT_IN_CSV else json.loads(text)
     except ValueError:
         return text
-
-
-def iter_records(path: Path, prefix: str = "item") -> Iterator[object]:
-    """The elements of a JSON list, one in memory at a time; UserError if the file is broken.
-
-    prefix: ijson's name of the list, such as "images.item" for the list under the key "images".
-    """
-    try:
-        with path.open("rb") as file:
-            yield from ijson.items(file, prefix, use_float=True)
-    except (ijson.JSONError, UnicodeError) as error:
-        raise UserError(f"{path} is cut or no JSON ({str(error).splitlines()[0].strip()}); save or "
-                        "download it again") from error

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mig_kit.boxes import Box, BoxFormat
@@ -167,6 +165,8 @@ def text_font(size: int, text: str) -> ImageFont.FreeTypeFont:
     """Pillow's font, or matplotlib's DejaVu for a text that is not ASCII."""
     if text.isascii():
         return ImageFont.load_default(size)
+    from matplotlib import font_manager  # of an extra
+
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size - 1)
 
 
@@ -273,6 +273,8 @@ def colour_tokens(tokens: Sequence[str], values: Sequence[float], title: str,
 
     values: one a token, white up to 0 and darkest from `high` on.
     """
+    import matplotlib  # of an extra
+
     font, places, x, y = ImageFont.load_default(15), [], 8, 0
     for token in tokens:
         shown = token.replace("\n", "\\n")

@@ -64,8 +64,7 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     images_of_set: dict[str, set[int]] = {name: set() for name in SET_NAMES}
     path = PROJECT_ROOT / p.data
     root = PROJECT_ROOT / p.image_root if p.image_root else path.parent
-    remarks = own_data.Remarks()
-    n_lines = own_data.require_correct_lines(path, root, remarks)
+    n_lines = own_data.require_correct_lines(path, root)
     with ExitStack() as stack:
         store = ImageStore(folder / IMAGE_FOLDER)
         writers = _open_writers(folder, stack)
@@ -99,8 +98,7 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     names = f"all of them by name: {NAMES_FILE}\n" if report.counts else ""
     return (f"{report.summarize()}\n{names}{counts['cot'] + counts['rl']} questions to train, "
             f"{describe_held_out(counts['val'], p)}\n{n_shared} of the "
-            f"{len(images_of_set['val'])} held-out images are also in training\n"
-            + "".join(f"remark: {sentence}\n" for sentence in remarks.sentences()))
+            f"{len(images_of_set['val'])} held-out images are also in training\n")
 
 
 def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:
