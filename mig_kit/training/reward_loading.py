@@ -66,27 +66,6 @@ def load_rewards(references: Sequence[str], folder: Path | None) -> dict[str, Re
     return rewards
 
 
-def as_batch_reward(function: Callable, engine: str) -> BatchReward:
-    """A reward in the form of trl, verl or swift, which both get the column solution.
-
-    verl's is f(data_source, solution_str, ground_truth, extra_info), ms-swift's a class or function
-    of the replies' texts and columns.
-    """
-    if isinstance(function, BatchReward):
-        function = function.function
-
-    def call_verl(completions, solution, **columns) -> list[float | None]:
-        results = [function("mig-kit", completion[0]["content"], truth, {"index": number})
-                   for number, (completion, truth) in enumerate(zip(completions, solution))]
-        return [result["score"] if isinstance(result, dict) else result for result in results]
-
-    def call_swift(completions, **columns) -> list[float | None]:
-        reward = function() if inspect.isclass(function) else function
-        return reward([completion[0]["content"] for completion in completions], **columns)
-
-    return BatchReward({"trl": function, "verl": call_verl, "swift": call_swift}[engine])
-
-
 def _has_trls_form(reward: Callable) -> bool:
     """Whether it takes TRL's arguments by name, and not the kit's three by position."""
     parameters = inspect.signature(reward).parameters

@@ -10,7 +10,7 @@ from mig_kit.common import UserError
 from mig_kit.pipeline.reward_names import check_rewards
 from mig_kit.rewards import REWARDS, is_correct
 from mig_kit.training import reward_loading
-from mig_kit.training.reward_check import constructed_replies, require_sound_rewards
+from mig_kit.training.reward_check import construct_replies, tabulate_payments
 from mig_kit.training.reward_loading import Score, load_rewards
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import make_sample
@@ -20,12 +20,12 @@ HEAD = "def center(reply, sample, box_format):\n"
 
 
 def right_reply(sample):
-    return constructed_replies(sample, BOX_FORMAT)["right"]
+    return construct_replies(sample, BOX_FORMAT)["right"]
 
 
 def try_rewards(rewards, samples):
     """Beside the kit's, so that nothing is said of what they leave out."""
-    require_sound_rewards({**REWARDS, **rewards}, samples, BOX_FORMAT, {"center": 0}, group=2)
+    tabulate_payments({**REWARDS, **rewards}, samples, BOX_FORMAT, {"center": 0}, group=2)
 
 
 @pytest.fixture
