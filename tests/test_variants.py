@@ -84,7 +84,7 @@ def test_a_reward_of_ones_own_is_a_file_and_a_parameter(shared_runs):
     assert any(row["rewards"]["center"] is not None for row in rollouts)
     page = (shared_runs / "variant" / "07_report" / "report.html").read_text()
     assert "center 0" in page or "center 1" in page, "not in the gallery"
-    assert "What the replies become" in page and "<figcaption>" in page
+    assert "What the replies become" in page
 
 
 def test_a_variant_goes_on_without_its_sources_name(shared_runs):

@@ -19,7 +19,6 @@ from mig_kit.drawing.palette import (
     MUTED,
     PREDICTED,
     REFERENCE,
-    SYSTEM_COLOURS,
     TARGET,
     text_colour,
 )
@@ -34,9 +33,6 @@ SOLID = (100_000, 0)
 TOKENS_WIDTH, TOKENS_LINE = 760, 26  # of a picture of tokens, and of one of its lines, pixels
 STYLES = {True: (CORRECT, DASHES), False: (PREDICTED, SHORT_DASHES)}  # by whether it is correct
 CORRECTNESS = "blue: a correct reply's box; orange: another one's"
-# the dashes of a system's boxes and its letter
-SYSTEM_MARKS = {"base": (DOTS, "b"), "sft": (SHORT_DASHES, "S"), "grpo": (DASHES, "G"),
-                "sft_long": (SHORT_DASHES, "L"), "start": (SHORT_DASHES, "R")}
 
 
 class Stroke(NamedTuple):
@@ -91,18 +87,6 @@ def _fit_height(sample: Sample, height: int) -> int:
     """The height, lowered to keep images side by side within MAX_WIDTH."""
     room = MAX_WIDTH - GAP * (len(sample.sizes) + 1)
     return min(height, int(room / sum(width / tall for width, tall in sample.sizes)))
-
-
-def draw_systems(sample: Sample, replies: dict[str, str], box_format: BoxFormat) -> Image.Image:
-    """A sample's images with each system's boxes in its own colour, dashes and letter.
-
-    replies: system -> reply; one without SYSTEM_MARKS is drawn as PREDICTED.
-    """
-    strokes = [Stroke(image, box, SYSTEM_COLOURS.get(system, PREDICTED),
-                      *SYSTEM_MARKS.get(system, (DASHES,)))
-               for system, reply in replies.items()
-               for image, box in reply_boxes_in_original(sample, reply, box_format)]
-    return draw_boxes(sample, strokes, _fit_height(sample, 150))
 
 
 def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Stage 07: one HTML page with tables, figures and a gallery of replies.
+"""Stage 07: notebook 07 shows the parts of a run's report, and exports them as one page.
 
 The page needs no other file and holds no script; all texts of models and data are escaped.
 """
@@ -6,25 +6,27 @@ The page needs no other file and holds no script; all texts of models and data a
 import base64
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 
-import jinja2
 import pandas as pd
-from markupsafe import Markup
+from IPython.display import publish_display_data
 from matplotlib import pyplot as plt
-from PIL.Image import Image
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from mig_kit.boxes import BoxFormat, iou
-from mig_kit.drawing.palette import PREDICTED, SYSTEM_COLOURS, SYSTEM_LABELS, text_colour
-from mig_kit.drawing.pictures import SYSTEM_MARKS, draw_sample, draw_systems
-from mig_kit.prompts import format_question, parse_reply, reply_boxes_in_original
+from mig_kit.drawing.palette import SYSTEM_LABELS
+from mig_kit.drawing.pictures import draw_replies
+from mig_kit.image_files import encode_image, to_data_url
+from mig_kit.prompts import parse_reply, reply_boxes_in_original
 from mig_kit.rewards import is_correct, reply_iou
 from mig_kit.sample import Sample
 from mig_kit.serving.stored_replies import load_replies
-from mig_kit.stages import tables
 from mig_kit.training.reward_loading import Score
-from mig_kit.world.suites import OWN, is_on_target, list_object_boxes, suite_title
+from mig_kit.world.suites import is_on_target, list_object_boxes, suite_title
 
 SYSTEMS = ("base", "sft", "start", "grpo")
 RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
@@ -33,10 +35,78 @@ OUTCOMES = ("correct", "loose box", "wrong object", "wrong image", "wrong option
 LOOSE_IOU = 0.1  # from here on a box of own data, whose objects are not known, counts as loose
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
+ROLLOUTS = "The boxes of the replies to one prompt, before RL and after more and more updates"
+STYLE = """
+:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;margin:1rem 0}
+th,td{padding:.35rem .6rem;border-bottom:1px solid #8886;text-align:right}
+th:first-child,td:first-child{text-align:left}
+td{white-space:nowrap}
+img{max-width:100%;background:#fff;border-radius:4px}
+.output_html,.output_png{overflow-x:auto;background:
+linear-gradient(to right,Canvas 30%,#0000) 0/3rem 100% no-repeat local,
+linear-gradient(to left,Canvas 30%,#0000) 100%/3rem 100% no-repeat local,
+linear-gradient(to right,#888a,#0000) 0/1rem 100% no-repeat,
+linear-gradient(to left,#888a,#0000) 100%/1rem 100% no-repeat}
+@media(max-width:46rem){img{max-width:36rem}}
+small{font-size:.9rem;opacity:.8}
+"""
 
-_templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent),
-                                autoescape=True, trim_blocks=True, lstrip_blocks=True)
-macros = _templates.get_template("report.html.jinja").module
+
+def show(page: list[NotebookNode], heading: str,
+         *parts: tuple[str | list[dict] | plt.Figure | None, str]) -> None:
+    """Show a heading and parts below the cell, and keep them for `export_page`.
+
+    Args:
+        page: takes in the outputs.
+        heading: Markdown; it is left out with all its parts if these are empty.
+        parts: (content, caption); a content is Markdown, rows of a table, a figure or a picture.
+    """
+    shown = [(content, caption) for content, caption in parts
+             if content and (not isinstance(content, list) or table_html(content))]
+    outputs = [to_output(heading)] * bool(shown)
+    for content, caption in shown:
+        outputs += [to_output(content), *[to_output(f"<small>{caption}</small>")] * bool(caption)]
+    for output in outputs:
+        publish_display_data(output.data, output.metadata)
+    page += outputs
+
+
+def to_output(content) -> NotebookNode:
+    """A notebook's output of Markdown, rows of a table, a figure or a picture."""
+    if isinstance(content, str):
+        return new_output("display_data", {"text/markdown": content})
+    if isinstance(content, list):
+        return new_output("display_data", {"text/html": table_html(content)})
+    if isinstance(content, plt.Figure):
+        alt, file = content.get_suptitle() or content.axes[0].get_title(loc="left"), io.BytesIO()
+        content.savefig(file, dpi=150, bbox_inches="tight")
+        plt.close(content)  # else the notebook shows it once more
+        data = file.getvalue()
+    else:
+        alt, data = ROLLOUTS, encode_image(content)
+    return new_output("display_data", {"image/png": base64.b64encode(data).decode()},
+                      metadata={"image/png": {"alt": alt}})
+
+
+def table_html(rows: list[dict]) -> str:
+    """Plain rows as escaped HTML without empty columns; "" for one column."""
+    table = pd.DataFrame(rows).dropna(axis=1, how="all")
+    if len(table.columns) < 2:
+        return ""
+    with pd.option_context("display.max_colwidth", None):
+        return table.to_html(index=False, border=0, na_rep="", float_format="{:.1f}".format)
+
+
+def export_page(title: str, page: list[NotebookNode]) -> str:
+    """The HTML of a page: outputs that `show` kept, by nbconvert, in the kit's style."""
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_anchor_links=True)
+    notebook = new_notebook(cells=[new_code_cell(outputs=page)])
+    body, _ = exporter.from_notebook_node(notebook)
+    return ("<!doctype html>\n<html lang=en><meta charset=utf-8>"
+            '<meta name=viewport content="width=device-width">\n'
+            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n{body}</html>\n")
 
 
 def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
@@ -78,173 +148,50 @@ def count_outcomes(samples: Sequence[Sample], replies: dict[str, dict[str, str]]
                    box_format: BoxFormat) -> dict[str, dict[str, int]]:
     """system -> outcome -> how many of `samples`; replies: per system by sample id."""
     counts = {system: Counter(classify_outcome(by_id[sample.id], sample, box_format)
-                              for sample in samples)
-              for system, by_id in replies.items()}
-    occurring = [outcome for outcome in OUTCOMES
-                 if any(count[outcome] for count in counts.values())]
-    return {system: {outcome: count[outcome] for outcome in occurring}
+                              for sample in samples) for system, by_id in replies.items()}
+    return {system: {outcome: count[outcome] for outcome in OUTCOMES}
             for system, count in counts.items()}
 
 
-def pick_gallery(samples: Sequence[Sample], before: dict[str, str], after: dict[str, str],
-                 box_format: BoxFormat, per_kind: int = 4) -> list[tuple[str, Sample]]:
-    """(kind, sample) pairs, by what changed from `before` to `after` (replies by sample id).
+def pick_gallery(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
+                 box_format: BoxFormat, per_kind: int = 4) -> list[tuple[str, Sample, dict]]:
+    """(kind, sample, system -> reply) of samples by what RL changed.
 
     At most `per_kind` samples of each of KINDS, of as many tasks as possible.
-    """
-    outcomes = [tuple(is_correct(replies[sample.id], sample, box_format)
-                      for replies in (before, after)) for sample in samples]
-    table = pd.DataFrame({"kind": [KINDS[outcome] for outcome in outcomes],
-                          "task": [sample.task for sample in samples]})
-    table["place"] = table.groupby(["kind", "task"]).cumcount()
-    ranked = table.sort_values("place", kind="stable")
-    return [(kind, samples[row]) for kind in KINDS.values()
-            for row in ranked.index[ranked["kind"] == kind][:per_kind]]
-
-
-def collect_gallery(folder: Path, samples: dict[str, Sequence[Sample]], systems: Iterable[str],
-                    box_format: BoxFormat, per_kind: int) -> tuple[list[tuple[str, Sample]],
-                                                                   dict[str, dict[str, str]]]:
-    """(gallery of all suites, replies per system by sample id); folder: "replies" of 06."""
-    gallery: list[tuple[str, Sample]] = []
-    replies: dict[str, dict[str, str]] = {}
-    for suite, part in samples.items():
-        by_system = load_greedy_replies(folder, suite, part, systems)
-        before = next(by_system[name] for name in RL_STARTS if name in by_system)
-        picked = pick_gallery(part, before, by_system["grpo"], box_format, per_kind)
-        gallery += picked
-        for system, by_id in by_system.items():
-            replies.setdefault(system, {}).update(
-                {sample.id: by_id[sample.id] for _, sample in picked})
-    return gallery, replies
-
-
-def gallery_html(gallery: list[tuple[str, Sample]], replies: dict[str, dict[str, str]],
-                 box_format: BoxFormat, scores: dict[str, Score]) -> Markup:
-    """Cards of (kind, sample) pairs; replies: per system by sample id; scores: as `sample_card`."""
-    return Markup("").join(
-        sample_card(sample, {system: by_id[sample.id] for system, by_id in replies.items()
-                             if sample.id in by_id}, box_format, scores, kind)
-        for kind, sample in gallery)
-
-
-def sample_card(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
-                scores: dict[str, Score], kind: str = "") -> Markup:
-    """One sample as a picture with all boxes, and a line for each system's reply.
-
-    kind: the card's heading. scores: the rewards to show, of `reward_loading.score_functions`.
-    """
-    rows = [_reply_row(system, reply, sample, box_format, scores)
-            for system, reply in replies.items()]
-    question = format_question(sample, box_format, with_instruction=False)
-    picture = (draw_systems(sample, replies, box_format) if len(replies) > 1 else
-               draw_sample(sample, next(iter(replies.values())), box_format, 150))
-    outcomes = "; ".join(f"{row['system']}: {row['outcome']}" for row in rows)
-    alt = f"{len(sample.sizes)} images with the target and the boxes of the replies. {outcomes}"
-    return macros.card(sample, suite_title(sample.suite), kind, question, image_tag(picture, alt),
-                       rows)
-
-
-def _reply_row(system: str, reply: str, sample: Sample, box_format: BoxFormat,
-               scores: dict[str, Score]) -> dict:
-    values = {name: score(reply, sample) for name, score in scores.items()}
-    colour = SYSTEM_COLOURS.get(system, PREDICTED)
-    facts = [f"IoU {reply_iou(reply, sample, box_format):.2f}"] if sample.targets else []
-    facts += [f"{name} {round(value, 2):g}" for name, value in values.items() if value is not None]
-    return {
-        "system": SYSTEM_LABELS.get(system, system),
-        "letter": SYSTEM_MARKS[system][1] if system in SYSTEM_MARKS else "",
-        "colour": colour, "ink": text_colour(colour),
-        "is_correct": is_correct(reply, sample, box_format),
-        "outcome": classify_outcome(reply, sample, box_format),
-        "rewards": ", ".join(facts),
-        "thinking": parse_reply(reply).thinking or "-",
-        "answer": reply.split("</think>")[-1][:300]}
-
-
-def image_tag(picture, alt: str) -> Markup:
-    """An <img> with the picture inside: a PIL image or a matplotlib figure."""
-    data = io.BytesIO()
-    if isinstance(picture, plt.Figure):
-        picture.savefig(data, format="png", dpi=150, bbox_inches="tight")
-        kind = "png"
-    else:
-        picture.save(data, "WEBP", quality=85)
-        kind = "webp"
-    return macros.image(kind, base64.b64encode(data.getvalue()).decode(), alt)
-
-
-def html_table(rows: list[dict]) -> Markup:
-    """Plain rows as escaped HTML, pairs as intervals, without empty columns; "" for one column."""
-    table = pd.DataFrame(rows, dtype=object).dropna(axis=1, how="all")
-    if len(table.columns) < 2:
-        return Markup("")
-    with pd.option_context("display.max_colwidth", None):
-        text = table.map(_cell_text).to_html(index=False, border=0)
-    return Markup("<div class=wide>{}</div>").format(Markup(text))
-
-
-def _cell_text(value) -> str:
-    if isinstance(value, list | tuple):
-        return f"{value[0]:.1f} to {value[1]:.1f}"
-    if value is None or value != value:
-        return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def render_page(title: str, sections: list[tuple[str, Markup]], facts: str = "",
-                outcome: str = "") -> str:
-    """The whole page of (heading, HTML) sections; facts, outcome: lines below the title."""
-    return str(macros.page(title, sections, facts, outcome)) + "\n"
-
-
-def _alternative_text(picture: plt.Figure | Image) -> str:
-    """What a picture shows, for readers who do not see it; of a figure its title."""
-    if isinstance(picture, Image):
-        return "The boxes of the replies to one prompt, before RL and after more and more updates"
-    return picture.get_suptitle() or picture.axes[0].get_title(loc="left")
-
-
-def report_sections(metrics: dict, figures: Mapping[str, plt.Figure | Image | None],
-                    gallery: Markup, rows: dict[str, list[dict]]) -> list[tuple[str, Markup]]:
-    """The (heading, HTML) sections of the run's page, for `render_page`.
 
     Args:
-        metrics: of stage 06.
-        figures: by the names of their captions; a figure that is missing or None is left out.
-        gallery: HTML of `gallery_html`.
-        rows: of the tables "changed", "ood" and "stages".
+        replies: per system by sample id.
     """
-    systems = metrics["systems"]
+    before = next(replies[name] for name in RL_STARTS if name in replies)
+    places, rows = Counter(), []  # place: how many of this kind and task came before
+    for sample in samples:
+        kind = KINDS[tuple(is_correct(by_id[sample.id], sample, box_format)
+                           for by_id in (before, replies["grpo"]))]
+        rows.append((places[kind, sample.task], kind, sample))
+        places[kind, sample.task] += 1
+    rows.sort(key=lambda row: row[0])
+    return [(kind, sample, {system: by_id[sample.id] for system, by_id in replies.items()})
+            for kind in KINDS.values()
+            for _, _, sample in [row for row in rows if row[1] == kind][:per_kind]]
 
-    def table(rows: list[dict], caption: str) -> Markup:
-        html = html_table(rows)
-        return html and macros.captioned(html, macros.captions[caption])
 
-    def images(*names: str) -> Markup:
-        return Markup("").join(
-            macros.captioned(image_tag(figures[name], _alternative_text(figures[name])),
-                             macros.captions[name])
-            for name in names if figures.get(name))
+def draw_gallery(gallery: list[tuple[str, Sample, dict]], box_format: BoxFormat,
+                 scores: dict[str, Score]) -> NotebookNode:
+    """An output that unfolds to a picture of each sample with its replies and rewards.
 
-    main_suite = next(iter(systems["grpo"]))
-    drawn = "suites" if main_suite == OWN else "drawn suites"
-    return [
-        ("What differs from the default profile, or from the run that this one stands on",
-         html_table(rows["changed"])),
-        ("Your data: the held-out part",
-         table(tables.own_data_rows(metrics["deltas"]), "gains")),
-        ("The paper's claims and this run (points)", table(tables.claim_rows(metrics), "claims")),
-        (f"Scores on {drawn}, greedy (percent)",
-         html_table(tables.score_rows(systems)) + images("suites")),
-        ("Out of domain, by suite (drawn)", images("ood") + table(rows["ood"], "ood_rows")),
-        (f"Scores on {drawn}, mean of replies at temperature 1 (percent)",
-         table(tables.score_rows(systems, "sampled"), "sampled")
-         + table(tables.pass_at_k_rows(systems), "pass_at_k")),
-        (f"{suite_title(main_suite)}, per task", images("tasks", "outcomes")),
-        ("Is the reasoning true? (greedy, percent)", images("reasoning")),
-        ("Training", images("loss", "grpo")),
-        ("What the replies become while RL trains", images("shares", "rollouts")),
-        ("Data", images("flow", "dropped")),
-        ("How this run was made", html_table(rows["stages"])),
-        ("Gallery", gallery and macros.folded(macros.captions["gallery"], gallery))]
+    gallery: of `pick_gallery`. scores: of `reward_loading.score_functions`.
+    """
+    parts = ["<details><summary>Show the questions</summary>"]
+    for kind, sample, replies in gallery:
+        labelled = {}
+        for system, reply in replies.items():
+            values = {name: score(reply, sample) for name, score in scores.items()}
+            rewards = [f"{name} {value:.2g}" for name, value in values.items() if value is not None]
+            outcome = classify_outcome(reply, sample, box_format)
+            facts = [outcome] * (outcome != "correct") + rewards
+            labelled[", ".join([SYSTEM_LABELS[system], *facts])] = reply
+        picture = to_data_url(draw_replies(sample, labelled, box_format), "WEBP", quality=85)
+        parts.append(f"<p>{kind} · {suite_title(sample.suite)}, {escape(sample.task)} "
+                     f"<small>{escape(sample.id)}</small></p>"
+                     f'<img alt="{escape("; ".join(labelled))}" src="{picture}">')
+    return new_output("display_data", {"text/html": "\n".join([*parts, "</details>"])})
