@@ -40,26 +40,6 @@ from mig_kit.training.resuming import EpochRepeatSampler, KeepAdapterDtype
 PROMPTS, REPLIES, SEED = 4, 4, 748
 
 
-def group_advantages(reward: torch.Tensor, group: int,
-                     scale: str = "group") -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages A = (r - mean of the group) / (std + 1e-4), with TRL's names and epsilon.
-
-    Args:
-        reward: (rows,) float, weighted sums of all replies of a generation batch, of all
-            processes, groups in sequence.
-        scale: whose std divides: "group" (DeepSeekMath, arXiv 2402.03300), "batch" (a group whose
-            replies differ little then teaches little) or "none".
-    Returns: (A, std within the row's group), both (rows,).
-    """
-    grouped = reward.view(-1, group)
-    group_std = grouped.std(1).repeat_interleave(group)
-    centred = reward - grouped.mean(1).repeat_interleave(group)
-    if scale == "none":
-        return centred, group_std
-    std = reward.std() if scale == "batch" else group_std
-    return centred / (std + 1e-4), group_std
-
-
 class _ResumableOrder(KeepAdapterDtype):
     """Mixin: prompts come in the same order after a kill; see also `resuming.train_or_resume`."""
 
@@ -74,7 +54,7 @@ class ResumableGRPOTrainer(_ResumableOrder, GRPOTrainer):
 
 
 class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
-    """The shared-prefix trainer of the recipe, with the advantages that the lesson shows.
+    """The shared-prefix trainer of the recipe; its prompts are made of samples, by number.
 
     Args:
         samples: the questions; the key "sample" of a prompt's first message is an index into them.
@@ -123,13 +103,9 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         mode = "train" if self.model.training else "eval"
         group = self.num_generations if mode == "train" else self.num_generations_eval
         total = (self.rewards * self.reward_weights.to(self.rewards.device)).nansum(1)
-        advantages, group_std = group_advantages(total, group, self.scale_rewards)
         # a group without spread teaches nothing, whatever `scale_rewards` divides by
-        no_spread = (group_std < 1e-6).float().mean().item()
+        no_spread = (total.view(-1, group).std(1) < 1e-6).float().mean().item()
         self._metrics[mode]["frac_reward_zero_std"][-1] = no_spread
-        if not self.rewards.isnan().all(1).any():  # else TRL leaves rows out
-            start = self.accelerator.process_index * len(inputs)
-            output["advantages"] = advantages[start:start + len(inputs)]
         return output
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations,

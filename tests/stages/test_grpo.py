@@ -49,19 +49,6 @@ def make_trainer(random_folder, float32, stage_params):
     return make
 
 
-def test_advantages_by_hand():
-    reward = torch.tensor([1.0, 0.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0])
-    advantages, group_std = recipe_trainer.group_advantages(reward, 4)
-    expected = torch.tensor([1, -1, 1, -1]) * 0.5 / (1 / 3) ** 0.5
-    assert torch.allclose(advantages[:4], expected, atol=1e-3)
-    assert (advantages[4:] == 0).all() and (group_std[4:] == 0).all()
-    reward = torch.tensor([1.0, 0.0, 0.6, 0.4])  # a group far apart, and one close together
-    centred = torch.tensor([0.5, -0.5, 0.1, -0.1])
-    by_batch, _ = recipe_trainer.group_advantages(reward, 2, "batch")
-    assert torch.allclose(by_batch, centred / (reward.std() + 1e-4))
-    assert torch.allclose(recipe_trainer.group_advantages(reward, 2, "none")[0], centred)
-
-
 def test_rewards_apply_where_they_mean_something():
     samples = [make_sample("diff", "rl", 0), next(iter_free_form("rl", 1))]
     reply = f"<think></think><answer>{samples[1].letter}</answer>"
@@ -334,11 +321,12 @@ def test_killed_after_the_last_step_takes_no_step_more(tmp_path, make_trainer):
 @pytest.mark.slow
 def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, make_trainer,
                                                                    monkeypatch, first_gradients):
-    def random_advantages(reward, group, scale):
+    def random_rewards(trainer, inputs, *arguments):
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(len(reward), generator=generator), torch.ones(len(reward))
+        trainer.rewards = torch.rand(len(inputs), 4, generator=generator)
+        return trainer.rewards
 
-    monkeypatch.setattr(recipe_trainer, "group_advantages", random_advantages)
+    monkeypatch.setattr(recipe_trainer.RecipeTrainer, "_calculate_rewards", random_rewards)
     logps, recorded = trainer_module.SharedPrefixGRPOTrainer._logps, []
     for size, parts in ((16, 1), (4, 4)):
         rows_of_steps = []
