@@ -55,7 +55,7 @@ def stage_params():
 @pytest.fixture(scope="session")
 def float32():
     """Float32 on the CPU, whatever this CPU does best: the exactness tests need it."""
-    return loading.Hardware("cpu", torch.float32, False, "sdpa", "float32 for tests")
+    return loading.Hardware("cpu", torch.float32, "sdpa", "float32 for tests")
 
 
 @pytest.fixture

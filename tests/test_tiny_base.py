@@ -100,7 +100,7 @@ def test_visual_answers_are_right():
 
 def test_short_and_long_dialogues_apart_teach_the_same(random_model, writer):
     rng = random.Random(0)
-    albums = lesson_batches.encode_albums(random_model.model.visual, rng, 3, autocast=False)
+    albums = lesson_batches.encode_albums(random_model.model.visual, rng, 3)
     batch = lesson_batches.visual_batch(albums, writer, rng, 2, 5, located=1.0)
     assert len(lesson_batches.split_by_length(batch)) == 1
     for image, *_ in albums:
@@ -169,7 +169,7 @@ def small_model():
 
 
 SHORT_COURSE = replace(curriculum.TELLING_APART, warmup_steps=1)
-SMALL = dict(albums=2, rows=(3, 3), autocast=False)
+SMALL = dict(albums=2, rows=(3, 3))
 
 
 def test_a_course_teaches_and_a_run_goes_on_behind_it(processor, tmp_path):

@@ -45,11 +45,10 @@ FULL_PRECISION_MODULES = ["model.visual", "lm_head"]
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and in which numbers to compute; autocast: bf16 products over float32 weights."""
+    """Where and in which numbers to compute."""
 
     device: str
     dtype: torch.dtype
-    autocast: bool
     attention: str
     reason: str
 
@@ -61,21 +60,11 @@ def settle_vector_math() -> None:
     torch.cos(torch.ones(8))
 
 
-def fast_bf16_instructions() -> str:
-    """The instructions of this CPU that multiply bf16 numbers faster than float32, or ""."""
-    capabilities = torch.cpu.get_capabilities()
-    is_intel = "Intel" in capabilities.get("cpu_name", "")
-    # looked up, not timed: a busy machine would now and then choose another dtype, and with it
-    # other digits; a Xeon without AMX multiplies bf16 at 0.6 of its float32 rate
-    fast = ("amx_bf16",) if is_intel else ("amx_bf16", "avx512_bf16")
-    return next((name for name in fast if capabilities.get(name)), "")
-
-
 def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
-    dtype: "auto" (bf16 products where they are faster), "float32" or "bfloat16". device: "auto" (a
-    GPU if there is one), "cuda" (UserError if PyTorch sees none) or "cpu".
+    dtype: "auto" (bfloat16 on a GPU that has it, else float32), "float32" or "bfloat16". device:
+    "auto" (a GPU if there is one), "cuda" (UserError if PyTorch sees none) or "cpu".
     """
     settle_vector_math()
     if device == "cuda" and not torch.cuda.is_available():
@@ -90,26 +79,20 @@ def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
 def _choose_on_gpu(dtype: str) -> Hardware:
     name = torch.cuda.get_device_name()
     if dtype == "float32":
-        return Hardware("cuda", torch.float32, False, "sdpa", "a GPU, float32 by parameter")
+        return Hardware("cuda", torch.float32, "sdpa", "a GPU, float32 by parameter")
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        return Hardware("cuda", torch.bfloat16, False, "sdpa", f"{name}: weights in bfloat16")
+        return Hardware("cuda", torch.bfloat16, "sdpa", f"{name}: weights in bfloat16")
     reason = f"{name} has no bfloat16: float32 throughout, twice the memory and slower"
-    return Hardware("cuda", torch.float32, False, "sdpa", reason)
+    return Hardware("cuda", torch.float32, "sdpa", reason)
 
 
 def _choose_on_cpu(dtype: str) -> Hardware:
     if dtype == "bfloat16":
-        reason = "CPU, bfloat16 by parameter: weights in bfloat16"
-        return Hardware("cpu", torch.bfloat16, False, attention.NAME, reason)
-    autocast = False
-    cause = "CPU, float32 by parameter"
-    if dtype == "auto":
-        instructions = fast_bf16_instructions()
-        autocast = bool(instructions)
-        cause = (f"CPU, {torch.get_num_threads()} threads, "
-                 f"{instructions or 'no fast instructions'} for bf16 products")
-    effect = "float32 weights, bf16 products (autocast)" if autocast else "float32 throughout"
-    return Hardware("cpu", torch.float32, autocast, attention.NAME, f"{cause}: {effect}")
+        return Hardware("cpu", torch.bfloat16, attention.NAME, "CPU, bfloat16 by parameter")
+    # bfloat16 products are no faster for a model of some million parameters, even where a CPU has
+    # instructions for them, and what draws replies would round otherwise than what learns from them
+    reason = f"CPU, {torch.get_num_threads()} threads: float32 throughout"
+    return Hardware("cpu", torch.float32, attention.NAME, reason)
 
 
 def resolve_model(model: str) -> str | Path:
@@ -159,12 +142,11 @@ def load_model(model: str | Path, hardware: Hardware,
         warnings.warn(f"the experts of {model} stay in {hardware.dtype}: bitsandbytes quantises "
                       "single matrices alone; provide the memory of the full model", stacklevel=2)
     if four_bit:
-        bf16_products = hardware.autocast or hardware.dtype == torch.bfloat16
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if bf16_products else torch.float32,
+            bnb_4bit_compute_dtype=hardware.dtype,
             llm_int8_skip_modules=FULL_PRECISION_MODULES)
     weights = FAMILIES[config.model_type].from_pretrained(
         model,
@@ -206,13 +188,9 @@ def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFo
     # whether layers are checkpointed, the trainer's gradient_checkpointing says
     model = prepare_model_for_kbit_training(policy.model, use_gradient_checkpointing=False)
     run_tower_without_graph(model)
-    # In float32 between the layers, a quarter of a step on a CPU would go into conversions. The
-    # vision tower, which locates, keeps float32.
-    if hardware.autocast or hardware.dtype == torch.bfloat16:
-        for name, parameter in model.named_parameters():
-            keeps_float32 = hardware.autocast and "visual" in name
-            if parameter.dtype == torch.float32 and not keeps_float32:
-                parameter.data = parameter.data.to(torch.bfloat16)
+    for parameter in model.parameters():  # PEFT has made what is not 4-bit float32
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(hardware.dtype)
     policy.model = model
     release_memory()  # of the copies in float32, gigabytes in a real model
     return policy

@@ -34,9 +34,8 @@ def prompt_source(processor: StillImageProcessor, box_format: BoxFormat,
 class SampleCache(PromptCache):
     """A `PromptCache` of samples; `get` raises ValueError if an image is seen at a wrong size."""
 
-    def __init__(self, model, processor: StillImageProcessor, box_format: BoxFormat,
-                 autocast: bool = False):
-        super().__init__(model, processor, autocast,
+    def __init__(self, model, processor: StillImageProcessor, box_format: BoxFormat):
+        super().__init__(model, processor,
                          check_grids=partial(check_image_grids, processor, box_format))
         self.box_format = box_format
 
@@ -48,8 +47,7 @@ class SampleCache(PromptCache):
 
 def make_cache(policy: Policy) -> SampleCache:
     """A cache of prompts for the policy."""
-    return SampleCache(policy.model, policy.processor, policy.box_format,
-                       autocast=policy.hardware.autocast)
+    return SampleCache(policy.model, policy.processor, policy.box_format)
 
 
 @torch.no_grad()

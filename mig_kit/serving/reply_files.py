@@ -65,8 +65,7 @@ def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperat
     uniforms = draw_uniforms(0, len(samples), count, max_new_tokens) if temperature else None
     rollouts = generate_rollouts(
         train_mode_for_4bit_layers(policy.model.eval()), policy.processor, prompts, count,
-        SamplingOptions(temperature, max_new_tokens=max_new_tokens), uniforms,
-        policy.hardware.autocast)
+        SamplingOptions(temperature, max_new_tokens=max_new_tokens), uniforms)
     return [policy.processor.batch_decode(rollout, skip_special_tokens=True)
             for rollout in rollouts]
 
@@ -120,7 +119,6 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
                   cache: SampleCache) -> Iterator[dict[str, Drawn]]:
     """Sample id -> replies, batch by batch, each batch with its own seed; ids: of the samples."""
     # Batches are cut before anything is skipped, so a resumed run draws what it would have drawn.
-    # Where products round by the number of cores (AMX in bf16), a few replies in a hundred differ.
     todo = [(number, batch) for number, batch in enumerate(_cut_batches(samples))
             if not is_stored >= {ids[index] for index in batch}]
     one_at_a_time = Lock()  # the cache and the tokenizer serve one thread at a time
@@ -134,7 +132,8 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
         uniforms = draw_uniforms(seed * 1_000_003 + number, len(batch), replies,
                                  sampling.max_new_tokens)
         rollouts = generate_rollouts(policy.model, policy.processor, prompts, replies, sampling,
-                                     uniforms, policy.hardware.autocast, fused_weights, max_bytes)
+                                     uniforms, fused_weights=fused_weights,
+                                     max_bytes=max_bytes)
         if number % 8 == 7:
             release_memory()
         with one_at_a_time:
@@ -145,7 +144,7 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
                 for index, completions in zip(batch, rollouts) if ids[index] not in is_stored}
 
     end_tokens = {*end_token_ids(policy.model.generation_config, policy.processor)}
-    fused_weights = fuse_decoding_weights(unwrap_peft(policy.model), policy.hardware.autocast)
+    fused_weights = fuse_decoding_weights(unwrap_peft(policy.model))
     with closing(map_in_threads(draw, todo, workers)) as drawn:
         yield from drawn
 

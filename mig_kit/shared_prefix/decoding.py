@@ -277,7 +277,7 @@ def _float32_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return scores.view(*queries.shape[:-1], keys.shape[-2])
 
 
-def fuse_decoding_weights(model, autocast: bool) -> FusedWeights:
+def fuse_decoding_weights(model, autocast: bool = False) -> FusedWeights:
     """The weights of all plain projections and their adapters, as the decoder multiplies by them.
 
     Under autocast they are bfloat16 copies, layers with the same input are one, and the head is

@@ -80,7 +80,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     claim_folder(out, {
         "model": str(folder), "model files": _digest_model(folder), "adapter": described,
         **asdict(box_format), "device": "a server" if params.server else hardware.device,
-        "dtype": f"{hardware.dtype}, autocast {hardware.autocast}",
+        "dtype": str(hardware.dtype),
         "max_new_tokens": params.max_new_tokens, "questions": digest_json(questions),
         "prompts": digest_json(prompts)})
     if adapter:

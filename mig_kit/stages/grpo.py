@@ -166,7 +166,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
         # like lengths, where TRL mixes them; `bnpo` and `top_entropy_quantile` look at one step at
         # a time, so they depend on what shares a step, and on the number of processes.
         trainer = RecipeTrainer(
-            **common, samples=samples, box_format=policy.box_format, autocast=hardware.autocast,
+            **common, samples=samples, box_format=policy.box_format,
             micro_completions=params.micro_replies, served=served)
     else:
         trainer = ResumableGRPOTrainer(**common)  # stock TRL

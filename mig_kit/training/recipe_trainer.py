@@ -59,11 +59,10 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
     Args:
         samples: the questions; the key "sample" of a prompt's first message is an index into them.
         box_format: how the model sees images.
-        autocast: bfloat16 products over float32 weights.
         served: draws the completions from servers; None for the kit's decoder.
     """
 
-    def __init__(self, *args, samples: Sequence[Sample], box_format: BoxFormat, autocast: bool,
+    def __init__(self, *args, samples: Sequence[Sample], box_format: BoxFormat,
                  served: ServedRollouts | None = None, **kwargs):
         self.samples, self.box_format, self.served = samples, box_format, served
         super().__init__(*args, **kwargs)
@@ -73,7 +72,6 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         if served and self.unsupported_sampling:
             raise UserError(f"servers are not asked for {self.unsupported_sampling}; take it out "
                             "of trl, or set server to \"\"")
-        self.autocasts = self.cache.autocast = autocast  # a 4-bit model does not tell
         # TRL then weights the loss by the ratio of the learner's to the servers' probabilities
         self.use_vllm = served is not None
 
@@ -169,15 +167,13 @@ class KeepRollouts(TrainerCallback):
                    "repetition_penalty": args.repetition_penalty}
         if options == {"top_k": 0, "min_p": None, "repetition_penalty": 1.0}:  # TRL's defaults
             uniforms = draw_uniforms(SEED, len(prompts), REPLIES, args.max_completion_length)
-            return generate_rollouts(model, policy.processor, prompts, REPLIES, sampling, uniforms,
-                                     policy.hardware.autocast)
+            return generate_rollouts(model, policy.processor, prompts, REPLIES, sampling, uniforms)
         # what the kit's decoder lacks: TRL draws by transformers, too
         inputs = policy.processor(
             text=[render_prompt(policy.processor, sample, policy.box_format)
                   for sample in self.samples.values()], padding=True, return_tensors="pt",
             images=[image for sample in self.samples.values() for image in sample.images])
-        with keep_global_state(), torch.no_grad(), torch.autocast(
-                model.device.type, torch.bfloat16, enabled=policy.hardware.autocast):
+        with keep_global_state(), torch.no_grad():
             torch.manual_seed(SEED)
             output = model.generate(**inputs.to(model.device), do_sample=True, **vars(sampling),
                                     **options, num_return_sequences=REPLIES)

@@ -44,7 +44,7 @@ Batch = list[Dialogue]
 
 
 @torch.no_grad()
-def encode_albums(tower, rng: random.Random, albums: int, autocast: bool = True, fewest: int = 5,
+def encode_albums(tower, rng: random.Random, albums: int, fewest: int = 5,
                   alike: float = 0.0) -> list[list[SeenImage]]:
     """Albums of six images with their features; fewest and alike: as in `album`."""
     processor = image_processor()
@@ -53,8 +53,7 @@ def encode_albums(tower, rng: random.Random, albums: int, autocast: bool = True,
         scenes = album(rng, fewest=fewest, alike=alike)
         inputs = processor([render_scene(scene) for scene in scenes], return_tensors="pt")
         grids = inputs["image_grid_thw"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            features = tower(inputs["pixel_values"], grid_thw=grids).pooler_output
+        features = tower(inputs["pixel_values"], grid_thw=grids).pooler_output
         parts = features.to(torch.bfloat16).split((grids.prod(1) // 4).tolist())
         encoded.append([SeenImage(clip_to_image(scene), part.clone(), grid)
                         for scene, part, grid in zip(scenes, parts, grids)])

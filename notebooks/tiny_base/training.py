@@ -115,15 +115,13 @@ def _embed(model, ids: torch.Tensor, batch: Batch) -> dict:
     return {"inputs_embeds": embeds, "position_ids": positions}
 
 
-def add_gradients(model, batch: Batch, supervision: AttentionSupervision | None,
-                  autocast: bool) -> list[float]:
+def add_gradients(model, batch: Batch, supervision: AttentionSupervision | None) -> list[float]:
     """Add a batch's gradients, short and long rows apart; returns the figures of `language_loss`.
     """
     total, figures = total_weight(batch), torch.zeros(3)
     for part in split_by_length(batch):
         share = total_weight(part) / total
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss, part_figures = language_loss(model, part, supervision)
+        loss, part_figures = language_loss(model, part, supervision)
         (share * loss).backward()
         figures += share * part_figures
     return figures.tolist()
@@ -158,8 +156,8 @@ def _make_schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: i
 
 
 def train_language(model, tokenizer, folder: Path, course: Curriculum, *, steps: int, albums: int,
-                   rows: Sequence[int], unrelated_text: Sequence[str] = (), seed: int = 0,
-                   autocast: bool = True) -> list[dict]:
+                   rows: Sequence[int], unrelated_text: Sequence[str] = (),
+                   seed: int = 0) -> list[dict]:
     """Train one course, or load it from folder/<course>.pt; returns the curve, a row per
     CURVE_STEPS.
 
@@ -179,8 +177,8 @@ def train_language(model, tokenizer, folder: Path, course: Curriculum, *, steps:
     optimizers = make_optimizers(model, supervision, course.learning_rate)
     schedules = [_make_schedule(optimizer, course.warmup_steps, steps) for optimizer in optimizers]
     seen_albums = encode_albums(
-        model.model.visual, random.Random(f"{course.name}/albums/{seed}"), albums, autocast,
-        course.fewest, course.alike)
+        model.model.visual, random.Random(f"{course.name}/albums/{seed}"), albums, course.fewest,
+        course.alike)
     model.train()
     for step in progress_bar(range(steps), course.name):
         if step % RESTART == 0:
@@ -192,9 +190,9 @@ def train_language(model, tokenizer, folder: Path, course: Curriculum, *, steps:
             unfit=course.unfit, lettered=course.lettered)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        visual_figures = add_gradients(model, visual, supervision, autocast)
+        visual_figures = add_gradients(model, visual, supervision)
         text_loss, text_right, _ = add_gradients(
-            model, puzzles, supervision if course.puzzles_have_images else None, autocast)
+            model, puzzles, supervision if course.puzzles_have_images else None)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for stepper in (*optimizers, *schedules):
             stepper.step()

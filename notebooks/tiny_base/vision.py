@@ -160,16 +160,13 @@ class _Learner(nn.Module):
         self.heads = nn.Linear(TINY_HIDDEN, sum(CLASS_SIZES) + BOX_SIZE)
         self.codes, self.group_sizes = codes()
 
-    def forward(self, batch: VisionBatch, spells: bool,
-                autocast: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def forward(self, batch: VisionBatch, spells: bool) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """(loss, features (tokens, width), figures) of a batch.
 
         spells: features are learned as sums of `codes`, too. Figures: box error in pixels of the
         resized image, share of correct classes, loss of a digit.
         """
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            features = self.tower(batch.pixel_values, grid_thw=batch.grid_thw).pooler_output
-        features = features.float()
+        features = self.tower(batch.pixel_values, grid_thw=batch.grid_thw).pooler_output
         has_object = batch.has_object
         *groups, box = self.heads(features).split((*CLASS_SIZES, BOX_SIZE), -1)
         box_loss = nn.functional.smooth_l1_loss(box[has_object], batch.boxes[has_object], beta=0.05)
@@ -186,8 +183,8 @@ class _Learner(nn.Module):
         return loss, features, figures
 
 
-def train_vision(folder: Path, steps: Sequence[int], *, batch: int = 64, seed: int = 0,
-                 autocast: bool = True) -> dict:
+def train_vision(folder: Path, steps: Sequence[int], *, batch: int = 64,
+                 seed: int = 0) -> dict:
     """Train the tower on fresh scenes, unless folder/vision.safetensors is there; returns figures.
 
     steps: of learning to locate, with heads, then to spell: every token's features become a sum of
@@ -207,7 +204,7 @@ def train_vision(folder: Path, steps: Sequence[int], *, batch: int = 64, seed: i
             if step % RESTART == 0:
                 rng = random.Random(f"vision/{seed}/{name}/{step}")
             loss, features, batch_figures = learner(
-                _draw_batch(rng, processor, batch), name == "spell", autocast)
+                _draw_batch(rng, processor, batch), name == "spell")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(learner.parameters(), 1.0)

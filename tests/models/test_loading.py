@@ -177,7 +177,7 @@ def test_hardware_says_why_and_is_what_was_asked_for(random_folder, monkeypatch)
     hardware = loading.choose_hardware("float32")
     assert hardware.dtype == torch.float32 and "parameter" in hardware.reason
     hardware = loading.choose_hardware("bfloat16", "cpu")
-    assert hardware.dtype == torch.bfloat16 and not hardware.autocast
+    assert hardware.dtype == torch.bfloat16
     weights = loading.load_model(random_folder, hardware).state_dict().values()
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -198,26 +198,8 @@ def test_no_graph_in_the_frozen_tower(random_model, processor, samples):
 def test_vector_math_is_settled_before_two_threads_can_meet_in_it(monkeypatch):
     calls = []
     monkeypatch.setattr(loading.torch, "cos", lambda x: calls.append(x.numel()) or x)
-    monkeypatch.setattr(loading, "fast_bf16_instructions", lambda: calls.append("dtype") or "")
     loading.choose_hardware()
-    assert calls == [8, "dtype"]  # eight numbers are computed by one thread
-
-
-@pytest.mark.parametrize(("capabilities", "autocast"), [
-    ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
-    ({"avx512_bf16": True}, True),
-    ({"cpu_name": "AMD EPYC"}, False),
-    ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True),
-    ({}, False),
-    ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False),
-    ({"avx2": True, "avx512_bf16": False}, False)])
-def test_the_dtype_follows_from_what_the_cpu_has_alone(capabilities, autocast, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    hardware = loading.choose_hardware()
-    assert hardware.autocast == autocast and hardware.dtype == torch.float32
-    assert ("bf16 products (autocast)" in hardware.reason) == autocast
-    assert ("no fast instructions" in hardware.reason) != autocast
+    assert calls == [8]  # eight numbers are computed by one thread
 
 
 def test_the_shipped_base_is_small_and_whole(processor):

@@ -55,12 +55,12 @@ def load_as_on_a_gpu(folder, monkeypatch):
     load = family.from_pretrained
     monkeypatch.setattr(family, "from_pretrained", lambda *words, **options: load(
         *words, **options | {"device_map": "cpu", "dtype": torch.float32}))
-    hardware = loading.Hardware("cuda", torch.bfloat16, False, "sdpa", "GPU")
+    hardware = loading.Hardware("cuda", torch.bfloat16, "sdpa", "GPU")
     return loading.load_model(folder, hardware)
 
 
 def test_windows_are_packed_on_a_gpu_in_bfloat16_alone():
-    gpu = loading.Hardware("cuda", torch.bfloat16, False, "sdpa", "a GPU")
+    gpu = loading.Hardware("cuda", torch.bfloat16, "sdpa", "a GPU")
     others = replace(gpu, dtype=torch.float32), replace(gpu, device="cpu")
     for hardware, name in ((gpu, attention.PACKED_NAME), *((other, "sdpa") for other in others)):
         tower = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))

@@ -363,7 +363,7 @@ def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypa
 @pytest.mark.slow
 def test_it_trains_as_a_gpu_would(tmp_path, make_trainer):
     """Weights in bfloat16, checkpointed layers, a reference; the adapter learns in float32."""
-    as_on_a_gpu = loading.Hardware("cpu", torch.bfloat16, False, "sdpa", "as on a GPU")
+    as_on_a_gpu = loading.Hardware("cpu", torch.bfloat16, "sdpa", "as on a GPU")
     trainer = make_trainer(tmp_path, hardware=as_on_a_gpu, beta=0.04, micro_replies=4,
                            gradient_accumulation_steps=2, gradient_checkpointing=True)
     trainer.train()

@@ -76,19 +76,18 @@ def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_policy, sampl
 
 @pytest.mark.slow
 def test_batches_side_by_side_give_the_same_replies(tmp_path, random_policy, samples, monkeypatch):
-    policy = replace(random_policy, hardware=replace(random_policy.hardware, autocast=True))
     monkeypatch.setattr(reply_files, "BATCH_SIZE", 2)
     alone, parallel = tmp_path / "alone.jsonl", tmp_path / "parallel.jsonl"
     monkeypatch.setattr(reply_files, "CPU_WORKERS", 1)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each batch has beside another: bf16 products round by threads
-    replies = reply_files.sample_replies(policy, samples, alone, **OPTIONS)
+    torch.set_num_threads(1)  # as each batch has beside another
+    replies = reply_files.sample_replies(random_policy, samples, alone, **OPTIONS)
     torch.set_num_threads(threads)
     monkeypatch.setattr(reply_files, "CPU_WORKERS", 2)
-    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    assert reply_files.sample_replies(policy, samples, parallel, **OPTIONS) == replies
+    before = {name: value.clone() for name, value in random_policy.model.state_dict().items()}
+    assert reply_files.sample_replies(random_policy, samples, parallel, **OPTIONS) == replies
     assert parallel.read_bytes() == alone.read_bytes()
-    after = policy.model.state_dict()
+    after = random_policy.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 

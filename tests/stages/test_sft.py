@@ -1,6 +1,5 @@
 """Stage 02 on a random model."""
 
-import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -134,14 +133,6 @@ def test_an_image_goes_through_the_tower_once_and_a_prompt_is_encoded_once(tmp_p
     checked_before = {digest for sample in rows[0][:4] for digest in image_digests(sample.images)}
     assert sum(seen) == len(digests - checked_before) > 20
     assert len(trainer.cache.texts) == len(trainer.completions) == len(rows[0])
-
-
-def test_between_bf16_products_the_language_model_stays_in_bf16(load_policy, float32):
-    model = load_policy(dataclasses.replace(float32, autocast=True)).model
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()
-              if parameter.dtype.is_floating_point and "lora_" not in name}
-    assert {dtype for name, dtype in dtypes.items() if "visual" in name} == {torch.float32}
-    assert {dtype for name, dtype in dtypes.items() if "visual" not in name} == {torch.bfloat16}
 
 
 def test_answers_alone_are_learned_without_reasoning(tmp_path, stage_params):
