@@ -49,13 +49,9 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat) -> str:
     return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
 
 
-def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,
-                                 box_format: BoxFormat) -> str:
-    """"" if a model teacher's trace may teach, else why not.
-
-    Args:
-        trace, direct: the reasoned and the direct reply, as `endpoint.request_traces` gives them.
-    Returns: one of DROP_REASONS, "no reply", "up front", "reveals" or "no gain".
+def drop_reason_of_model_teacher(trace: Trace, sample: Sample, box_format: BoxFormat) -> str:
+    """"" if a model teacher's trace may teach, else one of DROP_REASONS, "no reply", "up front" or
+    "reveals".
     """
     if trace.error:
         return "no reply"
@@ -64,16 +60,7 @@ def drop_reason_of_model_teacher(trace: Trace, direct: str, sample: Sample,
     thinking = parse_reply(trace.text).thinking
     if concludes_up_front(thinking):
         return "up front"
-    if reveals_answer(thinking, sample, box_format):
-        return "reveals"
-    if sample.options or not sample.targets:
-        return ""
-    if not direct:
-        return "no reply"
-    # the teacher wrote its reasoned box knowing the truth; MG-Thinker does not say if it asks again
-    direct_iou, reasoned_iou = (reply_iou(reply, sample, box_format)
-                                for reply in (direct, trace.text))
-    return "" if reasoning_helps(direct_iou, reasoned_iou) else "no gain"
+    return "reveals" if reveals_answer(thinking, sample, box_format) else ""
 
 
 def contains_target_box(thinking: str, sample: Sample, box_format: BoxFormat) -> bool:
@@ -110,13 +97,3 @@ def reveals_answer(thinking: str, sample: Sample, box_format: BoxFormat) -> bool
             if any(iou(box, form) >= 0.5 for form in forms):
                 return True
     return False
-
-
-def reasoning_helps(direct_iou: float, reasoned_iou: float) -> bool:
-    """MG-Thinker's rule: a correct answer (IoU >= 0.5) gains 0.1 of IoU by reasoning; a wrong one
-    becomes correct or gains 0.2.
-    """
-    gain = reasoned_iou - direct_iou
-    if direct_iou >= 0.5:
-        return gain >= 0.1 - 1e-9
-    return reasoned_iou >= 0.5 or gain >= 0.2 - 1e-9

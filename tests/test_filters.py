@@ -47,26 +47,16 @@ def test_given_answers_in_any_coordinates_are_revealed():
         assert not filters.reveals_answer(text, sample, BOX_FORMAT), text
 
 
-@pytest.mark.parametrize("direct,reasoned,expected", [
-    (0.5, 0.6, True), (0.5, 0.59, False), (0.95, 1.0, False), (0.49, 0.5, True), (0.0, 0.2, True),
-    (0.0, 0.19, False), (0.3, 0.5, True), (0.6, 0.4, False)])
-def test_when_reasoning_helps(direct, reasoned, expected):
-    assert filters.reasoning_helps(direct, reasoned) == expected
-
-
 def test_each_drop_reason_of_a_model_teachers_trace():
     answer = f"<answer>{correct_answer(SAMPLE, BOX_FORMAT)}</answer>"
 
-    def drop_reason(thinking="Both show a ring.", direct="<answer>no</answer>", end=answer,
-                    error=""):
+    def drop_reason(thinking="Both show a ring.", end=answer, error=""):
         trace = Trace(f"<think>{thinking}</think>{end}", "endpoint", error)
-        return filters.drop_reason_of_model_teacher(trace, direct, SAMPLE, BOX_FORMAT)
+        return filters.drop_reason_of_model_teacher(trace, SAMPLE, BOX_FORMAT)
 
     assert drop_reason() == ""
     assert drop_reason(end="") == "format"
     assert drop_reason(error="x") == "no reply"
-    assert drop_reason(direct="") == "no reply"
-    assert drop_reason(direct=answer) == "no gain"
     assert drop_reason("The answer is in image 2.") == "up front"
     assert drop_reason("As the ground truth says.") == "reveals"
     image = SAMPLE.targets[0].image
@@ -75,7 +65,7 @@ def test_each_drop_reason_of_a_model_teachers_trace():
     choice = next(iter_free_form("cot", 1))
     reply = f"<think>It shows one.</think><answer>{choice.letter}</answer>"
     trace = Trace(reply, "endpoint", "")
-    assert filters.drop_reason_of_model_teacher(trace, "", choice, BOX_FORMAT) == ""
+    assert filters.drop_reason_of_model_teacher(trace, choice, BOX_FORMAT) == ""
 
 
 @given(st.text(max_size=40))

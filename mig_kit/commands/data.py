@@ -67,7 +67,7 @@ def import_command(form: str, file: Path, out: Path, root: Path | None) -> None:
 
 
 @data.command("export")
-@click.argument("engine", type=click.Choice(["verl", "swift", "trl"]))
+@click.argument("engine", type=click.Choice(["verl", "swift"]))
 @click.argument("run_id", metavar="RUN")
 @click.option("--out", required=True, type=NEW_FOLDER, help="The new folder.")
 @click.option("--gpus", default=8, type=click.IntRange(1), help="GPUs of a node, in config.yaml.")

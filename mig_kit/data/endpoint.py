@@ -1,7 +1,7 @@
 """Stage 01 with a model teacher: traces from any OpenAI-compatible endpoint (vLLM, SGLang, hosted).
 
-Each sample costs two calls, a trace and a direct answer. Finished calls are logged at once and
-never made again. The key comes from the environment variable MIG_KIT_API_KEY alone.
+Finished calls are logged at once and never made again. The key comes from the environment variable
+MIG_KIT_API_KEY alone.
 """
 
 import hashlib
@@ -26,16 +26,9 @@ from mig_kit.openai_client import (
     redact,
     request_completion,
 )
-from mig_kit.prompts import (
-    CHOICE_INSTRUCTION,
-    GROUNDING_INSTRUCTION,
-    correct_answers,
-    format_question,
-    image_label,
-)
+from mig_kit.prompts import correct_answers, format_question, image_label
 from mig_kit.sample import Sample, Trace
 
-KINDS = ("trace", "direct")
 # As in MG-Thinker (section 3.2, appendix B), the teacher gets the verified answer and must not
 # reveal it. The wording is ours; edit it to try another.
 RULES = ("Inside <think>, reason from what is visible, step by step: note what is characteristic "
@@ -47,9 +40,6 @@ COORDINATES_IN_RULES = {
     "absolute": "pixels of the images as you see them",
     "normalized_1000": "thousandths of an image's width and height",
 }
-DIRECT_INSTRUCTION = ('Do not reason. Reply with nothing but '
-                      '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
-DIRECT_CHOICE_INSTRUCTION = "Do not reason. Reply with nothing but the letter in <answer></answer>."
 MAX_FAILURES_IN_A_ROW = 10
 COUNTS = ("prompt_tokens", "completion_tokens")
 FAILURES = ("abort", "error")  # finish_reasons of no reply
@@ -66,21 +56,17 @@ class Endpoint:
     temperature: float = 0.0
 
 
-def teacher_prompt(sample: Sample, kind: str, box_format: BoxFormat) -> str:
-    """The text after the images; kind: "trace", or "direct", without truth and without thinking."""
-    question = format_question(sample, box_format)
-    if kind == "direct":
-        question = question.removesuffix(CHOICE_INSTRUCTION).removesuffix(GROUNDING_INSTRUCTION)
-        return question + (DIRECT_CHOICE_INSTRUCTION if sample.options else DIRECT_INSTRUCTION)
+def teacher_prompt(sample: Sample, box_format: BoxFormat) -> str:
+    """The text after the images: the question, the rules, and the verified answer."""
     truth = " or ".join(correct_answers(sample, box_format))
     rules = RULES.format(coordinates=COORDINATES_IN_RULES[box_format.coordinates])
     return ("You are an expert at reading several images together.\n\n"
-            f"Question: {question}\n\n{rules}\n\n"
+            f"Question: {format_question(sample, box_format)}\n\n{rules}\n\n"
             "Only to check your conclusion, and never to be mentioned: "
             f"the verified answer is {truth}.")
 
 
-def teacher_messages(sample: Sample, kind: str, box_format: BoxFormat) -> list[dict]:
+def teacher_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
     """The chat in OpenAI's form: numbered images with their sizes, as JPEG, then the text."""
     content: list[dict] = []
     for number, image in enumerate(sample.images, 1):
@@ -89,28 +75,18 @@ def teacher_messages(sample: Sample, kind: str, box_format: BoxFormat) -> list[d
         url = to_data_url(resized, "JPEG", quality=95, subsampling=0)
         content += [{"type": "text", "text": image_label(number, size)},
                     {"type": "image_url", "image_url": {"url": url}}]
-    content.append({"type": "text", "text": teacher_prompt(sample, kind, box_format)})
+    content.append({"type": "text", "text": teacher_prompt(sample, box_format)})
     return [{"role": "user", "content": content}]
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call to the teacher. key: a hash of all that decides the reply; kind: one of KINDS."""
-
-    key: str
-    kind: str
-    sample: Sample
-    box_format: BoxFormat
-
-
-def make_call(sample: Sample, kind: str, endpoint: Endpoint, box_format: BoxFormat) -> Call:
-    """The call with its key: model, settings, text and images, but not the server's address."""
-    settings = [endpoint.model, endpoint.max_tokens, endpoint.temperature, kind,
-                astuple(box_format), teacher_prompt(sample, kind, box_format), sample.sizes]
+def call_key(sample: Sample, endpoint: Endpoint, box_format: BoxFormat) -> str:
+    """A hash of all that decides the reply: model, settings, text and images, not the address."""
+    settings = [endpoint.model, endpoint.max_tokens, endpoint.temperature, "trace",
+                astuple(box_format), teacher_prompt(sample, box_format), sample.sizes]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for image in image_digests(sample.images):
         digest.update(image)
-    return Call(digest.hexdigest(), kind, sample, box_format)
+    return digest.hexdigest()
 
 
 def read_log(path: Path) -> dict[str, dict]:
@@ -130,36 +106,40 @@ def read_log(path: Path) -> dict[str, dict]:
     return entries
 
 
-def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[str, dict]:
-    """Make the calls that the log `path` lacks; returns all calls by key.
+def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
+                   box_format: BoxFormat) -> list[Trace]:
+    """The teacher's trace for every sample, in order; its `error` says why there is no reply.
 
-    An entry holds the "reply", and is in the log, or says why the call "failed", and is made again
-    the next time.
+    Calls that the log `path` holds are not made again; those that failed are not in it.
 
     Args:
-        calls: read as they are needed, `concurrency` at a time.
+        samples: read as they are needed, so that of a generator's few images are in memory.
         path: in the run's folder, whose lock keeps other processes out.
     Raises: UserError after MAX_FAILURES_IN_A_ROW, with the server's words.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    keys: list[str] = []
     with path.open("ab") as file, open_client(endpoint.url) as client:
         log, requested = read_log(path), set()
 
-        def iter_new_calls() -> Iterator[Call]:
-            for call in calls:
-                if call.key not in requested and call.key not in log:
-                    requested.add(call.key)
-                    yield call
+        def iter_new_calls() -> Iterator[tuple[str, Sample]]:
+            for sample in samples:
+                key = call_key(sample, endpoint, box_format)
+                keys.append(key)
+                if key not in requested and key not in log:
+                    requested.add(key)
+                    yield key, sample
 
-        def work(call: Call) -> tuple[Call, dict]:
-            return call, _request_reply(endpoint, client, call)
+        def work(call: tuple[str, Sample]) -> dict:
+            key, sample = call
+            return {"key": key, "id": sample.id, "model": endpoint.model,
+                    **_request_reply(endpoint, client, teacher_messages(sample, box_format))}
 
         failures_in_a_row = 0
-        for call, entry in iter_results(work, iter_new_calls(), endpoint.concurrency):
-            log[call.key] = {"key": call.key, "id": call.sample.id, "kind": call.kind,
-                             "model": endpoint.model, **entry}
+        for entry in iter_results(work, iter_new_calls(), endpoint.concurrency):
+            log[entry["key"]] = entry
             if "reply" in entry:
-                file.write((json.dumps(log[call.key]) + "\n").encode())
+                file.write((json.dumps(entry) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
             failure = find_failure(entry, endpoint)
@@ -169,16 +149,16 @@ def make_calls(endpoint: Endpoint, calls: Iterable[Call], path: Path) -> dict[st
                                 f"{failure}; finished calls are kept: check endpoint_url, "
                                 f"endpoint_model and the variable {KEY_VARIABLE} (cut replies: "
                                 "raise max_tokens of notebook 01's Endpoint), and start again")
-    return log
+    return [Trace(log[key].get("reply", ""), "endpoint", find_failure(log[key], endpoint))
+            for key in keys]
 
 
-def _request_reply(endpoint: Endpoint, client, call: Call) -> dict:
-    """What the call's entry in the log says besides its key."""
+def _request_reply(endpoint: Endpoint, client, messages: list[dict]) -> dict:
+    """What a call's entry in the log says of the reply, or why it failed."""
     try:
         answer = request_completion(client, {
             "model": endpoint.model, "temperature": endpoint.temperature,
-            "messages": teacher_messages(call.sample, call.kind, call.box_format),
-            "max_tokens": endpoint.max_tokens})
+            "messages": messages, "max_tokens": endpoint.max_tokens})
         reply, reason = read_choice(answer["choices"][0])
     except RequestFailed as failure:
         return {"failed": str(failure)}
@@ -199,32 +179,6 @@ def find_failure(entry: dict, endpoint: Endpoint) -> str:
     if reason == "length":
         return f"cut at {endpoint.max_tokens} tokens (finish_reason length)"
     return f"a reply without a text (finish_reason {reason or 'unknown'})"
-
-
-def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
-                   box_format: BoxFormat) -> tuple[list[Trace], list[str]]:
-    """The teacher's trace and its direct answer for every sample, in order; "" for no answer.
-
-    Args:
-        samples: of a generator, images are in memory only while the teacher is asked about them.
-        path: the log of finished calls.
-    Returns: (traces, direct answers); a trace's `error` says why there is no reply.
-    Raises: as `make_calls`.
-    """
-    keys: dict[str, list[str]] = {kind: [] for kind in KINDS}
-
-    def iter_calls() -> Iterator[Call]:
-        for sample in samples:
-            for kind in KINDS:
-                call = make_call(sample, kind, endpoint, box_format)
-                keys[kind].append(call.key)
-                yield call
-
-    log = make_calls(endpoint, iter_calls(), path)
-    traces, direct = ([log[key] for key in keys[kind]] for kind in KINDS)
-    return ([Trace(entry.get("reply", ""), "endpoint", find_failure(entry, endpoint))
-             for entry in traces],
-            ["" if find_failure(entry, endpoint) else entry["reply"] for entry in direct])
 
 
 def summarize_usage(path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""`mig-kit data export`: prompts, rewards and the recipe's values for verl, ms-swift and TRL.
+"""`mig-kit data export`: prompts, rewards and the recipe's values for verl and ms-swift.
 
 Images are written at the size the model sees, so that no engine resizes them again and boxes stay
 in the kit's coordinates. The kit's rewards come along in a reward.py of the engine's form.
@@ -36,8 +36,7 @@ VERL_MEANS = {"dapo": "token-mean", "grpo": "seq-mean-token-mean",
               "dr_grpo": "seq-mean-token-sum-norm"}
 COMMANDS = {
     "verl": "python3 -m verl.trainer.main_ppo --config-dir {out} --config-name config",
-    "swift": "NPROC_PER_NODE={gpus} swift rlhf {out}/config.yaml",
-    "trl": "accelerate launch --num_processes {gpus} {out}/train.py"}
+    "swift": "NPROC_PER_NODE={gpus} swift rlhf {out}/config.yaml"}
 
 
 @dataclass(frozen=True)
@@ -131,14 +130,11 @@ def _write_texts(engine: str, recipe: Recipe, values: dict, notes: list[str], fo
         return Template((TEMPLATES / template).read_text()).substitute(values)
 
     shared = {} if engine == "verl" else {name: values[name] for name in SHARED}
-    shared |= recipe.further if engine == "trl" else {}
     texts = {"config.yaml": "".join(f"# {note}\n" for note in notes)
              + (yaml.safe_dump(shared) if shared else "")
              + fill(f"{engine}.yaml.in", {key: json.dumps(value) for key, value in values.items()}),
              "reward.py": fill("reward.py.in", {key: repr(value) for key, value in values.items()})
              + fill(f"{engine}.py.in", {})}
-    if engine == "trl":
-        texts["train.py"] = (TEMPLATES / "train.py.in").read_text()
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
     for path in recipe.reward_files:
@@ -185,14 +181,14 @@ def _differences(engine: str, recipe: Recipe) -> list[str]:
     """What the engine computes otherwise than stage 05; UserError for a loss that it lacks."""
     p = recipe.params
     left_out = [f"{name} {value}" for name, value in recipe.further.items()
-                if engine != "trl" and (engine, name) != ("swift", "adam_beta2")]
+                if (engine, name) != ("swift", "adam_beta2")]
     remarks = [f"it does not get what the run sets besides: {', '.join(left_out)}"] * bool(left_out)
     if engine != "verl":
         return remarks
     if p["loss_type"] not in VERL_MEANS or p["importance_sampling_level"] != "token":
         raise UserError(f"verl takes the loss_type {', '.join(VERL_MEANS)} with ratios per "
                          f"token, not {p['loss_type']} per {p['importance_sampling_level']}; "
-                         "export for trl, or set another loss in --profile")
+                         "export for swift, or set another loss in --profile")
     facts = {
         "advantages are divided by the group's standard deviation, not by the batch's":
             p["scale_rewards"] == "batch",
@@ -224,14 +220,13 @@ def _write_rows(engine: str, questions: Iterator[tuple[str, Sample]], encode: Ca
         question, messages = question_to_json(sample), [{"role": "user", "content": text}]
         # engines take a relative path from where they are started
         paths = [f"{out}/{name}" for name in names]
-        rows.append({
-            "verl": {"data_source": "mig-kit", "prompt": messages,
-                     "images": [{"image": path} for path in paths],
-                     "reward_model": {"style": "rule", "ground_truth": question},
-                     "extra_info": {"index": number, "id": sample.id}},
-            "swift": {"messages": messages, "images": paths, "question": question},
-            "trl": {"text": text, "images": names, "question": question}}[engine])
-    if engine != "verl":
+        rows.append({"messages": messages, "images": paths, "question": question}
+                    if engine == "swift" else {
+            "data_source": "mig-kit", "prompt": messages,
+            "images": [{"image": path} for path in paths],
+            "reward_model": {"style": "rule", "ground_truth": question},
+            "extra_info": {"index": number, "id": sample.id}})
+    if engine == "swift":
         return write_json_lines(folder / "train.jsonl", rows)
     from pyarrow import Table, parquet  # of an extra
 

@@ -15,7 +15,7 @@ from mig_kit import filters
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.common import UserError
 from mig_kit.data import endpoint
-from mig_kit.data.endpoint import DIRECT_CHOICE_INSTRUCTION, teacher_prompt
+from mig_kit.data.endpoint import teacher_prompt
 from mig_kit.prompts import format_answer
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
@@ -48,8 +48,7 @@ def make_samples(count=3):
 
 def request_traces(server, path, samples, **changes):
     fields = {"url": server.url, "model": "m", **changes}
-    replies = endpoint.request_traces(samples, endpoint.Endpoint(**fields), path, BOX_FORMAT)
-    return tuple(map(list, replies))
+    return endpoint.request_traces(samples, endpoint.Endpoint(**fields), path, BOX_FORMAT)
 
 
 def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
@@ -57,17 +56,15 @@ def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
     path, samples = tmp_path / "calls.jsonl", make_samples(6)
     samples_with_a_repeat = [*samples, samples[0]]
     for _ in range(2):
-        traces, direct = request_traces(server, path, iter(samples_with_a_repeat))
+        traces = request_traces(server, path, iter(samples_with_a_repeat))
         assert [trace.text for trace in traces] == [
-            teacher_prompt(sample, "trace", BOX_FORMAT) for sample in samples_with_a_repeat]
-        assert direct == [
-            teacher_prompt(sample, "direct", BOX_FORMAT) for sample in samples_with_a_repeat]
-        assert server.total == 12  # once each, the repeat and the second run included
+            teacher_prompt(sample, BOX_FORMAT) for sample in samples_with_a_repeat]
+        assert server.total == 6  # once each, the repeat and the second run included
     assert endpoint.summarize_usage(path) == {
-        "calls": 12, "prompt_tokens": 1200, "completion_tokens": 120,
+        "calls": 6, "prompt_tokens": 600, "completion_tokens": 60,
         "without_counts": 0}
     request_traces(server, path, samples, model="other")
-    assert server.total == 24  # another model's replies are other replies
+    assert server.total == 12  # another model's replies are other replies
 
 
 @pytest.mark.parametrize("body", [
@@ -76,10 +73,10 @@ def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
     {"choices": [{"message": {"content": "half"}, "finish_reason": "abort"}]}])
 def test_an_answer_that_is_no_completion_is_asked_for_again_next_time(serve, tmp_path, body):
     server = serve(lambda nth, _: (200, body if server.total == 1 else completion()))
-    traces, direct = request_traces(server, tmp_path / "c", make_samples(1), concurrency=1)
-    assert server.total == 2 and traces[0].error and direct[0]
-    traces, _ = request_traces(server, tmp_path / "c", make_samples(1))
-    assert server.total == 3 and not traces[0].error
+    first, second = request_traces(server, tmp_path / "c", make_samples(2), concurrency=1)
+    assert server.total == 2 and first.error and not second.error
+    first, _ = request_traces(server, tmp_path / "c", make_samples(2))
+    assert server.total == 3 and not first.error
 
 
 ANSWER = "<answer>x</answer>"
@@ -98,10 +95,10 @@ def test_a_reply_has_its_reasoning_or_says_why_it_has_no_text(serve, tmp_path, m
     server = serve(lambda nth, _: (200, {"choices": [{"message": message,
                                                       "finish_reason": reason}]}))
     for _ in range(2):
-        (trace,), (direct,) = request_traces(server, tmp_path / "c", make_samples(1))
+        (trace,) = request_traces(server, tmp_path / "c", make_samples(1))
         assert trace.text.strip() == text and trace.error.startswith(error)
-        assert direct == ("" if error else text) and bool(trace.error) == bool(error)
-    assert server.total == 2, "a call that was paid for was made again"
+        assert bool(trace.error) == bool(error)
+    assert server.total == 1, "a call that was paid for was made again"
 
 
 @pytest.mark.parametrize(("answer", "changes", "sentence", "total"), [
@@ -119,23 +116,24 @@ def test_giving_up_is_counted_and_asked_again_next_time(serve, tmp_path):
     is_broken = [True]
     server = serve(lambda nth, body: (500, b"") if is_broken[0] else (200, completion()))
     path, samples = tmp_path / "c", make_samples(2)
-    traces, direct = request_traces(server, path, samples)
-    assert server.total == 24 and direct == ["", ""] and all(trace.error for trace in traces)
-    reason = filters.drop_reason_of_model_teacher(traces[0], direct[0], samples[0], BOX_FORMAT)
+    traces = request_traces(server, path, samples)
+    assert server.total == 12 and all(trace.error for trace in traces)
+    reason = filters.drop_reason_of_model_teacher(traces[0], samples[0], BOX_FORMAT)
     assert reason == "no reply" and endpoint.summarize_usage(path)["calls"] == 0
     is_broken[0] = False
-    traces, _ = request_traces(server, path, samples)
-    assert server.total == 28 and not any(trace.error for trace in traces)
+    traces = request_traces(server, path, samples)
+    assert server.total == 14 and not any(trace.error for trace in traces)
 
 
 def test_a_refused_request_is_named_and_no_other_is_repeated(serve, tmp_path):
     refusal = (400, {"error": "too many images"})
-    server = serve(lambda nth, body: refusal if "check" in str(body) else (
+    first = teacher_prompt(make_samples(1)[0], BOX_FORMAT)
+    server = serve(lambda nth, body: refusal if question_text(body) == first else (
         200, completion(prompt_tokens=None)))
-    for total in (4, 6):
-        traces, direct = request_traces(server, tmp_path / "c", make_samples(2))
-        assert server.total == total and all(direct)
-        assert all("too many images" in trace.error for trace in traces)
+    for total in (3, 4):
+        traces = request_traces(server, tmp_path / "c", make_samples(3))
+        assert server.total == total and "too many images" in traces[0].error
+        assert not traces[1].error and not traces[2].error
     usage = endpoint.summarize_usage(tmp_path / "c")
     assert usage["calls"] == usage["without_counts"] == 2
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (0, 20)
@@ -161,7 +159,7 @@ def test_the_key_comes_from_its_own_variable_alone_and_is_taken_out_of_replies(
     request_traces(server, tmp_path / "a", make_samples(1))
     assert server.headers[-1]["authorization"] == "Bearer none"
     monkeypatch.setenv(endpoint.KEY_VARIABLE, "sk-very-secret")
-    traces, _ = request_traces(server, tmp_path / "b", make_samples(1))
+    traces = request_traces(server, tmp_path / "b", make_samples(1))
     assert traces[0].text == "you sent ***"
     assert b"secret" not in (tmp_path / "b").read_bytes()
 
@@ -171,7 +169,7 @@ import pathlib, sys
 from mig_kit.boxes import BoxFormat
 from mig_kit.data import endpoint
 from mig_kit.world.tasks import make_sample
-samples = [make_sample("diff", "cot", i) for i in range(10)]
+samples = [make_sample("diff", "cot", i) for i in range(20)]
 teacher = endpoint.Endpoint(sys.argv[1], "m", concurrency=3)
 endpoint.request_traces(samples, teacher, pathlib.Path(sys.argv[2]), BoxFormat())
 """
@@ -191,10 +189,10 @@ def test_killed_and_resumed_no_finished_call_is_repeated(serve, tmp_path):
     assert 5 <= done < 20 and before - done <= 3  # at most the calls under way
     with path.open("ab") as file:
         file.write(b'{"key": "cut')  # as if the kill had met a write
-    samples = [make_sample("diff", "cot", i) for i in range(10)]
-    traces, direct = request_traces(server, path, samples, concurrency=3)
+    samples = [make_sample("diff", "cot", i) for i in range(20)]
+    traces = request_traces(server, path, samples, concurrency=3)
     assert server.total == before + 20 - done
-    assert all(direct) and not any(trace.error for trace in traces)
+    assert not any(trace.error for trace in traces)
     assert path.read_bytes().count(b"\n") == 20 == endpoint.summarize_usage(path)["calls"]
 
 
@@ -210,24 +208,21 @@ def test_what_is_sent(serve, tmp_path):
     server = serve(lambda nth, body: (200, completion()))
     sample = make_sample("refer_grounding", "cot", 1)
     request_traces(server, tmp_path / "c", [sample], max_tokens=77, concurrency=1)
-    trace, direct = server.bodies
+    (trace,) = server.bodies
     assert trace["model"] == "m" and trace["max_tokens"] == 77
     assert trace["temperature"] == 0
     target = sample.targets[0]
     box = to_model_box(target.box, sample.sizes[target.image - 1], BOX_FORMAT)
     answer = format_answer(target.image, box)
-    trace_texts, direct_texts = ([part.get("text", "") for part in body["messages"][0]["content"]]
-                                 for body in (trace, direct))
-    assert answer in trace_texts[-1] and answer not in "".join(direct_texts)
-    assert "Do not write coordinates" in trace_texts[-1] and "<think>" not in direct_texts[-1]
-    assert trace_texts[0].startswith("Image 1 (")
+    texts = [part.get("text", "") for part in trace["messages"][0]["content"]]
+    assert answer in texts[-1] and "Do not write coordinates" in texts[-1]
+    assert texts[0].startswith("Image 1 (")
     images = [part["image_url"]["url"] for part in trace["messages"][0]["content"]
               if part["type"] == "image_url"]
     assert len(images) == len(sample.images)
     assert all(url.startswith("data:image/jpeg;base64,") for url in images)
     choice = next(iter_free_form("cot", 1))
-    assert f"answer is {choice.letter}." in teacher_prompt(choice, "trace", BOX_FORMAT)
-    assert teacher_prompt(choice, "direct", BOX_FORMAT).endswith(DIRECT_CHOICE_INSTRUCTION)
+    assert f"answer is {choice.letter}." in teacher_prompt(choice, BOX_FORMAT)
 
 
 @pytest.mark.slow
@@ -240,11 +235,11 @@ def test_a_real_server_with_the_tiny_base(tmp_path):
     with running_server(sys.executable, script, loading.TINY_BASE) as url:
         teacher = endpoint.Endpoint(url, str(loading.TINY_BASE), max_tokens=60,
                                     concurrency=2)
-        traces, direct = endpoint.request_traces(samples, teacher, path, BOX_FORMAT)
+        traces = endpoint.request_traces(samples, teacher, path, BOX_FORMAT)
         assert {trace.error for trace in traces} <= {"", "cut at 60 tokens (finish_reason length)"}
         assert any(trace.text for trace in traces)
     usage = endpoint.summarize_usage(path)
-    assert usage["calls"] == 6 and usage["without_counts"] == 0
-    assert usage["prompt_tokens"] > 6 * 50 and 0 < usage["completion_tokens"] <= 6 * 60
-    again, _ = endpoint.request_traces(samples, teacher, path, BOX_FORMAT)  # from the log alone
-    assert list(again) == list(traces)
+    assert usage["calls"] == 3 and usage["without_counts"] == 0
+    assert usage["prompt_tokens"] > 3 * 50 and 0 < usage["completion_tokens"] <= 3 * 60
+    again = endpoint.request_traces(samples, teacher, path, BOX_FORMAT)  # from the log alone
+    assert again == traces

@@ -26,8 +26,7 @@ from mig_kit.prompts import correct_answer
 from mig_kit.training.reward_loading import load_rewards, score_functions
 
 SIZES = ((40, 30), (300, 200), (1600, 900))  # enlarged, nearly kept, shrunk
-FILES = {"verl": ["images", "train.parquet"],
-         "swift": ["images", "train.jsonl"], "trl": ["images", "train.jsonl", "train.py"]}
+FILES = {"verl": ["images", "train.parquet"], "swift": ["images", "train.jsonl"]}
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +64,10 @@ def judged(questions):
     return rows
 
 
-def export(engine, samples, out, trl=None):
+def export(engine, samples, out, further=None):
     """Export questions with the values of the profile tiny, for one GPU."""
     params = profile_params("05_grpo") | profile_params("01_synthesize")
-    recipe = exports.Recipe("mine", samples, params, str(PACKAGE / "tiny_base"), trl or {})
+    recipe = exports.Recipe("mine", samples, params, str(PACKAGE / "tiny_base"), further or {})
     return exports.write_export(engine, recipe, out, 1)
 
 
@@ -91,27 +90,20 @@ def test_rewards_are_the_kits(engine, questions, judged, tmp_path, monkeypatch):
         "verl": lambda: [module.compute_score("mig-kit", reply, text)["score"]
                          for reply, text in zip(replies, facts)],
         "swift": lambda: sum_columns(module, [swift.orms[f"mig_{name}"]()(replies, question=facts)
-                                              for name in module.WEIGHTS]),
-        "trl": lambda: sum_columns(module, [
-            function(completions=[[{"content": reply}] for reply in replies], question=facts)
-            for function in module.REWARD_FUNCTIONS])}[engine]()
+                                              for name in module.WEIGHTS])}[engine]()
     assert scores == [value for *_, value in ten]
 
 
-@pytest.mark.parametrize("engine", ["swift", "trl"])
-def test_settings_that_a_run_has_besides_are_handed_over_or_named(engine, questions, tmp_path):
+def test_settings_that_a_run_has_besides_are_handed_over_or_named(questions, tmp_path):
     folder = tmp_path / "out.tmp"
     folder.mkdir()
     (folder / "mine").touch()  # no export deletes what it has not made
-    differences = export(engine, questions, tmp_path / "out",
+    differences = export("swift", questions, tmp_path / "out",
                          {"adam_beta2": 0.9, "max_grad_norm": 0.2})
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert config["adam_beta2"] == 0.9 and (folder / "mine").is_file()
-    if engine == "trl":
-        assert config["max_grad_norm"] == 0.2 and not differences
-    else:
-        assert "max_grad_norm 0.2" in differences[-1] and differences[-1] in (
-            tmp_path / "out" / "config.yaml").read_text()
+    assert "max_grad_norm 0.2" in differences[-1] and differences[-1] in (
+        tmp_path / "out" / "config.yaml").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
 
 
@@ -122,7 +114,7 @@ def sum_columns(module, columns):
 
 def test_a_run_is_handed_over_with_its_own_values(smoke_runs, tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(smoke_runs))
-    code, said = call("export", "trl", "smoke", "--out", tmp_path / "out", "--gpus", 1)
+    code, said = call("export", "swift", "smoke", "--out", tmp_path / "out", "--gpus", 1)
     metrics = json.loads((smoke_runs / "smoke/04_rejection_sampling/metrics.json").read_text())
     assert code == 0 and f"{metrics['kept']} prompts" in said
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
@@ -132,7 +124,7 @@ def test_a_run_is_handed_over_with_its_own_values(smoke_runs, tmp_path, monkeypa
         shutil.copytree(smoke_runs / "smoke" / stage, tmp_path / "runs/early" / stage)
     shutil.copy(smoke_runs / "smoke/profile.txt", tmp_path / "runs/early")
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
-    assert call("export", "trl", "early", "--out", tmp_path / "early", "--gpus", 1)[0] == 0
+    assert call("export", "swift", "early", "--out", tmp_path / "early", "--gpus", 1)[0] == 0
     early = yaml.safe_load((tmp_path / "early" / "config.yaml").read_text())
     assert (early["max_steps"], early["num_generations"]) == (2, 4)
     for stage, name in (("03_merge", "merged"), ("05_grpo", "model")):

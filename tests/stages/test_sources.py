@@ -128,10 +128,7 @@ def test_a_set_that_stays_empty_is_one_sentence(params, own_file, tmp_path):
 def test_an_endpoint_writes_traces_for_own_data(own_file, tmp_path):
     """The teacher concludes up front in every fifth reply, else answers as it should."""
     def plan(nth, body):
-        words = question_text(body)
-        if "the verified answer is" not in words:
-            return 200, completion("<answer>I do not know</answer>")
-        answer = words.split("the verified answer is ")[1].rstrip(".")
+        answer = question_text(body).split("the verified answer is ")[1].rstrip(".")
         first_sentence = "Both images show things."
         if server.total % 5 == 0:
             first_sentence = "The answer is in image 1."
@@ -147,7 +144,7 @@ def test_an_endpoint_writes_traces_for_own_data(own_file, tmp_path):
     output_of("run", "01", *options, *overrides, **environment)
     metrics = json.loads((runs / "t/01_synthesize/metrics.json").read_text())
     traces, teacher = metrics["traces"], metrics["teacher"]
-    assert server.total == teacher["calls"] == 2 * traces["total"]
+    assert server.total == teacher["calls"] == traces["total"]
     assert traces["kept"] == metrics["sizes"]["cot"] > 0 and traces["dropped"]["up front"] > 0
     kept = read_samples(runs / "t/01_synthesize/cot.parquet")
     assert kept[0].suite == "own" and kept[0].images.encoded[0].content.is_file()
