@@ -110,8 +110,8 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     if adapter and isinstance(run_model.folder, ServedName):
         raise UserError("--adapter is merged into a model that the kit loads; have the server "
                          "load it, and give --model the adapter's name there")
-    if adapter and (remark := check_adapter_base(adapter, run_model.folder, four_bit)):
-        click.echo(f"warning: {remark}", err=True)
+    if adapter:
+        check_adapter_base(adapter, run_model.folder, four_bit)
     params = SimpleNamespace(**validate_params(
         {**run_model.evaluation, **chosen, "replies": 0}, EVALUATE))
     hardware = loading.choose_hardware(params.dtype, params.device)

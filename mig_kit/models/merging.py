@@ -3,7 +3,6 @@
 Each tensor is read from the base, rounded to NF4 if training saw it in 4 bits, merged and written.
 """
 
-import copy
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from mig_kit.common import UserError, apply_umask, release_memory, write_json
+from mig_kit.common import apply_umask, release_memory, write_json
 from mig_kit.models.adapters import (
     Adapter,
     check_adapter_base,
@@ -34,7 +33,6 @@ from mig_kit.models.model_folders import (
 from mig_kit.models.processors import StillImageProcessor
 
 SHARD_BYTES = 2 * 2**30
-MOST_MERGE_ERROR = 0.03  # of a layer's largest output: bfloat16 rounds its weights
 
 
 def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: Hardware,
@@ -43,11 +41,11 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
 
     Args:
         folder: replaced if it exists.
-        hardware: its dtype is that of the merge, whose result is PEFT's merge_and_unload's.
+        hardware: its dtype is that of the merge.
         processor: is saved beside the weights.
         four_bit: merge into weights that are rounded to NF4, as `load_model(..., four_bit=True)`
             computes with them.
-    Raises: UserError for another model's adapter, or one that cannot be merged.
+    Raises: UserError for another model's adapter, or one that is no plain LoRA.
     """
     check_weights(base)
     config = load_config(base)
@@ -71,14 +69,8 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
 
     def merge(saved_name: str) -> torch.Tensor:
         name = names[saved_name]
-        layer_name, _, part = name.rpartition(".")
-        if layer_name not in lora.modules or part != "weight":
-            return read(saved_name, name)
-        layer = copy.deepcopy(model.get_submodule(layer_name))
-        prefix = saved_name.removesuffix(part)  # as the base's files say it
-        layer.load_state_dict({key: read(prefix + key, f"{layer_name}.{key}")
-                               for key in layer.state_dict()}, assign=True)
-        return merge_layer(lora, layer_name, layer)[part]
+        tensor, layer = read(saved_name, name), name.removesuffix(".weight")
+        return add_lora(tensor, lora, layer) if layer in lora.matrices else tensor
 
     for file, saved_names in shards.filename_to_tensors.items():
         shard = {name: merge(name).detach().cpu().contiguous() for name in saved_names}
@@ -95,50 +87,13 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     temporary.replace(folder)
 
 
-def merge_layer(adapter: Adapter, name: str, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Merges an adapter into one layer, W + alpha / r * B A for a plain LoRA.
+def add_lora(weight: torch.Tensor, adapter: Adapter, name: str) -> torch.Tensor:
+    """W + alpha / r * B A for the module `name`, bit for bit as PEFT's merge_and_unload.
 
-    PEFT computes B A in float32, and adds it in the weight's dtype. The adapter's start must leave
-    the base as it is, and the merged layer must compute what the layer did with the adapter.
-
-    layer: the module `name` with the base's weights, which may change.
-    Returns: the layer's parameters by their names in it.
-    Raises: UserError if PEFT cannot merge the adapter.
+    The product is computed in float32, and added in the weight's dtype.
     """
-    from peft import inject_adapter_in_model, set_peft_model_state_dict
-    from peft.tuners.tuners_utils import cast_adapter_dtype
-
-    root = layer
-    for part in reversed(name.split(".")):  # PEFT's patterns look at full names
-        root, inner = torch.nn.Module(), root
-        root.add_module(part, inner)
-    config = copy.copy(adapter.config)
-    config.target_modules, config.bias = [name], "none"
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.modules_to_save = config.trainable_token_indices = None
-    tensors = {f"{name}.{key}": tensor for key, tensor in adapter.modules[name].items()}
-    weight = layer.weight.detach().clone()
-    try:
-        inject_adapter_in_model(config, root)
-        adapted = root.get_submodule(name).eval()
-        if not torch.equal(adapted.get_base_layer().weight, weight):
-            raise ValueError(f"its init_lora_weights {config.init_lora_weights} changes the base")
-        cast_adapter_dtype(root, "default")
-        result = set_peft_model_state_dict(root, tensors)
-        lacking = [key for key in result.missing_keys if ".lora_" in key]
-        if lacking or result.unexpected_keys:
-            raise ValueError(f"{[*lacking, *result.unexpected_keys][0]} does not fit the settings")
-        states = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        states = states.to(weight.device, weight.dtype)
-        expected = adapted(states)
-        adapted.merge(safe_merge=True)
-        if (adapted(states) - expected).abs().max() > MOST_MERGE_ERROR * expected.abs().max():
-            raise ValueError("merged, the layer computes something else")
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"PEFT cannot merge {adapter.folder} into {name} of this base "
-                         f"({' '.join(str(error).split())[:200]}); give the base that it was "
-                         "trained on, or an adapter of another kind") from error
-    return dict(adapted.get_base_layer().named_parameters())
+    a, b = (adapter.matrices[name][part].to(weight.device, torch.float32) for part in "AB")
+    return weight + (b @ a * adapter.scale).to(weight.dtype)
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -204,9 +159,9 @@ def read_adapter(adapter: Path,
                  lora_targets: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A, B and alpha / r * B A of a plain adapter for the matrix of `read_projection`, float32."""
     lora = load_adapter(adapter)
-    matrices = lora.modules[_first_projection(lora.modules, lora_targets)]
-    a, b = (matrices[f"lora_{letter}.weight"].float() for letter in "AB")
-    return a, b, b @ a * (lora.config.lora_alpha / lora.config.r)
+    matrices = lora.matrices[_first_projection(lora.matrices, lora_targets)]
+    a, b = matrices["A"].float(), matrices["B"].float()
+    return a, b, b @ a * lora.scale
 
 
 def _first_projection(names: Iterable[str], lora_targets: str) -> str:

@@ -1,7 +1,7 @@
 """Stage 03: merge the adapter into the weights that training saw.
 
 QLoRA trains the adapter on NF4 weights, so it belongs to the dequantised base. Merging into other
-weights gives another model; `compare_merge_methods` measures by how much.
+weights gives another model; `measure_merge_gaps` says by how much.
 """
 
 import gc
@@ -38,11 +38,11 @@ def load_trained_model(base: str | Path, adapter: Path, hardware: Hardware) -> P
     return train_mode_for_4bit_layers(PeftModel.from_pretrained(quantised, adapter))
 
 
-def merge_for_comparison(base: str | Path, adapter: Path, hardware: Hardware,
-                         method: str = DEQUANTISED) -> VisionLanguageModel:
-    """The base with the adapter merged in memory by PEFT; method: DEQUANTISED or FOUR_BIT.
+def merge_in_memory(base: str | Path, adapter: Path, hardware: Hardware,
+                    method: str = DEQUANTISED) -> VisionLanguageModel:
+    """The base with the adapter merged by PEFT, to be measured; method: DEQUANTISED or FOUR_BIT.
 
-    Only for the comparison: the stage writes its model with `write_merged_model`.
+    The stage's own model is written by `write_merged_model`.
     """
     if method == FOUR_BIT:
         trained = load_trained_model(base, adapter, hardware)
@@ -58,9 +58,9 @@ def choose_merge_methods(base: str | Path) -> tuple[str, ...]:
     return (ORIGINAL,) if is_large else MERGE_METHODS
 
 
-def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples: list[Sample],
-                          replies: list[str], hardware: Hardware,
-                          box_format: BoxFormat) -> list[dict]:
+def measure_merge_gaps(base: str | Path, adapter: Path, merged: Path, samples: list[Sample],
+                       replies: list[str], hardware: Hardware,
+                       box_format: BoxFormat) -> list[dict]:
     """How far each merge method's model is from the trained one; one model in memory at a time.
 
     Returns: rows {"way", "mean_gap", "max_gap"}, the written folder `merged` first: mean and
@@ -83,7 +83,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
             write_merged_model(base, adapter, compared, hardware, processor, four_bit=False)
             logps = read_logps(load_model(compared, hardware, method == ORIGINAL_FOUR_BIT))
         else:
-            logps = read_logps(merge_for_comparison(base, adapter, hardware, method))
+            logps = read_logps(merge_in_memory(base, adapter, hardware, method))
         gaps = (logps - trained_logps).abs()
         rows.append({"way": method, "mean_gap": gaps.mean().item(), "max_gap": gaps.max().item()})
     for folder in (compared, compared.with_name("compared.tmp")):  # .tmp: of a killed start
@@ -96,7 +96,7 @@ def compare_merge_methods(base: str | Path, adapter: Path, merged: Path, samples
 def merge_warning(gaps: list[dict]) -> str:
     """One sentence if the merged folder is not nearest to what SFT trained, else "".
 
-    gaps: of `compare_merge_methods`.
+    gaps: of `measure_merge_gaps`.
     """
     saved, *others = gaps
     if saved["mean_gap"] >= MOST_NATS:

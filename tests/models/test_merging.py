@@ -1,13 +1,12 @@
 """Parts of merging by hand, and folders that cannot be merged."""
 
 import json
-import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from published import RELATIVES
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -19,31 +18,25 @@ from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 from mig_kit.training import resuming
 
 
-def test_a_folder_without_an_adapter_of_loras_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no adapter: it has no adapter_config.json"):
-        adapters.load_adapter(tmp_path)
-    LoHaConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
-    save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="is no plain LoRA .a LOHA., which alone is merged here"):
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no adapter: Can't find 'adapter_config.json'"):
         adapters.load_adapter(tmp_path)
 
 
 LANGUAGE = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-PLAIN = "is no plain LoRA"
-# changes to a LoraConfig -> what the refusal says, "" where the merge equals stock PEFT's
+# changes to a LoraConfig -> what the refusal names, "" where the merge equals stock PEFT's
 KINDS = [
-    ({}, ""), ({"use_rslora": True}, ""), ({"use_dora": True}, ""), ({"bias": "all"}, PLAIN),
-    *(({"init_lora_weights": start}, f"its init_lora_weights {start} changes the base")
-      for start in ("pissa", "olora")), ({"init_lora_weights": "gaussian"}, ""),
-    ({"rank_pattern": {"q_proj": 8, "1.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 9}}, ""),
-    ({"target_modules": "all-linear"}, ""),
+    ({}, ""), ({"target_modules": "all-linear"}, ""),
     ({"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}, ""),
-    ({"modules_to_save": ["norm"]}, PLAIN), ({"target_modules": ["embed_tokens"]}, PLAIN)]
+    ({"use_rslora": True}, "use_rslora"), ({"use_dora": True}, "use_dora"),
+    ({"bias": "all"}, "bias"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"), ({"modules_to_save": ["norm"]}, "modules"),
+    ({"target_modules": ["embed_tokens"]}, "embed_tokens")]
 
 
 @pytest.mark.parametrize(("changes", "refusal"), KINDS, ids=[str(kind) for kind, _ in KINDS])
 @pytest.mark.filterwarnings("ignore")
-def test_every_kind_of_lora_is_merged_as_by_peft_or_refused(
+def test_a_plain_lora_is_merged_as_by_peft_and_another_is_refused(
         changes, refusal, random_folder, float32, processor, tmp_path):
     torch.manual_seed(0)
     stock = [Qwen2_5_VLForConditionalGeneration.from_pretrained(random_folder) for _ in range(2)]
@@ -55,7 +48,7 @@ def test_every_kind_of_lora_is_merged_as_by_peft_or_refused(
     model.save_pretrained(tmp_path / "adapter")
     arguments = (random_folder, tmp_path / "adapter", tmp_path / "merged", float32, processor)
     if refusal:
-        with pytest.raises(UserError, match=refusal):
+        with pytest.raises(UserError, match=f"no plain LoRA .*{refusal}.*; merge it with PEFT"):
             merging.write_merged_model(*arguments, four_bit=False)
         assert not (tmp_path / "merged").exists()
         return
@@ -69,30 +62,6 @@ def test_every_kind_of_lora_is_merged_as_by_peft_or_refused(
     for merged, expected in zip(*others):
         assert torch.allclose(merged, expected, atol=1e-5)
     assert not torch.allclose(plain[0], others[0][0], atol=1e-2)
-
-
-@pytest.mark.parametrize(("change", "config", "sentence"), [
-    (lambda name, tensor: tensor * ("lora_A" in name), {}, "changes nothing: lora_B is 0 in all"),
-    (lambda name, tensor: tensor, {"lora_alpha": 0}, "changes nothing"),
-    (lambda name, tensor: None, {}, "changes nothing: lora_B is 0 in all 0 layers"),
-    (lambda name, tensor: tensor if "layers.0." in name else None, {},
-     "lacks 7 layers that its target_modules name, such as .*layers.1"),
-    (lambda name, tensor: tensor if "lora_A" in name else None, {}, "changes nothing"),
-    (lambda name, tensor: tensor * float("nan"), {}, "is not finite")])
-def test_an_adapter_that_changes_nothing_or_lacks_layers_is_refused(
-        change, config, sentence, random_folder, random_model, float32, processor, tmp_path):
-    model = get_peft_model(random_model, LoraConfig(r=4, target_modules=LANGUAGE))
-    for name, parameter in model.named_parameters():
-        parameter.data += 0.1 * ("lora_B" in name)
-    model.save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    settings = json.loads((path.parent / "adapter_config.json").read_text()) | config
-    (path.parent / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=sentence):
-        merging.write_merged_model(random_folder, path.parent, tmp_path / "merged", float32,
-                                   processor, four_bit=False)
 
 
 @pytest.fixture
@@ -111,32 +80,14 @@ def bases(random_folder, float32, tmp_path):
 def test_an_adapter_of_the_kit_goes_on_the_weights_that_it_was_trained_on(
         bases, float32, processor, tmp_path):
     right, other, adapter = bases
-    assert adapters.check_adapter_base(adapter, right, False) == ""
     moved = right.rename(tmp_path / "moved")
-    assert adapters.check_adapter_base(adapter, moved, False) == ""
-    assert adapters.check_adapter_base(adapter, moved, True).endswith(
-        "was trained on full weights; leave out --four-bit")
+    adapters.check_adapter_base(adapter, moved, False)
+    with pytest.raises(UserError, match="was trained on full weights; leave out --four-bit"):
+        adapters.check_adapter_base(adapter, moved, True)
     with pytest.raises(UserError, match="was not trained on the weights of .*other"):
         merging.write_merged_model(other, adapter, tmp_path / "out", float32, processor, False)
-
-
-@pytest.mark.parametrize(("name", "base", "answer"), [
-    ("{right}", "right", ""), ("../../right", "right", ""), ("{right}", "other", "refused"),
-    ("gone", "right", "says that its base is gone; whether .* cannot be known here"),
-    (None, "right", "its base is nothing; whether"), ("Qwen/A", "Qwen/A", "")])
-def test_the_base_of_an_adapter_from_elsewhere(bases, name, base, answer, tmp_path):
-    right, _, adapter = bases
     (adapter / adapters.RECORD).unlink()
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = name and name.format(right=right)
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    base = tmp_path / base if "/" not in base else base
-    if answer == "refused":
-        with pytest.raises(UserError, match="was not trained on the weights of"):
-            adapters.check_adapter_base(adapter, base)
-    else:
-        remark = adapters.check_adapter_base(adapter, base)
-        assert re.search(answer, remark) and bool(answer) == bool(remark)
+    adapters.check_adapter_base(adapter, other)  # of another trainer nothing is known
 
 
 @pytest.mark.parametrize("family", RELATIVES)

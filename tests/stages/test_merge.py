@@ -24,7 +24,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
     policy.model.save_pretrained(adapter)
     merging.write_merged_model(random_folder, adapter, folder, float32, policy.processor,
                                four_bit=True)
-    merged = merge.merge_for_comparison(random_folder, adapter, float32)
+    merged = merge.merge_in_memory(random_folder, adapter, float32)
     save_model(merged, policy.processor, tmp_path / "in memory", random_folder)
     for file in sorted((tmp_path / "in memory").iterdir()):
         assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
@@ -33,8 +33,8 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
     samples = [make_sample("diff", "val", i) for i in range(3)]
     for name in ("compared", "compared.tmp"):  # as a start that was killed leaves them
         (tmp_path / name).mkdir()
-    rows = merge.compare_merge_methods(random_folder, adapter, folder, samples,
-                                       ["<think>Compare.</think>"] * 3, float32, BOX_FORMAT)
+    rows = merge.measure_merge_gaps(random_folder, adapter, folder, samples,
+                                    ["<think>Compare.</think>"] * 3, float32, BOX_FORMAT)
     gaps = {row["way"]: row["mean_gap"] for row in rows}
     assert list(gaps) == [merge.READ_BACK, *merge.MERGE_METHODS]
     assert gaps[merge.READ_BACK] < 1e-3
@@ -68,7 +68,7 @@ def test_adapter_of_another_model_is_refused(tmp_path, random_folder, float32, p
     save_file({f"{layer}.lora_{part}.weight": torch.ones(2, 2) for part in "AB"},
               tmp_path / "adapter_model.safetensors")
     resuming.lora_config(2).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="give the base that the adapter was trained on"):
+    with pytest.raises(ValueError, match="does not have; give the base that it was trained on"):
         merging.write_merged_model(random_folder, tmp_path, tmp_path / "out", float32, processor,
                                    four_bit=True)
 
