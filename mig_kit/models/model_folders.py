@@ -1,7 +1,6 @@
 """Model folders and hub names: which families load, which files a folder must have."""
 
 import json
-import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -82,22 +81,17 @@ def read_model_type(model: str | Path, ask_hub: bool = True) -> str:
 
 
 def check_model_folder(model: str | Path) -> None:
-    """UserError if a local folder lacks files, is of none of FAMILIES, or holds two models."""
+    """UserError if a local folder is of none of FAMILIES, lacks files, or holds an adapter or two
+    models.
+    """
     path = Path(model)
     if not path.is_dir():  # a hub name, or nothing, which `load_config` says
         return
     names = {entry.name for entry in path.iterdir()}
-    adapter = names & {"adapter_config.json", "adapter_model.safetensors"}
-    if adapter and "config.json" not in names:
-        config = json.loads((path / "adapter_config.json").read_text())
-        base = config.get("base_model_name_or_path") or "ITS_BASE"
-        base = os.path.normpath(path / base) if (path / base).is_dir() else base
-        raise UserError(f"{model} holds an adapter, not a model; merge it into its base first "
-                        f"(stage 03), or ask: mig-kit eval --model {base} --adapter {model} (and "
-                        "--four-bit if 4-bit weights were under it)")
-    if adapter:
-        raise UserError(f"{model} holds {min(adapter)} beside full weights, which transformers "
-                        "would add to them once more; move it out of the folder")
+    if adapter := names & {"adapter_config.json", "adapter_model.safetensors"}:
+        raise UserError(f"{model} holds an adapter ({min(adapter)}), which transformers would add "
+                        "to a model; merge it (stage 03), ask with mig-kit eval --model ITS_BASE "
+                        f"--adapter {model}, or move it out of the folder")
     load_config(path)
     weights = {name for name in names if name.endswith(".safetensors")}
     named = ({*json.loads((path / INDEX).read_text())["weight_map"].values()} if INDEX in names
@@ -124,8 +118,7 @@ def check_weights(model: str | Path) -> None:
         _check_files(model, tuple((path, path.stat().st_size, path.stat().st_mtime_ns)
                                   for path in [*paths, find_file(model, "config.json")]))
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"the weights of {model} are cut or of another shape ({error}); copy or "
-                        "download them again") from error
+        raise UserError(f"the weights of {model}: {error}") from error
 
 
 @lru_cache(8)
@@ -169,16 +162,12 @@ def load_config(model: str | Path):
     family = read_model_type(model)
     if family and family not in FAMILIES:
         raise UserError(f"{model} is a {family}; the kit loads {', '.join(FAMILIES)}; any other "
-                         "model answers through a server (mig-kit eval --model NAME -p server URL "
-                         "--coordinates normalized_1000 or absolute), and mig-kit score judges "
-                         "the replies that it has given to a benchmark")
+                        "model answers through a server (mig-kit eval --model NAME -p server URL "
+                        "--coordinates normalized_1000 or absolute)")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
-        raise UserError(f"{model} has no configuration that can be read "
-                        f"({str(error).splitlines()[0]}); copy config.json from the model that it "
-                        "was made from, run the stage that makes it, or give a hub name such as "
-                        "Qwen/Qwen2.5-VL-7B-Instruct") from error
+        raise UserError(f"config.json of {model}: {str(error).splitlines()[0]}") from error
     if "quantization_config" in config.to_dict():
         raise UserError(f"{model} holds quantised weights, which are neither what training saw "
                          "nor what a merge gives; give the full weights (stage 03 writes them)")

@@ -54,6 +54,13 @@ class StillImageProcessor(ImagePrompts):
         # Qwen3.5 with thinking off closes the block as well; the reply then writes one of its own
         return "" if "</think>" in rest else tag + rest
 
+    @cached_property
+    def reply_ending(self) -> str:
+        """What the chat template writes after a reply, such as "<|im_end|>"."""
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]}
+                    for role, text in (("user", "Where is it?"), ("assistant", "It is there."))]
+        return super().apply_chat_template(messages, tokenize=False).rpartition("It is there.")[2]
+
     def batch_decode(self, *args, **kwargs) -> list[str]:
         """Completions as replies: the tag that the prompt has opened, then what was generated."""
         return [self.opened_tag + text for text in super().batch_decode(*args, **kwargs)]
@@ -83,9 +90,7 @@ class StillImageProcessor(ImagePrompts):
         prompt = super().apply_chat_template(conversation[:-1], *args, **asking)
         if text.startswith(prompt) and parse_reply(reply).thinking in text[len(prompt):]:
             return text
-        last = conversation[-1] | {"content": [{"type": "text", "text": "It is there."}]}
-        plain = super().apply_chat_template([*conversation[:-1], last], *args, **kwargs)
-        return prompt + self.cut_opened(reply) + plain.rpartition("It is there.")[2]
+        return prompt + self.cut_opened(reply) + self.reply_ending
 
     def save_pretrained(self, save_directory: str | Path, **kwargs):
         """Write tokenizer, chat template and image settings."""
@@ -131,9 +136,7 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         images = Qwen2VLImageProcessorPil.from_pretrained(model, **limits)
     except Exception as error:  # what reads tokenizer.json raises nothing narrower
-        raise UserError(f"tokenizer or image settings of {model} cannot be read ({error}); copy "
-                        "tokenizer.json, tokenizer_config.json and preprocessor_config.json "
-                        "again") from error
+        raise UserError(f"tokenizer or image settings of {model}: {error}") from error
     processor = StillImageProcessor(
         images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
         stock_class=PROCESSOR_MAPPING_NAMES[family], coordinates=box_format.coordinates)
@@ -160,10 +163,8 @@ def read_box_format(model: str | Path) -> BoxFormat:
             coordinates = json.loads(path.read_text())["coordinates"]
         return BoxFormat(size["shortest_edge"], size["longest_edge"], coordinates)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        cause = str(error).splitlines()[0]
-        raise UserError(f"{model} has image settings that cannot be used ({cause}); mend "
-                         f"min_pixels and max_pixels in its preprocessor_config.json, or "
-                         f"coordinates in its {SETTINGS_FILE}") from error
+        raise UserError(f"preprocessor_config.json or {SETTINGS_FILE} of {model}: "
+                        f"{error}") from error
 
 
 def describe_other_format(model: str | Path, box_format: BoxFormat) -> str:
@@ -190,25 +191,19 @@ def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
     """Raise UserError unless the template has a place for every image, asks for a reply, and ends
     one with a token at which generation ends.
     """
-    remedy = "copy chat_template.jinja or .json from the model that this one was made from"
-    if not processor.chat_template:
-        raise UserError(f"{model} has no chat template; {remedy}")
     messages = chat_messages(Sample("", "", "", "", (None, None), "Where is it?"), box_format)
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "It is there."}]}
     try:
-        without, text, with_reply = (
-            processor.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False)
-            for turns, asks in ((messages, False), (messages, True), ([*messages, reply], False)))
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template of {model} fails with {type(error).__name__}: {error}; "
-                        f"{remedy}") from error
-    if text.count(processor.image_token) != 2:
-        raise UserError(f"the chat template of {model} leaves images out; {remedy}")
-    if text == without:
-        raise UserError(f"the chat template of {model} ignores add_generation_prompt, so that no "
-                        f"prompt asks for a reply; {remedy}")
-    ending = with_reply.rpartition("It is there.")[2]
-    ids = processor.tokenizer(ending.strip(), add_special_tokens=False)["input_ids"]
+        without, text = (
+            processor.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False)
+            for asks in (False, True))
+        ending = processor.reply_ending.strip()
+    except (ValueError, jinja2.TemplateError) as error:
+        raise UserError(f"the chat template of {model}: {error}") from error
+    if text.count(processor.image_token) != 2 or text == without:
+        raise UserError(f"the chat template of {model} leaves images out, or ignores "
+                        "add_generation_prompt; copy chat_template.jinja or .json from the model "
+                        "that this one was made from")
+    ids = processor.tokenizer(ending, add_special_tokens=False)["input_ids"]
     ends = end_token_ids(load_generation_config(model), processor)
     if ids and ids[0] not in ends:
         names = processor.tokenizer.convert_ids_to_tokens([ids[0], *ends])

@@ -4,12 +4,9 @@
 """
 
 from pathlib import Path
-from types import GenericAlias
-from typing import Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from mig_kit.common import PROFILES, UserError, suggest_word
 from mig_kit.pipeline.stage_params import (
@@ -20,9 +17,8 @@ from mig_kit.pipeline.stage_params import (
     stage_fields,
 )
 
-# of pydantic's limits: what a number is then, in words
-LIMITS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}",
-          "min_length": "{} of them"}
+# what `params_text` shows of pydantic's JSON schema
+LIMITS = ("type", "enum", "minimum", "exclusiveMinimum", "maximum")
 
 
 def default_params(stage: str) -> dict:
@@ -87,17 +83,13 @@ def validate_params(values: dict, stage: str) -> dict:
 
 
 def _sentence(problem: dict, stage: str) -> str:
-    """One of pydantic's errors as a sentence of the kit."""
-    fields = MODELS[stage].model_fields
-    name = str(problem["loc"][0]) if problem["loc"] else ""
+    """pydantic's error with the parameter's name in front; a validator's own sentence as it is."""
+    name = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return unknown_parameter_message(name, "it", fields)
+        return unknown_parameter_message(name, "it", MODELS[stage].model_fields)
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    value, words = problem["input"], describe_field(fields[name])
-    is_word = get_origin(fields[name].annotation) is Literal
-    near = suggest_word(str(value), get_args(fields[name].annotation)) if is_word else ""
-    return f"{name} is {value!r}; {f'{near} It is {words}' if near else f'it must be {words}'}"
+    return f"{name} is {problem['input']!r}: {problem['msg']}"
 
 
 def unknown_parameter_message(name: str, where: str, names) -> str:
@@ -123,23 +115,14 @@ def _check_trl(settings: dict, stage: str) -> None:
             raise UserError(f"{stage}: TRL's {CONFIGS[stage]} has no '{name}'; {near}")
 
 
-def describe_field(field: FieldInfo) -> str:
-    """What a parameter may be, as "int, 2 or more"."""
-    if get_origin(field.annotation) is Literal:
-        return "one of " + ", ".join(get_args(field.annotation))
-    limits = [words.format(getattr(limit, name)) for limit in field.metadata
-              for name, words in LIMITS.items() if getattr(limit, name, None) is not None]
-    kind = field.annotation
-    return ", ".join([str(kind) if isinstance(kind, GenericAlias) else kind.__name__, *limits])
-
-
 def params_text(stage: str, profile: str = "tiny") -> str:
-    """A stage's parameters in a profile as lines: value, help, tiny's value, range."""
+    """A stage's parameters in a profile as lines: value, help, tiny's value, type and limits."""
     values, lines = profile_params(stage, profile), []
+    schema = MODELS[stage].model_json_schema()["properties"]
     for name, field in stage_fields(stage).items():
         value = yaml.safe_dump([values[name]], default_flow_style=True, sort_keys=False,
                                width=1000).strip()[1:-1]
         other = "" if values[name] == field.default else f" (tiny: {field.default})"
-        lines += [f"{name}: {value}  # {field.description}{other}",
-                  f"    # {describe_field(field)}"]
+        limits = ", ".join(f"{key} {schema[name][key]}" for key in LIMITS if key in schema[name])
+        lines += [f"{name}: {value}  # {field.description}{other}", f"    # {limits}"]
     return "\n".join(lines)

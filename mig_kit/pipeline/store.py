@@ -6,7 +6,6 @@ the folder is renamed. A stopped stage goes on there if it follows from the same
 finished stage work in NN_stage.shown, a copy that is deleted at their end.
 """
 
-import ast
 import atexit
 import json
 import os
@@ -264,10 +263,8 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     Raises: UserError as `validate_params`, `is_done` and `find_stale_inputs`, and for a damaged
         input.
     """
-    # whatever the cell assigns must be a parameter, or a mistyped -p would be ignored in silence
-    assigned = set(default_params(stage)) | _assigned_in_parameter_cells(names.get("In", []))
-    params = validate_params({name: names[name] for name in sorted(assigned) if name in names},
-                             stage)
+    params = validate_params({name: names[name] for name in default_params(stage)
+                              if name in names}, stage)
     run_id = params["run_id"]
     run_folders.require_own_stage(stage, run_id)
     root, inputs = run_folders.runs_root(), run_folders.STAGES[stage]
@@ -316,15 +313,6 @@ def _open_copy(stage: str, run_id: str) -> Path:
                     ignore=shutil.ignore_patterns("run.json", "*.ipynb"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _assigned_in_parameter_cells(cells: list[str]) -> set[str]:
-    """Names in the last run of the notebook's cell (# parameters) and of papermill's."""
-    latest = {cell.split("\n")[0]: cell for cell in cells
-              if cell.lower().startswith("# parameters")}
-    nodes = (node for cell in latest.values() for node in ast.walk(ast.parse(cell)))
-    return {node.id for node in nodes
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def _print_stage(stage: Stage) -> None:

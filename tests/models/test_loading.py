@@ -49,12 +49,12 @@ def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
 
 @pytest.mark.parametrize(("file", "content", "sentence"), [
     ("preprocessor_config.json", None, "preprocessor_config.json"),
-    ("config.json", b'{"model_type": "llama"}', "is a llama; .* -p server URL .* mig-kit score"),
+    ("config.json", b'{"model_type": "llama"}', "is a llama; .* -p server URL"),
     ("tokenizer.json", None, "tokenizer.json is missing; hf download or copy it again"),
-    ("tokenizer.json", b"{", "tokenizer or image settings of .* cannot be read"),
-    ("config.json", b"{", "config.json' is not a valid JSON file.*; copy config.json from the"),
-    ("chat_template.jinja", None, "has no chat template; copy chat_template.jinja or .json"),
-    ("chat_template.jinja", b"{% for", "of .* fails with TemplateSyntaxError: .*; copy chat_"),
+    ("tokenizer.json", b"{", "tokenizer or image settings of .*model: "),
+    ("config.json", b"{", "config.json of .*config.json' is not a valid JSON file"),
+    ("chat_template.jinja", None, "the chat template of .*model: Cannot use"),
+    ("chat_template.jinja", b"{% for", "the chat template of .*model: .*end of template"),
     ("chat_template.jinja", b"{{ messages[0].role }}", "leaves images out; copy chat_template")])
 def test_a_damaged_model_folder_is_one_sentence_before_its_weights_are_read(
         file, content, sentence, random_folder, float32, tmp_path, monkeypatch):
@@ -127,13 +127,13 @@ def test_a_cut_file_and_a_head_that_is_neither_tied_nor_there(random_folder, flo
     with pytest.raises(UserError, match="lack 1 tensors, the first is lm_head.weight"):
         loading.load_model(folder, float32)
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(UserError, match="are cut or of another shape"):
+    with pytest.raises(UserError, match="the weights of .*model: "):
         loading.load_model(folder, float32)
 
 
 @pytest.mark.parametrize(("file", "sentence"), [
-    ("adapter_model.safetensors", "holds adapter_model.safetensors beside full weights"),
-    ("adapter_config.json", "holds adapter_config.json beside full weights"),
+    ("adapter_model.safetensors", "holds an adapter .adapter_model.safetensors."),
+    ("adapter_config.json", "holds an adapter .adapter_config.json."),
     ("model-00001-of-00001.safetensors", "holds two sets of weights")])
 def test_a_folder_holds_one_model(file, sentence, random_folder, float32, tmp_path):
     folder = shutil.copytree(random_folder, tmp_path / "model")
@@ -144,7 +144,7 @@ def test_a_folder_holds_one_model(file, sentence, random_folder, float32, tmp_pa
 
 @pytest.mark.parametrize(("change", "sentence"), [
     (lambda text: text.replace("add_generation_prompt", "false"),
-     "ignores add_generation_prompt, so that no prompt asks for a reply"),
+     "ignores add_generation_prompt; copy chat_template.jinja"),
     (lambda text: text.replace("<|im_end|>", "<|vision_end|>"),
      "ends a reply with <.vision_end.>, and its generation_config.json and tokenizer end one at")])
 def test_a_template_asks_for_a_reply_that_ends(change, sentence, random_folder, tmp_path):
@@ -153,16 +153,6 @@ def test_a_template_asks_for_a_reply_that_ends(change, sentence, random_folder, 
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=sentence):
         loading.load_processor(folder, BoxFormat())
-
-
-def test_an_adapters_folder_names_the_command_that_asks_it(random_folder, tmp_path):
-    base = shutil.copytree(random_folder, tmp_path / "merged")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(
-        '{"base_model_name_or_path": "../merged"}')
-    command = f"mig-kit eval --model {base} --adapter {tmp_path / 'adapter'} "
-    with pytest.raises(UserError, match=f"not a model; merge it .*, or ask: {command}"):
-        check_model_folder(tmp_path / "adapter")
 
 
 def test_a_relative_folder_starts_at_the_project(monkeypatch, tmp_path):

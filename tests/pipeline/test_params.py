@@ -22,11 +22,11 @@ KIT = ["format", "image", "box", "choice"]
 NO_SHARING = {"share_prefix": False}
 # stage, wrong values -> a part of the sentence; FILE and OTHER are files of rewards
 REFUSED = [
-    ("00", {"disk_gib": "nan"}, "it must be float, 0 or more"),
-    ("00", {"device": "gpu"}, "one of auto, cuda, cpu"),
-    ("01", {"seed": -1}, "it must be int, 0 or more, at most 4294967295"),
+    ("00", {"disk_gib": "nan"}, "disk_gib is 'nan': Input should be a finite number"),
+    ("00", {"device": "gpu"}, "Input should be 'auto', 'cuda' or 'cpu'"),
+    ("01", {"seed": -1}, "seed is -1: Input should be greater than or equal to 0"),
     ("01", {"data_shares": [0.5, 0.2, 0.2]}, "must sum to 1"),
-    ("01", {"data_shares": [0.5, 0.5]}, "it must be list[float], 3 of them"),
+    ("01", {"data_shares": [0.5, 0.5]}, "List should have at least 3 items"),
     ("01", {"data": "README.md"}, "the rules teacher reads synthetic scenes only; set teacher"),
     ("01", {"data": "README.md", "teacher": "none", "data_shares": [0.5, 0.5, 0]}, "held out"),
     ("01", {"data": "none.jsonl", "teacher": "none"},
@@ -37,18 +37,17 @@ REFUSED = [
      "endpoint_url like http://localhost"),
     ("01", {"min_pixels": 500000}, "min_pixels is above max_pixels; swap them"),
     ("01", {"base_model": "qwen"}, "it must be tiny, a folder that exists, or USER/NAME of"),
-    ("02", {"learning_rate": -1}, "it must be float, above 0"),
+    ("02", {"learning_rate": -1}, "Input should be greater than 0"),
     ("04", {"min_pass_rate": 0.95}, "min_pass_rate is above max_pass_rate; swap them"),
     ("04", {"server": "somewhere"}, "such as http://localhost:8000/v1"),
     ("05", {"num_generation": 4}, "it has no parameter 'num_generation'; did you mean"),
     ("05", {"trl": {"top_q": 1}}, "GRPOConfig has no 'top_q'; did you mean 'top_p'?"),
     ("05", {"trl": {"beta": 1}}, "beta is a parameter of its own; write -p beta 1"),
-    *(("05", {"reward_weights": weights}, "must be dict[str, float]") for weights in (
+    *(("05", {"reward_weights": weights}, "Input should be a") for weights in (
         [0.2, 0.3, 1.0, 1.3], {"box": "much"}, {"box": math.nan}, {1: 1.0}, 0.5)),
     ("05", {"run_id": "my run"}, "run_id is 'my run'; use letters, digits"),
     ("05", {"start_from": "nowhere"}, "it must be merged, base or a folder that exists"),
-    ("05", {"scale_rewards": "nope"}, "did you mean 'none'? It is one of batch, group, none"),
-    ("05", {"loss_type": "dpo"}, "did you mean 'dapo'?"),
+    ("05", {"scale_rewards": "nope"}, "Input should be 'batch', 'group' or 'none'"),
     ("05", {"loss_type": "cispo", "epsilon_high": 0.28}, "set epsilon_high to 1 or more"),
     ("05", {"num_generations": 3, **NO_SHARING, "per_device_train_batch_size": 2},
      "(without share_prefix, times gradient_accumulation_steps), so that groups stay whole"),
@@ -130,7 +129,7 @@ def test_a_cell_and_the_command_refuse_it_alike_and_touch_nothing(root, leave):
         store.begin_stage("02_sft", {"learning_rate": -1})
     on_command = error_of("run", "02", "-p", "learning_rate", "-1")
     assert str(in_a_notebook.value) == on_command
-    assert on_command == "02_sft: learning_rate is -1; it must be float, above 0"
+    assert on_command == "02_sft: learning_rate is -1: Input should be greater than 0"
     # a whole recipe is checked before its first stage
     assert "multiple of num_generations" in error_of("run", "-p", "num_generations", "7", "--force")
     assert describe_files(root) == before
@@ -180,8 +179,8 @@ def test_text_of_a_stage_shows_help_and_what_a_profile_changes():
     assert list(named) == list(params.default_params("05_grpo"))
     assert lines[named["loss_type"]].startswith("loss_type: dapo  # mean over all tokens")
     assert lines[named["max_steps"]] == "max_steps: 2  # updates (tiny: 125)"
-    assert lines[named["max_steps"] + 1] == "    # int, 1 or more"
-    assert lines[named["scale_rewards"] + 1] == "    # one of batch, group, none"
+    assert lines[named["max_steps"] + 1] == "    # type integer, minimum 1"
+    assert lines[named["scale_rewards"] + 1] .endswith("enum ['batch', 'group', 'none']")
 
 
 def test_hostile_parameter_files(tmp_path, monkeypatch):

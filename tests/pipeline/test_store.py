@@ -41,12 +41,6 @@ def test_a_stage_gives_its_parameters_and_prints_those_that_differ(root, leave, 
     assert not any("learning_rate" in line for line in lines)
 
 
-def test_what_the_injected_cell_assigns_is_checked(root):
-    cells = ["", "# parameters\nseed: int = 0", "# Parameters\nsede = 3\n"]
-    with pytest.raises(UserError, match="did you mean 'seed'"):
-        store.begin_stage("01_synthesize", {"In": cells, "sede": 3, "seed": 0, "other": 1})
-
-
 def test_a_finished_stage_stays_as_it_is(root, capsys):
     stage = begin(memory_gib=1.0)
     (stage.folder / "out.txt").write_text("x")

@@ -141,5 +141,5 @@ def test_adapters_and_four_bit_folders_are_not_evaluated(tmp_path, random_folder
         loading.load_model(tmp_path / "four_bit", float32)
     torch.manual_seed(0)
     get_peft_model(model, resuming.lora_config(4)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="holds an adapter, not a model; merge it"):
+    with pytest.raises(ValueError, match="holds an adapter .*merge it .stage 03."):
         loading.load_model(tmp_path / "adapter", float32)
