@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from mig_kit.boxes import MODEL_COORDINATES
+from mig_kit.boxes import MODEL_COORDINATES, BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, model_folder
 from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
 from mig_kit.pipeline.processes import parse_launcher
@@ -68,16 +68,10 @@ def _check_server(server: str) -> str:
     return server
 
 
-def _check_suites(sizes: dict[str, int]) -> dict[str, int]:
-    if other := sizes.keys() - SUITES.keys():
-        raise UserError(f"suites: '{min(other)}' is no drawn suite; they are {', '.join(SUITES)}")
-    require(min(sizes.values()) >= 0, "suites: a size is 0 or more; correct it")
-    return sizes
-
-
 RunId = Annotated[str, AfterValidator(validate_run_id)]
 Model = Annotated[str, AfterValidator(_check_model)]
 Server = Annotated[str, AfterValidator(_check_server)]
+Suite = Literal[tuple(SUITES)]
 DTYPE = param("auto", "auto, float32 or bfloat16")
 DEVICE = param("auto", "auto (a GPU where there is one), cuda or cpu")
 MAX_NEW_TOKENS = param(128, "longest reply, tokens")
@@ -169,7 +163,7 @@ class Synthesize(Seeded):
 
     @model_validator(mode="after")
     def _can_be_made(self):
-        require(self.min_pixels <= self.max_pixels, "min_pixels is above max_pixels; swap them")
+        BoxFormat(self.min_pixels, self.max_pixels, self.coordinates)  # else UserError
         require(all(0 <= share <= 1 for share in self.data_shares)
                 and abs(sum(self.data_shares) - 1) < 1e-6,
                 "data_shares, of cold start, RL and validation, must sum to 1; write three that "
@@ -294,7 +288,7 @@ class Grpo(Training, Served):
 class Evaluate(Seeded, OnHardware, Served):
     """06_evaluate."""
 
-    suites: Annotated[dict[str, int], AfterValidator(_check_suites)] = param(
+    suites: dict[Suite, Count] = param(
         {name: suite.default for name, suite in SUITES.items()},
         "test questions per task of each drawn suite; 0 leaves it out")
     eval_seed: Seed = param(53, "seed of the drawn test samples, the same for all runs")

@@ -24,8 +24,7 @@ from mig_kit.pipeline.processes import Launch, parse_launcher, search_path
 from mig_kit.training.resuming import count_processes, last_checkpoint
 
 JOB_FILE = "job.json"
-USER_ERROR = "mig-kit: "
-ERROR_FILE = "error.txt"  # in the stage folder: how the launched process that failed first ended
+ERROR_FILE = "error.json"  # in the stage folder: how the launched process that failed first ended
 
 
 def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
@@ -141,15 +140,16 @@ def run_command(command: list[str], folder: Path, local: int = 0) -> None:
         process.stdout.close()
     if status:
         path = folder / ERROR_FILE
-        reason = path.read_text() if path.is_file() else "its output above says why"
-        if reason.startswith(USER_ERROR):
-            raise UserError(reason.removeprefix(USER_ERROR))
+        error = json.loads(path.read_text()) if path.is_file() else {}
+        reason = error.get("text", "its output above says why")
+        if error.get("is_user_error"):
+            raise UserError(reason)
         raise RuntimeError(f"the launched training ended with exit status {status}:\n{reason}")
 
 
 def record_error(folder: Path, error: Exception) -> None:
     """Write how this process ended to the stage folder, unless another one failed before."""
-    text = (f"{USER_ERROR}{error}" if isinstance(error, UserError) else
-            "".join(traceback.format_exception(error)))
+    is_user_error = isinstance(error, UserError)
+    text = str(error) if is_user_error else "".join(traceback.format_exception(error))
     with suppress(FileExistsError), (folder / ERROR_FILE).open("x") as file:
-        file.write(text)
+        file.write(json.dumps({"is_user_error": is_user_error, "text": text}))

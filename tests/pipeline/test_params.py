@@ -35,7 +35,7 @@ REFUSED = [
     ("01", {"teacher": "endpoint"}, "endpoint_url like http://localhost"),
     ("01", {"teacher": "endpoint", "endpoint_model": "m", "endpoint_url": "http://u:secret@a/v1"},
      "endpoint_url like http://localhost"),
-    ("01", {"min_pixels": 500000}, "min_pixels is above max_pixels; swap them"),
+    ("01", {"min_pixels": 500000}, "min_pixels is 500000 and max_pixels 401408; give two areas"),
     ("01", {"base_model": "qwen"}, "it must be tiny, a folder that exists, or USER/NAME of"),
     ("02", {"learning_rate": -1}, "Input should be greater than 0"),
     ("04", {"min_pass_rate": 0.95}, "min_pass_rate is above max_pass_rate; swap them"),
@@ -64,8 +64,8 @@ REFUSED = [
     ("05", {"rewards": [*KIT, "FILE:centre"]}, "has no function 'centre'; it has center, length"),
     ("05", {"rewards": [*KIT, "FILE:length"]}, "have a 'length' of their own; rename the function"),
     ("05", {"rewards": [*KIT, "FILE:center", "OTHER:edge"]}, "two files called my_rewards.py"),
-    ("06", {"suites": {"mig": 1}}, "'mig' is no drawn suite; they are mig_bench, ood_grounding"),
-    ("06", {"suites": {"blink": -1}}, "0 or more"),
+    ("06", {"suites": {"mig": 1}}, "suites.mig.[key] is 'mig': Input should be 'mig_bench', 'ood_"),
+    ("06", {"suites": {"blink": -1}}, "suites.blink is -1: Input should be greater"),
     ("08", {"model": "nowhere"}, "a folder that exists, or USER/NAME of the hub"),
 ]
 

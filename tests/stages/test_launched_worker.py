@@ -153,4 +153,5 @@ def test_a_process_that_fails_says_why_in_the_stage_folder(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
     with pytest.raises(UserError):
         launched_worker.main()
-    assert (tmp_path / jobs.ERROR_FILE).read_text().startswith("mig-kit: there is no ")
+    error = json.loads((tmp_path / jobs.ERROR_FILE).read_text())
+    assert error["is_user_error"] and error["text"].startswith("there is no ")
