@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mig_kit.common import UserError, file_sha256, write_json
+from mig_kit.common import UserError, write_json
 from mig_kit.models.model_folders import locate_tensors
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHTS = "adapter_model.safetensors"
 RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on which weights
 # settings of a LoraConfig that may have any value; another one must have PEFT's default
 FREE = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "task_type",
@@ -36,7 +36,7 @@ def load_adapter(folder: Path) -> Adapter:
     from peft import LoraConfig, PeftConfig  # takes seconds to import
 
     try:
-        config, tensors = PeftConfig.from_pretrained(folder), load_file(Path(folder) / FILES[1])
+        config, tensors = PeftConfig.from_pretrained(folder), load_file(Path(folder) / WEIGHTS)
     except (ValueError, OSError) as error:
         raise UserError(f"{folder} holds no adapter: {error}") from error
     default, matrices = vars(LoraConfig()), {}
@@ -82,12 +82,6 @@ def weights_digest(model: str | Path) -> str:
 def record_base(adapter: Path, base: str, four_bit: bool) -> None:
     """Write into an adapter's folder on which weights it was trained; base: folder or hub name."""
     write_json(adapter / RECORD, {"weights": weights_digest(base), "four_bit": four_bit})
-
-
-def describe_adapter(adapter: Path) -> dict:
-    """{"path", "files": SHA-256 by name}."""
-    files = {path.name: file_sha256(path) for path in adapter.glob("adapter_*")}
-    return {"path": str(adapter.resolve()), "files": files}
 
 
 def check_adapter_base(adapter: Path, base: str | Path, four_bit: bool | None = None) -> None:

@@ -9,7 +9,7 @@ from mig_kit.common import UserError, split_function_name, suggest_word
 KIT_REWARDS = ("format", "image", "box", "choice")
 # what the curves of stage 05 hold besides the rewards
 NAMES_OF_CURVES = ("step", "reward", "length", "entropy", "kl", "zero_std", "clipped_ratio",
-                   "clip_ratio", "ratio", "staleness", "shared", "adapter", "method", "finding",
+                   "clip_ratio", "ratio", "shared", "method", "finding",
                    "evidence", "truth", "coverage")
 
 

@@ -33,9 +33,7 @@ from mig_kit.shared_prefix.prompt_cache import Prompt
 
 SERVED_ADAPTERS = "served"  # folder of the adapters that servers load, beside the checkpoints
 DIFFERENCE = "sampling/sampling_logp_difference/mean"  # TRL's name
-SAMPLING_CURVES = {
-    "sampling/importance_sampling_ratio/mean": "ratio", "sampling/staleness": "staleness",
-    "sampling/adapter_version": "adapter"}
+SAMPLING_CURVES = {"sampling/importance_sampling_ratio/mean": "ratio"}
 # Nats a token, a ratio of learner to server of 0.86 to 1.16. vLLM in bfloat16 and a learner in
 # float32 differed by 0.006 to 0.017. The ratio of whole replies cannot be bounded: it grows with
 # their length.
@@ -73,9 +71,6 @@ class ServedRollouts:
         answers = {id(question): replies for question, replies
                    in self.served.ask(questions, sampling, with_logps=True)}
         replies = [reply for question in questions for reply in answers[id(question)]]
-        log = trainer._metrics["train"]
-        log["sampling/staleness"].append(float(trainer.state.global_step + 1 - self.version))
-        log["sampling/adapter_version"].append(float(self.version))
         return [reply.ids for reply in replies], [reply.logps for reply in replies]
 
     def _sync(self, trainer) -> None:
@@ -152,7 +147,7 @@ class ServedRollouts:
                     "disk") from None
 
 
-class StopIfServerIsStale(TrainerCallback):
+class StopIfServerDiffers(TrainerCallback):
     """Ends a training whose log-probabilities are far from the servers' three times in a row."""
 
     def __init__(self):

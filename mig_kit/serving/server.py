@@ -102,7 +102,7 @@ class ServedModel:
                                     failure.status) from None
             if with_logps and answer.get("model") not in (self.name, None):
                 raise UserError(f"the server {server.url} answered as '{answer['model']}', not as "
-                                f"'{self.name}': its adapter is stale; start it again")
+                                f"'{self.name}': it has an old adapter; start it again")
             if question.prompt_ids is not None or number < CHECKED_ANSWERS:
                 expected = question.prompt_ids or self.prompt_ids(question.sample)
                 check_prompt_ids(answer, expected, question.sample.id, server.url)

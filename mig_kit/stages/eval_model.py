@@ -19,7 +19,6 @@ from mig_kit.common import UserError, digest_json, write_json, write_json_lines
 from mig_kit.data import own_data
 from mig_kit.image_files import image_digests
 from mig_kit.models import merging
-from mig_kit.models.adapters import describe_adapter
 from mig_kit.models.loading import Hardware
 from mig_kit.models.model_folders import ServedName, find_file
 from mig_kit.models.processors import load_processor, prompt_measure
@@ -74,7 +73,8 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
         for sample in chain(*samples.values()):
             if problem := measure(sample):
                 raise UserError(f"question {sample.id}: {problem} (--max-pixels)")
-    described = describe_adapter(adapter) | {"four_bit": four_bit} if adapter else None
+    described = adapter and {"path": str(adapter.resolve()), "four_bit": four_bit,
+                             "files": model_fingerprint(str(adapter.resolve()))}
     questions = evaluate.digest_questions(samples)
     prompts = [format_question(sample, box_format) for sample in chain(*samples.values())]
     claim_folder(out, {

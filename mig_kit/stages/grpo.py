@@ -27,7 +27,7 @@ from mig_kit.serving.served_rollouts import (
     SAMPLING_CURVES,
     SERVED_ADAPTERS,
     ServedRollouts,
-    StopIfServerIsStale,
+    StopIfServerDiffers,
 )
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
@@ -161,7 +161,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
         served = None
         if params.server:
             served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
-            common["callbacks"].append(StopIfServerIsStale())
+            common["callbacks"].append(StopIfServerDiffers())
         # It computes what TRL computes and reads each prompt once per group. A step holds groups of
         # like lengths, where TRL mixes them; `bnpo` and `top_entropy_quantile` look at one step at
         # a time, so they depend on what shares a step, and on the number of processes.

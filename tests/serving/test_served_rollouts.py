@@ -1,4 +1,4 @@
-"""Stage 05 over a double of a server: adapters move, ratios are 1, and what is stale is refused."""
+"""Stage 05 over a double of a server: adapters move, ratios are 1, and an old one is refused."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
 from mig_kit.models import loading
 from mig_kit.sample import write_samples
-from mig_kit.serving.served_rollouts import DIFFERENCE, StopIfServerIsStale
+from mig_kit.serving.served_rollouts import DIFFERENCE, StopIfServerDiffers
 from mig_kit.stages import grpo
 from mig_kit.training import resuming
 from mig_kit.world.tasks import TASKS, make_sample
@@ -59,8 +59,7 @@ def test_adapters_move_and_ratios_are_one(make_served):
     trainer, server = make_served()
     trainer.train()
     rows = grpo.training_curves(trainer.state.log_history)
-    assert [row["adapter"] for row in rows] == [1, 2, 3]
-    assert all(row["staleness"] == 0 and abs(row["ratio"] - 1) < 1e-3 for row in rows)
+    assert len(rows) == 3 and all(abs(row["ratio"] - 1) < 1e-3 for row in rows)
     assert updates(server) == ["1", "2", "3"] and server.loaded[0].startswith("canary-")
     assert server.loaded[::2] == server.loaded[:1] * 3, "the canary is tried before every update"
     hashes = {name.rpartition("-")[2] for name in server.loaded}
@@ -160,9 +159,9 @@ def test_an_option_that_no_request_holds_is_refused(make_served, monkeypatch, op
 
 
 @pytest.mark.parametrize(("changed", "fault", "sentence"), [
-    ({"model": "step-0"}, "", "answered as 'step-0'.*its adapter is stale"),
+    ({"model": "step-0"}, "", "answered as 'step-0'.*it has an old adapter"),
     ({}, "ignores adapters", "takes adapters and ignores them: one with large")])
-def test_a_stale_or_ignored_adapter_is_noticed_before_the_first_update(make_served, changed, fault,
+def test_an_old_or_ignored_adapter_is_noticed_before_the_first_update(make_served, changed, fault,
                                                                        sentence):
     trainer, server = make_served(lambda body, answer: answer | changed, fault=fault)
     with pytest.raises(UserError, match=sentence):
@@ -200,7 +199,7 @@ def test_a_server_with_old_weights_ends_the_run_and_a_new_one_goes_on(make_serve
     ((4.0, 0.2, 0.16), True), ((0.01, 0.3, 0.3, 0.3), True), ((0.3, 0.3), False),
     ((0.3, 0.15, 0.3, 0.3), False), ((0.006, 0.017, 0.01), False)])
 def test_only_three_updates_in_sequence_that_are_apart_end_a_run(differences, ends):
-    callback = StopIfServerIsStale()
+    callback = StopIfServerDiffers()
     with pytest.raises(UserError, match="last checkpoint") if ends else nullcontext():
         for difference in differences:
             callback.on_log(None, None, None, {"loss": 0.1, DIFFERENCE: difference})
