@@ -16,9 +16,9 @@ from trl import GRPOTrainer
 from mig_kit.shared_prefix.decoding import evaluation_mode
 from mig_kit.shared_prefix.generation import (
     SamplingOptions,
+    draw_completions,
     end_token_ids,
     forbidden_token_ids,
-    generate_rollouts,
 )
 from mig_kit.shared_prefix.prefixes import pad_rows
 from mig_kit.shared_prefix.prompt_cache import FAMILIES, tower_digest, unwrap_peft
@@ -167,14 +167,19 @@ def compare_with_stock(trainer, numbers: list[int],
     is_reentrant = (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     is_checkpointed = model.training and not is_reentrant  # which gives no single gradients
     with _checking_mode(model):
-        drawn = _draw(trainer, numbers, length).to(device)
+        drawn, drawn_logps = (values.to(device) for values in _draw(trainer, numbers, length))
         # in each group a completion with another one before it, which it must not see
         rows = torch.stack([drawn.flip(1), drawn], 1).flatten(0, 1)
         rows_of = torch.tensor(numbers, device=device).repeat_interleave(2)
         with torch.no_grad():
-            own = trainer._logps(model, rows_of, rows, torch.ones_like(rows))[0][1::2]
+            own, of_learner = (
+                trainer._logps(model, rows_of, rows, torch.ones_like(rows), temperature)[0][1::2]
+                for temperature in (trainer.temperature, 1.0))
             stock, below = _stock_logps(trainer, inputs, drawn)
-        gaps = [(own - stock).abs()] + ([] if trainer.draws_elsewhere() else [below])
+        gaps = {"log-probabilities": (own - stock).abs()}
+        if not trainer.draws_elsewhere():
+            gaps |= {"the decoder's choices": below,
+                     "the decoder's log-probabilities": (drawn_logps - of_learner).abs()}
         language = unwrap_peft(model).model.language_model
         for module in (language, *language.layers):  # which look at it to checkpoint, and no more
             module.training = is_checkpointed
@@ -184,22 +189,27 @@ def compare_with_stock(trainer, numbers: list[int],
         for parameter in model.parameters())
     mean, largest, of_gradients = LIMITS_16_BITS if in_16_bits else LIMITS_FLOAT32
     checks = []
-    for gap, what in zip(gaps, ("log-probabilities", "the decoder's choices")):
+    for what, gap in gaps.items():
         checks += [(what, "in the mean", gap.mean().item(), mean),
                    (what, "at the worst token", gap.max().item(), largest)]
     return [*checks, ("gradients", "of a parameter of each kind", gradients, of_gradients)]
 
 
-def _draw(trainer, numbers: list[int], length: int) -> torch.Tensor:
-    """(prompts, length) ids: the decoder's second greedy completions, or any if others draw."""
+def _draw(trainer, numbers: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prompts, length) ids and log-probabilities at temperature 1: the decoder's second greedy
+    completions, or any ids and zeros if others draw.
+    """
     if trainer.draws_elsewhere():
-        return torch.randint(20, 100, (len(numbers), length),
-                             generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(20, 100, (len(numbers), length),
+                            generator=torch.Generator().manual_seed(0))
+        return ids, torch.zeros(ids.shape)
     sampling = SamplingOptions(0.0, max_new_tokens=length, min_new_tokens=length + 1)
-    rollouts = generate_rollouts(trainer.accelerator.unwrap_model(trainer.model), trainer.processor,
-                                 trainer._prompts_of(numbers), 2, sampling,
-                                 autocast=trainer.autocasts)
-    return torch.tensor([completions[-1] for completions in rollouts])
+    rollouts = draw_completions(trainer.accelerator.unwrap_model(trainer.model), trainer.processor,
+                                trainer._prompts_of(numbers), 2, sampling,
+                                autocast=trainer.autocasts)
+    second = [completions[-1] for completions in rollouts]
+    return (torch.tensor([completion.ids for completion in second]),
+            torch.tensor([completion.logps for completion in second]))
 
 
 def _stock_logps(trainer, inputs: tuple, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

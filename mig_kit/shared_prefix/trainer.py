@@ -326,8 +326,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.last_logps = logps.detach()
         return logps, entropies, None
 
-    def _logps(self, model, numbers, ids, mask):
-        """(log-probabilities, entropies) of completions, (rows, tokens) each; 0 where masked."""
+    def _logps(self, model, numbers, ids, mask, temperature=None):
+        """(log-probabilities, entropies) of completions, (rows, tokens) each; 0 where masked.
+
+        temperature: None for the training's.
+        """
         # only rows with tokens are read, `micro_completions` or a step's at a time: the reference
         # reads completions of several steps
         with_tokens = mask.any(1).nonzero()[:, 0]
@@ -349,7 +352,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             arguments = (self.accelerator.unwrap_model(model, keep_torch_compile=False),
                          prompts[start:start + at_once],
                          prompt_index[is_part] - start, ids[rows, :length], mask[rows, :length],
-                         self.temperature)
+                         temperature or self.temperature)
             # the last part's backward pass comes first: its graph is in memory anyway
             is_last = start + at_once >= len(prompts)
             with self.accelerator.autocast():

@@ -46,7 +46,8 @@ ROLLOUT_STEPS = 25  # the replies to a few prompts are kept every so many update
 # TRL's name of a logged figure -> its name in the curves, which also hold every reward
 CURVES = {
     "completions/mean_length": "length", "entropy": "entropy", "kl": "kl",
-    "frac_reward_zero_std": "zero_std", "completions/clipped_ratio": "clipped_ratio"}
+    "frac_reward_zero_std": "zero_std", "completions/clipped_ratio": "clipped_ratio",
+    "sampling/sampling_logp_difference/mean": "logp_difference"}
 
 
 def reward_functions(scores: dict[str, Score], samples: Sequence[Sample]) -> list[Callable]:

@@ -38,7 +38,8 @@ def trainer_arguments(config_class: type, params: SimpleNamespace, hardware: Har
     """
     own |= tracker_arguments(params.report_to, folder) | {
         "output_dir": str(folder / "checkpoints"), "data_seed": params.seed, "logging_steps": 1,
-        "save_total_limit": 1, "use_cpu": hardware.device == "cpu", "bf16": hardware.dtype == torch.bfloat16,
+        "save_total_limit": 1, "use_cpu": hardware.device == "cpu",
+        "bf16": hardware.dtype == torch.bfloat16,
         "dataloader_pin_memory": False, "ddp_find_unused_parameters": False}
     names = {field.name for field in fields(config_class)} - {"report_to"}
     passed_on = {name: value for name, value in vars(params).items() if name in names} | params.trl

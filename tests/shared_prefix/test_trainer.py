@@ -266,7 +266,7 @@ def test_it_draws_and_evaluates_on_its_own(random_folder, processor, tmp_path, c
     assert any("eval_reward" in row for row in history) and not trainer.unshared
     line, = re.findall("self-check at the first batch: .*", capsys.readouterr().out)
     gaps = re.findall(r"(log-probabilities|choices|gradients).*? (\S+) \(of (\S+) allowed", line)
-    assert len(gaps) == 5 and all(float(gap) < float(limit) for _, gap, limit in gaps)
+    assert len(gaps) == 7 and all(float(gap) < float(limit) for _, gap, limit in gaps)
     assert {row["shared"] for row in history if "loss" in row} == {1}
 
 
@@ -643,6 +643,7 @@ def test_a_decoder_that_rounds_otherwise_is_seen_in_the_log(make_pair, monkeypat
     def train():
         _, own = make_pair(**settings)
         del own._draw_completions
+        own.is_checked = True  # the self-check would stop the sharing
         own.train()
         rows = [row for row in own.state.log_history if "loss" in row]
         assert [DIFFERENCES[0] in row for row in rows] == [True] * len(rows)
@@ -656,6 +657,18 @@ def test_a_decoder_that_rounds_otherwise_is_seen_in_the_log(make_pair, monkeypat
             weight=fused.weight.bfloat16().to(fused.weight.dtype))))
     for mean, largest in train():
         assert mean > 1e-4 and largest > 1e-3
+
+
+@pytest.mark.slow
+def test_the_self_check_names_a_decoder_that_rounds_otherwise(make_pair, monkeypatch):
+    _, own = make_pair(max_steps=1)
+    fuse = decoding._fuse_layers
+    monkeypatch.setattr(decoding, "_fuse_layers", lambda *arguments: (
+        (fused := fuse(*arguments)) and fused._replace(
+            weight=fused.weight.bfloat16().to(fused.weight.dtype))))
+    own._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
+    with pytest.warns(UserWarning, match="the decoder's log-probabilities at the first batch are"):
+        own.train()
 
 
 @pytest.mark.slow
