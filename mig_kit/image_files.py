@@ -9,12 +9,12 @@ import hashlib
 import io
 import os
 import shutil
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -26,11 +26,10 @@ MAX_PIXELS = 2**26  # of an image, some 67 million: decoded and copied it takes 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by MAX_PIXELS
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_ASPECT_RATIO = 200
-CUT = "is cut or broken; copy it again"
+AGAIN = "run 01_synthesize again with --force"
 ORIENTATION = ExifTags.Base.Orientation
 SWAPS_SIDES = (5, 6, 7, 8)  # of the orientations 1 to 8; 1 is upright
 is_regular_file = os.path.isfile  # False for a name that no file system takes
-DECODE_ERRORS = (OSError, ValueError, SyntaxError)  # of Pillow's readers of these formats
 
 
 class BadImage(UserError):
@@ -39,13 +38,6 @@ class BadImage(UserError):
     def __init__(self, reason: str, sentence: str):
         super().__init__(sentence)
         self.reason = reason
-
-
-class ImageHeader(NamedTuple):
-    """(width, height) in pixels of the upright picture, and of the stored one."""
-
-    size: tuple[int, int]
-    stored_size: tuple[int, int]
 
 
 def resolve_under_root(root: Path, name: str) -> Path:
@@ -66,86 +58,54 @@ def resolve_under_root(root: Path, name: str) -> Path:
     return path
 
 
-def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image, 1 to 8; 1 also for EXIF data that are broken."""
+@contextmanager
+def _open_image(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """An image of a usable size, from a file or from its bytes; BadImage with Pillow's words."""
+    if content is None and not is_regular_file(path):
+        raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
+                                        "root, or correct its path")
     try:
-        # a PNG's own method would decode it, in search of EXIF data after the pixels
-        value = Image.Image.getexif(image).get(ORIENTATION)
-    except Exception:  # Pillow's reader of TIFF tags raises anything
-        return 1
-    return value if type(value) is int and 1 <= value <= 8 else 1
+        source = path if content is None else io.BytesIO(content)
+        with Image.open(source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS or max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise Image.DecompressionBombError(f"{width}x{height}")
+            if image.mode[0] in "IF":  # of which Pillow would cut the upper bits
+                raise BadImage("deep image", f"{path.name!r} has more than 8 bits a pixel; scale "
+                                             "it to 8")
+            yield image
+    except Image.DecompressionBombError as error:
+        raise BadImage("image too large", f"{path.name!r}: {error}; the kit takes sides up to "
+                       f"{MAX_ASPECT_RATIO} to 1 and {MAX_PIXELS:,} pixels; crop or shrink it"
+                       ) from error
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        if isinstance(error, BadImage) or getattr(error, "errno", None):  # the system's
+            raise
+        raise BadImage("unreadable image", f"{path.name!r}: {error}") from error
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) of the upright picture, pixels, as `read_header`."""
-    return read_header(path).size
+    """(width, height) of the upright picture, pixels, from the header; BadImage if unusable."""
+    with _open_image(path) as image:
+        # a PNG's own method would decode it, in search of EXIF data after the pixels
+        is_turned = Image.Image.getexif(image).get(ORIENTATION) in SWAPS_SIDES
+        return image.size[::-1] if is_turned else image.size
 
 
-def read_header(path: Path) -> ImageHeader:
-    """The image's sizes, from the header alone; BadImage if it is unusable."""
-    if not is_regular_file(path):
-        raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
-                                        "root, or correct its path")
-    with _name_fault(path, "is no readable image: give a PNG or JPEG file"), \
-            Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        orientation, is_deep = read_orientation(image), image.mode[0] in "IF"
-    if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise BadImage("image too large", f"{path.name!r} has {width}x{height} pixels; Qwen2.5-VL "
-                       f"takes sides up to {MAX_ASPECT_RATIO} to 1, and the kit {MAX_PIXELS:,} "
-                       "pixels; crop or shrink it")
-    if is_deep:  # more bits would be cut, not scaled
-        raise BadImage("deep image", f"{path.name!r} is grey of more than 8 bits a pixel; scale it "
-                                     "to 8 and save it as PNG or JPEG")
-    upright = (height, width) if orientation in SWAPS_SIDES else (width, height)
-    return ImageHeader(upright, (width, height))
-
-
-def open_rgb(path: Path) -> Image.Image:
-    """The upright picture, decoded, RGB; raises as `read_header`."""
-    read_header(path)
-    with _name_fault(path, CUT), Image.open(path, formats=FORMATS) as image:
-        return _decode_upright(image)
-
-
-def read_image_file(path: Path) -> bytes:
-    """The bytes of an image file; BadImage if the system refuses them."""
-    with _name_fault(path, CUT):
-        return path.read_bytes()
-
-
-def check_decodes(content: bytes, path: Path) -> None:
-    """BadImage unless all pixels of an image file's bytes can be read. path: of the file."""
-    with _name_fault(path, CUT), Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        image.load()
-
-
-@contextmanager
-def _name_fault(path: Path, broken: str) -> Iterator[None]:
-    """Turns what reading raises into BadImage; errors of the system have a number."""
-    try:
-        yield
-    except Image.DecompressionBombError as error:
-        raise BadImage("image too large", f"{path.name!r} is too large, over {MAX_PIXELS:,} "
-                                          "pixels; crop or shrink it") from error
-    except DECODE_ERRORS as error:
-        if isinstance(error, OSError) and error.errno:
-            raise BadImage("closed file", f"{path.name!r} cannot be read: {error.strerror}; the "
-                                          "image may be good: mend its rights, the disk or the "
-                                          "limit, and start again") from error
-        raise BadImage("unreadable image", f"{path.name!r} {broken}") from error
-
-
-def _decode_upright(image: Image.Image) -> Image.Image:
-    orientation = read_orientation(image)
-    if image.has_transparency_data:  # on white, as transformers and viewers show it
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    picture = image.convert("RGB")
-    picture.info = {}  # other EXIF data may be broken, and a later reader would turn it again
-    picture.getexif()[ORIENTATION] = orientation
-    ImageOps.exif_transpose(picture, in_place=True)
-    return picture
+def open_rgb(path: Path, content: bytes | None = None) -> Image.Image:
+    """The upright picture, RGB, of a file or its bytes; what is transparent is white. BadImage if
+    it is unusable.
+    """
+    with _open_image(path, content) as image:
+        orientation = Image.Image.getexif(image).get(ORIENTATION, 1)
+        if image.has_transparency_data:  # as transformers and viewers show it
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        picture = image.convert("RGB")
+        picture.info = {}  # a later reader would turn it again
+        picture.getexif()[ORIENTATION] = orientation
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture
 
 
 def encode_image(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -173,21 +133,19 @@ class EncodedImage:
         """The upright picture as RGB; BadImage for a missing, broken or changed file."""
         if isinstance(self.content, Path) and not self.sha256:
             return open_rgb(self.content)
-        with Image.open(io.BytesIO(self.read_bytes()), formats=FORMATS) as image:
-            return _decode_upright(image)
+        path = self.content if isinstance(self.content, Path) else Path("an image of a table")
+        return open_rgb(path, self.read_bytes())
 
     def read_bytes(self) -> bytes:
         """The bytes of the image's file; BadImage for a stored one that is missing or changed."""
         if isinstance(self.content, bytes):
             return self.content
-        again = "run 01_synthesize again with --force"
-        try:
-            content = self.content.read_bytes()
-        except FileNotFoundError as error:
-            raise BadImage("missing image", f"{self.content} is missing; {again}") from error
+        if not self.content.is_file():
+            raise BadImage("missing image", f"{self.content} is missing; {AGAIN}")
+        content = self.content.read_bytes()
         if self.sha256 and hashlib.sha256(content).hexdigest() != self.sha256:
             raise BadImage("changed image", f"{self.content} is not the image that was stored: its "
-                                            f"bytes have another SHA-256; {again}")
+                                            f"bytes have another SHA-256; {AGAIN}")
         return content
 
     def digest(self) -> bytes:
@@ -256,16 +214,15 @@ class ImageStore:
         return "".join(f"{name}\n" for name in sorted({name for name, _ in self.stored.values()}))
 
     def _store(self, path: Path) -> tuple[str, tuple[int, int]]:
-        size = read_size(path)
-        content = read_image_file(path)
+        size, content = read_size(path), path.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with _open_image(path, content) as image:
             target = self.folder / f"{sha256}.{image.format.lower()}"
-        is_stored = target.is_file() and (
-            target.samefile(path) or hashlib.sha256(target.read_bytes()).hexdigest() == sha256)
-        if not is_stored:
-            check_decodes(content, path)
-            link_or_copy(path, target)
+            is_stored = target.is_file() and (
+                target.samefile(path) or hashlib.sha256(target.read_bytes()).hexdigest() == sha256)
+            if not is_stored:
+                image.load()
+                link_or_copy(path, target)
         return target.name, size
 
 

@@ -69,7 +69,7 @@ def test_files_are_stored_once_as_they_are_and_a_kill_repeats_nothing(own, tmp_p
     def refuse(*arguments):
         raise AssertionError("stored again")
 
-    monkeypatch.setattr("mig_kit.image_files.check_decodes", refuse)
+    monkeypatch.setattr("mig_kit.image_files.link_or_copy", refuse)
     (tmp_path / "out/left_out.txt").unlink()  # as a kill leaves it
     sources.load_training_sets(change(), tmp_path / "out")
     assert tables == {file: (tmp_path / "out" / file).read_bytes() for file in tables}
@@ -115,11 +115,11 @@ def test_a_damaged_image_is_counted_and_named_and_a_wrong_line_writes_nothing(ow
     assert "records 30, questions kept 18, left out 12\n       12  unreadable image\n" in text
     assert "all of them by name: left_out_names.txt" in text
     named = (tmp_path / "out/left_out_names.txt").read_text().splitlines()
-    assert "unreadable image: line 7: image 2: '7.jpg' is no readable image: give a" in named[2]
+    assert "unreadable image: line 7: image 2: '7.jpg': cannot identify image" in named[2]
     assert len(named) == 12 and all("3.jpg" in line or "7.jpg" in line for line in named)
     lines = (folder / "own.jsonl").read_text() + '{"images": ["0.jpg"]}\n'
     (folder / "own.jsonl").write_text(lines)
-    with pytest.raises(ValueError, match="line 31: 'question' is missing"):
+    with pytest.raises(ValueError, match="line 31: 'question': Field"):
         sources.load_training_sets(change(), tmp_path / "wrong")
     assert not any((tmp_path / "wrong").iterdir())
 

@@ -73,7 +73,7 @@ def test_ground_names_a_broken_image(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     result = CliRunner().invoke(cli, ["ground", "--model", str(tmp_path), "--image",
                                       str(tmp_path / "a.png"), "Where?"])
-    assert result.exit_code and "no readable image" in str(result.exception)
+    assert result.exit_code and "cannot identify image" in str(result.exception)
 
 
 @pytest.mark.slow

@@ -13,13 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size
 from mig_kit.data.records import Problem
-from mig_kit.image_files import (
-    BadImage,
-    check_decodes,
-    read_image_file,
-    read_size,
-    resolve_under_root,
-)
+from mig_kit.image_files import BadImage, open_rgb, read_size, resolve_under_root
 from mig_kit.prompts import LETTERS
 
 MAX_SIZES = 100_000  # of images that are kept in memory
@@ -198,11 +192,8 @@ def sizes_below(root: Path, decodes: bool = False) -> Callable[[str], tuple | Ba
     def read(name: str) -> tuple[int, int] | BadImage:
         try:
             path = resolve_under_root(root, name)
-            size = read_size(path)
-            if decodes:
-                check_decodes(read_image_file(path), path)
+            return open_rgb(path).size if decodes else read_size(path)
         except BadImage as error:
             return error.with_traceback(None)
-        return size
 
     return read

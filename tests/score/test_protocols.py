@@ -159,7 +159,7 @@ def test_images_are_confined_and_missing_ones_listed(tmp_path):
         with pytest.raises(ValueError, match="below the image root"):
             annotations.resolve_image_path(tmp_path, name)
     (tmp_path / "0.jpg").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match="is no readable image"):
+    with pytest.raises(ValueError, match="cannot identify image"):
         annotations.read_image_sizes(["0.jpg"], tmp_path)
     with pytest.raises(ValueError, match="has no box of four numbers"):
         annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [0, 0, 5, 5]}])
