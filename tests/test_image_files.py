@@ -8,7 +8,6 @@ import pytest
 from PIL import Image, ImageOps
 
 from mig_kit import image_files
-from mig_kit.data.records import SkipReport
 from mig_kit.image_files import BadImage, EncodedImage, LazyImages, open_rgb, read_size
 
 
@@ -23,18 +22,6 @@ def test_paths_stay_below_the_root(name, tmp_path):
     with pytest.raises(BadImage) as error:
         image_files.resolve_under_root(root, name)
     assert error.value.reason == "outside root"
-
-
-def test_a_report_counts_reasons_and_its_file_names_all(tmp_path):
-    report = SkipReport(tmp_path / "names.txt", kept=2)
-    report.add("missing image", "a\n.png")
-    for number in range(6):
-        report.add("unreadable image", f"{number}.png")
-    assert report.summarize().splitlines() == [
-        "records 9, questions kept 2, left out 7",
-        "        6  unreadable image", "        1  missing image"]
-    names = (tmp_path / "names.txt").read_text().splitlines()
-    assert names[0] == "missing image: a?.png" and len(names) == 7
 
 
 def test_a_size_is_read_from_the_header_and_what_is_no_image_is_refused(tmp_path):

@@ -142,14 +142,14 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
                 file.write((json.dumps(entry) + "\n").encode())
                 file.flush()
                 os.fsync(file.fileno())
-            failure = find_failure(entry, endpoint)
+            failure = find_failure(entry)
             failures_in_a_row = failures_in_a_row + 1 if failure else 0
             if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
                 raise UserError(f"{MAX_FAILURES_IN_A_ROW} calls in a row failed, the last with: "
                                 f"{failure}; finished calls are kept: check endpoint_url, "
                                 f"endpoint_model and the variable {KEY_VARIABLE} (cut replies: "
                                 "raise max_tokens of notebook 01's Endpoint), and start again")
-    return [Trace(log[key].get("reply", ""), "endpoint", find_failure(log[key], endpoint))
+    return [Trace(log[key].get("reply", ""), "endpoint", find_failure(log[key]))
             for key in keys]
 
 
@@ -171,14 +171,12 @@ def _request_reply(endpoint: Endpoint, client, messages: list[dict]) -> dict:
             **{name: usage.get(name) for name in COUNTS}}
 
 
-def find_failure(entry: dict, endpoint: Endpoint) -> str:
+def find_failure(entry: dict) -> str:
     """Why an entry of the log is no whole reply, "" for one that is."""
     reply, reason = entry.get("reply", ""), entry.get("finish_reason")
-    if "failed" in entry or ("</answer>" in reply or reply.strip() and reason != "length"):
-        return entry.get("failed", "")
-    if reason == "length":
-        return f"cut at {endpoint.max_tokens} tokens (finish_reason length)"
-    return f"a reply without a text (finish_reason {reason or 'unknown'})"
+    is_whole = "</answer>" in reply or reply.strip() and reason != "length"
+    return entry.get("failed") or (
+        "" if is_whole else f"no whole reply (finish_reason {reason or 'unknown'})")
 
 
 def summarize_usage(path: Path) -> dict:

@@ -13,7 +13,6 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_atomically
 from mig_kit.data.line_checks import LEAVES
 from mig_kit.data.own_data import Line
-from mig_kit.data.records import describe_counts
 from mig_kit.drawing.pictures import draw_sample
 from mig_kit.image_files import to_data_url
 from mig_kit.prompts import format_question
@@ -92,8 +91,9 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
         "; nothing written" * bool(out))
     more = f" (the first {SHOWN} shown)" * (n_wrong > SHOWN)
     say(f"{findings.n_lines} {word}s, {n_correct} correct, {n_wrong} wrong{more}{written}")
-    for sentence in [*describe_counts(findings.wrong), findings.describe_boxes()]:
-        say(sentence)
+    for reason, count in findings.wrong.most_common():
+        say(f"  {count:>7}  {reason}")
+    say(findings.describe_boxes())
     return findings
 
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size
 from mig_kit.data.records import Problem
@@ -27,23 +27,9 @@ CONTROL_TOKEN = re.compile(r"<\|[a-z0-9_]{1,40}\|>")
 OWN_LETTER = re.compile(r"\s*\(?([A-Ha-h])(?:[.):]\s*|\s*$)")
 
 
-def _check_path(path: object) -> object:
-    is_path = isinstance(path, str) and not path.startswith("data:")
-    if not is_path or "://" in path and not path.startswith("file://"):
-        raise ValueError("an image is no path; save it as a file below the image root, and write "
-                         "its path")
-    return path
-
-
-def _check_printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("the text must be printable")
-    return text
-
-
 Text = Annotated[str, Field(pattern=r"\S")]
-Word = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
-ImagePath = Annotated[str, BeforeValidator(_check_path), Field(min_length=1)]
+Word = Annotated[str, Field(pattern=r"^[^\pC\p{Zl}\p{Zp}]+$")]  # printable
+ImagePath = Annotated[str, Field(min_length=1, max_length=4096)]
 ImageNumber = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e9, lt=1e9)]
 BoxNumbers = tuple[Number, Number, Number, Number]
@@ -79,26 +65,18 @@ class OwnLine(BaseModel):
 def parse_line(record: dict) -> tuple[OwnLine | None, list[Problem]]:
     """The line, None where types or keys are wrong, and what is wrong but for its image files."""
     try:
-        line = OwnLine.model_validate(simplify(record))
+        line = OwnLine.model_validate({key: value for key, value in record.items()
+                                       if value is not None})
     except ValidationError as error:
         return None, [_describe_error(part) for part in error.errors(include_url=False)]
     return line, _find_problems(line)
-
-
-def simplify(record: dict) -> dict:
-    """The record without null, its images by their paths."""
-    line = {key: value for key, value in record.items() if value is not None}
-    if isinstance(line.get("images"), list):
-        line["images"] = [image["path"] if isinstance(image, dict) and image.get("path")
-                          and not image.get("bytes") else image for image in line["images"]]
-    return line
 
 
 def _describe_error(error: dict) -> Problem:
     """pydantic's finding with the key in front."""
     where = " ".join(f"number {part + 1}" if isinstance(part, int) else repr(str(part)[:40])
                      for part in error["loc"])
-    return Problem(f"{where}: {error['msg'].removeprefix('Value error, ')}")
+    return Problem(f"{where}: {error['msg']}")
 
 
 def _find_problems(line: OwnLine) -> list[Problem]:

@@ -2,9 +2,7 @@
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import ijson
@@ -20,33 +18,6 @@ class Problem(UserError):
     def __init__(self, reason: str, sentence: str = ""):
         super().__init__(sentence or reason)
         self.reason = reason
-
-
-@dataclass
-class SkipReport:
-    """What stage 01 leaves out of a data set, and why."""
-
-    file: Path  # gets every name with its reason
-    kept: int = 0  # questions
-    counts: Counter = field(default_factory=Counter)  # by reason
-
-    def add(self, reason: str, name: str) -> None:
-        """Count one more thing left out for `reason`."""
-        self.counts[reason] += 1
-        name = "".join(letter if letter.isprintable() else "?" for letter in name[:200])
-        with self.file.open("a") as file:
-            file.write(f"{reason}: {name}\n")
-
-    def summarize(self) -> str:
-        """One line per reason, the most frequent first."""
-        left_out = self.counts.total()
-        return "\n".join([f"records {self.kept + left_out}, questions kept {self.kept}, left out "
-                          f"{left_out}", *describe_counts(self.counts)])
-
-
-def describe_counts(counts: Counter) -> list[str]:
-    """A line per reason, the most frequent first."""
-    return [f"  {count:>7}  {reason}" for reason, count in counts.most_common()]
 
 
 def require(condition: bool, reason: str, sentence: str = "") -> None:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 from mig_kit.common import PROJECT_ROOT, UserError, progress_bar, write_atomically
 from mig_kit.data import own_data
-from mig_kit.data.records import SkipReport
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, BadImage, ImageStore, LazyImages
 from mig_kit.sample import SampleWriter, TableRows, Trace, read_samples
 from mig_kit.world import suites
@@ -16,7 +15,7 @@ SET_NAMES = ("cot", "rl", "val")
 # the file of each set while 01 runs; the questions of cot.parquet await their traces
 FILE_OF_SET = {"cot": "questions.parquet", "rl": "rl.parquet", "val": "val.parquet"}
 REPORT_FILE = "left_out.txt"
-NAMES_FILE = "left_out_names.txt"  # everything that the report counts, where there is any
+NAMES_FILE = "left_out_names.txt"  # questions that are left out, where there are any
 
 
 def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, TableRows], str]:
@@ -57,7 +56,7 @@ def _open_writers(folder: Path, stack: ExitStack) -> dict[str, SampleWriter]:
 
 def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     (folder / NAMES_FILE).unlink(missing_ok=True)  # of a killed start
-    report = SkipReport(folder / NAMES_FILE)
+    left_out: list[str] = []
     shares = p.data_shares
     if p.teacher == "none":
         shares = [0.0, shares[0] + shares[1], shares[2]]
@@ -72,7 +71,7 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
         for line in own_data.iter_checked_lines(path, root):
             bar.update()
             if line.problems:
-                report.add("unreadable image", f"{line.place}: {line.problems[0]}")
+                left_out.append(f"{line.place}: {line.problems[0]}\n")
                 continue
             sample = line.sample
             try:
@@ -81,9 +80,8 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
             except BadImage as error:
                 if error.reason != "unreadable image":
                     raise
-                report.add(error.reason, f"{sample.id}: {error}")
+                left_out.append(f"{line.place}: {error}\n")
                 continue
-            report.kept += 1
             stored = replace(sample, images=images)
             name = choose_set(images.encoded[0].sha256, shares)
             if name == "cot" and p.teacher == "own" and not line.reply:
@@ -91,12 +89,15 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
             images_of_set[name] |= {int(image.sha256[:16], 16) for image in images.encoded}
             writers[name].write(stored, Trace(line.reply, "own", "") if name == "cot" else None)
         counts = {name: writer.n_written for name, writer in writers.items()}
-        _require_questions(counts, p, report)
+        summary = (f"{n_lines} questions, {len(left_out)} of them left out: their images cannot be "
+                   f"decoded{f' ({NAMES_FILE})' if left_out else ''}")
+        _require_questions(counts, p, summary)
+        if left_out:
+            (folder / NAMES_FILE).write_text("".join(left_out))
         write_atomically(folder / IMAGE_MANIFEST,
                          lambda temporary: temporary.write_text(store.manifest()))
     n_shared = len(images_of_set["val"] & (images_of_set["cot"] | images_of_set["rl"]))
-    names = f"all of them by name: {NAMES_FILE}\n" if report.counts else ""
-    return (f"{report.summarize()}\n{names}{counts['cot'] + counts['rl']} questions to train, "
+    return (f"{summary}\n{counts['cot'] + counts['rl']} questions to train, "
             f"{describe_held_out(counts['val'], p)}\n{n_shared} of the "
             f"{len(images_of_set['val'])} held-out images are also in training\n")
 
@@ -118,13 +119,13 @@ def _advise_shares(p: SimpleNamespace) -> str:
     return f'hold out more of a small set, as -p data_shares "{shares}"'
 
 
-def _require_questions(counts: dict[str, int], p: SimpleNamespace, report: SkipReport) -> None:
+def _require_questions(counts: dict[str, int], p: SimpleNamespace, summary: str) -> None:
     """UserError if a set stays empty; without a teacher there is no cold-start set."""
     needed = SET_NAMES if p.teacher != "none" else SET_NAMES[1:]
     empty = [name for name in needed if not counts.get(name)]
     if empty:
         raise UserError(f"no question fell to {' and '.join(empty)}, with data_shares "
-                         f"{p.data_shares}; {_advise_shares(p)}\n{report.summarize()}")
+                         f"{p.data_shares}; {_advise_shares(p)}\n{summary}")
 
 
 def choose_set(sha256: str, shares: list[float]) -> str:

@@ -71,7 +71,7 @@ def test_null_is_absent_and_whole_numbers_are_whole(root):
     (changed(coordinates="normalized_1000", box=[1, 2, 3, 1001]), "1000x1000 in 'normalized_1000'"),
     (changed(box=[1, 2, 300, 4]), "leaves image 2"), (changed(box=[-1, 2, 3, 4]), "leaves image 2"),
     (changed(box=..., boxes=[]), "'boxes': List should have"),
-    (changed(id="\x1b[2J"), "'id': the text must be printable"), (changed(task=7), "'task'"),
+    (changed(id="\x1b[2J"), "'id': String should match pattern"), (changed(task=7), "'task'"),
     (changed(question="{ref}"), "go together"), (changed(reference=[1, 2, 3, 4]), "go together"),
     (changed(question="{ref}", reference=[1, 2, 103, 40]), "leaves image 1"),
     (changed(images=["a.png", "none.png"]), "is not there"),
@@ -79,9 +79,9 @@ def test_null_is_absent_and_whole_numbers_are_whole(root):
     (changed(images=["a.png", "../b.png"]), "below the image root; write it relative to the root, "
                                             "with / and without '..'"),
     (changed(images=["a.png", "long.png"]), "up to 200 to 1"),
-    (changed(images=["a.png", {"bytes": "aGk="}]), "an image is no path; save it as a"),
-    (changed(images=["a.png", "data:image/png;base64,aGk="]), "an image is no path"),
-    (changed(images=["a.png", "https://x.org/a.png"]), "an image is no path; save it"),
+    (changed(images=["a.png", {"bytes": "aGk="}]), "'images' number 2: Input should be a valid st"),
+    (changed(images=["a.png", "data:image/png;base64,aGk="]), "is not there; copy it below"),
+    (changed(images=["a.png", "https://x.org/a.png"]), "'a.png' is not there; copy it below"),
     (changed(images=["a.png", "file:///etc/passwd"]), "'/etc/passwd' is not below the image root"),
     *((changed(question=f"Find {tag} it."), f"holds {tag}") for tag in (
         "<image>", "<image_1>", "<bbox>", "<ref>", "<video>", "<|im_start|>", "<img src='a.png'>",

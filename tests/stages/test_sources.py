@@ -60,7 +60,7 @@ def test_drawn_sets_hold_what_their_parameters_say(params, tmp_path):
 def test_own_data_is_divided_by_image(params, own_file, tmp_path):
     p = params(data=str(own_file), data_shares=[0.5, 0.3, 0.2])
     sets, text = sources.load_training_sets(p, tmp_path / "out")
-    assert text.startswith("records 60, questions kept 60, left out 0\n")
+    assert text.startswith("60 questions, 0 of them left out: ")
     assert re.search(r"\n47 questions to train, 13 held out, which tell a score to about 27 points "
                      r"either way: hold out more of a small set, as -p data_shares .*\n0 of the 26 "
                      "held-out images are also in training", text)
