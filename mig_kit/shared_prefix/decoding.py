@@ -14,7 +14,7 @@ from torch.nn.functional import linear, pad, softmax
 from transformers import Cache
 
 from mig_kit.shared_prefix.attention import product_dtype
-from mig_kit.shared_prefix.prefixes import PaddedPrompts, Suffixes, has_linear_attention
+from mig_kit.shared_prefix.prefixes import PaddedPrompts, has_linear_attention
 
 ROW_BLOCK = 16  # tokens by which a row's keys and values grow on a CPU
 
@@ -35,13 +35,12 @@ FusedWeights = dict[tuple[torch.nn.Module, ...], FusedLayers]  # layers with the
 class Decoder:
     """Computes one token for all rows at a time: `rows_per_prefix` rows for each prefix.
 
-    A prefix is a prompt, and its rows are replies; with `suffixes` it is the images that several
-    prompts begin with, and each prompt has as many rows. cache: keys and values of the prefixes,
-    and of the suffixes behind them. capacity: tokens that a row can hold.
+    A prefix is a prompt, and its rows are replies. cache: keys and values of the prefixes.
+    capacity: tokens that a row can hold.
     """
 
     def __init__(self, model, cache: Cache, prefixes: PaddedPrompts, rows_per_prefix: int,
-                 capacity: int, fused_weights: FusedWeights, suffixes: Suffixes | None = None):
+                 capacity: int, fused_weights: FusedWeights):
         self.language, self.head = model.model.language_model, model.lm_head
         self.rows_per_prefix, self.fused_weights = rows_per_prefix, fused_weights
         attention = self.language.layers[0].self_attn
@@ -55,75 +54,39 @@ class Decoder:
         self.step = 0
 
         device = prefixes.mask.device
-        n_prefixes, prefix_length = prefixes.mask.shape
+        n_prefixes = len(prefixes.mask)
         # Under autocast the cache is float32, and every step would cast all of it again.
         self.dtype = product_dtype(cache.layers[0].keys)
-        self.suffix_length = 0 if suffixes is None else int(suffixes.length.max())
 
         # First what all rows of a prefix share: its keys stay where they are, and one product reads
         # them for all rows. Of each layer: (prefixes, kv_heads, prefix tokens, width), twice.
         self.prefix_cache = [
-            tuple(tensor[:, :, :prefix_length].to(self.dtype).contiguous()
-                  for tensor in (layer.keys, layer.values))
+            tuple(tensor.to(self.dtype).contiguous() for tensor in (layer.keys, layer.values))
             for layer in cache.layers]
         # Then each row's own keys and values, which grow in place; one cache for both would copy
         # itself at each step. On a CPU, where a product copies what is no whole tensor, they grow
         # by ROW_BLOCK, and `bias` hides what is not written yet. Of each layer: (keys or values,
-        # prefixes, kv_heads, rows, suffix and new tokens, width).
+        # prefixes, kv_heads, rows, new tokens, width).
         self.grows = device.type == "cpu"
         at_first = min(ROW_BLOCK, capacity) if self.grows else capacity
-        row_shape = (2, n_prefixes, self.kv_heads, rows_per_prefix, self.suffix_length + at_first,
-                     self.width)
+        row_shape = (2, n_prefixes, self.kv_heads, rows_per_prefix, at_first, self.width)
         self.row_cache = [torch.zeros(row_shape, dtype=self.dtype, device=device)
                           for _ in cache.layers]
 
         new_tokens = prefixes.mask.new_zeros(n_prefixes, capacity + ROW_BLOCK)
         is_padding = torch.cat([prefixes.mask, new_tokens], 1)[:, None] == 0
-        next_position = prefixes.next_position[:, None]
-        if suffixes is not None:
-            rows_per_slot = rows_per_prefix // suffixes.start.shape[1]
-            next_position = suffixes.next_position.repeat_interleave(rows_per_slot, 1)
-            self._copy_suffixes(cache, suffixes, prefix_length)
-            is_padding = self._insert_suffix_padding(is_padding, suffixes, prefix_length)
-        # added to scores: (prefixes, 1, 1 or rows * heads_per_key, all tokens); of a new token
-        # only once it is drawn
+        # added to scores: (prefixes, 1, 1, all tokens); of a new token only once it is drawn
         zeros = torch.zeros(is_padding.shape, device=device)
         self.bias = zeros.masked_fill_(is_padding, -1e30)[:, None]
-        self._prepare_angles(next_position, capacity, prefixes.inputs["inputs_embeds"])
-
-    def _copy_suffixes(self, cache: Cache, suffixes: Suffixes, prefix_length: int) -> None:
-        """Put the suffixes' keys and values before the rows' own, each in all rows of its slot."""
-        n_prefixes, slots = suffixes.start.shape
-        order = torch.arange(self.suffix_length, device=suffixes.start.device)
-        last_column = cache.layers[0].keys.shape[2] - prefix_length - 1
-        columns = (suffixes.start[..., None] + order).clamp(max=last_column)
-        index = columns.view(n_prefixes, 1, -1, 1).expand(-1, self.kv_heads, -1, self.width)
-        for row_cache, layer in zip(self.row_cache, cache.layers):
-            for target, source in zip(row_cache, (layer.keys, layer.values)):
-                by_slot = source[:, :, prefix_length:].gather(2, index).to(self.dtype)
-                by_slot = by_slot.unflatten(2, (slots, -1))
-                target[..., :self.suffix_length, :] = by_slot.repeat_interleave(
-                    self.rows_per_prefix // slots, 2)
-
-    def _insert_suffix_padding(self, is_padding: torch.Tensor, suffixes: Suffixes,
-                               prefix_length: int) -> torch.Tensor:
-        """(prefixes, 1, prefix and new tokens) -> (prefixes, rows * heads_per_key, all tokens)."""
-        rows_per_slot = self.rows_per_prefix // suffixes.start.shape[1]
-        order = torch.arange(self.suffix_length, device=is_padding.device)
-        behind_suffix = order >= suffixes.length[..., None]
-        behind_suffix = behind_suffix.repeat_interleave(rows_per_slot, 1)
-        by_row = is_padding.expand(-1, self.rows_per_prefix, -1)
-        prefix, new = by_row.split([prefix_length, by_row.shape[2] - prefix_length], 2)
-        return torch.cat([prefix, behind_suffix, new], 2).repeat_interleave(self.heads_per_key, 1)
+        self._prepare_angles(prefixes.next_position, capacity, prefixes.inputs["inputs_embeds"])
 
     def _prepare_angles(self, next_position: torch.Tensor, capacity: int,
                         embeds: torch.Tensor) -> None:
-        """Cosines and sines of all steps, (prefixes, 1 or rows, steps, width)."""
+        """Cosines and sines of all steps, (prefixes, 1, steps, width)."""
         steps = torch.arange(capacity, device=embeds.device)
-        positions = (next_position.flatten()[:, None] + steps).expand(3, -1, -1)
-        cosines, sines = self.language.rotary_emb(embeds, positions)
-        self.cosines = cosines.view(*next_position.shape, capacity, -1)
-        self.sines = sines.view(*next_position.shape, capacity, -1)
+        positions = (next_position[:, None] + steps).expand(3, -1, -1)
+        self.cosines, self.sines = (
+            angles[:, None] for angles in self.language.rotary_emb(embeds, positions))
         # With this sign, rotating a head only has to swap its halves.
         self.sines[..., :self.width // 2] *= -1
 
@@ -138,9 +101,8 @@ class Decoder:
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (rows,) -> logits (rows, vocabulary) of the next token."""
         hidden = self.language.embed_tokens(tokens)
-        place = self.suffix_length + self.step
-        self.bias[..., self.prefix_cache[0][0].shape[2] + place] = 0
-        if place == self.row_cache[0].shape[-2]:
+        self.bias[..., self.prefix_cache[0][0].shape[2] + self.step] = 0
+        if self.step == self.row_cache[0].shape[-2]:
             self.row_cache = [pad(cache, (0, 0, 0, ROW_BLOCK)) for cache in self.row_cache]
         cosines = self._angles_of_step(self.cosines, of_values=1)
         sines = self._angles_of_step(self.sines, of_values=0)
@@ -150,7 +112,7 @@ class Decoder:
         return self._project(self.language.norm(hidden), self.head)
 
     def _angles_of_step(self, angles: torch.Tensor, of_values: int) -> torch.Tensor:
-        """(prefixes, 1 or rows, heads + 2 * kv_heads, width); of_values keeps values unturned."""
+        """(prefixes, 1, heads + 2 * kv_heads, width); of_values keeps values unturned."""
         of_step = angles[:, :, self.step, None]
         turned = of_step.expand(-1, -1, self.heads + self.kv_heads, -1)
         unturned = of_step.new_full((1, 1, self.kv_heads, self.width), of_values)
@@ -191,7 +153,7 @@ class Decoder:
         """Queries, keys, values (prefixes, rows, heads, width) -> (all rows, heads * width)."""
         prefix_keys, prefix_values = self.prefix_cache[index]
         n_prefixes, prefix_length = prefix_keys.shape[0], prefix_keys.shape[2]
-        past = self.suffix_length + self.step + 1
+        past = self.step + 1
         row_cache = self.row_cache[index]
         new = heads[:, :, self.heads:].unflatten(2, (2, self.kv_heads))
         row_cache[..., past - 1, :] = new.permute(2, 0, 3, 1, 4)

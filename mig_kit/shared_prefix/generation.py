@@ -1,5 +1,5 @@
 """Rollouts that read a shared prompt once: a prompt with images has hundreds of tokens, a reply a
-few dozen. Several questions about the same images read these once, too.
+few dozen.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,8 @@ from mig_kit.shared_prefix.decoding import (
     has_experts,
 )
 from mig_kit.shared_prefix.prefixes import (
-    group_by_prefix,
     has_linear_attention,
     pad_prompts,
-    prefill_suffixes,
     state_bytes,
 )
 from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
@@ -179,22 +177,15 @@ def _generate_round(model, processor, prompts: list[Prompt], group: int, samplin
                     uniforms: torch.Tensor | None,
                     fused_weights: FusedWeights) -> list[list[Completion]]:
     """`draw_completions` to prompts that are read together; uniforms: None at temperature 0."""
-    decoder, hidden, prompt_of_row = _prefill_prompts(model, prompts, group,
-                                                      sampling.max_new_tokens, fused_weights)
-    device = hidden.device
-    logits = model.lm_head(hidden)[prompt_of_row.clamp(min=0).to(device)]
+    decoder, hidden = _prefill_prompts(model, prompts, group, sampling.max_new_tokens,
+                                       fused_weights)
+    logits = model.lm_head(hidden).repeat_interleave(group, 0)
     if sampling.temperature:
-        number_in_group = torch.arange(group).repeat(len(prompt_of_row) // group)
-        uniforms = uniforms[prompt_of_row.clamp(min=0), number_in_group].to(device)
-    is_empty = (prompt_of_row < 0).to(device)
-    completions = _decode(decoder, logits, is_empty, sampling, uniforms,
+        uniforms = uniforms.flatten(0, 1).to(hidden.device)
+    completions = _decode(decoder, logits, sampling, uniforms,
                           end_token_ids(model.generation_config, processor),
                           forbidden_token_ids(processor))
-    rollouts: list[list[Completion]] = [[] for _ in prompts]
-    for completion, prompt in zip(completions, prompt_of_row.tolist()):
-        if prompt >= 0:
-            rollouts[prompt].append(completion)
-    return rollouts
+    return [completions[start:start + group] for start in range(0, len(completions), group)]
 
 
 def forbidden_token_ids(processor) -> list[int]:
@@ -204,33 +195,24 @@ def forbidden_token_ids(processor) -> list[int]:
 
 def _prefill_prompts(
         model, prompts: list[Prompt], group: int, capacity: int,
-        fused_weights: FusedWeights) -> tuple[Decoder | StateDecoder, torch.Tensor, torch.Tensor]:
-    """A decoder, the states at the prompts' ends (prompts, hidden), each row's prompt or -1."""
-    groups, suffixes = group_by_prefix(prompts), None
-    prompt_index = torch.arange(len(prompts))[:, None]
-    if has_linear_attention(model) or len(groups) == len(prompts):
-        batch = pad_prompts(model, prompts)
-        hidden, cache = batch.prefill(model)
-    else:
-        batch = pad_prompts(model, [prompts[indices[0]].cut_to_prefix() for indices in groups])
-        _, cache = batch.prefill(model)
-        suffixes = prefill_suffixes(model, prompts, groups, batch, cache)
-        hidden, prompt_index = suffixes.hidden, suffixes.prompt_index
-    prompt_of_row = prompt_index.repeat_interleave(group, 1)  # prefixes, rows of each
-    decoder = (StateDecoder(model, cache, batch, group) if has_linear_attention(model) else
-               Decoder(model, cache, batch, prompt_of_row.shape[1], capacity, fused_weights,
-                       suffixes))
-    return decoder, hidden, prompt_of_row.flatten()
+        fused_weights: FusedWeights) -> tuple[Decoder | StateDecoder, torch.Tensor]:
+    """A decoder, and the states at the prompts' ends (prompts, hidden)."""
+    batch = pad_prompts(model, prompts)
+    hidden, cache = batch.prefill(model)
+    decoder = (StateDecoder(model, cache, batch, group) if has_linear_attention(model)
+               else Decoder(model, cache, batch, group, capacity, fused_weights))
+    return decoder, hidden
 
 
-def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, is_done: torch.Tensor,
-            sampling: SamplingOptions, uniforms: torch.Tensor | None, end_tokens: list[int],
+def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, sampling: SamplingOptions,
+            uniforms: torch.Tensor | None, end_tokens: list[int],
             forbidden_tokens: list[int]) -> list[Completion]:
     """Draw tokens from logits (rows, vocabulary) on, until all rows are done; a completion each."""
     device = logits.device
     ends = torch.tensor(end_tokens, device=device)
     completions = [Completion([], []) for _ in range(len(logits))]
     rows = torch.arange(len(logits), device=device)  # those that the decoder still holds
+    is_done = torch.zeros(len(logits), dtype=torch.bool, device=device)
     for step in range(sampling.max_new_tokens):
         scaled = logits.float() / (sampling.temperature or 1.0)
         total = scaled.logsumexp(-1)

@@ -1,5 +1,4 @@
-"""Prompts as batches, and what they share: questions about the same images begin with the same
-tokens, which are read once; one pass then reads what follows in all of them.
+"""Prompts as batches.
 
 With linear attention (Gated DeltaNet, as in Qwen3.5) every token changes the state, so prompts are
 padded on the left, where masked tokens leave it at zero, and each completion starts from a copy.
@@ -30,12 +29,6 @@ def pad_rows(rows: list[torch.Tensor], length: int, fill: int = 0,
     missing = [length - row.shape[-1] for row in rows]
     return torch.stack([pad(row, (count, 0) if on_left else (0, count), value=fill)
                         for row, count in zip(rows, missing)])
-
-
-def additive_mask(is_allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(rows, tokens, past) bool -> (rows, 1, tokens, past), what is added to attention scores."""
-    zeros = torch.zeros(is_allowed.shape, dtype=dtype, device=is_allowed.device)
-    return zeros.masked_fill_(~is_allowed, torch.finfo(dtype).min)[:, None]
 
 
 def embed_with_images(embeds: torch.Tensor, is_image: torch.Tensor, prompts: list[Prompt]) -> dict:
@@ -150,76 +143,3 @@ def pad_prompts(model, prompts: list[Prompt]) -> PaddedPrompts:
     is_image = ((ids == model.config.image_token_id) & mask.bool()).to(device)
     return PaddedPrompts(embed_with_images(embeds, is_image, prompts), mask.to(device),
                          positions.to(device), next_position.to(device))
-
-
-def group_by_prefix(prompts: list[Prompt]) -> list[list[int]]:
-    """Indices of the prompts that begin with the same images, in order.
-
-    Every prompt is a group of its own where one has no images, or where padding each prefix to the
-    largest group would more than double the batch.
-    """
-    alone = [[index] for index in range(len(prompts))]
-    if not all(prompt.prefix_length for prompt in prompts):
-        return alone
-    by_prefix: dict[tuple, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        prefix_ids = prompt.ids[:prompt.prefix_length].numpy().tobytes()
-        by_prefix.setdefault((prompt.image_digests, prefix_ids), []).append(index)
-    groups = list(by_prefix.values())
-    padded_rows = max(map(len, groups)) * len(groups)
-    return alone if padded_rows > 2 * len(prompts) else groups
-
-
-@dataclass(frozen=True)
-class Suffixes:
-    """What prompts have behind their shared prefixes; each is in a slot of its prefix's row."""
-
-    prompt_index: torch.Tensor  # (prefixes, slots), -1 in an empty slot
-    start: torch.Tensor  # (prefixes, slots) of the suffix's tokens in the row
-    length: torch.Tensor  # (prefixes, slots)
-    next_position: torch.Tensor  # (prefixes, slots) of the token that follows
-    hidden: torch.Tensor  # (prompts, hidden) states at the prompts' last tokens
-
-
-def prefill_suffixes(model, prompts: list[Prompt], groups: list[list[int]], prefixes: PaddedPrompts,
-                  cache: Cache) -> Suffixes:
-    """Read what follows the prefixes, and add its keys and values to their cache."""
-    device = prefixes.mask.device
-    rows = [[prompts[index] for index in group] for group in groups]
-    slots = max(map(len, groups))
-    lengths = [[len(prompt.ids) - prompt.prefix_length for prompt in row] for row in rows]
-    longest = pad_to_multiple(max(map(sum, lengths)))
-
-    ids = pad_rows([torch.cat([prompt.ids[prompt.prefix_length:] for prompt in row])
-                    for row in rows], longest)
-    positions = pad_rows([torch.cat([prompt.positions[:, prompt.prefix_length:] for prompt in row],
-                                    1) for row in rows], longest).transpose(0, 1)
-    slot_of_token = pad_rows([torch.arange(len(row)).repeat_interleave(torch.tensor(row))
-                              for row in lengths], longest, -1)
-
-    prompt_index = pad_rows([torch.tensor(group) for group in groups], slots, -1)
-    length = pad_rows([torch.tensor(row) for row in lengths], slots)
-    is_filled = prompt_index >= 0
-    start = (length.cumsum(1) - length) * is_filled
-    next_position = pad_rows([torch.tensor([prompt.next_position for prompt in row])
-                              for row in rows], slots)
-
-    # All suffixes of a prefix are one row, so that its keys need not be repeated for each; the mask
-    # keeps a suffix from seeing its neighbours, and positions go on from the prefix for each.
-    column = torch.arange(longest)
-    is_same_suffix = slot_of_token[:, :, None] == slot_of_token[:, None, :]
-    sees_suffix = is_same_suffix & (column[:, None] >= column)
-    sees_prefix = prefixes.mask.bool()[:, None].expand(-1, longest, -1)
-    is_allowed = torch.cat([sees_prefix, sees_suffix.to(device)], 2)
-    language = model.model.language_model
-    embeds = language.embed_tokens(ids.to(device))
-    output = language(
-        inputs_embeds=embeds, attention_mask=additive_mask(is_allowed, embeds.dtype),
-        position_ids=positions.to(device), past_key_values=cache, use_cache=True)
-
-    row, slot = is_filled.nonzero(as_tuple=True)
-    last_column = (start + length - 1)[row, slot]
-    in_prompt_order = prompt_index[row, slot].argsort()
-    hidden = output.last_hidden_state[row, last_column][in_prompt_order]
-    return Suffixes(prompt_index, start.to(device), length.to(device), next_position.to(device),
-                    hidden)

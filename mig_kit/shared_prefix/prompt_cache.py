@@ -107,25 +107,18 @@ class Prompt:
 
     ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), of Qwen3-VL, which
     feeds some to its first layers, (image tokens, (1 + layers) * hidden). image_digests: of its
-    images, in order. prefix_length: tokens up to and including the last image token.
+    images, in order.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     features: torch.Tensor | None
     image_digests: tuple[bytes, ...] = ()
-    prefix_length: int = 0
 
     @property
     def next_position(self) -> int:
         """Position of the token that follows the prompt."""
         return int(self.positions[:, -1].max()) + 1
-
-    def cut_to_prefix(self) -> "Prompt":
-        """The tokens up to the end of the last image as a prompt of their own."""
-        length = self.prefix_length
-        return Prompt(self.ids[:length], self.positions[:, :length], self.features,
-                      self.image_digests, length)
 
 
 class ImageFeatures(NamedTuple):
@@ -280,10 +273,8 @@ class PromptCache:
         positions, _ = self.model.model.get_rope_index(
             ids, token_types, image_grid_thw=grid, attention_mask=mask)
         for row, (source, own_ids) in enumerate(zip(sources, encoded)):
-            image_columns = (own_ids == processor.image_token_id).nonzero()
-            prefix_length = int(image_columns[-1]) + 1 if len(image_columns) else 0
             self.texts[source.key] = Prompt(own_ids, positions[:, row][:, mask[row].bool()], None,
-                                            digests[row], prefix_length)
+                                            digests[row])
 
 
 def _drop_least_recent(kept: OrderedDict, max_bytes: int, count: Callable[..., int]) -> None:

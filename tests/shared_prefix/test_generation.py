@@ -17,7 +17,6 @@ from mig_kit.prompts import chat_messages
 from mig_kit.shared_prefix import attention, decoding, generation, prefixes, prompt_cache
 from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, sample_tokens
 from mig_kit.shared_prefix.logprobs import completion_logps
-from mig_kit.shared_prefix.prefixes import has_linear_attention
 from mig_kit.shared_prefix.prompt_cache import Prompt
 from mig_kit.training import resuming
 
@@ -74,51 +73,6 @@ def test_greedy_replies_equal_transformers(family, samples):
         assert rollout == [stock_completion(model, processor, sample, box_format)] * 3
 
 
-@pytest.mark.slow
-def test_questions_about_the_same_images_read_them_once(family, samples, monkeypatch):
-    model, processor, box_format = family
-    questions = [(0, "Find the red star."), (1, "Where?"),
-                 (0, "Which thing is new in image 2, and where is it?"), (2, "Find the blue ring."),
-                 (1, "What do these pictures have in common?"), (0, "Where?")]
-    asked_samples = [replace(samples[i], id=f"{text}{i}", question=text, reference=None)
-                     for i, text in questions]
-    prompts = make_prompts(model, processor, asked_samples, box_format)
-    shapes_read, stock = [], prefixes.PaddedPrompts.prefill
-
-    def watched(batch, model):
-        shapes_read.append(batch.mask.shape)
-        return stock(batch, model)
-
-    monkeypatch.setattr(prefixes.PaddedPrompts, "prefill", watched)
-    rollouts = generate(model, processor, prompts, 2)
-    monkeypatch.undo()
-    rows_read = [rows for rows, _ in shapes_read]
-    if has_linear_attention(model):
-        assert rows_read == [6], "two questions cannot go on from one state in one row"
-    else:
-        assert rows_read == [3], "three lists of images"
-        longest_prefix = max(prompt.prefix_length for prompt in prompts)
-        assert shapes_read[0][1] == prefixes.pad_to_multiple(longest_prefix)
-    for sample, rollout in zip(asked_samples, rollouts):
-        assert rollout == [stock_completion(model, processor, sample, box_format)] * 2
-
-
-def test_prefixes_by_hand():
-    def prompt(name: bytes, prefix_length: int = 3) -> Prompt:
-        tokens = prefix_length + 2
-        return Prompt(torch.arange(tokens), torch.zeros(3, tokens), None,
-                      (name,) if prefix_length else (), prefix_length)
-
-    a, b, c, text_only = prompt(b"a"), prompt(b"b"), prompt(b"c"), prompt(b"", 0)
-    group = prefixes.group_by_prefix
-    assert group([a, b, a, c, b]) == [[0, 2], [1, 4], [3]]
-    other_text = prompt(b"a", 4)
-    assert group([a, other_text]) == [[0], [1]], "another text before the end of the images"
-    assert group([a, a, text_only]) == [[0], [1], [2]], "no images to share"
-    lonely = [prompt(bytes([i])) for i in range(7)]
-    assert group([a] * 5 + lonely) == [[i] for i in range(12)], "40 rows for 12 questions"
-
-
 def test_keys_and_values_are_in_memory_once(random_model, processor, samples, monkeypatch):
     """The prompts' cache goes when the decoder has its parts, and a layer's when it is copied."""
     caches, stock = [], prefixes.PaddedPrompts.prefill
@@ -143,7 +97,7 @@ def test_keys_and_values_are_in_memory_once(random_model, processor, samples, mo
             alive.append(sum(layer() is not None for layer in layers))
 
     decoder.prefix_cache = Watched(decoder.prefix_cache)
-    decoder.keep_prefixes(torch.tensor([True, False]))
+    decoder.keep_prefixes(torch.tensor([True, False, False, False]))
     assert alive == [2, 1], "the layer that is copied, and those after it"
     assert {len(keys) for keys, _ in decoder.prefix_cache} == {1}
 
@@ -154,14 +108,15 @@ def test_finished_prefixes_leave_and_the_rest_goes_on(random_model, processor, s
     prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 8))
     sampling = SamplingOptions(0.0, max_new_tokens=12, min_new_tokens=12)
     full = generate(random_model, processor, prompts, 3, sampling)
-    last_steps = [3, 4, 5, 8]  # of the four prefixes: tokens that their rows have before the end
-    rows_per_prefix, stock = 6, generation.sample_tokens
+    # of the eight prompts: tokens that their rows have before the end
+    last_steps = [3, 3, 4, 4, 5, 5, 8, 8]
+    rows_per_prefix, stock = 3, generation.sample_tokens
     state = {"step": 0, "finished": []}
 
     def end_one_prefix_after_the_other(logits, sampling, uniforms):
         tokens = stock(logits, sampling, uniforms)
         state["step"] += 1
-        held = [prefix for prefix in range(4) if prefix not in state["finished"]]
+        held = [prefix for prefix in range(8) if prefix not in state["finished"]]
         for place, prefix in enumerate(held):
             if state["step"] > last_steps[prefix]:
                 start = rows_per_prefix * place
@@ -172,7 +127,7 @@ def test_finished_prefixes_leave_and_the_rest_goes_on(random_model, processor, s
     monkeypatch.setattr(generation, "sample_tokens", end_one_prefix_after_the_other)
     cut = generate(random_model, processor, prompts, 3, sampling)
     for i, (full_rollout, cut_rollout) in enumerate(zip(full, cut)):
-        assert cut_rollout == [completion[:last_steps[i // 2]] + [END]
+        assert cut_rollout == [completion[:last_steps[i]] + [END]
                                for completion in full_rollout]
 
 
@@ -329,7 +284,6 @@ def test_prompts_are_what_the_processor_makes(family, samples, monkeypatch):
         assert torch.equal(prompt.ids, inputs["input_ids"][0])
         assert torch.equal(prompt.positions, positions[:, 0])
         image_columns = (prompt.ids == processor.image_token_id).nonzero()
-        assert prompt.prefix_length == image_columns[-1] + 1
         assert len(prompt.features) == len(image_columns)
 
 
