@@ -59,8 +59,8 @@ def box_reward(reply: str, sample: Sample, box_format: BoxFormat,
     return overlap if overlap >= floor else 0.0
 
 
-# The name by which `rewards` of 05 chooses a reward, and under which it is logged; it stands in
-# reward_names.KIT_REWARDS, too. A reward of 0 means that nothing was earned: warnings rely on it.
+# The name by which `rewards` of 05 chooses a reward, and under which it is logged. A reward of 0
+# means that nothing was earned: warnings rely on it.
 REWARDS: dict[str, Reward] = {
     "format": format_reward, "image": image_reward, "box": box_reward, "choice": choice_reward}
 

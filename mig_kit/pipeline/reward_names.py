@@ -4,9 +4,8 @@ import symtable
 from collections.abc import Mapping, Sequence
 
 from mig_kit.common import UserError, split_function_name, suggest_word
+from mig_kit.rewards import REWARDS
 
-# the names of `mig_kit.rewards.REWARDS`, which is slow to import
-KIT_REWARDS = ("format", "image", "box", "choice")
 # what the curves of stage 05 hold besides the rewards
 NAMES_OF_CURVES = ("step", "reward", "length", "entropy", "kl", "zero_std", "clipped_ratio",
                    "clip_ratio", "ratio", "shared", "method", "finding",
@@ -37,10 +36,10 @@ def check_rewards(references: Sequence[str], weights: Mapping[str, float],
 
 def _reward_name(text: str) -> str:
     """The name under which a reward is logged; raises as `check_rewards`."""
-    if text in KIT_REWARDS:
+    if text in REWARDS:
         return text
     if ":" not in text:
-        hint = suggest_word(text, KIT_REWARDS) or f"the kit's are {', '.join(KIT_REWARDS)}"
+        hint = suggest_word(text, REWARDS) or f"the kit's are {', '.join(REWARDS)}"
         raise UserError(f"rewards has '{text}'; {hint} A function of your own is written as "
                         "file.py:function")
     path, function = split_function_name(text)

@@ -31,6 +31,7 @@ def model(tmp_path, monkeypatch):
     return folder / "model"
 
 
+@pytest.mark.nightly
 def test_the_hub_reads_a_card(model):
     card = ModelCard.load(model / "README.md")
     assert card.data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct" and card.data.license is None

@@ -36,7 +36,7 @@ def no_kernels(monkeypatch):
 
     def execute_notebook(stage, run_id, values, lines):
         executed.append((run_id, stage, values.get("seed")))
-        begun, p = store.begin_stage(stage, {**values, "In": ["# Parameters"]})
+        begun, p = store.begin_stage(stage, values)
         (begun.folder / "x").write_text(str(getattr(p, "max_steps", "x")))
         begun.finish({"systems": {"grpo": {"blink": {"score": 1.0}}}})
         write_json(begun.final_folder / "run.json",

@@ -298,6 +298,7 @@ def small_disk(tmp_path, monkeypatch):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.nightly
 def test_a_full_disk_leaves_the_old_file_and_no_finished_stage(small_disk):
     stage = begin()
     write_json(small_disk / "old.json", {"kept": True})
