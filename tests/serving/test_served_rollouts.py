@@ -109,7 +109,6 @@ def test_replies_that_are_learnt_from_twice_are_drawn_once(make_served, tmp_path
     trainer.train()
     rows = grpo.training_curves(trainer.state.log_history)
     ratios = [row["ratio"] for row in rows]
-    assert updates(server) == ["1", "3", "5"]
     assert updates(server) == ["1", "3", "5"] and server.unloaded == server.loaded[:5]
     assert ratios == pytest.approx([1.0] * 3, abs=1e-3), "the weights' change is in the other one"
     assert all(row["clip_ratio"] > 0 for row in rows)
