@@ -140,10 +140,10 @@ class Synthesize(Seeded):
 
     cot_per_task: Count = param(360, "samples per task for which the teacher writes a trace")
     free_form_per_task: Count = param(160, "general questions per kind, for the cold start")
-    rl_per_task: Count = param(100, "candidate prompts per task for reinforcement learning")
+    rl_per_task: Count = param(200, "candidate prompts per task for reinforcement learning")
     rl_free_form_per_task: Count = param(
-        120, "candidates per kind of question that a letter answers")
-    rl_boxes_per_task: Count = param(450, "candidates per kind of question that a box answers")
+        80, "candidates per kind of question that a letter answers")
+    rl_boxes_per_task: Count = param(300, "candidates per kind of question that a box answers")
     val_per_task: Positive = param(10, "validation samples per task")
     data: str = param("scenes", "what is asked about: scenes (drawn), or a file of your questions")
     image_root: str = param("", "folder of their images; empty for the folder of the file")
@@ -248,7 +248,7 @@ class Grpo(Training, Served):
     save_steps: Positive = param(25, "a checkpoint every so many updates, in whole num_iterations")
     gradient_checkpointing: bool = param(
         False, "keep only the layers' inputs: less memory, one more pass")
-    lora_r: Positive = param(83, "rank of the new adapter")
+    lora_r: Positive = param(16, "rank of the new adapter")
     per_device_train_batch_size: Positive = param(32, "replies per device and step")
     gradient_accumulation_steps: Positive = param(4, "steps per update, of all processes together")
     micro_replies: Count = param(0, "replies whose graphs are held at once; 0: all")
