@@ -227,7 +227,7 @@ class RejectionSampling(Seeded, OnHardware, Served):
 class Grpo(Training, Served):
     """05_grpo."""
 
-    learning_rate: Rate = param(0.0003, "peak learning rate")
+    learning_rate: Rate = param(0.0006, "peak learning rate")
     max_steps: Positive = param(125, "updates")
     num_generations: int = param(8, "replies per prompt, G", ge=2)
     temperature: Rate = param(1.0, "sampling temperature")
