@@ -64,7 +64,7 @@ def check_plan(plan: PlannedRun) -> None:
         if not set(inputs) & set(plan.params):
             for name in inputs:
                 run_folders.require_record(name, plan.origin, stage)
-            store.find_stale_inputs(stage, plan.origin)
+            store.require_fresh_inputs(stage, plan.origin)
 
 
 def run_plan(plan: PlannedRun, force: bool = False) -> None:

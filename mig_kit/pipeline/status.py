@@ -31,7 +31,7 @@ def run_lines(run_id: str) -> list[str]:
         scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"
                            for system, by_suite in systems.items())
         lines.append(f"  {suite_title(suite):<24}{scores}")
-    return [*lines, *(f"  {mark}" for mark in store.list_marks(list(states), run_id))]
+    return lines
 
 
 def _scores(run_id: str) -> dict:

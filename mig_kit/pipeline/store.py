@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,30 +53,20 @@ def find_stale(run_id: str) -> dict[str, str]:
     return stale
 
 
-def find_stale_inputs(stage: str, run_id: str, is_forced: bool = False) -> list[str]:
-    """What makes inputs of a stage stale, as of `find_stale`; UserError unless forced."""
+def require_fresh_inputs(stage: str, run_id: str) -> None:
+    """UserError if a stage that this one reads is stale, as of `find_stale`."""
     stale = find_stale(run_id)
-    inputs = run_folders.input_stages(stage, run_id)
-    causes = sorted({stale[name] for name in inputs if name in stale})
-    if causes and not is_forced:
-        raise UserError(f"{stage} would build on what is stale in run '{run_id}' ({causes[0]}); "
-                        "run that again, or add --force: what comes of it is then marked in "
-                        "run.json, status and tables")
-    return causes
+    for name in run_folders.input_stages(stage, run_id):
+        if name in stale:
+            raise UserError(f"{stage} would build on what is stale in run '{run_id}' "
+                            f"({stale[name]}); run that again, or add --force: what comes of it "
+                            "is then stale, too")
 
 
 def stale_notes(stage: str, run_id: str) -> list[str]:
     """Sentences on why a stage's results are not those of the present code and parameters."""
     reason = find_stale(run_id).get(stage, "")
-    notes = [f"{stage} of run '{run_id}' is stale ({reason})"] if reason else []
-    return notes + list_marks(run_folders.RECIPE[:run_folders.RECIPE.index(stage) + 1], run_id)
-
-
-def list_marks(stages: Sequence[str], run_id: str) -> list[str]:
-    """A sentence on each of these stages that was made from stale ones."""
-    records = {stage: run_folders.load_record(stage, run_id) or {} for stage in stages}
-    return [f"{stage} of run '{run_id}' was made from what was stale ({'; '.join(causes)})"
-            for stage, record in records.items() if (causes := record.get("stale_inputs"))]
+    return [f"{stage} of run '{run_id}' is stale ({reason})"] if reason else []
 
 
 def recorded_params(stage: str, record: dict) -> dict:
@@ -184,7 +173,6 @@ class Stage:
     inputs: tuple[str, ...]
     is_shown: bool
     spent: float
-    stale_inputs: list[str]
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
     is_finished: bool = False
@@ -232,7 +220,6 @@ class Stage:
                 "stats": {name: stage_keys.file_stats(path) for name, path in files.items()},
                 "summary": summary.replace(str(folder), str(final)), **describe_machine(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-                "stale_inputs": self.stale_inputs,
                 "seconds": round(self.spent + time.monotonic() - self.clock, 1), **facts})
             if final.exists():
                 shutil.rmtree(final)
@@ -260,7 +247,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     Args:
         names: the notebook's globals().
     Returns: the stage, and its parameters.
-    Raises: UserError as `validate_params`, `is_done` and `find_stale_inputs`, and for a damaged
+    Raises: UserError as `validate_params`, `is_done` and `require_fresh_inputs`, and for a damaged
         input.
     """
     params = validate_params({name: names[name] for name in default_params(stage)
@@ -282,7 +269,8 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     started = read_started(unfinished_folder(stage, run_id))
     try:
         is_shown = is_done(stage, run_id, params)
-        stale_inputs = find_stale_inputs(stage, run_id, is_shown or started.get("is_forced", False))
+        if not is_shown and not started.get("is_forced"):
+            require_fresh_inputs(stage, run_id)
     except UserError:
         run_folders.unlock_run(run)
         raise
@@ -293,7 +281,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
         write_json(folder / STARTED, {"is_forced": False, **started, "facts": facts,
                                       "spent": spent})
     begun = Stage(stage, run_id, folder, stage_keys.with_run_params(stage, run_id, params), facts,
-                  run_folders.input_stages(stage, run_id), is_shown, spent, stale_inputs)
+                  run_folders.input_stages(stage, run_id), is_shown, spent)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 
