@@ -62,9 +62,11 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     """
     from mig_kit.data.line_checks import parse_line
     from mig_kit.score import calibration, protocols
+    from mig_kit.score.benchmarks import BENCHMARKS
     from mig_kit.score.blind import blind_summary
     from mig_kit.score.records import read_records
-    from mig_kit.score.result import paired_difference, score_markdown, summarize
+    from mig_kit.score.result import paired_difference, summarize
+    from mig_kit.score.score_table import score_markdown
 
     if bool(judge) != bool(judge_model):
         raise UserError("--judge URL and --judge-model NAME belong together; give both")
@@ -87,12 +89,13 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
     result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
     if judge_model:
         result["judge"] = judge_model
-    if blind and name in protocols.WITH_BLIND_ROWS:
+    if blind and scored.judged:
         result["blind"] = blind_summary(scored)
     if calibrate:
-        if name not in protocols.CALIBRATED or header["protocol"] != "official":
-            raise UserError(f"--calibrate is for {', '.join(protocols.CALIBRATED)} under the "
-                            "protocol official; leave it out")
+        if BENCHMARKS[name].frame not in ("thousandths", "pairs") or (
+                header["protocol"] != "official"):
+            raise UserError("--calibrate is for mig_bench, lisa and revos under the protocol "
+                            "official; leave it out")
         result["calibration"] = calibration.calibrate(scored)
         result["remarks"] += calibration.calibration_notes(result["calibration"],
                                                            result["predictions"])

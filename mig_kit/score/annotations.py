@@ -6,7 +6,7 @@ AMAP-ML/UniVG-R1, zeyofu/BLINK_Benchmark, FanqingM/MMIU-Benchmark, JierunChen/Re
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
@@ -32,8 +32,6 @@ BLINK_CHOICES = {
     "Relative_Reflectance": ("A is darker", "B is darker", "About the same"),
     "Forensic_Detection": ("the first image", "the second image", "the third image",
                            "the fourth image")}
-# how many items the paper counts where releases differ: arXiv 2408.02718 and 2410.12332
-PAPER_COUNTS = {"mmiu": 11698, "mc_bench": 2000}
 MMIU_OPTIONS = "ABCDEFGH"  # where an item's own options cannot be read
 LARGEST = 1e9  # a coordinate or score beyond it is none
 
@@ -55,6 +53,8 @@ class BenchmarkItem:
     letter: str = ""  # the correct one of a multiple-choice question
     options: str = ""  # all its letters
     choices: tuple[str, ...] = ()  # what the letters stand for
+    usual_choices: tuple[str, ...] = ()  # the same where the record does not say it
+    video: str = ""  # whose frames the images are
     category: str = ""  # kind of the object, of Ref-L4
     targets: tuple[tuple[int, Box], ...] = ()  # of own data: (image, box), any of which answers
 
@@ -182,7 +182,7 @@ def read_revos(records: list[dict]) -> Benchmark:
         items.append(BenchmarkItem(index, "", "revos", question,
                                    tuple(f"{video}#{place}" for place in frames), box,
                                    Coordinates.PIXELS, target=3,
-                                   image_stated=bool(find_names(question))))
+                                   image_stated=bool(find_names(question)), video=str(video)))
     return Benchmark("revos", "", tuple(items), None)
 
 
@@ -228,8 +228,9 @@ def read_blink(records: list[dict]) -> Benchmark:
     if twice := next((name for name, count in names.items() if count > 1), ""):
         raise UserError(f"the BLINK annotations have idx '{twice}' twice; give each question once "
                         "(one model's file, not several joined)")
-    items = [replace(item, options=ascii_uppercase[:len(item.choices) or ascii_uppercase.index(
-        last_letters[item.task]) + 1]) for item in items]
+    items = [replace(item, usual_choices=BLINK_CHOICES.get(item.task.replace(" ", "_"), ()),
+                     options=ascii_uppercase[:len(item.choices) or ascii_uppercase.index(
+                         last_letters[item.task]) + 1]) for item in items]
     return _benchmark("blink", items)
 
 
@@ -260,8 +261,7 @@ def read_mmiu(records: list[dict]) -> Benchmark:
     if not items:
         raise UserError("no item of the MMIU annotations has an output, the correct letter; give "
                         "the file that has them")
-    return Benchmark("mmiu", "", tuple(items), len(records) == PAPER_COUNTS["mmiu"] or None,
-                     tuple(left_out))
+    return Benchmark("mmiu", "", tuple(items), None, tuple(left_out))
 
 
 def _split_options(text: str) -> tuple[str, ...]:
@@ -272,11 +272,6 @@ def _split_options(text: str) -> tuple[str, ...]:
             marks.append(mark)
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     return tuple(text[mark.end():end].strip() for mark, end in zip(marks, ends))
-
-
-READERS: dict[str, Callable[[list[dict]], Benchmark]] = {
-    "mig_bench": read_mig_bench, "lisa": read_lisa, "revos": read_revos, "ref_l4": read_ref_l4,
-    "blink": read_blink, "mmiu": read_mmiu}
 
 
 def resolve_image_path(root: str | Path, name: str) -> Path:

@@ -8,6 +8,7 @@ import json
 import re
 import unicodedata
 
+from mig_kit.score.annotations import BenchmarkItem
 from mig_kit.score.official import last_answer_block, parse_blink_letter, shown_text
 
 _LABEL = r"(?i:option|choice|point|box|picture|letter)"
@@ -53,6 +54,18 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
         if (letter := read(plain, valid, choices)) is not None:
             return (letter, rule) if letter else ("", "")
     return "", ""
+
+
+def read_item(item: BenchmarkItem, response: str, is_blink: bool = False) -> tuple[str, str]:
+    """`read_choice` of a reply to an item."""
+    return read_choice(response, item.options, item.choices or item.usual_choices, is_blink)
+
+
+def read_strictly(item: BenchmarkItem, response: str) -> tuple[str, str]:
+    """The letter that is all of the last <answer>, and the rule's name; ("", "") without one."""
+    letter = (last_answer_block(response) or "").strip().strip("()[].")
+    is_option = len(letter) == 1 and letter in item.options
+    return (letter, "the last <answer>") if is_option else ("", "")
 
 
 def _json_answer(text: str) -> str | None:

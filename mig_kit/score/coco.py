@@ -7,6 +7,7 @@ image without an entry has no box, which is an answer, so nothing can be missing
 import contextlib
 import io
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Container
 
@@ -19,13 +20,6 @@ from scipy.optimize import linear_sum_assignment
 from mig_kit.common import UserError
 from mig_kit.score.annotations import is_four_numbers, is_number
 from mig_kit.score.result import Scored
-
-LIKELY, TRIED = 0.3, 2000  # share of detections that meet a true box; detections that are tried
-# what four numbers may mean -> the x, y, width, height that they are
-ORDERS = {"x, y, width, height": lambda a, b, c, d: (a, b, c, d),
-          "x1, y1, x2, y2": lambda a, b, c, d: (a, b, c - a, d - b),
-          "y1, x1, y2, x2": lambda a, b, c, d: (b, a, d - b, c - a),
-          "y, x, height, width": lambda a, b, c, d: (b, a, d, c)}
 
 
 def load_coco(annotations: dict, name: str) -> COCO:
@@ -80,37 +74,18 @@ def validate_detections(predictions: list[dict], coco: COCO, source: str) -> lis
             for entry in predictions]
 
 
-def frame_remark(coco: COCO, entries: list[dict]) -> tuple[str, ...]:
-    """A sentence if the boxes meet true ones (IoU 0.5) only in another order or frame, or by
-    another category; entries: of `validate_detections`.
+def describe_reach(coco: COCO, entries: list[dict]) -> tuple[str, ...]:
+    """A sentence: the largest number of the boxes, and how many leave their image; entries: of
+    `validate_detections`.
     """
-    entries, places = entries[:TRIED], sorted(coco.cats)
-    truth = defaultdict(list)
-    for entry in coco.dataset["annotations"]:
-        truth[entry["image_id"], entry["category_id"]].append(list(map(float, entry["bbox"])))
-
-    def count(order: str, side: float, shift: int) -> int:
-        hits = 0
-        for entry in entries:
-            image, place = coco.imgs[entry["image_id"]], places.index(entry["category_id"]) + shift
-            known = truth[entry["image_id"], places[place]] if place < len(places) else []
-            scale = [image.get(key, 0) / side if side else 1 for key in ("width", "height")] * 2
-            box = [float(value) for value in ORDERS[order](*(
-                value * factor for value, factor in zip(entry["bbox"], scale)))]
-            hits += bool(known and mask.iou([box], known, [0] * len(known)).max() >= 0.5)
-        return hits
-
-    readings = list(itertools.product(ORDERS, (0, 1000, 1), (0, 1)))
-    counts = {reading: count(*reading) for reading in readings}
-    stated, (best, hits) = counts[readings[0]], max(counts.items(), key=lambda pair: pair[1])
-    if hits < LIKELY * len(entries) or hits < 2 * stated or not hits:
-        return ()
-    order, side, shift = best
-    words = f"as {order}" + f" in 0 to {side}" * bool(side) + (
-        " with categories counted from 0" * shift)
-    return (f"{stated} of {len(entries)} detections meet a true box of their category (IoU 0.5); "
-            f"{words}, {hits} would: write x, y, width, height in pixels and the annotations' "
-            "category_id.",)
+    n_outside, largest = 0, max((value for entry in entries for value in entry["bbox"]), default=0)
+    for entry in entries:
+        x, y, width, height = entry["bbox"]
+        image = coco.imgs[entry["image_id"]]
+        n_outside += (min(x, y) < 0 or x + width > (image.get("width") or math.inf)
+                      or y + height > (image.get("height") or math.inf))
+    return (f"The largest number of the boxes is {largest:g}; {n_outside:,} of {len(entries):,} "
+            "boxes leave their image, read as x, y, width, height in pixels.",) * bool(entries)
 
 
 def measure_precision(coco: COCO, detections: list[dict],
@@ -157,7 +132,8 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
     tasks = [names[category] for category in sorted(coco.cats)
              for _ in coco.getAnnIds(catIds=[category])]
     return Scored(tuple(tasks), {}, True, aggregates=aggregates,
-                  remarks=frame_remark(coco, entries), detections=tuple(sorted(map(repr, entries))))
+                  remarks=describe_reach(coco, entries),
+                  detections=tuple(sorted(map(repr, entries))))
 
 
 def _category_names(coco: COCO) -> dict:
@@ -190,7 +166,8 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
         aggregates[task] = {"ap50": _weighted_ap50(coco, entries, images)}
     files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
     return Scored(tasks, {"accuracy": accuracy}, False, aggregates=aggregates,
-                  remarks=frame_remark(coco, entries), detections=tuple(sorted(map(repr, entries))),
+                  remarks=describe_reach(coco, entries),
+                  detections=tuple(sorted(map(repr, entries))),
                   lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
 
 

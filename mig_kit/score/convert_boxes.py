@@ -37,28 +37,28 @@ def rewrite_boxes(reply: str, change: Callable[[Box], tuple], in_place: bool = T
     return BOX.sub(rewrite, reply)
 
 
-def to_official_line(item: BenchmarkItem, benchmark: str, line: dict,
+def to_official_line(item: BenchmarkItem, frame: str, line: dict,
                      sizes: list[tuple[int, int]], coordinates: Coordinates,
                      box_format: BoxFormat) -> dict:
     """The line with its boxes in the frame that the benchmark's own rule reads.
 
     Args:
-        benchmark: one of BOX_BENCHMARKS.
+        frame: as of `benchmarks.Rules`.
         line: a prediction, with a "response".
         sizes: (width, height) of the item's original images, pixels.
         coordinates: of the reply's boxes, in the image that it names, else in the target.
         box_format: the processor's limits, for absolute coordinates.
-    Returns: the line with whole numbers of 0..1000 in "response"; of Ref-L4 with "pred_bbox", xyxy
-        in pixels, [0, 0, 0, 0] for a reply without a box, and "format".
+    Returns: the line with whole numbers of 0..1000 in "response"; for pixels with "pred_bbox",
+        xyxy, [0, 0, 0, 0] for a reply without a box, and "format".
     """
     reply = line["response"]
     named = parse_named_box(reply)
     number = named.image if named.image in range(1, len(sizes) + 1) else item.target or 1
     size = coordinate_size(sizes[number - 1], coordinates, box_format)
-    if benchmark == "ref_l4":
+    if frame == "pixels":
         box = named.box or parse_revised_mig_bench_box(reply)
         pixels = [0, 0, 0, 0] if box is None else list(rescale_box(box, size, sizes[0]))
         return line | {"pred_bbox": pixels, "format": "xyxy"}
     return line | {"response": rewrite_boxes(reply, lambda *box: tuple(
         max(round(value), 0) for value in rescale_box(tuple(map(float, box)), size, (1000, 1000))),
-        in_place=benchmark == "mig_bench")}
+        in_place=frame == "thousandths")}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mig_kit.common import UserError, digest_json, iter_lines, progress_bar
 from mig_kit.openai_client import RequestFailed, ask, iter_results, open_client, parse_server
-from mig_kit.score.annotations import BLINK_CHOICES, BenchmarkItem
+from mig_kit.score.annotations import BenchmarkItem
 
 THREADS, TIMEOUT, RETRIES = 8, 120.0, 3
 NO_OPTION = "no option chosen, says the judge"
@@ -40,7 +40,7 @@ class Judge:
 
 def judge_prompt(item: BenchmarkItem, reply: str) -> str:
     """What the judge is asked about a reply."""
-    choices = item.choices or BLINK_CHOICES.get(item.task.replace(" ", "_"), ())
+    choices = item.choices or item.usual_choices
     options = "\n".join(f"({letter}) {words}".strip() for letter, words in zip(
         item.options, choices or [""] * len(item.options)))
     return PROMPT.format(question=item.question or item.task, options=options, reply=reply)

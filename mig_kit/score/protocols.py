@@ -16,37 +16,19 @@ import numpy as np
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, iou, rescale_box
 from mig_kit.common import UserError
-from mig_kit.image_files import is_regular_file
-from mig_kit.score import coco, official
-from mig_kit.score.annotations import (
-    PAPER_COUNTS,
-    READERS,
-    Benchmark,
-    BenchmarkItem,
-    read_image_sizes,
-    resolve_image_path,
-)
+from mig_kit.score import official
+from mig_kit.score.annotations import Benchmark, BenchmarkItem, read_image_sizes
+from mig_kit.score.benchmarks import BENCHMARKS, Rules, find_rules, read_benchmark
+from mig_kit.score.choice_parsers import read_strictly
 from mig_kit.score.convert_boxes import BOX_ORDERS, rewrite_boxes, to_official_line
 from mig_kit.score.judge import NO_OPTION, Judge, ask_judge
-from mig_kit.score.letters import LETTER_READERS
-from mig_kit.score.own import judge_own, read_own
+from mig_kit.score.own import judge_own
 from mig_kit.score.records import align_predictions, read_json, read_records
 from mig_kit.score.reply_boxes import BOX, UNREAD, parse_strict_answer
-from mig_kit.score.result import Scored, Verdict, headline_average
+from mig_kit.score.result import Scored, Verdict
 
-CHOICE_BENCHMARKS = ("blink", "mmiu")
-PROTOCOLS = {**dict.fromkeys(READERS, ("official", "strict")),
-             **dict.fromkeys(("mc_bench", "odinw"), ("official",)), "own": ("free_text", "strict")}
-# The headline of these is the unweighted mean over tasks; elsewhere every item counts the same.
-MACRO = ("mig_bench", "blink", "mmiu")
 NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
-
-BOX_BENCHMARKS = ("mig_bench", "lisa", "revos", "ref_l4", "own")
-CALIBRATED = ("mig_bench", "lisa", "revos")
-WITH_BLIND_ROWS = (*CALIBRATED, "ref_l4", *CHOICE_BENCHMARKS, "own")
-POOR, MUCH = 0.5, 0.1  # an average that another frame might explain, and a gain that is said
-MEANT = 0.05  # of the boxes, by which a frame may be meant
 WITHIN_ONE = "box within 0 to 1, where larger numbers were expected"
 
 Sizes = dict[str, tuple[int, int]]  # image name -> (width, height), pixels
@@ -105,9 +87,9 @@ def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box 
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def judge_letter(item: BenchmarkItem, reply: str, protocol: str) -> Verdict:
-    """1 if the reply chooses the correct option."""
-    letter, rule = LETTER_READERS[protocol](item, reply)
+def judge_letter(item: BenchmarkItem, reply: str, read: Callable) -> Verdict:
+    """1 if the reply chooses the correct option; read: (item, reply) to (letter, rule)."""
+    letter, rule = read(item, reply)
     return Verdict(float(letter == item.letter), "" if letter else UNREAD,
                    {"letter": item.letter, "read": letter, "rule": rule})
 
@@ -137,72 +119,88 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         judge: who reads the letters that no rule reads.
     Raises: UserError for missing, doubled or unknown items, and what the protocol cannot use.
     """
-    field = "pred_bbox" if benchmark.name == "ref_l4" and protocol == "official" and any(
-        "pred_bbox" in record for record in predictions) else "response"
-    lines = align_predictions(benchmark.items, predictions, field, source, allow_missing,
-                              benchmark.left_out)
+    rules, is_official = BENCHMARKS[benchmark.name], protocol == "official"
+    in_pixels = rules.frame == "pixels" and is_official  # by a rule that reads no text
+    field = "pred_bbox" if in_pixels and any("pred_bbox" in record for record in predictions
+                                             ) else "response"
     items, remarks = benchmark.items, ()
-    if benchmark.name in CHOICE_BENCHMARKS:
-        verdicts = judge_all(items, lines, partial(judge_letter, protocol=protocol))
+    lines = align_predictions(items, predictions, field, source, allow_missing, benchmark.left_out)
+    if rules.read_letter:
+        read = rules.read_letter if is_official else read_strictly
+        verdicts = judge_all(items, lines, partial(judge_letter, read=read))
         if judge:
             verdicts, remarks = _read_by_judge(judge, items, lines, verdicts)
-    elif field == "pred_bbox":
-        verdicts = official.judge_boxes(items, lines, source)
-    else:
+    elif field == "response":
         if box_order not in (None, "xyxy"):
             remarks = (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
             lines = [line and line | {"response": rewrite_boxes(
                 line["response"], BOX_ORDERS[box_order])} for line in lines]
-        if coordinates == Coordinates.ABSOLUTE:
-            remarks += (f"Images count as resized to {box_format.min_pixels:,} to "
-                        f"{box_format.max_pixels:,} pixels; other limits of the processor "
-                        "(--min-pixels, --max-pixels) put boxes elsewhere.",)
-        is_official = protocol == "official"
         sizes = _read_sizes(items, coordinates, images, is_official)
         items = [replace(item, size=item.size or sizes.get(_target_image(item))) for item in items]
-        if is_official and (coordinates != Coordinates.NORMALIZED_1000
-                            or benchmark.name == "ref_l4"):
+        remarks += _describe_reach(items, lines, coordinates, box_format)
+        if is_official and (in_pixels or coordinates != Coordinates.NORMALIZED_1000):
             remarks += (f"Boxes were read as {coordinates.description} and converted before the "
                         "authors' rule read them; their own script does not convert.",)
             lines = [line and to_official_line(
-                item, benchmark.name, line,
+                item, rules.frame, line,
                 [sizes.get(name, item.size or (1, 1)) for name in item.images], coordinates,
                 box_format) for item, line in zip(items, lines, strict=True)]
-        verdicts = (official.judge_boxes(items, lines, source)
-                    if is_official and benchmark.name == "ref_l4" else
-                    judge_all(items, lines, _box_rule(benchmark.name, protocol, coordinates,
-                                                      box_format, sizes)))
+        if not in_pixels:
+            verdicts = judge_all(items, lines, _box_rule(rules, protocol, coordinates, box_format,
+                                                         sizes))
+    if in_pixels:
+        verdicts = official.judge_boxes(items, lines, source)
     values = np.array([verdict.value for verdict in verdicts])
-    averages = (official.class_averages(items, values)
-                if benchmark.name == "ref_l4" and protocol == "official" else None)
+    averages = official.class_averages(items, values) if in_pixels else {}
     problems = Counter(verdict.problem for verdict in verdicts if verdict.problem)
-    return Scored(tuple(item.task for item in items), _metrics(benchmark.name, values),
-                  benchmark.name in MACRO, dict(problems), {"avg": averages} if averages else {},
-                  tuple(map(_list_of_images, items)), remarks,
-                  tuple(zip(items, verdicts, strict=True)))
+    return Scored(tuple(item.task for item in items), _metrics(rules, values), rules.is_macro,
+                  dict(problems), {"avg": averages} if averages else {},
+                  tuple((item.video,) if item.video else item.images or (f"item {item.index}",)
+                        for item in items), remarks, tuple(zip(items, verdicts, strict=True)))
 
 
 def _target_image(item: BenchmarkItem) -> str:
     return item.images[(item.target or 1) - 1]
 
 
-def _box_rule(benchmark: str, protocol: str, coordinates: Coordinates, box_format: BoxFormat,
+def _describe_reach(items: Sequence[BenchmarkItem], lines: list[dict | None],
+                    coordinates: Coordinates, box_format: BoxFormat) -> tuple[str, ...]:
+    """A sentence: the largest number of the replies' boxes, and how many leave their image."""
+    largest = n_boxes = n_outside = 0
+    for item, line in zip(items, lines, strict=True):
+        if not (match := BOX.search(line["response"]) if line else None):
+            continue
+        numbers = [float(number) for number in match.groups() if number]
+        size = item.size or ((1, 1) if coordinates in NORMALIZED else None)
+        limits = coordinate_size(size, coordinates, box_format) if size else (math.inf, math.inf)
+        n_boxes += 1
+        largest = max(largest, *numbers)
+        n_outside += min(numbers) < 0 or any(
+            number > limit for number, limit in zip(numbers, limits * 2))
+    resized = (f", resized to {box_format.min_pixels:,} to {box_format.max_pixels:,} pixels"
+               if coordinates == Coordinates.ABSOLUTE else "")
+    return (f"The largest number of the boxes is {largest:g}; {n_outside:,} of {n_boxes:,} boxes "
+            f"leave their image, read as {Coordinates(coordinates).description}{resized}.",
+            ) if n_boxes else ()
+
+
+def _box_rule(rules: Rules, protocol: str, coordinates: Coordinates, box_format: BoxFormat,
               sizes: Sizes) -> Callable[[BenchmarkItem, str], Verdict]:
     """The rule of a benchmark with boxes under a protocol."""
     if protocol == "official":
         return official.official_iou
-    if benchmark == "own":
+    if rules.frame == "kit":
         return lambda item, reply: judge_own(item, reply, protocol, coordinates, box_format, sizes)
     return lambda item, reply: strict_iou(item, reply, coordinates, box_format, sizes)
 
 
-def _metrics(benchmark: str, values: np.ndarray) -> dict[str, np.ndarray]:
+def _metrics(rules: Rules, values: np.ndarray) -> dict[str, np.ndarray]:
     """The metrics of a benchmark, headline first; values: (n,) IoU, or 1 for a correct item."""
-    if benchmark in CHOICE_BENCHMARKS:
+    if rules.read_letter:
         return {"accuracy": values}
-    if benchmark == "own":
+    if rules.frame == "kit":
         return {"acc@0.5": values}
-    if benchmark == "ref_l4":
+    if rules.frame == "pixels":
         return official.ref_l4_metrics(values)
     return {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)} | {
         "mean_iou": values}
@@ -261,12 +259,6 @@ def item_rows(scored: Scored, name: str, other: Scored | None = None) -> list[di
     return rows
 
 
-def _list_of_images(item: BenchmarkItem) -> tuple[str, ...]:
-    """What items about the same images share; a video counts as one, whatever its frames."""
-    videos = [name.rpartition("#")[0] for name in item.images] if item.task == "revos" else []
-    return tuple(dict.fromkeys(videos)) or item.images or (f"item {item.index}",)
-
-
 def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat,
                 protocol: str = "", coordinates: str = Coordinates.NORMALIZED_1000,
                 images: str | None = None, allow_missing: bool = False,
@@ -274,79 +266,30 @@ def score_files(name: str, annotations: str, predictions: str, box_format: BoxFo
                 ) -> tuple[dict, Scored]:
     """({"benchmark", "version", "complete", "protocol"}, Scored) from files.
 
-    protocol: "" for the first of PROTOCOLS. judge: a server's address and its model's name.
+    protocol: "" for the benchmark's first. judge: a server's address and its model's name.
     Other arguments and raises: see `score_predictions`;
     also UserError for an unknown benchmark or protocol.
     """
-    if name not in PROTOCOLS:
-        raise UserError(f"no benchmark '{name}'; the benchmarks are {', '.join(PROTOCOLS)}")
-    protocol, measure = protocol or PROTOCOLS[name][0], Coordinates(coordinates)
-    if protocol not in PROTOCOLS[name]:
+    rules, measure = find_rules(name), Coordinates(coordinates)
+    protocol, file = protocol or rules.protocols[0], Path(predictions)
+    if protocol not in rules.protocols:
         raise UserError(f"{name} has no protocol '{protocol}'; its protocols are "
-                        f"{', '.join(PROTOCOLS[name])}")
-    is_converted = measure != Coordinates.NORMALIZED_1000
-    if name not in BOX_BENCHMARKS and (box_order or is_converted):
+                        f"{', '.join(rules.protocols)}")
+    if not rules.frame and (box_order or measure != Coordinates.NORMALIZED_1000):
         option = "--box-order" if box_order else f"--coordinates {coordinates}"
-        raise UserError(f"{option} is for boxes in replies, which {', '.join(BOX_BENCHMARKS)} "
-                        "have; leave it out")
-    if judge and (name not in CHOICE_BENCHMARKS or protocol != "official"):
-        raise UserError(f"--judge reads the letters of {', '.join(CHOICE_BENCHMARKS)} under the "
-                        "protocol official; leave it out")
-    file = Path(predictions)
-    asked = judge and Judge(*judge, file.parent / f"{file.name}.judge.jsonl")
+        raise UserError(f"{option} is for boxes in replies, which {name} has not; leave it out")
+    if judge and not (rules.read_letter and protocol == "official"):
+        raise UserError(f"--judge reads letters under the protocol official, which {name} under "
+                        f"{protocol} has not; leave it out")
     header = {"benchmark": name, "version": "", "complete": None, "protocol": protocol}
-    if name in ("mc_bench", "odinw"):
-        truth, detections = read_json(annotations), read_records(predictions, may_be_empty=True)
-        if name == "odinw":
-            return header, coco.score_odinw(truth, detections, file.name)
-        scored = coco.score_mc_bench(truth, detections, file.name)
-        return header | {"complete": len(scored.tasks) == PAPER_COUNTS[name] or None}, scored
-    benchmark = (read_own if name == "own" else READERS[name])(read_records(annotations))
-    records = read_records(predictions)
-
-    def score_in(measure: Coordinates, order: str | None = box_order) -> Scored:
-        return score_predictions(benchmark, records, file.name, box_format, protocol, measure,
-                                 images, allow_missing, order, asked)
-
-    scored = score_in(measure)
-    if name in BOX_BENCHMARKS and not is_converted and "pred_bbox" not in records[0]:
-        scored = replace(scored, remarks=scored.remarks + _frame_remarks(
-            benchmark, records, scored, score_in, images, box_order))
+    if rules.score_results:
+        scored = rules.score_results(read_json(annotations),
+                                     read_records(predictions, may_be_empty=True), file.name)
+        return header | {"complete": len(scored.tasks) == rules.n_items or None}, scored
+    benchmark = read_benchmark(name, read_records(annotations))
+    scored = score_predictions(
+        benchmark, read_records(predictions), file.name, box_format, protocol, measure, images,
+        allow_missing, box_order,
+        Judge(*judge, file.with_name(f"{file.name}.judge.jsonl")) if judge else None)
     is_complete = False if "missing" in scored.problems else benchmark.complete
     return header | {"version": benchmark.version, "complete": is_complete}, scored
-
-
-def _frame_remarks(benchmark: Benchmark, records: list[dict], scored: Scored,
-                   score_in: Callable[..., Scored], images: str | None,
-                   box_order: str | None) -> tuple[str, ...]:
-    """What the boxes' numbers tell of their frame, and the one that fits best, if better."""
-    matches = [BOX.search(str(record.get("response"))) for record in records]
-    reach = np.array([max(map(float, filter(None, match.groups()))) for match in matches if match])
-    within, average = int(np.sum(reach <= 1)), headline_average(scored)
-    if within < len(reach) and within >= MEANT * len(reach) and within:
-        return (f"{within:,} of {len(reach):,} boxes lie within 0 to 1, the others do not: the "
-                "file mixes two frames, so write all boxes in one.",)
-    names = {name for item in benchmark.items if item.size is None for name in item.images}
-    has_sizes = not names or images is not None and all(
-        is_regular_file(resolve_image_path(images, name)) for name in names)
-    frames = []
-    if len(reach) and within == len(reach):
-        frames = [(Coordinates.NORMALIZED_1, box_order)]
-    elif len(reach) and average < POOR:
-        frames = [(Coordinates.NORMALIZED_1000, order) for order in ("yxyx", "xywh")
-                  if box_order is None]
-        frames += [(Coordinates(measure), box_order) for measure in ("pixels", "absolute")
-                   if has_sizes]
-    scores = [(headline_average(score_in(*frame)), frame) for frame in frames]
-    best, (measure, order) = max(scores, key=lambda pair: pair[0], default=(0.0, ("", "")))
-    if best > average + (0 if within else MUCH):
-        option = (f"--coordinates {measure}" if measure != Coordinates.NORMALIZED_1000
-                  else f"--box-order {order}")
-        return (f"{'All boxes lie within 0 to 1: with' if within else 'With'} {option} they would "
-                f"score {100 * best:.2f} instead of {100 * average:.2f}.",)
-    if frames and not within and images is None and names and (
-            np.quantile(reach, 1 - MEANT) <= 900 or np.mean(reach > 1000) >= MEANT):
-        return (f"{100 - 100 * MEANT:.0f} % of the boxes reach no further than "
-                f"{np.quantile(reach, 1 - MEANT):.0f}: if these are pixels, add --images FOLDER to "
-                "see what they would score.",)
-    return ()

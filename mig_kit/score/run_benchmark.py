@@ -11,29 +11,28 @@ from mig_kit.common import UserError
 from mig_kit.image_files import EncodedImage, LazyImages
 from mig_kit.sample import Sample, Target
 from mig_kit.score.annotations import (
-    READERS,
     Benchmark,
     BenchmarkItem,
     read_image_sizes,
     resolve_image_path,
 )
+from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.records import read_records
 from mig_kit.stats import group_by_task
-
-# Not MC-Bench and OdinW, which ask for every box of an image, with a score.
-RUNNABLE = tuple(READERS)
 
 _INLINE_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 
 
 def read_runnable(name: str, annotations: str | Path, root: str | Path,
                   limit: int = 0) -> tuple[Benchmark, list[Sample]]:
-    """A benchmark of RUNNABLE and its items as samples; limit: items per task, 0 for all.
+    """A benchmark and its items as samples.
 
-    Raises UserError for items without images, multiple choice without options, and images that are
+    Args:
+        name: one of `benchmarks.RUNNABLE`. limit: items per task, 0 for all.
+    Raises: UserError for items without images, multiple choice without options, and images that are
     missing or none.
     """
-    benchmark = READERS[name](read_records(annotations))
+    benchmark = read_benchmark(name, read_records(annotations))
     if limit:
         rows = np.arange(len(benchmark.items))
         by_task = group_by_task((item.task for item in benchmark.items), rows)

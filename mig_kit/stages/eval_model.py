@@ -29,6 +29,7 @@ from mig_kit.prompts import format_question, parse_reply
 from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark
 from mig_kit.score.annotations import Benchmark
+from mig_kit.score.benchmarks import BENCHMARKS, RUNNABLE
 from mig_kit.score.own import read_freely
 from mig_kit.score.result import number_lists, summarize
 from mig_kit.serving import reply_files
@@ -157,7 +158,7 @@ def load_questions(task: Task, params: SimpleNamespace) -> tuple[
 
     params: as of 06, whose eval_seed and suites say what is drawn.
     """
-    if task.suite in run_benchmark.RUNNABLE:
+    if task.suite in RUNNABLE:
         benchmark, part = run_benchmark.read_runnable(task.suite, task.file, task.root, task.limit)
         return {task.suite: part}, benchmark
     if task.suite == "drawn":
@@ -208,7 +209,7 @@ def judge_benchmark(benchmark: Benchmark, samples: dict[str, list[Sample]],
              zip(benchmark.items, replies[name]["greedy"], strict=True)]
     scored = {protocol: protocols.score_predictions(
         benchmark, lines, "the replies", box_format, protocol, box_format.coordinates, str(root))
-        for protocol in protocols.PROTOCOLS[name]}
+        for protocol in BENCHMARKS[name].protocols}
     official = scored["official"]
     items = {"id": [sample.id for sample in samples[name]],
              "part": [task if official.is_macro else "" for task in official.tasks],

@@ -17,7 +17,8 @@ from mig_bench_records import (
 )
 
 from mig_kit.boxes import iou
-from mig_kit.score import annotations, blind, calibration, own
+from mig_kit.score import annotations, blind, calibration
+from mig_kit.score.benchmarks import BENCHMARKS
 from mig_kit.score.records import read_records
 from mig_kit.score.result import number_lists
 from mig_kit.stats import gap_interval_by_list
@@ -89,7 +90,7 @@ def test_rows_by_brute_force(tmp_path, name, records):
     """The constant of each question is refitted here one question at a time."""
     for number in range(30):
         save_image(tmp_path / f"{number}.png", (640, 480))
-    read = own.read_own if name == "own" else annotations.READERS[name]
+    read = BENCHMARKS[name].read
     scored = score_predictions(read(records), [
         {"index": row, "id": str(row), "response": "x", "pred_bbox": [0, 0, 1, 1],
          "format": "xyxy"} if name != "own" else {"index": row, "response": "x"}
@@ -167,5 +168,5 @@ def test_a_shift_is_called_one(tmp_path):
     assert "a systematic shift of boxes: frame, resize or padding" in output
     refused = run_score(tmp_path, "blink", "--calibrate", records=[
         {"idx": "val_T_1", "task": "T", "answer": "(A)"}], replies=["A"])
-    assert "--calibrate is for mig_bench, lisa, revos" in str(refused.exception) or "idx" in str(
+    assert "--calibrate is for mig_bench, lisa and revos" in str(refused.exception) or "idx" in str(
         refused.exception)

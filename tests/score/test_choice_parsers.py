@@ -6,8 +6,7 @@ import pytest
 from mig_bench_records import BLINK_FILES, DATA, needs_data, score_predictions
 
 from mig_kit.score import annotations
-from mig_kit.score.choice_parsers import read_choice
-from mig_kit.score.letters import read_item
+from mig_kit.score.choice_parsers import read_choice, read_item
 from mig_kit.score.official import parse_blink_letter
 from mig_kit.score.records import read_records
 from mig_kit.score.result import summarize
@@ -58,7 +57,7 @@ def test_what_is_not_said_explicitly_is_not_read(text, is_blink):
 def test_an_options_own_words(task, text, letter):
     records = [{"idx": f"val_{task}_{n}", "task": task, "answer": f"({answer})"}
                for n, answer in enumerate("AB")]
-    assert read_item(annotations.read_blink(records).items[0], text)[0] == letter
+    assert read_item(annotations.read_blink(records).items[0], text, True)[0] == letter
 
 
 def test_an_items_own_choices_go_before_those_of_its_task():
@@ -66,7 +65,7 @@ def test_an_items_own_choices_go_before_those_of_its_task():
     with pytest.raises(ValueError, match="have idx 'val_1' twice"):
         annotations.read_blink([record, record])
     turned = annotations.read_blink([{**record, "choices": ["no", "yes"]}]).items[0]
-    assert read_item(turned, "no")[0] == "A"
+    assert read_item(turned, "no", True)[0] == "A"
 
 
 @pytest.mark.parametrize("text,letter", [
@@ -97,7 +96,7 @@ def test_letters_agree_with_blinks_authors_and_theirs_give_the_published_scores(
     lines = [{"id": record["idx"], "response": record["prediction"]} for record in records]
     accuracy = summarize(score_predictions(benchmark, lines))["avg"]["accuracy"]
     assert accuracy == pytest.approx(PUBLISHED_ACCURACY[name], abs=0.3)
-    letters = [read_item(item, record["full_prediction"])[0]
+    letters = [read_item(item, record["full_prediction"], True)[0]
                for item, record in zip(benchmark.items, records)]
     differ = sum(letter not in ("", record["prediction"].strip("()")[0])
                  for letter, record in zip(letters, records))

@@ -110,23 +110,10 @@ def test_bad_annotations_and_detections_are_one_sentence(part, entry, sentence):
         coco.score_mc_bench(files, files.pop("detections"), "P")
 
 
-@pytest.mark.parametrize("to_numbers, shift, words", [
-    (lambda x, y, w, h: [x, y, x + w, y + h], 0, "as x1, y1, x2, y2, "),
-    (lambda x, y, w, h: [10 * x, 10 * y, 10 * (x + w), 10 * (y + h)], 0,
-     "as x1, y1, x2, y2 in 0 to 1000, "),
-    (lambda x, y, w, h: [y, x, y + h, x + w], 0, "as y1, x1, y2, x2, "),
-    (lambda x, y, w, h: [x, y, w, h], 1,
-     "as x, y, width, height with categories counted from 0, "),
-    (lambda x, y, w, h: [x, y, w, h], 0, "")])
-def test_boxes_in_another_order_or_frame_get_a_remark(to_numbers, shift, words):
-    """A perfect model's boxes, whose AP would be 0 without a word."""
-    images = [{"id": number, "width": 100, "height": 100} for number in range(20)]
-    boxes = [[40 + number, 20 + 2 * number % 31, 30, 12] for number in range(20)]
-    annotations = [{"id": number + 1, "image_id": number, "category_id": 1 + number % 2,
-                    "bbox": box} for number, box in enumerate(boxes)]
-    categories = [{"id": number, "name": str(number)} for number in range(3)]
-    predictions = [detection(number, to_numbers(*box), 1 + number % 2 - shift)
-                   for number, box in enumerate(boxes)]
-    scored = coco.score_odinw({"images": images, "annotations": annotations,
-                               "categories": categories}, predictions, "P")
-    assert len(scored.remarks) == bool(words) and words in "".join(scored.remarks), scored.remarks
+def test_how_far_boxes_reach_is_said():
+    detections = [detection(1, [0, 0, 50, 50]), detection(2, [60, 0, 50, 40]),
+                  detection(3, [-1, 10, 50, 50])]
+    for score in (coco.score_odinw, coco.score_mc_bench):
+        (remark,) = score(truth(), detections, "P").remarks
+        assert "The largest number of the boxes is 60; 2 of 3 boxes leave their image" in remark
+        assert score(truth(), [], "P").remarks == ()

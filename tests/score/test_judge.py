@@ -6,7 +6,7 @@ import pytest
 from local_server import IS_JSON, LocalServer
 from mig_bench_records import BLINK_FILES, needs_data, run_score, write_lines
 
-from mig_kit.score import annotations, judge, letters
+from mig_kit.score import annotations, choice_parsers, judge
 from mig_kit.score.records import read_records
 
 PUBLISHED = {"GPT4V": 51.14, "MiniGPT-4-v2": 34.23, "llava_v1.5_7b": 37.13, "cogvlm-chat": 41.54,
@@ -50,8 +50,8 @@ def test_with_the_authors_letters_averages_are_the_published_ones(source, tmp_pa
         assert result.exit_code == 0, result.exception
         average = json.loads((tmp_path / "o.json").read_text())["avg"]["accuracy"]
         assert average == pytest.approx(PUBLISHED[source.stem.removeprefix("val_")], abs=0.1)
-        unread = {judge.judge_prompt(*pair) for pair in pairs if not letters.read_item(*pair)[0]
-                  and pair[1].strip()}
+        unread = {judge.judge_prompt(*pair) for pair in pairs
+                  if pair[1].strip() and not choice_parsers.read_item(*pair, True)[0]}
         assert set(authors.asked) == unread and len(authors.asked) == len(unread)
         rows = read_records(tmp_path / "i.jsonl")
         assert sum(row["rule"] == "the judge mock" for row in rows) >= len(unread)

@@ -72,7 +72,7 @@ def test_own_data_is_an_annotation_file(folder):
     assert "pass --images FOLDER" in str(run_score(folder, "own", **files).exception)
     write_lines(folder / "mine.jsonl", [LINES[0], {**LINES[1], "imag": 1}])
     sentence = str(run_score(folder, "own", **files).exception)
-    assert "line 2: unknown key 'imag'; did you mean 'image'? (mig-kit data check " in sentence
+    assert "line 2: 'imag': Extra inputs are not permitted (mig-kit data check " in sentence
 
 
 def test_text_without_the_answer_format_is_read():

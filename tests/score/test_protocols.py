@@ -5,7 +5,8 @@ import pytest
 from mig_bench_records import REPLIES, mig_records, prediction_lines, score_predictions
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.score import annotations, protocols, result
+from mig_kit.score import annotations, protocols, score_table
+from mig_kit.score.benchmarks import BENCHMARKS, read_benchmark
 from mig_kit.score.result import summarize
 
 BOX_FORMAT = BoxFormat()
@@ -50,7 +51,7 @@ def test_multiple_choice_protocols():
     lines = [{"id": f"val_T_{i}", "response": text} for i, text in enumerate(responses)]
     values = {protocol: score_predictions(annotations.read_blink(records), lines,
                                           protocol).values.tolist()
-              for protocol in protocols.PROTOCOLS["blink"]}
+              for protocol in BENCHMARKS["blink"].protocols}
     # by BLINK's own rule the "(B)" of the third stands by itself, but a conclusion goes first
     assert values == {"official": [1, 1, 0, 0], "strict": [0, 1, 0, 0]}
 
@@ -68,7 +69,8 @@ def test_mmius_letters_options_and_completeness():
     with pytest.raises(ValueError, match="no item of the MMIU annotations has an output"):
         annotations.read_mmiu([{"task": "order", "question": "Which?", "options": "A: one"}])
     records = [{"task": "t", "output": "A"}] * 11698
-    assert [annotations.read_mmiu(part).complete for part in (records, records[1:])] == [True, None]
+    assert [read_benchmark("mmiu", part).complete for part in (records, records[1:])] == [
+        True, None]
 
 
 @pytest.mark.parametrize("lines", [
@@ -171,13 +173,13 @@ def test_images_are_confined_and_missing_ones_listed(tmp_path):
     ("mmiu", None, "(its paper counts 11,698)"), ("revos", None, "not known to be all items"),
     ("mmiu", True, "")])
 def test_completeness_is_said(benchmark, complete, sentence):
-    notes = result.table_notes(RESULT | {"benchmark": benchmark, "complete": complete}, ())
+    notes = score_table.table_notes(RESULT | {"benchmark": benchmark, "complete": complete}, ())
     assert sentence in " ".join(notes)
     assert bool(sentence) == any("items of" in note for note in notes)
 
 
 def test_published_rows_average_to_their_headline():
-    for row in (row for rows in result.read_published().values() for row in rows):
+    for row in (row for rows in score_table.read_published().values() for row in rows):
         if row["tasks"]:
             assert set(row["tasks"]) == set(annotations.MIG_BENCH_TASKS)
             assert np.mean(list(row["tasks"].values())) == pytest.approx(row["avg"], abs=0.06)
@@ -185,7 +187,7 @@ def test_published_rows_average_to_their_headline():
 
 def test_rows_of_unknown_version_stand_below_and_none_beside_strict():
     def table(benchmark, version, protocol="official"):
-        return result.score_markdown(RESULT | {
+        return score_table.score_markdown(RESULT | {
             "benchmark": benchmark, "version": version, "protocol": protocol})
 
     head, notes = table("mig_bench", "revised").split("\n\n")

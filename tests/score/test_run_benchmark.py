@@ -12,7 +12,7 @@ from mig_kit.boxes import BoxFormat, seen_size, to_model_box
 from mig_kit.image_files import EncodedImage, LazyImages
 from mig_kit.prompts import format_question
 from mig_kit.rewards import is_correct
-from mig_kit.score import annotations, protocols, run_benchmark
+from mig_kit.score import annotations, benchmarks, protocols, run_benchmark
 from mig_kit.score.records import read_records
 from mig_kit.score.result import summarize
 from mig_kit.score.run_benchmark import to_sample
@@ -43,7 +43,7 @@ def score(benchmark, replies, root):
     return [round(next(iter(average.values())), 2) for average in averages]
 
 
-@pytest.mark.parametrize("name", run_benchmark.RUNNABLE)
+@pytest.mark.parametrize("name", benchmarks.RUNNABLE)
 def test_correct_replies_score_everything_under_both_protocols(root, name):
     benchmark, samples = read(root, name)
     options = {"mmiu": "A. one B. the other", "blink": "A. 1 B. 3"}.get(name, "")
