@@ -19,7 +19,7 @@ from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
 from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.execute import ThisPython
 from mig_kit.pipeline.run_facts import describe_machine
-from mig_kit.stages.evaluated_runs import README_RECORD, record_run
+from mig_kit.stages.evaluated_runs import record_run
 
 FOLDER = NOTEBOOKS / "executed"
 BY_HAND = "05b_grpo_by_hand"
@@ -70,7 +70,7 @@ def main(run_id: str) -> None:
                 "outputs": keep_notebook(path)}
     facts[BY_HAND] = run_by_hand(run_id)
     write_json(FOLDER / "run.json", facts)
-    record_run(run_id, FOLDER).replace(PROJECT_ROOT / README_RECORD)
+    record_run(run_id, FOLDER).replace(FOLDER / "scores.json")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def stage_name(text: str) -> str:
 @click.option("--force", is_flag=True, help="Replace what has finished or was stopped, and build "
                                             "on stale stages.")
 def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrides,
-        force: bool) -> None:
+        force: bool) -> bool:
     """Run STAGES (all by default) as notebooks; a stage that has finished is skipped, and refused
     if it would now be made otherwise.
     """
@@ -76,11 +76,14 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrid
     run_id = run_id or (store.DEFAULT_RUN if profile in ("", "tiny") else profile)
     plan = plan_run([stage_name(text) for text in stages], profile, run_id, source, overrides)
     run_plan(plan, force)
-    if "06_evaluate" in plan.params:
-        from mig_kit.stages.evaluated_runs import compare_with_readme  # imports torch
+    if "06_evaluate" not in plan.params:
+        return False
+    from mig_kit.stages.evaluated_runs import check_margins  # imports torch
 
-        if line := compare_with_readme(run_id):
-            click.echo(line)
+    line, is_outside = check_margins(run_id)
+    if line:
+        click.echo(line)
+    return is_outside  # the exit status
 
 
 @cli.command()

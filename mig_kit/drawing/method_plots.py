@@ -25,10 +25,8 @@ STAGES = {
     "07": ("report", ""),
 }
 BESIDE = {"08": "benchmark", "09": "compare", "90": "tiny base"}
-SHOWN_VALUES = 200_000  # of a matrix, in a histogram
 CORNER = 64  # rows and columns of a matrix that are drawn
 TERM_COLOURS = ("#BBBBBB", "#56B4E9", "#009E73", "#E69F00", "#CC79A7")  # of rewards, in order
-MEAN_LINE = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
 
 
 def _close(figure: plt.Figure) -> plt.Figure:
@@ -74,7 +72,7 @@ def plot_levels(scaled: np.ndarray, levels: Sequence[float]) -> plt.Figure:
     scaled: any shape, -1 to 1; levels: the values of the code book.
     """
     figure, axes = plt.subplots(figsize=(WIDTH, 2.7), layout="constrained")
-    axes.hist(np.ravel(scaled)[:SHOWN_VALUES], bins=80, color="#BBBBBB")
+    axes.hist(np.ravel(scaled)[:200_000], bins=80, color="#BBBBBB")
     for level in levels:
         axes.axvline(level, color=CORRECT, linewidth=1.3)
     set_title(axes, f"Weights of one matrix, and the {len(levels)} values (lines) that NF4 keeps")
@@ -152,7 +150,8 @@ def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float])
     for (name, values), colour in zip(terms.items(), cycle(TERM_COLOURS)):
         left.bar(numbers, values, bottom=bottoms, label=name, color=colour, edgecolor="white")
         bottoms = [bottom + value for bottom, value in zip(bottoms, values)]
-    left.axhline(sum(bottoms) / len(bottoms), label="mean", **MEAN_LINE)
+    left.axhline(sum(bottoms) / len(bottoms), label="mean", color=INK, linewidth=1.2,
+                 linestyle="--")
     left.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _label(left, "Rewards, weighted and summed", "reward", numbers)
     _draw_signed_bars(right, advantages, advantages)
@@ -215,24 +214,6 @@ def draw_shared_prompt(prompt: int, group: int, reply: int) -> plt.Figure:
         axis.grid(False)
     kit.set_xlabel("tokens of a row")
     figure.legend(ncols=2, **LEGEND)
-    return _close(figure)
-
-
-def plot_resamples(means: np.ndarray, interval: list[float], title: str) -> plt.Figure:
-    """How often a bootstrap's resamples have which score, and its 95 % interval.
-
-    means: (resamples,) scores, 0..1; interval: [low, high], 0..1.
-    """
-    figure, axes = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
-    values, counts = np.unique(np.round(100 * means, 1), return_counts=True)
-    width = 0.8 * (np.diff(values).min() if len(values) > 1 else 1)
-    axes.bar(values, counts, width, color="#BBBBBB", label="resamples")
-    axes.axvspan(*(100 * np.array(interval)), color=CORRECT, alpha=0.15, zorder=0,
-                 label="95 % interval")
-    axes.axvline(100 * means.mean(), label="mean", **MEAN_LINE)
-    axes.set(xlabel="score of a resample, percent", ylabel="resamples")
-    set_title(axes, title)
-    figure.legend(ncols=3, **LEGEND)
     return _close(figure)
 
 

@@ -28,8 +28,7 @@ CURVE_NAMES = {
     "text_right": "correct on text, share", "looking": "attention on the object, share"}
 WIDTH = 6.6  # inches of a figure: 700 px, at which its text is as large as a page's
 PANELS = 3  # side by side
-# below the axes, where it touches nothing
-LEGEND = {"frameon": False, "loc": "outside lower center", "fontsize": 9}
+LEGEND = {"frameon": False, "loc": "outside lower center", "fontsize": 9}  # below the axes
 
 
 def set_style() -> None:
@@ -82,48 +81,36 @@ def plot_scores(rows: list[dict], by: str, title: str, value: str = "score",
 
 
 def plot_bars(rows: list[dict], x: str, y: str, title: str, hue: str | None = None,
-              palette: dict[str, str] | None = None, interval: str | None = None) -> plt.Figure:
+              palette: dict[str, str] | None = None) -> plt.Figure:
     """A bar per row, grouped by x, a colour per hue.
 
-    Args:
-        interval: key of a [low, high] pair, drawn as an error bar in place of the number.
-        palette: hue -> colour; else `piece_colours`, or blue if no bar is a good end.
+    palette: hue -> colour; else `piece_colours`, or blue if no bar is a good end.
     """
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows).astype({x: str})
     names = list(dict.fromkeys(table[x]))
-    hues = list(dict.fromkeys(table[hue])) if hue else [None]
+    colours = palette or piece_colours(table[hue or x])
+    if not hue and CORRECT not in colours.values():
+        colours = dict.fromkeys(colours, CORRECT)
     figure, axes = plt.subplots(layout="constrained", figsize=(
-        max(WIDTH, 0.62 * len(names) * max(1, len(hues) / 2)), 3.4))
-    by_name = piece_colours(map(str, names))
-    width = 0.8 / len(hues)
-    for place, level in enumerate(hues):
-        part = table[table[hue] == level] if hue else table
-        at = [names.index(name) - 0.4 + width * (place + 0.5) for name in part[x]]
-        colours = ((palette or piece_colours(hues))[level] if hue else
-                   [by_name[str(name)] for name in part[x]] if CORRECT in by_name.values()
-                   else CORRECT)
-        bars = axes.bar(at, part[y], width, color=colours, edgecolor="white", label=level)
-        if interval:
-            for position, bounds in zip(at, part[interval]):
-                if bounds is not None:
-                    axes.plot([position] * 2, bounds, color=INK, linewidth=1.2)
-        elif not hue:
-            axes.bar_label(bars, fmt=_short_number, fontsize=9, padding=2)
-            axes.margins(y=0.12)
+        max(WIDTH, 0.31 * len(names) * (table[hue].nunique() if hue else 2)), 3.4))
+    sns.barplot(table, x=x, y=y, hue=hue or x, palette=colours, saturation=1, errorbar=None,
+                edgecolor="white", legend=bool(hue), ax=axes)
+    for bars in axes.containers if not hue else ():
+        texts = [f"{bar.get_height():,.0f}" if bar.get_height() >= 100 else
+                 f"{bar.get_height():.3g}" for bar in bars]
+        axes.bar_label(bars, texts, fontsize=9, padding=2)
+    axes.margins(y=0.12)
     axes.set(xlabel="", ylabel=y)
     set_title(axes, title)
-    wrapped = [textwrap.fill(str(name), max(9, 88 // len(names))) for name in names]
+    wrapped = [textwrap.fill(name, max(9, 88 // len(names))) for name in names]
     crowded = max(len(line) for name in wrapped for line in name.split("\n")) > 100 // len(names)
     axes.set_xticks(range(len(names)), wrapped, rotation=30 if crowded else 0,
                     ha="right" if crowded else "center")
-    axes.grid(False, axis="x")
     if hue:
-        figure.legend(ncols=len(hues), **LEGEND)
+        handles, labels = axes.get_legend_handles_labels()
+        axes.get_legend().remove()
+        figure.legend(handles, labels, ncols=len(labels), **LEGEND)
     return figure
-
-
-def _short_number(number: float) -> str:
-    return f"{number:,.0f}" if number == round(number) or number >= 100 else f"{number:.3g}"
 
 
 def _make_panels(count: int, height: float, **more) -> tuple[plt.Figure, list[Axes]]:

@@ -41,8 +41,6 @@ from mig_kit.world.suites import OWN, suite_title
 OWN_FILE = "own data (a file)"  # in tables, of questions that may be trained ones
 MODEL = "model"  # what the one system is called
 UNREAD = ("empty", "no box found", "unread")  # problems of replies
-BOX_FIGURES = {"precision": "precision, IoU 0.5", "recall": "recall, IoU 0.5", "f1": "F1, IoU 0.5",
-               "rejection": "rejection rate", "wrong_rejection": "wrongly none"}
 
 
 @dataclass(frozen=True)
@@ -122,10 +120,12 @@ def _question_key(sample: Sample) -> tuple:
     return sample.question, sample.options, image_digests(sample.images)
 
 
-def name_suites(by_suite: Mapping[str, dict], result: dict) -> dict[str, dict]:
-    """The same by suite, where own data that are not known to be held out are called so."""
-    return {OWN_FILE if suite == OWN and not result.get("held_out") else suite: summary
-            for suite, summary in by_suite.items()}
+def title_suite(suite: str, result: dict) -> str:
+    """What tables call a suite: own data that are not known to be held out are called so."""
+    if suite == OWN and not result.get("held_out"):
+        return OWN_FILE
+    is_benchmark = "free_text" not in result["scores"]
+    return suite if is_benchmark else suite_title(suite)
 
 
 def _digest_model(folder: str | Path) -> str:
@@ -231,8 +231,7 @@ def read_result(folder: Path) -> dict:
 
 def result_tables(results: Mapping[str, dict]) -> list[str]:
     """What a terminal shows of results by name: scores, endings, and gaps to the first result."""
-    endings = {name: describe_endings(result["endings"]) for name, result in results.items()
-               if "endings" in result}  # an older kit's result has none
+    endings = {name: describe_endings(result["endings"]) for name, result in results.items()}
     ends = [{"percent, greedy": "replies cut or empty"} | endings] * bool(
         {*endings.values()} - {"-"})
     texts = []
@@ -259,30 +258,25 @@ def score_rows(results: Mapping[str, dict]) -> list[dict]:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for name, result in results.items():
         for protocol, by_suite in result["scores"].items():
-            for suite, summary in name_suites(by_suite, result).items():
-                for part, text in _suite_cells(suite, summary).items():
+            for suite, summary in by_suite.items():
+                for part, text in _suite_cells(title_suite(suite, result), summary).items():
                     row = {"percent, greedy": part, "protocol": protocol}
                     rows.setdefault((part, protocol), row)[name] = text
     return list(rows.values())
 
 
-def _suite_cells(suite: str, summary: dict) -> dict[str, str]:
-    """Part of the suite -> its score, that of the whole with its interval."""
+def _suite_cells(title: str, summary: dict) -> dict[str, str]:
+    """The suite and its tasks, if it is a benchmark -> score, the suite's with its interval."""
     if "score" in summary:
-        cells = {suite_title(suite): _with_interval(summary["score"], summary["ci95"])}
-        parts = {label: summary["boxes"][key] for key, label in BOX_FIGURES.items()
-                 if "boxes" in summary}
-    else:
-        average = summary["avg"]
-        metric = next(key for key in average if key != "ci95")
-        cells = {f"{suite}, {metric}": _with_interval(average[metric], average["ci95"])}
-        parts = {task: values[metric] for task, values in summary["tasks"].items()}
-    return cells | {f"  {part}": _with_interval(value, None) for part, value in parts.items()}
+        return {title: _with_interval(summary["score"], summary["ci95"])}
+    average = summary["avg"]
+    metric = next(key for key in average if key != "ci95")
+    return {f"{title}, {metric}": _with_interval(average[metric], average["ci95"]),
+            **{f"  {task}": f"{values[metric]:.1f}" for task, values in summary["tasks"].items()}}
 
 
-def _with_interval(value: float | None, interval: Sequence[float] | None) -> str:
-    text = "-" if value is None else f"{value:.1f}"
-    return f"{text} ({interval[0]:.1f} to {interval[1]:.1f})" if interval else text
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
 
 
 def difference_rows(results: Mapping[str, dict]) -> list[dict]:
@@ -304,8 +298,7 @@ def difference_rows(results: Mapping[str, dict]) -> list[dict]:
                 groups = [group_by_task(columns["part"], values).values()
                           for values in (gaps, np.array(columns["list"]))]
                 gap = paired_gap_by_list(list(zip(*groups)))
-                title = suite_title(*name_suites({suite: {}}, first)) if (
-                    "free_text" in first["scores"]) else suite
                 rows.append({"compared": f"{name} - {other_name}", "protocol": protocol,
-                             "suite": title, "points": _with_interval(gap["value"], gap["ci95"])})
+                             "suite": title_suite(suite, first),
+                             "points": _with_interval(gap["value"], gap["ci95"])})
     return rows

@@ -60,8 +60,9 @@ def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
     for suite, suite_samples in samples.items():
         digest = hashlib.sha256()
         for sample in suite_samples:
+            # False: of 0.4, that not all boxes are asked for; records hold digests with it
             asked = (sample.id, sample.question, sample.targets, sample.reference, sample.options,
-                     sample.letter, [image.hex() for image in image_digests(sample.images)])
+                     sample.letter, False, [image.hex() for image in image_digests(sample.images)])
             digest.update(json.dumps(asked, default=float).encode())
         digests[suite] = digest.hexdigest()
     return digests
@@ -112,16 +113,11 @@ def first_per_task(samples: Sequence[Sample], per_task: int) -> Sequence[Sample]
     """The first `per_task` samples of every task, in order; all for 0."""
     if not per_task:
         return samples
-    by_task = split_by_task(samples, np.arange(len(samples)))
+    by_task = group_by_task((sample.task for sample in samples), np.arange(len(samples)))
     rows = sorted(row for rows in by_task.values() for row in rows[:per_task].tolist())
     if isinstance(samples, TableRows):
         return samples.select(rows)
     return [samples[row] for row in rows]
-
-
-def split_by_task(samples: list[Sample], values: np.ndarray) -> dict[str, np.ndarray]:
-    """values (samples, ...) split by task, in order of appearance."""
-    return group_by_task((sample.task for sample in samples), values)
 
 
 def score_parts(samples: Sequence[Sample]) -> list[str]:
@@ -168,8 +164,9 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
     drawn_samples = [sample for sample, _ in with_drawn]
     drawn_values = np.array([[reply_is_correct(reply, sample, box_format) for reply in some]
                              for sample, some in with_drawn])
+    by_task = group_by_task((sample.task for sample in samples), np.arange(len(samples)))
     tasks = {task: _summarize_task({name: values[rows] for name, values in columns.items()})
-             for task, rows in split_by_task(samples, np.arange(len(samples))).items()}
+             for task, rows in by_task.items()}
     groups = _group_with_lists(samples, columns["correct"])
     summary = {"n": len(samples), "score": to_percent(macro_mean([part for part, _ in groups])),
                "ci95": _percents(share_interval_by_list(groups)), "sampled": None,
@@ -215,13 +212,6 @@ def _percents(interval: list[float]) -> list[float]:
     return [to_percent(bound) for bound in interval]
 
 
-def _share_correct(samples: list[Sample], replies: list[list[str]],
-                   box_format: BoxFormat) -> np.ndarray:
-    """(samples,) share of each sample's replies that is correct; NaN for a sample without any."""
-    return np.array([np.mean([reply_is_correct(reply, sample, box_format) for reply in some])
-                     if some else np.nan for sample, some in zip(samples, replies)])
-
-
 def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
     """Greedy scores of one task in percent; columns: of `score_reply`, and the lists of images."""
     overlap = columns["iou"]
@@ -253,18 +243,18 @@ def paired_difference(samples: list[Sample], after: list[str], before: list[str]
 
     Samples without drawn replies of either system are left out of the sampled figures.
     """
-    gaps, drawn_gaps = (
-        _share_correct(samples, a, box_format) - _share_correct(samples, b, box_format)
-        for a, b in (([[reply] for reply in after], [[reply] for reply in before]),
-                     (after_drawn, before_drawn)))
-    difference = {**paired_gap_by_list(_group_with_lists(samples, gaps), after == before),
-                  "sampled": None}
-    rows = np.flatnonzero(~np.isnan(drawn_gaps))
-    if len(rows):
-        drawn_samples = [samples[row] for row in rows]
-        gap = paired_gap_by_list(_group_with_lists(drawn_samples, drawn_gaps[rows]),
-                                 after_drawn == before_drawn)
-        difference |= {"sampled": gap["value"], "sampled_ci95": gap["ci95"]}
+    def gap(rows: Sequence[int], after: list[list[str]], before: list[list[str]]) -> dict:
+        part = [samples[row] for row in rows]
+        gaps = np.subtract(*([np.mean([reply_is_correct(reply, sample, box_format)
+                                       for reply in replies[row]])
+                              for row, sample in zip(rows, part)] for replies in (after, before)))
+        return paired_gap_by_list(_group_with_lists(part, gaps), after == before)
+
+    difference = gap(range(len(samples)), *([[reply] for reply in replies]
+                                            for replies in (after, before))) | {"sampled": None}
+    if rows := [row for row, both in enumerate(zip(after_drawn, before_drawn)) if all(both)]:
+        drawn = gap(rows, after_drawn, before_drawn)
+        difference |= {"sampled": drawn["value"], "sampled_ci95": drawn["ci95"]}
     return difference
 
 
@@ -317,13 +307,3 @@ def calibrate_boxes(samples: list[Sample], greedy: list[str], box_format: BoxFor
         answers.append(np.divide(target.box, sides))
     return calibration.measure_refit(np.array(boxes), np.array(answers), number_image_lists(asked),
                                      split_for_score(asked, np.arange(len(asked))))
-
-
-def find_disagreement(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
-                      box_format: BoxFormat) -> Sample:
-    """The first sample that only some systems (replies by id) answer correctly, else the first."""
-    for sample in samples:
-        outcomes = {is_correct(by_id[sample.id], sample, box_format) for by_id in replies.values()}
-        if len(outcomes) == 2:
-            return sample
-    return samples[0]

@@ -4,6 +4,7 @@ A recorded run is a JSON file of some kilobytes that takes the place of the run'
 answers were correct, and how the run was made.
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from mig_kit.world.suites import suite_title
 # Runs that differ in one of these did not answer the same questions.
 SAMPLE_PARAMS = ("eval_seed", "suites", "min_pixels", "max_pixels", "coordinates")
 SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: longer SFT, of records alone
-README_RECORD = "notebooks/executed/scores.json"  # the run whose scores the README prints
+MARGINS = "notebooks/guide/margins.json"  # suite -> points of RL over SFT, of each seed
 
 
 @dataclass(frozen=True)
@@ -196,50 +197,38 @@ def _unique_by_seed(runs: Sequence[EvaluatedRun]) -> dict[int, EvaluatedRun]:
 
 def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str) -> list[str]:
     """Sentences that keep a reader from too sure a conclusion; runs: of each group."""
-    seeds = {name: {run.data_seed for run in members} for name, members in runs.items()}
+    single = [name for name, members in runs.items() if len(members) == 1]
+    sharing = [name for name, members in runs.items()
+               if len({run.data_seed for run in members}) < len(members)]
+    unpaired = [name for name in runs
+                if name != reference and not pair_runs(runs[name], runs[reference])]
     groups = {  # a sentence -> the groups that it is about
-        "One run each: {}. The intervals of their scores are over test samples alone; another seed "
-        "may move a score by more.":
-            [name for name in runs if len(runs[name]) == 1 and system != "base"],
-        "Runs with the same seed of 01 may share a cold start, and are counted as independent: "
-        "{}.":
-            [name for name in runs if len(seeds[name]) < len(runs[name]) and system != "base"],
-        f"Compared with {reference} by sample alone, for no two pairs of runs have a seed of 01 "
-        "that is theirs alone: {}. The difference also holds what another seed does.":
-            [name for name in runs
-             if name != reference and not pair_runs(runs[name], runs[reference])]}
-    notes = [text.replace("{}", ", ".join(names)) for text, names in groups.items() if names]
+        "One run each, whose intervals are over questions alone; another seed may move a score by "
+        "more": single * (system != "base"),
+        "Runs with the same seed of 01 may share a cold start, and are counted as independent":
+            sharing * (system != "base"),
+        f"Not compared with {reference} seed by seed, for no two pairs of runs have a seed of 01 "
+        "that is theirs alone": unpaired}
+    notes = [f"{text}: {', '.join(names)}." for text, names in groups.items() if names]
     return notes + [f"{note}." for members in runs.values() for run in members
                     for note in run.stale]
 
 
-def compare_with_readme(run_id: str) -> str:
-    """One line: "scores: as in the README", or which differ, by how much, and why that can be.
+def check_margins(run_id: str) -> tuple[str, bool]:
+    """RL's margins over SFT beside the range of several seeds, and whether one lies outside of it.
 
-    "" for a run with other parameters than the README's, or without a finished 06.
+    A margin lies outside if its whole interval does. ("", False) for a run with other parameters
+    than the recipe's, or without a finished 06.
     """
-    record = run_folders.load_record("06_evaluate", run_id)
-    if (not (PROJECT_ROOT / README_RECORD).is_file() or not record
-            or changed_params(run_id, RECIPE[1:7])):
-        return ""
-    try:
-        _, groups = load_groups({"run": [run_id], "readme": [README_RECORD]})
-    except UserError as error:
-        return f"scores: not compared with the README's: {error}"
-    (run,), (published,) = groups["run"], groups["readme"]
-    differences = [
-        f"{suite_title(suite)} {system} {score} (README: {_score(bits)})"
-        for system, by_suite in published.correct.items() if system in run.correct
-        for suite, bits in by_suite.items()
-        if (score := _score(run.correct[system][suite])) != _score(bits)]
-    if not differences:
-        return "scores: as in the README"
-    reason = "another version of a library or of the code"
-    if run.machine != published.machine:
-        reason = (f"here: {run.machine}; README: {published.machine}. Each kind of CPU and number "
-                  "of cores rounds sums otherwise and makes another model")
-    return f"scores: not as in the README: {', '.join(differences)} ({reason})"
-
-
-def _score(bits: str) -> str:
-    return f"{100 * bits.count('1') / len(bits):.1f}"
+    file, record = PROJECT_ROOT / MARGINS, run_folders.load_record("06_evaluate", run_id)
+    if not record or not file.is_file() or changed_params(run_id, RECIPE[1:7]):
+        return "", False
+    metrics = store.read_metrics(run_folders.stage_folder("06_evaluate", run_id))
+    texts, is_outside = [], False
+    for suite, margins in json.loads(file.read_text()).items():
+        gap, lowest, highest = metrics["deltas"]["grpo-sft"][suite], min(margins), max(margins)
+        low, high = gap["ci95"]
+        is_outside |= high < lowest or low > highest
+        texts.append(f"{suite_title(suite)} {gap['value']:+.1f} ({low:+.1f} to {high:+.1f}), "
+                     f"{len(margins)} seeds {lowest:+.1f} to {highest:+.1f}")
+    return f"RL over SFT, points: {'; '.join(texts)}" + ": OUTSIDE" * is_outside, is_outside

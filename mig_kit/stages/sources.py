@@ -16,6 +16,8 @@ SET_NAMES = ("cot", "rl", "val")
 FILE_OF_SET = {"cot": "questions.parquet", "rl": "rl.parquet", "val": "val.parquet"}
 REPORT_FILE = "left_out.txt"
 NAMES_FILE = "left_out_names.txt"  # questions that are left out, where there are any
+MORE_HELD_OUT = ("hold out more of a small set (the last of data_shares, as 0.3), or give more "
+                 "questions")
 
 
 def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, TableRows], str]:
@@ -109,14 +111,7 @@ def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:
         return text
     # half the widest 95 % interval of a share of n is 98 / sqrt(n) points
     points = min(50, round(98 / max(1, n_questions)**0.5))
-    return f"{text}, which tell a score to about {points} points either way: {_advise_shares(p)}"
-
-
-def _advise_shares(p: SimpleNamespace) -> str:
-    if p.data_shares[2] >= 0.3:
-        return "give more questions"
-    shares = "[0, 0.7, 0.3]" if p.teacher == "none" else "[0.4, 0.3, 0.3]"
-    return f'hold out more of a small set, as -p data_shares "{shares}"'
+    return f"{text}, which tell a score to about {points} points either way: {MORE_HELD_OUT}"
 
 
 def _require_questions(counts: dict[str, int], p: SimpleNamespace, summary: str) -> None:
@@ -125,7 +120,7 @@ def _require_questions(counts: dict[str, int], p: SimpleNamespace, summary: str)
     empty = [name for name in needed if not counts.get(name)]
     if empty:
         raise UserError(f"no question fell to {' and '.join(empty)}, with data_shares "
-                         f"{p.data_shares}; {_advise_shares(p)}\n{summary}")
+                         f"{p.data_shares}; {MORE_HELD_OUT}\n{summary}")
 
 
 def choose_set(sha256: str, shares: list[float]) -> str:

@@ -1,6 +1,5 @@
 """Rows of the tables and plots that notebooks 06, 07 and 09 show, and sentences on a run."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -27,13 +26,6 @@ CLAIMS = (
 DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
 
 
-def suite_rows(samples: dict[str, Sequence[Sample]]) -> list[dict]:
-    """Rows {suite, questions, tasks, an example}; samples: by suite."""
-    return [{"suite": suite_title(suite), "questions": len(part),
-             "tasks": len({sample.task for sample in part}), "an example": part[-1].question}
-            for suite, part in samples.items()]
-
-
 def claim_rows(metrics: dict) -> list[dict]:
     """This run's differences beside the paper's, in points; [] with own data; metrics: of 06."""
     if any(OWN in by_suite for by_suite in metrics["deltas"].values()):
@@ -54,14 +46,6 @@ def claim_rows(metrics: dict) -> list[dict]:
 def score_rows(systems: dict, figure: str = "score") -> list[dict]:
     """Rows {system, suite -> percent}; systems: of stage 06's metrics. figure: or "sampled"."""
     return _rows_by_suite("system", systems, lambda result: result[figure])
-
-
-def calibration_rows(calibration: dict) -> list[dict]:
-    """Rows {suite, system, acc@0.5, refitted, points} of `evaluate.calibrate_systems`."""
-    return [{"suite": suite_title(suite), "system": SYSTEM_LABELS.get(system, system),
-             "acc@0.5": round(gain["before"], 1), "edges refitted": round(gain["after"], 1),
-             "points": gap_text(gain)}
-            for system, by_suite in calibration.items() for suite, gain in by_suite.items()]
 
 
 def difference_rows(deltas: dict) -> list[dict]:
@@ -185,16 +169,6 @@ def stage_rows(records: dict[str, dict]) -> list[dict]:
                      "machine": record["machine"]})
     total = sum(record["seconds"] for record in records.values()) / 60
     return [*rows, {"stage": "together", "minutes": f"{total:.1f}"}]
-
-
-def sample_counts(metrics: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """How many traces 01 kept and dropped, and candidates 04, by reason; metrics: by stage."""
-    traces = metrics["01_synthesize"]["traces"]
-    dropped = {f"dropped: {reason}": count for reason, count in traces["dropped"].items()}
-    candidates: Counter = Counter()
-    for counts in metrics["04_rejection_sampling"]["why"].values():
-        candidates.update(counts)
-    return {"traces": {"kept": traces["kept"], **dropped}, "candidates": dict(candidates)}
 
 
 def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]]) -> str:

@@ -40,14 +40,14 @@ def test_a_dollar_in_the_name_of_a_task_is_no_formula():
     plots.plot_scores(rows, "task", "a $\\x$ b", "acc@0.5").canvas.draw()
 
 
-def test_bars_are_grouped_and_their_intervals_stand_on_them():
-    rows = [{"stage": stage, "side": side, "s": seconds, "spread": [seconds - 1, seconds + 1]}
-            for stage, seconds in (("a", 9.0), ("b", 4.0)) for side in ("stock", "kit")]
-    axis = plots.plot_bars(rows, "stage", "s", "t", "side", palette.SIDE_COLOURS, "spread").axes[0]
-    assert [bar.get_height() for bar in axis.patches] == [9, 4, 9, 4]
-    assert [list(line.get_ydata()) for line in axis.lines] == [[8, 10], [3, 5]] * 2
-    for bar, line in zip(axis.patches, axis.lines):
-        assert bar.get_x() < line.get_xdata()[0] < bar.get_x() + bar.get_width()
+def test_bars_are_grouped_and_named():
+    rows = [{"step": step, "side": side, "s": seconds + (side == "shared prompts")}
+            for step, seconds in (("a", 9.0), ("b", 4.0)) for side in palette.SIDE_COLOURS]
+    axis = plots.plot_bars(rows, "step", "s", "t", "side", palette.SIDE_COLOURS).axes[0]
+    drawn = {(round(bar.get_x()), to_hex(bar.get_facecolor())): bar.get_height()
+             for bar in axis.patches if bar.get_height()}
+    first, second = map(str.lower, palette.SIDE_COLOURS.values())
+    assert drawn == {(0, first): 9, (0, second): 10, (1, first): 4, (1, second): 5}
     named = plots.plot_bars([{"o": "kept", "n": 3}, {"o": "leak", "n": 1}], "o", "n", "t").axes[0]
     assert [text.get_text() for text in named.texts] == ["3", "1"]
     assert to_hex(named.patches[0].get_facecolor()) == CORRECT.lower()

@@ -1,6 +1,7 @@
 """The guide's ablation table: its rows and commands are those of the recorded runs."""
 
 import functools
+import json
 import re
 import shlex
 
@@ -11,7 +12,7 @@ from mig_kit.common import PROJECT_ROOT
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.params import profile_params, validate_params
 from mig_kit.stages import compare
-from mig_kit.stages.evaluated_runs import README_RECORD, read_recorded
+from mig_kit.stages.evaluated_runs import MARGINS, read_recorded
 from mig_kit.stages.tables import CLAIMS
 from mig_kit.world import suites
 
@@ -108,10 +109,19 @@ def test_the_page_of_results_has_those_of_another_cpu():
     assert all(f"{value} {interval}" in text for value, interval in render_claims([*XEON.values()]))
 
 
+def test_the_margins_of_the_last_line_are_those_of_the_records():
+    files = [str(RECORDS[run]) for run in RECIPES["0.3"]]
+    rows = {(row["suite"], row["figure"]): row["by_run"]
+            for row in compare.compare_groups({"recipe": files})["rows"]}
+    margins = json.loads((PROJECT_ROOT / MARGINS).read_text())
+    assert margins == {suite: [round(value, 1) for value in rows[suite, "grpo-sft"]]
+                       for suite in margins}
+
+
 def test_the_readme_has_these_figures():
     """Scores of the run that its reader gets; gains of all seeds, bold where they leave out 0."""
     readme = " ".join((PROJECT_ROOT / "README.md").read_text().split())
-    record = read_recorded(README_RECORD).correct
+    record = read_recorded("notebooks/executed/scores.json").correct
     for system, label in SYSTEM_LABELS.items():
         if system in record:
             bits = [record[system][suite] for suite, *_ in CLAIMS]

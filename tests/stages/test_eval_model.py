@@ -266,8 +266,9 @@ def test_questions_of_the_training_are_counted_and_not_called_held_out(tmp_path,
     samples = {"own": read_samples(folder / "val.parquet")}
     task = eval_model.Task("own", folder / "val.parquet")
     assert eval_model._compare_with_run(task, samples, "mine") == {"held_out": True, "trained": 0}
-    assert list(eval_model.name_suites({"own": {}}, {"held_out": True})) == ["own"]
-    assert list(eval_model.name_suites({"own": {}}, facts)) == ["own data (a file)"]
+    scores = {"scores": {"free_text": {}}}
+    assert eval_model.title_suite("own", scores | {"held_out": True}) == "own data (held out)"
+    assert eval_model.title_suite("own", scores | facts) == "own data (a file)"
 
 
 def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(serve, own_task, tmp_path):

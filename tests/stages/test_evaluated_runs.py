@@ -1,51 +1,57 @@
-"""The last line of `make run`: are the scores the README's?"""
+"""The last line of `make run`: do RL's margins lie within those of several seeds?"""
 
-from dataclasses import replace
+import json
 
 import pytest
 
-from mig_kit.common import PROJECT_ROOT, UserError
+from mig_kit.commands.main import main
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.pipeline import execute
 from mig_kit.stages import evaluated_runs
-from mig_kit.stages.evaluated_runs import read_recorded
+
+MARGINS = json.loads((PROJECT_ROOT / evaluated_runs.MARGINS).read_text())
 
 
-@pytest.fixture
-def published(monkeypatch):
+def margins_of(gaps, monkeypatch, changed=None):
+    """`check_margins` of a run with a gap (value, low, high) for each suite of MARGINS."""
+    deltas = {suite: {"value": value, "ci95": bounds}
+              for suite, (value, *bounds) in zip(MARGINS, gaps)}
     monkeypatch.setattr(evaluated_runs.run_folders, "load_record", lambda *_: {"params": {}})
-    monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: {})
-    return read_recorded(str(PROJECT_ROOT / evaluated_runs.README_RECORD))
+    monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: changed or {})
+    monkeypatch.setattr(evaluated_runs.store, "read_metrics",
+                        lambda _: {"deltas": {"grpo-sft": deltas}})
+    return evaluated_runs.check_margins("default")
 
 
-def line_for(run, published, monkeypatch):
-    monkeypatch.setattr(evaluated_runs, "load_groups",
-                        lambda groups: ({}, {"run": [run], "readme": [published]}))
-    return evaluated_runs.compare_with_readme("default")
+def test_margins_stand_beside_the_range_of_the_seeds(monkeypatch):
+    lowest, highest = (pick(MARGINS["mig_bench"]) for pick in (min, max))
+    line, is_outside = margins_of([(15.0, 11.0, 19.0), (2.0, -1.0, 5.0)], monkeypatch)
+    assert not is_outside and "OUTSIDE" not in line
+    assert line.startswith("RL over SFT, points: MIG-Bench-like (drawn) +15.0 (+11.0 to +19.0), "
+                           f"8 seeds {lowest:+.1f} to {highest:+.1f}; out of domain (drawn) +2.0 (")
 
 
-def test_equal_scores_and_another_recipe(published, monkeypatch):
-    assert line_for(published, published, monkeypatch) == "scores: as in the README"
-    monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: {"05_grpo": {"beta": 1}})
-    assert line_for(published, published, monkeypatch) == ""
+@pytest.mark.parametrize(("low", "high", "is_outside"), [
+    (-9.0, -2.0, True), (-9.0, 11.7, False), (90.0, 95.0, True)])
+def test_a_margin_lies_outside_with_its_whole_interval(low, high, is_outside, monkeypatch):
+    line, outside = margins_of([((low + high) / 2, low, high), (2.0, -1.0, 5.0)], monkeypatch)
+    assert outside is is_outside is line.endswith("OUTSIDE")
 
 
-@pytest.mark.parametrize(("machine", "reason"), [
-    ("another CPU, Linux, 1 of 4 cores", "here: another CPU, Linux, 1 of 4 cores; README: "),
-    ("", "another version of a library or of the code")])
-def test_other_scores_are_named_with_a_reason(machine, reason, published, monkeypatch):
-    bits = published.correct["grpo"]["mig_bench"]
-    none = {**published.correct, "grpo": {**published.correct["grpo"],
-                                          "mig_bench": "0" * len(bits)}}
-    run = replace(published, correct=none, machine=machine or published.machine)
-    line = line_for(run, published, monkeypatch)
-    score = f"{100 * bits.count('1') / len(bits):.1f}"
-    assert f"MIG-Bench-like (drawn) grpo 0.0 (README: {score})" in line
-    assert reason in line and "BLINK" not in line
+def test_another_recipe_is_not_compared(monkeypatch):
+    assert margins_of([], monkeypatch, {"05_grpo": {"beta": 1}}) == ("", False)
 
 
-def test_why_scores_cannot_be_compared_is_said(published, monkeypatch):
-    def refuse(groups):
-        raise UserError("the runs answered other questions")
-
-    monkeypatch.setattr(evaluated_runs, "load_groups", refuse)
-    assert evaluated_runs.compare_with_readme("default") == (
-        "scores: not compared with the README's: the runs answered other questions")
+@pytest.mark.parametrize("is_outside", [True, False])
+def test_the_exit_status_says_whether_a_margin_lies_outside(is_outside, monkeypatch, tmp_path,
+                                                            capsys):
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    monkeypatch.setattr(execute, "run_plan", lambda *_: None)
+    monkeypatch.setattr(evaluated_runs, "check_margins", lambda _: ("the margins", is_outside))
+    monkeypatch.setattr("sys.argv", ["mig-kit", "run"])
+    if is_outside:
+        with pytest.raises(SystemExit, match="True"):
+            main()
+    else:
+        main()
+    assert capsys.readouterr().out == "the margins\n"

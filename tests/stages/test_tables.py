@@ -72,11 +72,7 @@ def test_how_a_run_was_made(monkeypatch):
         {"stage": "05_grpo", "parameter": "learning_rate", "this run": "1.0", "run default": "2"}]
 
 
-def test_rows_of_suites_and_differences():
-    samples = {"mmiu": make_suite("mmiu", "test", 2)}
-    assert tables.suite_rows(samples) == [
-        {"suite": "MMIU-like (drawn)", "questions": 6, "tasks": 3,
-         "an example": samples["mmiu"][-1].question}]
+def test_rows_of_differences():
     assert tables.difference_rows({"grpo-sft": {"mmiu": GAP}}) == [
         {"compared": "GRPO over SFT", "MMIU-like (drawn)": "▲ +9.5 (+7.0 to +12.0)"}]
 
@@ -98,16 +94,6 @@ def test_the_papers_claims():
     assert rows[0]["this run (95 %)"] == "▲ +9.5 (+7.0 to +12.0)"
     from_base = tables.claim_rows(metrics | {"start_from": "base"})
     assert [row["compared"] for row in from_base] == ["RL over base"] * 2, "no SFT model before it"
-
-
-def test_where_samples_went_adds_up():
-    metrics = {
-        "01_synthesize": {"traces": {"kept": 8, "dropped": {"format": 2}}},
-        "04_rejection_sampling": {
-            "why": {"diff": {"kept": 3, "below min_pass_rate": 1}, "region": {"kept": 2}}}}
-    assert tables.sample_counts(metrics) == {
-        "traces": {"kept": 8, "dropped: format": 2},
-        "candidates": {"kept": 5, "below min_pass_rate": 1}}
 
 
 def test_the_outcome_is_one_sentence():
