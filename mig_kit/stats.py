@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.stats import beta, norm, ttest_ind
+from scipy.stats import beta, norm
 from scipy.stats import t as student_t
 
 RESAMPLES = 1000
@@ -48,18 +48,21 @@ def share_interval(count: float, total: float) -> list[float]:
     return [float(low), float(high)]
 
 
-def mean_interval(values: np.ndarray, others: Sequence[float] = ()) -> list[float]:
-    """95 % interval [low, high] of the mean of independent values (n,), Student's t.
+def mean_interval(values: Sequence[float], others: Sequence[float] = ()) -> list[float]:
+    """95 % interval [low, high] of the mean of independent values, Student's t.
 
     others: the mean's difference to theirs, with unequal variances (Welch). NaN for a single value
     on a side, and for values that do not differ.
     """
-    if len(values) < 2 or len(others) == 1 or np.ptp(values) == np.ptp([*others] or [0]) == 0:
+    sides = [np.asarray(side, dtype=float) for side in (values, others) if len(side)]
+    if any(len(side) < 2 for side in sides) or not any(map(np.ptp, sides)):
         return [float("nan")] * 2
-    if len(others):
-        return list(map(float, ttest_ind(values, others, equal_var=False).confidence_interval()))
-    half = float(student_t.ppf(0.975, len(values) - 1)) * values.std(ddof=1) / len(values) ** 0.5
-    return [values.mean() - half, values.mean() + half]
+    errors = [side.var(ddof=1) / len(side) for side in sides]
+    degrees = sum(errors) ** 2 / sum(error ** 2 / (len(side) - 1)
+                                     for error, side in zip(errors, sides))
+    half = float(student_t.ppf(0.975, degrees) * sum(errors) ** 0.5)
+    value = float(sides[0].mean() - sum(side.mean() for side in sides[1:]))
+    return [value - half, value + half]
 
 
 def ratio_interval(parts: np.ndarray, totals: np.ndarray) -> list[float]:
