@@ -27,7 +27,7 @@ from mig_kit.world.suites import suite_title
 # Runs that differ in one of these did not answer the same questions.
 SAMPLE_PARAMS = ("eval_seed", "suites", "min_pixels", "max_pixels", "coordinates")
 SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: longer SFT, of records alone
-MARGINS = "notebooks/guide/margins.json"  # suite -> points of RL over SFT, of each seed
+MARGINS = "notebooks/guide/margins.json"  # suite -> points of RL over SFT, of each run
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
 
 
 def check_margins(run_id: str) -> tuple[str, bool]:
-    """RL's margins over SFT beside the range of several seeds, and whether one lies outside of it.
+    """RL's margins over SFT beside the range of earlier runs, and whether one lies outside of it.
 
     A margin lies outside if its whole interval does. ("", False) for a run with other parameters
     than the recipe's, or without a finished 06.
@@ -230,5 +230,5 @@ def check_margins(run_id: str) -> tuple[str, bool]:
         low, high = gap["ci95"]
         is_outside |= high < lowest or low > highest
         texts.append(f"{suite_title(suite)} {gap['value']:+.1f} ({low:+.1f} to {high:+.1f}), "
-                     f"{len(margins)} seeds {lowest:+.1f} to {highest:+.1f}")
+                     f"{len(margins)} earlier runs {lowest:+.1f} to {highest:+.1f}")
     return f"RL over SFT, points: {'; '.join(texts)}" + ": OUTSIDE" * is_outside, is_outside
