@@ -8,7 +8,7 @@ from mig_kit.rewards import REWARDS
 
 # what the curves of stage 05 hold besides the rewards
 NAMES_OF_CURVES = ("step", "reward", "length", "entropy", "kl", "zero_std", "clipped_ratio",
-                   "clip_ratio", "ratio", "shared", "method", "finding",
+                   "logp_difference", "clip_ratio", "ratio", "shared", "method", "finding",
                    "evidence", "truth", "coverage")
 
 

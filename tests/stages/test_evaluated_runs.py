@@ -28,7 +28,8 @@ def test_margins_stand_beside_the_range_of_the_seeds(monkeypatch):
     line, is_outside = margins_of([(15.0, -11.0, 39.0), (2.0, -1.0, 5.0)], monkeypatch)
     assert not is_outside and "OUTSIDE" not in line
     assert line.startswith("RL over SFT, points: MIG-Bench-like (drawn) +15.0 (-11.0 to +39.0), "
-                           f"{len(MARGINS['mig_bench'])} earlier runs {lowest:+.1f} to {highest:+.1f}; out of domain (drawn) +2.0 (")
+                           f"{len(MARGINS['mig_bench'])} earlier runs {lowest:+.1f} to "
+                           f"{highest:+.1f}; out of domain (drawn) +2.0 (")
 
 
 @pytest.mark.parametrize(("low", "high", "is_outside"), [
