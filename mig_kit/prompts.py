@@ -15,6 +15,7 @@ GROUNDING_INSTRUCTION = ('Think in <think></think>, then answer '
                          '<answer>{"image": number, "box": [x1,y1,x2,y2]}</answer>.')
 CHOICE_INSTRUCTION = ("Think in <think></think>, then answer with the letter in "
                       "<answer></answer>.")
+NO_BOX = '{"image": 0}'  # also says that nothing in the images answers
 LETTERS = "ABCDEFGH"
 LARGEST = 1e6  # a coordinate beyond it is no coordinate
 
@@ -26,7 +27,7 @@ class Reply:
     Args:
         image, box: number of the image, from 1, and xyxy in the model's coordinates.
         well_formed: it is one `<think>` and one `<answer>` block with one answer, nothing else.
-        names_none: likewise, but the answer holds neither number nor letter.
+        names_none: likewise, but the answer holds neither number nor letter, or is NO_BOX.
     """
 
     thinking: str
@@ -97,7 +98,8 @@ def parse_reply(text: str) -> Reply:
         letter = _parse_letter(answers[0])
     is_clean = _has_two_blocks(text)
     has_answer = box is not None or letter != ""
-    names_none = is_clean and not letter and not re.search(r"\d", answers[0])
+    names_none = is_clean and not letter and (
+        answers[0].strip() == NO_BOX or not re.search(r"\d", answers[0]))
     return Reply(thinking.group(1).strip() if thinking else "", image, box, letter,
                  well_formed=is_clean and has_answer, names_none=names_none)
 

@@ -112,7 +112,7 @@ def test_files_of_questions(suite, evaluate, tmp_path):
     """A random model knows nothing: what is tested is that every file is asked and written."""
     write_benchmarks(tmp_path)
     own = {"id": "x", "images": ["a.png"], "question": "Where?", "coordinates": "pixels",
-           "targets": [{"image": 1, "box": [10, 10, 60, 50]}]}
+           "image": 1, "box": [10, 10, 60, 50]}
     (tmp_path / "own.jsonl").write_text(json.dumps(own) + "\n")
     file = tmp_path / ("own.jsonl" if suite == "own" else f"{suite}.json")
     result = evaluate(eval_model.Task(suite, file, tmp_path))
