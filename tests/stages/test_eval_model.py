@@ -313,7 +313,7 @@ def test_what_a_servers_model_cannot_be_asked_with(words, sentence, serve, own_t
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"images": None}, "line 4: 'images' is missing; a line of own data is"),
+    ({"images": None}, "line 4: 'images': Field required"),
     ({"question": "Where? " * 5000, "id": "long"},  # which more tokens for replies would not mend
      "question long: the prompt takes [0-9]+ tokens, 6 of them for images, and the model reads "
      "4096; shorten")])
