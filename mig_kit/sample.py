@@ -128,7 +128,8 @@ def _image_from_row(image: dict, size: list[int], folder: Path) -> EncodedImage:
 
 
 class SampleWriter:
-    """Writes samples, with or without traces, to a parquet file; an old file stays until `close`.
+    """A context that writes samples, with or without traces, to a parquet file; an old file stays
+    until it ends.
     """
 
     def __init__(self, path: Path, with_traces: bool = False):
@@ -158,20 +159,16 @@ class SampleWriter:
             self.file.write_table(Table.from_pylist(self.rows, schema=self.schema))
         self.rows, self.n_bytes = [], 0
 
-    def close(self) -> None:
-        """Complete the file and give it its name."""
-        self._write_group()
-        self.file.close()
-        self.temporary.replace(self.path)
-
     def __enter__(self) -> "SampleWriter":
         return self
 
     def __exit__(self, error_class, *_) -> None:
         if error_class is None:
-            self.close()
+            self._write_group()
+        self.file.close()
+        if error_class is None:
+            self.temporary.replace(self.path)
         else:
-            self.file.close()
             self.temporary.unlink(missing_ok=True)
 
 
@@ -208,7 +205,7 @@ class TableRows(Sequence):
             raise UserError(f"{path} is no table of the kit's samples; run 01_synthesize again")
         self.rows = range(len(self.table)) if rows is None else rows
 
-    def __reduce__(self):
+    def __reduce__(self):  # small, as datasets pickles what a transform holds
         return TableRows, (self.path, self.convert, self.columns, self.rows)
 
     def __len__(self) -> int:
