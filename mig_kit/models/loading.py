@@ -89,8 +89,8 @@ def _choose_on_gpu(dtype: str) -> Hardware:
 def _choose_on_cpu(dtype: str) -> Hardware:
     if dtype == "bfloat16":
         return Hardware("cpu", torch.bfloat16, attention.NAME, "CPU, bfloat16 by parameter")
-    # bfloat16 products are no faster for a model of some million parameters, even where a CPU has
-    # instructions for them, and what draws replies would round otherwise than what learns from them
+    # bfloat16 products are little faster for a model of some million parameters, even where a CPU
+    # has instructions for them, and the decoder would round otherwise than the learner
     reason = f"CPU, {torch.get_num_threads()} threads: float32 throughout"
     return Hardware("cpu", torch.float32, attention.NAME, reason)
 

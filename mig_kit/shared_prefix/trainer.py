@@ -406,8 +406,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):  # keeps how far the decoder was from the learner
         loss = super()._compute_loss(model, inputs)
         if DRAWN_LOGPS in inputs and self.model.training:
-            learned = inputs.get("old_per_token_logps", self.last_logps)
-            gaps = (learned - inputs[DRAWN_LOGPS]).abs()
+            old = inputs.get("old_per_token_logps")
+            gaps = ((self.last_logps if old is None else old) - inputs[DRAWN_LOGPS]).abs()
             self.sampling_gaps.append(gaps[inputs["completion_mask"].bool()])
         return loss
 
