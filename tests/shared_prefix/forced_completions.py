@@ -2,6 +2,8 @@
 
 import torch
 
+from mig_kit.shared_prefix.generation import Completion
+
 END = 2
 LENGTHS = (5, 3, 6, 2, 6, 4, 1, 5)
 HAS_END = [True, True, False, True, True, False, True, True]
@@ -21,7 +23,8 @@ def draw_completions(count):
 def force_completions(stock, own):
     """Let both trainers draw what `draw_completions` has."""
     stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
-    own._draw_completions = lambda numbers, group: draw_completions(len(numbers))
+    own._draw_completions = lambda numbers, group: [
+        Completion(ids, [0.0] * len(ids)) for ids in draw_completions(len(numbers))]
 
 
 def enliven(model, std=0.05):

@@ -35,8 +35,10 @@ def family(request, random_folder, relatives, float32):
     return model, loading.load_processor(folder, box_format), box_format
 
 
-def make_prompts(model, processor, samples, box_format=ABSOLUTE, **options) -> list[Prompt]:
-    return SampleCache(model, processor, box_format, **options).get(samples)
+def make_prompts(model, processor, samples, box_format=ABSOLUTE, autocast=False) -> list[Prompt]:
+    cache = SampleCache(model, processor, box_format)
+    cache.autocast = autocast
+    return cache.get(samples)
 
 
 def generate(model, processor, prompts, group=1, sampling=GREEDY, *uniforms, **options):

@@ -64,9 +64,9 @@ def test_rollouts_leave_4_bit_weights_alone(tmp_path, params, random_folder, flo
 
     def record_modes(model, *arguments):
         in_train_mode.append((model.training, {layer.training for layer in layers}))
-        return generation.generate_rollouts(model, *arguments)
+        return generation.draw_completions(model, *arguments)
 
-    monkeypatch.setattr(trainer_module, "generate_rollouts", record_modes)
+    monkeypatch.setattr(trainer_module, "draw_completions", record_modes)
     numbers, *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]] * 4)
     trainer._draw_completions([number for number, in numbers], 4)
     assert in_train_mode == [(False, {True})]
