@@ -156,7 +156,7 @@ def logged(trainer):
     """The log of the updates, without times and what stock TRL does not log."""
     rows = [row for row in trainer.state.log_history if "loss" in row]
     return [{name: value for name, value in row.items() if "time" not in name and name != "shared"
-             and not name.startswith("sampling/")} for row in rows]
+             and not name.startswith("sampling/sampling_logp_difference")} for row in rows]
 
 
 def trained_parameters(trainer):
