@@ -385,7 +385,8 @@ def test_curves_hold_every_reward_that_is_logged():
                {"step": 1, "train_loss": 0.1}]
     assert grpo.training_curves(history) == [
         {"step": 1, "reward": 0.5, "format": 1.0, "new": None, "length": None, "entropy": 2.0,
-         "kl": None, "zero_std": None, "clipped_ratio": None, "truth": 0.75}]
+         "kl": None, "zero_std": None, "clipped_ratio": None,
+         "logp_difference": None, "truth": 0.75}]
 
 
 def test_replies_that_got_short_are_named():
