@@ -43,7 +43,7 @@ def no_kernels(monkeypatch):
                    {**run_folders.load_record(stage, run_id), "seconds": 90.0})
 
     monkeypatch.setattr(execute, "_execute_notebook", execute_notebook)
-    monkeypatch.setattr(evaluated_runs, "compare_with_readme", lambda run_id: "")
+    monkeypatch.setattr(evaluated_runs, "check_margins", lambda run_id: ("", False))
     return executed
 
 
