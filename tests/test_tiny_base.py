@@ -115,7 +115,7 @@ def test_short_and_long_dialogues_apart_teach_the_same(random_model, writer):
     def learn(is_split):
         random_model.zero_grad()
         if is_split:
-            figures = training.add_gradients(random_model, batch, None, False)
+            figures = training.add_gradients(random_model, batch, None)
         else:
             loss, figures = training.language_loss(random_model, batch, None)
             loss.backward()
