@@ -851,7 +851,8 @@ def test_callbacks_and_an_uneven_last_batch_are_as_in_stock_trl(make_pair):
     own = pair[1]
     del own._draw_completions
     own.generation_config.max_new_tokens = 3
-    assert max(map(len, own._draw_completions(list(own.sources)[:1] * 4, 4))) == 3
+    assert max(len(drawn.ids) for drawn in own._draw_completions(
+        list(own.sources)[:1] * 4, 4)) == 3
 
 
 @pytest.mark.slow
