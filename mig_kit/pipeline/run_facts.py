@@ -8,12 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import IS_CLONE, PROJECT_ROOT, UserError, model_folder, suggest_word
 from mig_kit.pipeline.run_folders import finished_params, list_runs, require_record, stage_folder
 from mig_kit.pipeline.stage_params import RUN_PARAMS, RUN_PARAMS_STAGE
 
-PACKAGES = ("mig-kit", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
             "accelerate", "papermill", "numpy", "pillow")
 EVALUATE = "06_evaluate"
 ASKED = ("eval_seed", "suites", "max_new_tokens", "dtype")  # of 06: what a model is asked, and how
@@ -95,7 +96,7 @@ def _read_commit() -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that matter."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "mig-kit": __version__}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):  # of an extra
             versions[name] = importlib.metadata.version(name)

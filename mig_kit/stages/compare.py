@@ -217,8 +217,6 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
         f"{SYSTEM_LABELS[system]} model, percent (95 %)": by_figure[system],
         f"Difference to {result['reference']}, points (95 %)":
             by_figure.get(f"vs {result['reference']}", ()),
-        "GRPO over control SFT, points (95 %)":  # what the control run is for
-            by_figure.get("grpo-sft_long", ()) if system == "sft_long" else (),
         "How true the reasoning is, percent or points (95 %)": _widen(
             reasoning, ["group", "name", "model", "runs"]).rename(columns={"name": "figure"}),
         "The paper's claims, points (95 %)": _claims_frame(table) if system == "grpo" else ()}

@@ -42,7 +42,7 @@ def runs(monkeypatch, tmp_path):
 
 
 def make_run(name, data_seed, seed, correct):
-    return EvaluatedRun(name, data_seed, seed, correct, 0, 0, "", "", {})
+    return EvaluatedRun(name, data_seed, seed, correct, 0, 0, "", "", "", {})
 
 
 def by_key(result):

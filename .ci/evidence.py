@@ -1,0 +1,171 @@
+"""Make the records that results.md and README print: `make evidence`, then `make evidence-pages`.
+
+The list is notebooks/guide/evidence/evidence.yaml. A record is a run as `evaluated_runs.record_run`
+keeps it, with a key "evidence" beside: the arm, its commands, a digest of what the code computes,
+and what it cost. `run` makes what is missing, one after the other, and goes on after a kill.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+
+from mig_kit import __version__
+from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
+from mig_kit.pipeline import run_folders, store
+from mig_kit.pipeline.run_facts import describe_machine
+from mig_kit.stages.evaluated_runs import EvaluatedRun, record_run
+
+FOLDER = NOTEBOOKS / "guide" / "evidence"
+LIST = FOLDER / "evidence.yaml"
+STAGES = ("01", "02", "03", "04", "05", "06")
+COMPUTED = (".safetensors", ".parquet", ".jsonl")  # outputs that hold no time and no path
+CURVES = ("reward", "box", "entropy", "length", "logp_difference", "evidence")
+LAST = 10  # updates whose mean a record keeps
+
+
+class Item(NamedTuple):
+    """One record to make."""
+
+    arm: str
+    seed: int
+    commands: list[str]
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.arm}-{self.seed}.json"
+
+
+def read_list() -> dict[str, dict]:
+    """Arm -> {"title", "seeds", "commands"}."""
+    return yaml.safe_load(LIST.read_text())
+
+
+def list_items() -> list[Item]:
+    """Every record of the list, in its order."""
+    return [Item(arm, seed, [fill_command(command, seed) for command in entry["commands"]])
+            for arm, entry in read_list().items() for seed in entry["seeds"]]
+
+
+def fill_command(command: str, seed: int) -> str:
+    """A command of the list for a seed."""
+    return command.format(seed=seed, source=f"seed{seed}" if seed else "default")
+
+
+def read_option(command: str, option: str) -> str:
+    """The word behind an option of a command."""
+    words = shlex.split(command)
+    return words[words.index(option) + 1]
+
+
+def run_command(command: str, **environment: str) -> None:
+    """Run a line of the list with this Python; CalledProcessError where it fails."""
+    script = Path(sys.executable).with_name("mig-kit")
+    subprocess.run([sys.executable, str(script), *shlex.split(command)[1:]], check=True,
+                   cwd=PROJECT_ROOT, env=os.environ | environment)
+
+
+def digest_smoke_run() -> str:
+    """SHA-256 of what stages 01 to 06 of the smoke profile write on this machine.
+
+    Two states of the code with the same digest compute the same.
+    """
+    outputs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run_command(f"mig-kit run {' '.join(STAGES)} --profile smoke --run-id smoke",
+                    MIG_KIT_RUNS=folder)
+        for path in sorted(Path(folder).glob("smoke/*/run.json")):
+            record = json.loads(path.read_text())
+            outputs |= {f"{record['stage']}/{name}": digest
+                        for name, digest in record["outputs"].items() if name.endswith(COMPUTED)}
+    return hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
+
+
+def require_same_code(items: list[Item], smoke: str, machine: str) -> None:
+    """SystemExit if a record of this machine was made by code that computes something else."""
+    for item in items:
+        if item.path.is_file():
+            record = json.loads(item.path.read_text())
+            made = record["evidence"]["smoke"]
+            if record["version"] != __version__ or record["machine"] == machine and made != smoke:
+                sys.exit(f"{item.path.relative_to(PROJECT_ROOT)} was made by other code (version "
+                         f"{record['version']}, commit {record['git'][:7]}); delete it, and make "
+                         "evidence makes it again")
+
+
+def make_record(item: Item, smoke: str) -> None:
+    """Run an item's commands, as far as they have not been run, and write its record."""
+    *_, last = item.commands
+    is_eval = last.startswith("mig-kit eval")
+    run_id = read_option(item.commands[0], "--run-id")
+    is_whole = not (run_folders.runs_root() / run_id).exists()
+    before = processor_seconds()
+    for command in item.commands:
+        run_command(command)
+    # of a run that was begun before, only a part was seen
+    spent = round(processor_seconds() - before) if is_whole else None
+    path = (record_evaluation(run_id, item.seed, PROJECT_ROOT / read_option(last, "--out"))
+            if is_eval else record_run(run_id, FOLDER))
+    record = json.loads(path.read_text())
+    path.unlink()
+    curves = [] if is_eval else store.read_metrics(
+        run_folders.stage_folder("05_grpo", run_id))["curves"][-LAST:]
+    record["evidence"] = {
+        "arm": item.arm, "commands": item.commands, "smoke": smoke, "processor_seconds": spent,
+        "curves": {name: round(float(np.mean([row[name] for row in curves])), 7)
+                   for name in CURVES if curves and name in curves[0]}}
+    write_json(item.path, record)
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
+    """Write FOLDER/RUN_ID.json of an SFT model that `mig-kit eval` has asked."""
+    result = json.loads((out / "eval.json").read_text())
+    correct = {suite: "".join(str(int(value)) for value in columns["strict"])
+               for suite, columns in result["items"].items()}
+    trained = run_folders.load_record("02_sft", run_id)
+    asked = run_folders.finished_params("06_evaluate", run_folders.load_branch(run_id)["from"])
+    seconds = sum(run_folders.load_record(stage, run_id)["seconds"]
+                  for stage in ("02_sft", "03_merge"))
+    path = FOLDER / f"{run_id}.json"
+    write_json(path, asdict(EvaluatedRun(
+        run_id, seed, seed, {"sft": correct}, float("nan"), seconds / 60, trained["git"],
+        trained["machine"], trained["versions"]["mig-kit"],
+        {name: asked[name] for name in ("eval_seed", "suites")}, questions=result["questions"])))
+    return path
+
+
+def run() -> None:
+    """Make what is missing."""
+    items = list_items()
+    missing = [item for item in items if not item.path.is_file()]
+    smoke = digest_smoke_run()
+    require_same_code(items, smoke, describe_machine()["machine"])
+    clock = time.monotonic()
+    for done, item in enumerate(missing):
+        minutes = (time.monotonic() - clock) / 60
+        left = f", {minutes / done * (len(missing) - done):.0f} minutes left" if done else ""
+        print(f"evidence {len(items) - len(missing) + done + 1} of {len(items)}: {item.arm}, seed "
+              f"{item.seed}{left}", flush=True)
+        make_record(item, smoke)
+    print("nothing is missing")
+
+
+if __name__ == "__main__":
+    run()
