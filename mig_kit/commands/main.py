@@ -134,8 +134,8 @@ def params_command(stage: str, profile: str) -> None:
               help="Runs that count as one, such as the seeds of a variant; repeat.")
 @click.option("--reference", default="", show_default=False,
               help="The group that the others are compared with.")
-@click.option("--system", default="grpo", type=click.Choice(["grpo", "sft", "base", "sft_long"]),
-              help="Whose scores are compared; sft_long: longer SFT, of recorded runs alone.")
+@click.option("--system", default="grpo", type=click.Choice(["grpo", "sft", "base"]),
+              help="Whose scores are compared.")
 @click.option("--format", "form", default="md", type=click.Choice(["md", "csv"]))
 @click.option("--figure", type=NEW_FILE, help="Draw the scores here: a .png, .pdf or .svg.")
 @click.option("--differences", is_flag=True,

@@ -87,9 +87,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
                 *([_difference_row(system, members, others, reference, scope)] if others else [])]]
         rows += [{"group": name, "suite": suite, **row} for suite in samples
                  for row in _reasoning_rows(members, suite, others, reference)]
-        facts += [{"group": name, "run": run.run_id, "data_seed": run.data_seed, "seed": run.seed,
-                   "tokens": run.tokens, "minutes": run.minutes, "git": run.git,
-                   "machine": run.machine} for run in members]
+        facts += [{"group": name, "tokens": run.tokens, "minutes": run.minutes} for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
             "notes": list_notes(runs, reference, system)}
 
@@ -217,8 +215,6 @@ def table_frames(result: dict) -> dict[str, pd.DataFrame]:
         f"{SYSTEM_LABELS[system]} model, percent (95 %)": by_figure[system],
         f"Difference to {result['reference']}, points (95 %)":
             by_figure.get(f"vs {result['reference']}", ()),
-        "GRPO over control SFT, points (95 %)":  # what the control run is for
-            by_figure.get("grpo-sft_long", ()) if system == "sft_long" else (),
         "How true the reasoning is, percent or points (95 %)": _widen(
             reasoning, ["group", "name", "model", "runs"]).rename(columns={"name": "figure"}),
         "The paper's claims, points (95 %)": _claims_frame(table) if system == "grpo" else ()}

@@ -34,8 +34,7 @@ from mig_kit.stats import (
 from mig_kit.world import suites
 from mig_kit.world.claims import count_claims
 
-PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"),
-         ("grpo", "sft_long"))
+PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"))
 
 
 def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample]]:

@@ -26,7 +26,7 @@ from mig_kit.world.suites import suite_title
 
 # Runs that differ in one of these did not answer the same questions.
 SAMPLE_PARAMS = ("eval_seed", "suites", "min_pixels", "max_pixels", "coordinates")
-SYSTEMS = ("base", "sft", "grpo", "sft_long")  # the last: longer SFT, of records alone
+SYSTEMS = ("base", "sft", "grpo")
 MARGINS = "notebooks/guide/margins.json"  # suite -> points of RL over SFT, of each run
 
 
@@ -44,7 +44,6 @@ class EvaluatedRun:
     machine: str
     params: dict  # SAMPLE_PARAMS of 06
     start_from: str = "merged"  # what 05 trained
-    control: dict = field(default_factory=dict)  # run and parameters of sft_long, of old records
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `changed_params`
     stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
@@ -104,18 +103,18 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
     curves = store.read_metrics(run_folders.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
     params = record["params"]
-    has_model = {"sft": run_folders.has_cold_start(run_id), "sft_long": False}
+    has_sft = run_folders.has_cold_start(run_id)
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     correct = {system: {suite: _correctness(run_id, system, suite, part, box_format)
                         for suite, part in samples.items()}
-               for system in SYSTEMS if has_model.get(system, True)}
+               for system in SYSTEMS if has_sft or system != "sft"}
     seed, folder = trained.get("seed", 0), run_folders.stage_folder("06_evaluate", run_id)
     return EvaluatedRun(
         run_id, synthesized.get("seed", seed), seed, correct,
         float(np.mean(lengths)) if lengths else float("nan"),
         sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
         record.get("git", ""), record.get("machine", ""), _sample_params(params),
-        trained.get("start_from", "merged"), {}, record.get("questions", {}),
+        trained.get("start_from", "merged"), record.get("questions", {}),
         changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
                   if summary.get("reasoning")}

@@ -226,7 +226,7 @@ def test_what_is_sent(serve, tmp_path):
     assert f"answer is {choice.letter}." in teacher_prompt(choice, BOX_FORMAT)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_real_server_with_the_tiny_base(tmp_path):
     """`transformers serve` answers with the shipped base; a second run makes no call."""
     from mig_kit.models import loading

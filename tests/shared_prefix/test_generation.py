@@ -26,7 +26,12 @@ END = 2
 GREEDY = SamplingOptions(0.0, max_new_tokens=12)
 
 
-@pytest.fixture(params=sorted(loading.FAMILIES))
+# greedy replies and prompts of all families at night; their log-probabilities and gradients always
+MOST = [pytest.param(name, marks=() if name == "qwen2_5_vl" else pytest.mark.nightly)
+        for name in sorted(loading.FAMILIES)]
+
+
+@pytest.fixture
 def family(request, random_folder, relatives, float32):
     """(model, processor, box_format) of every family that the kit loads."""
     folder = {**relatives, "qwen2_5_vl": random_folder}[request.param]
@@ -68,6 +73,7 @@ def stock_completion(model, processor, sample, box_format) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", MOST, indirect=True)
 def test_greedy_replies_equal_transformers(family, samples):
     model, processor, box_format = family
     prompts = make_prompts(model, processor, samples, box_format)
@@ -134,7 +140,12 @@ def test_finished_prefixes_leave_and_the_rest_goes_on(random_model, processor, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["", "attention", "checkpointed"])
+@pytest.mark.parametrize(("family", "variant"), [
+    *((name, "") for name in sorted(loading.FAMILIES)), ("qwen2_5_vl", "attention"),
+    ("qwen2_5_vl", "checkpointed"), *(
+        pytest.param(name, variant, marks=pytest.mark.nightly) for variant in (
+            "attention", "checkpointed") for name in sorted({*loading.FAMILIES} - {"qwen2_5_vl"}))],
+    indirect=["family"])
 def test_logps_and_gradients_equal_stock(family, samples, variant):
     model, processor, box_format = family
     language = model.model.language_model
@@ -264,6 +275,7 @@ def test_another_model_is_served_what_the_same_tower_saw(random_model, random_fo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", MOST, indirect=True)
 def test_prompts_are_what_the_processor_makes(family, samples, monkeypatch):
     model, processor, box_format = family
     asked_samples = [*samples[:4], replace(samples[1], id="again", question="Where?")]

@@ -464,14 +464,16 @@ def test_images_come_in_any_form(make_pair, tmp_path):
     """Paths, undecoded rows, bytes and arrays; stock TRL, which takes no bytes, gets images."""
     decoded, rows = list(make_table()), list(make_table())
     for number, row in enumerate(rows):
-        paths = [tmp_path / f"{number}_{n}.png" for n in range(len(row["images"]))]
-        for image, path in zip(row["images"], paths):
-            image.save(path)
-        row["images"] = [list(map(str, paths)), [{"path": str(path), "bytes": None} for path in paths],
-                         list(map(encode, row["images"])), list(map(np.asarray, row["images"]))][number]
-    tables = [IterableDataset.from_generator(lambda rows=rows: iter(rows)) for rows in (decoded, rows)]
-    stock, own = make_pair(max_steps=1, table=tables[1])
-    stock.train_dataset = tables[0]
+        images, paths = row["images"], []
+        for image in images:
+            paths.append(str(tmp_path / f"{number}_{len(paths)}.png"))
+            image.save(paths[-1])
+        row["images"] = [paths, [{"path": path, "bytes": None} for path in paths],
+                         list(map(encode, images)), list(map(np.asarray, images))][number]
+    plain, mixed = (IterableDataset.from_generator(lambda rows=rows: iter(rows))
+                    for rows in (decoded, rows))
+    stock, own = make_pair(max_steps=1, table=mixed)
+    stock.train_dataset = plain
     check_same_gradients((stock, own), 1)
 
 
