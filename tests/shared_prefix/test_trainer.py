@@ -18,7 +18,8 @@ import peft
 import pytest
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
-from forced_completions import draw_completions, enliven, force_completions
+from forced_completions import draw_completions, force_completions
+from launched import set_random_adapter
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pictures
 from published import format_of
@@ -116,7 +117,7 @@ def make_pair(random_folder, relatives, processor, tmp_path_factory):
                 model=model, reward_funcs=list(rewards), args=config,
                 processing_class=own_processor, train_dataset=table or make_table(),
                 peft_config=adapter if peft else None)
-            enliven(trainer.model)
+            set_random_adapter(trainer.model)
             trainers.append(trainer)
         force_completions(*trainers)
         return trainers
@@ -334,24 +335,26 @@ def test_vllm_is_given_one_image_token_for_each_image(random_folder, processor, 
             assert row[f"sampling/importance_sampling_ratio/{kind}"] == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize(("settings", "reason"), [
+@pytest.mark.parametrize(("changes", "reason"), [
     ({"entropy_coef": 0.01}, "entropy_coef and use_adaptive_entropy need"),
     ({"use_adaptive_entropy": True}, "entropy_coef and use_adaptive_entropy need"),
+    ({"neftune_noise_alpha": 5.0}, "noise on embeddings"), ({"top_k": 5}, "top_k"),
+    ({"chat_template_kwargs": {"truncation": True}}, "chat_template_kwargs has truncation"),
+    ({"adapter": None}, "the vision tower is trained; freeze it"),
+    ({"adapter": LoraConfig(target_modules="all-linear")},
+     "adapters reach the vision tower; set target_mod"),
+    ({"adapter": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
+     "PROMPT_TUNING of PEFT"),
     ({"family": "qwen3_5_moe"}, "the load-balancing loss of experts needs whole rows; do without")])
-def test_a_bonus_or_a_loss_of_whole_rows_is_left_to_stock_trl(make_pair, settings, reason):
-    with pytest.warns(UserWarning, match=f"not shared: {reason}"):
-        assert make_pair(**settings)[1].unshared
-
-
-@pytest.mark.parametrize(("adapter", "reason"), [
-    (None, "the vision tower is trained; freeze it"),
-    (LoraConfig(target_modules="all-linear"), "adapters reach the vision tower; set target_mod"),
-    (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
-     "PROMPT_TUNING of PEFT")])
-def test_what_cannot_be_shared_is_left_to_stock_trl(random_folder, random_model, processor,
-                                                    tmp_path, adapter, reason):
-    with pytest.warns(UserWarning, match=f"not shared: {reason}"):
-        make_own(random_folder if adapter else random_model, processor, tmp_path, adapter)
+def test_what_cannot_be_shared_is_named(random_model, random_folder, relatives, processor,
+                                        tmp_path, changes, reason):
+    family, settings = changes.get("family"), {**changes}
+    settings.pop("family", None)
+    model = random_model if "adapter" in changes and not changes["adapter"] else (
+        relatives.get(family, random_folder))
+    own_processor = load_processor(model, format_of(family)) if family else processor
+    with pytest.raises(ValueError, match=reason):
+        make_own(model, own_processor, tmp_path, strict=True, **settings)
 
 
 @pytest.mark.slow
@@ -740,14 +743,6 @@ def test_one_wrong_thing_is_noticed_in_any_dtype(tmp_path, monkeypatch, dtype, c
     else:
         with pytest.raises(ValueError, match="not shared: .* at the first batch are"):
             trainer._check_sharing(prompts)
-
-
-@pytest.mark.parametrize(("settings", "reason"), [
-    ({"neftune_noise_alpha": 5.0}, "noise on embeddings"), ({"top_k": 5}, "top_k"),
-    ({"chat_template_kwargs": {"truncation": True}}, "chat_template_kwargs has truncation")])
-def test_strict_raises_what_else_is_a_warning(random_folder, processor, tmp_path, settings, reason):
-    with pytest.raises(ValueError, match=reason):
-        make_own(random_folder, processor, tmp_path, strict=True, **settings)
 
 
 def test_flash_attention_is_named_before_a_model_is_loaded(tmp_path):

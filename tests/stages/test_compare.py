@@ -216,11 +216,6 @@ def test_a_question_a_task_says_little_about_others():
     assert score["value"] == 50 and score["low"] < 30 and score["high"] > 70
 
 
-def test_no_zero_has_a_minus():
-    row = {"figure": "vs a", "value": -0.04, "low": -0.04, "high": 0.04}
-    assert compare._cell(row) == "+0.0 (+0.0 to +0.0)"
-
-
 def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path):
     values = {name: write_run(tmp_path, name, seed, data_seed=data_seed) for name, seed, data_seed
               in (("a0", 5, 0), ("a1", 6, 1), ("b0", 6, 0), ("b1", 5, 1), ("c0", 5, 0),
@@ -277,6 +272,8 @@ def test_csv_reads_back_and_markdown_rounds(nine_runs):
     assert re.search(r"\| dr_grpo \| 3 \| [+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)", text), text
     widths = {line.count("|") for line in text.split("\n\n")[1].splitlines()}
     assert len(widths) == 1
+    row = {"figure": "vs a", "value": -0.04, "low": -0.04, "high": 0.04}
+    assert compare._cell(row) == "+0.0 (+0.0 to +0.0)", "no zero has a minus"
 
 
 def test_what_cannot_be_compared(tmp_path):

@@ -10,7 +10,6 @@ import pytest
 from benchmark_files import RECORDS, write_benchmarks
 from command_line import error_of, output_of, run_mig_kit
 from PIL import Image
-from rollout_server import RolloutServer
 from teacher_server import TeacherServer, completion
 
 from mig_kit.boxes import BoxFormat
@@ -85,13 +84,6 @@ def test_two_models_stand_in_one_table(evaluated, smoke_runs):
     for suite, summary in results["grpo"]["scores"]["strict"].items():
         gain = summary["score"] - results["base"]["scores"]["strict"][suite]["score"]
         assert gaps["strict", suite_title(suite)] == pytest.approx(gain, abs=0.051)
-
-
-def test_replies_of_another_model_are_not_taken_for_ones_own(evaluated, smoke_runs):
-    result = run_mig_kit("eval", "--model", "smoke/sft", "--out", str(evaluated / "grpo"),
-                         MIG_KIT_RUNS=str(smoke_runs))
-    assert result.returncode and "holds replies of another evaluation" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_a_difference_is_over_lists_of_images():
@@ -174,18 +166,6 @@ def read_responses(out):
             for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_call_goes_on(own_task, evaluate, tmp_path):
-    """What it has asked is not asked again; a line that the kill cut is."""
-    out = tmp_path / "out"
-    evaluate(own_task)
-    before = read_responses(out)
-    (replies,) = (out / "replies").glob("*.jsonl")
-    first, second, _ = replies.read_text().splitlines(keepends=True)
-    replies.write_text(json.dumps(json.loads(first) | {"replies": ["kept"]}) + "\n" + second[:9])
-    evaluate(own_task)
-    assert read_responses(out) == ["kept", *before[1:]]
-
-
 def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, random_folder, evaluate,
                                                                   tmp_path):
     """Its image settings lie in processor_config.json, which transformers 5 writes."""
@@ -199,15 +179,6 @@ def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, rand
         evaluate(own_task, f"of {folder.name}", folder)
     assert read_responses(tmp_path / "of stock") == read_responses(
         tmp_path / f"of {random_folder.name}")
-
-
-def test_a_server_gives_the_same_replies(own_task, random_policy, evaluate, tmp_path):
-    server = RolloutServer(random_policy, name=eval_model.MODEL)
-    evaluate(own_task, "local")
-    evaluate(own_task, "served", server=server.url)
-    server.stop()
-    assert read_responses(tmp_path / "local") == read_responses(tmp_path / "served")
-    assert len(server.bodies) == 3
 
 
 ANSWER = f"<answer>{format_answer(1, (11, 33, 333, 667))}</answer>"

@@ -1,6 +1,5 @@
 """What 01 asks about, and all notebooks with own data, a teacher at an endpoint and a benchmark."""
 
-import errno
 import json
 import re
 from collections import Counter
@@ -107,15 +106,6 @@ def test_images_that_are_in_training_too_are_counted(params, own_file, tmp_path)
     p = params(data=str(own_file), teacher="none")
     _, text = sources.load_training_sets(p, tmp_path / "out")
     assert "\n1 of the" in text
-
-
-def test_a_file_that_the_system_refuses_ends_the_stage(params, own_file, tmp_path, monkeypatch):
-    def refuse(path):
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-    with pytest.raises(OSError, match="Stale file handle"):
-        sources.load_training_sets(params(data=str(own_file)), tmp_path / "out")
 
 
 def test_a_set_that_stays_empty_is_one_sentence(params, own_file, tmp_path):
