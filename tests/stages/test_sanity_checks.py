@@ -127,13 +127,3 @@ def test_a_model_that_does_not_see_is_noticed(lesson, random_policy):
     alike = [replace(sample, id=f"{i}", images=samples[0].images, task="x")
              for i, sample in enumerate(samples[:10])]
     assert sanity_checks.check_model_uses_images(random_policy, alike, replies[:10])["pairs"] == 0
-
-
-@pytest.mark.slow
-def test_four_bit_folders_are_not_evaluated(tmp_path, random_folder, float32):
-    model = loading.load_model(random_folder, float32, four_bit=True)
-    model.save_pretrained(tmp_path)
-    for name in ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json"):
-        (tmp_path / name).write_bytes((random_folder / name).read_bytes())
-    with pytest.raises(ValueError, match="holds quantised weights"):
-        loading.load_model(tmp_path, float32)
