@@ -157,8 +157,7 @@ ONE_STEP = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [
-    {}, {"peft": False}, {"beta": 0.04, **ONE_STEP},
-    {"peft": False, "beta": 0.04, "loss_type": "grpo", **ONE_STEP},
+    {}, {"peft": False, "beta": 0.04, "loss_type": "grpo", **ONE_STEP},
     {"num_iterations": 2, "max_steps": 4},
     {"gradient_checkpointing": True, "beta": 0.04, **ONE_STEP},
     {"multi_objective_aggregation": "normalize_then_sum"},
@@ -257,10 +256,11 @@ def test_it_draws_and_evaluates_on_its_own(random_folder, processor, tmp_path, c
     assert {row["shared"] for row in history if "loss" in row} == {1}
 
 
-@pytest.mark.parametrize(("settings", "reason"), [
-    ({"top_k": 5}, "top_k"), ({"repetition_penalty": 1.1}, "repetition_penalty"),
-    ({"generation_kwargs": {"num_beams": 2}}, "num_beams")])
 @pytest.mark.slow
+@pytest.mark.parametrize(("settings", "reason"), [
+    ({"top_k": 5}, "top_k"), *(pytest.param(*case, marks=pytest.mark.nightly) for case in (
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"generation_kwargs": {"num_beams": 2}}, "num_beams")))])
 def test_another_sampling_is_transformers_own(random_folder, processor, tmp_path, settings, reason):
     with pytest.warns(UserWarning, match=f"drawn by transformers.*{reason}"):
         trainer = make_own(random_folder, processor, tmp_path, num_generations=2,
@@ -501,7 +501,8 @@ NEAR_TIE = 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [
+    torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)], ids=str)
 @pytest.mark.parametrize("variant", [*VARIANTS, "two adapters"])
 def test_the_decoder_writes_what_generate_writes(random_folder, processor, variant, dtype):
     model = AutoModelForImageTextToText.from_pretrained(random_folder, dtype=dtype)
@@ -723,8 +724,9 @@ def wrong_key(packed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("change", [wrong_mask, wrong_position, wrong_key, None])
+@pytest.mark.parametrize("dtype", [
+    torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)], ids=str)
 def test_one_wrong_thing_is_noticed_in_any_dtype(tmp_path, monkeypatch, dtype, change):
     pack = logprobs._pack_completions
     monkeypatch.setattr(logprobs, "_pack_completions", lambda *arguments: (

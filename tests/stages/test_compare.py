@@ -276,23 +276,25 @@ def test_csv_reads_back_and_markdown_rounds(nine_runs):
     assert compare._cell(row) == "+0.0 (+0.0 to +0.0)", "no zero has a minus"
 
 
-def test_what_cannot_be_compared(tmp_path):
+@pytest.mark.parametrize(("call", "sentence"), [
+    *((lambda groups=groups: compare.compare_groups(groups), sentence) for groups, sentence in (
+        ({"a": ["a"], "b": ["b"]}, "eval_seed is a 3, b 4"),
+        ({"c": ["c"]}, "mig-kit run 06 --run-id c"),
+        ({"a": ["empty.json"]}, "is no file of evaluated_runs.record_run"),
+        ({"a": ["cut.json"]}, "is no file of evaluated_runs.record_run"),
+        ({"a": ["no.json"]}, "there is no recorded run .*; name a run"))),
+    (lambda: compare.compare_groups({"a": ["a"]}, "x"), "no group 'x' to compare with; the groups"),
+    *((lambda words=words: compare.parse_groups(words), sentence) for words, sentence in (
+        (["a", "b=a"], "each once"), (["=a"], "no group"), (["a="], "no group"), ([], "name runs"),
+        (["a=b", "a=c"], "of its own"), (["compared=a"], "of its own")))])
+def test_what_cannot_be_compared(call, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", eval_seed=4)
-    with pytest.raises(ValueError, match="eval_seed is a 3, b 4"):
-        compare.compare_groups({"a": ["a"], "b": ["b"]})
-    with pytest.raises(ValueError, match="mig-kit run 06 --run-id c"):
-        compare.compare_groups({"c": ["c"]})
-    with pytest.raises(ValueError, match="no group 'x' to compare with; the groups are a"):
-        compare.compare_groups({"a": ["a"]}, "x")
-
-
-@pytest.mark.parametrize(("words", "message"), [
-    (["a", "b=a"], "each once"), (["=a"], "no group"), (["a="], "no group"),
-    (["a=b", "a=c"], "of its own"), ([], "name runs"), (["compared=a"], "of its own")])
-def test_words_that_name_no_groups(words, message):
-    with pytest.raises(ValueError, match=message):
-        compare.parse_groups(words)
+    (tmp_path / "empty.json").write_text('{"run_id": "a"}')
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(UserError, match=sentence):
+        call()
 
 
 def test_the_command_prints_and_draws(nine_runs, tmp_path):
@@ -335,16 +337,6 @@ def test_runs_that_answered_other_questions_are_refused(tmp_path, monkeypatch):
             compare.compare_groups({"a": [run]})
     with pytest.raises(ValueError, match="'a' answered other questions of mig_bench"):
         evaluated_runs.record_run("a", tmp_path / "kept")
-
-
-def test_a_file_that_is_no_recorded_run_is_refused(tmp_path):
-    path = tmp_path / "a.json"
-    for text in ('{"run_id": "a"}', "{"):
-        path.write_text(text)
-        with pytest.raises(UserError, match="is no file of evaluated_runs.record_run"):
-            compare.compare_groups({"a": [str(path)]})
-    with pytest.raises(UserError, match="there is no recorded run .*; name a run"):
-        compare.compare_groups({"a": [str(tmp_path / "no.json")]})
 
 
 def test_truth_is_compared_over_seeds(runs):
