@@ -140,4 +140,3 @@ def test_an_endpoint_writes_traces_for_own_data(own_file, tmp_path):
     assert kept[0].suite == "own" and kept[0].images.encoded[0].content.is_file()
     files = [path for path in runs.rglob("*") if path.is_file()]
     assert not any(b"very-secret" in path.read_bytes() for path in files)
-    server.stop()
