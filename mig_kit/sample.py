@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from mig_kit.boxes import Box
@@ -239,17 +238,3 @@ def read_replies(path: Path, convert: Callable[[str], object] = str) -> TableRow
 
 def _convert_reply(convert: Callable[[str], object], row: dict, folder: Path) -> object:
     return convert(row["reply"])
-
-
-def question_kind(sample: Sample) -> str:
-    """What a question asks for: "a letter", "a box", or "none" where there is none."""
-    return "a letter" if sample.options else "a box" if sample.targets else "none"
-
-
-def unsolved_kinds(samples: Sequence[Sample], rates: np.ndarray) -> list[str]:
-    """Which of `question_kind` have questions, and no pass rate above 0; rates: (samples,)."""
-    highest: dict[str, float] = {}
-    for sample, rate in zip(samples, rates, strict=True):
-        kind = question_kind(sample)
-        highest[kind] = max(rate, highest.get(kind, 0))
-    return [kind for kind, rate in highest.items() if not rate]

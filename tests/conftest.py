@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import output_of
 from filelock import FileLock
+from local_server import LocalServer
 from nbformat.v4 import new_code_cell
 from published import format_of
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
@@ -50,6 +51,13 @@ def stage_params():
         return SimpleNamespace(**{**defaults, **changes})
 
     return change
+
+
+@pytest.fixture(autouse=True)
+def stop_servers():
+    yield
+    while LocalServer.running:
+        LocalServer.running.pop().stop()
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,12 @@ IS_JSON = [("Content-Type", "application/json")]
 
 
 class LocalServer:
-    """respond(path, headers, body or None for a GET): what `answer` takes; None: no answer."""
+    """respond(path, headers, body or None for a GET): what `answer` takes; None: no answer.
+
+    It ends with the test that starts it.
+    """
+
+    running: list["LocalServer"] = []
 
     def __init__(self, respond):
         class Handler(BaseHTTPRequestHandler):
@@ -49,6 +54,7 @@ class LocalServer:
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+        self.running.append(self)
 
     def stop(self):
         self.http.shutdown()

@@ -77,8 +77,8 @@ def see_nothing_finished(folder):
 
 # 00 and 07 leave nothing to go on with, and are never the same bytes: this machine, a run's name
 @pytest.mark.parametrize("stage", [
-    "04_rejection_sampling", "05_grpo", *(pytest.param(stage, marks=pytest.mark.nightly)
-                                          for stage in ("02_sft", "03_merge", "06_evaluate"))])
+    "05_grpo", *(pytest.param(stage, marks=pytest.mark.nightly) for stage in (
+        "02_sft", "03_merge", "04_rejection_sampling", "06_evaluate"))])
 def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
     root, seconds = undisturbed
     rng = random.Random(f"{stage}/{KILLS}")

@@ -10,7 +10,6 @@ import urllib.request
 
 import papermill
 import pytest
-from command_line import describe_files
 
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import run_folders
@@ -120,24 +119,6 @@ def test_every_cell_runs_in_lab(stage, lab, page):
     assert pictures, f"{stage} shows no picture"
     choose_command(page, "Kernel", "kernelmenu:shutdown")
     time.sleep(1)
-
-
-def test_another_value_for_a_finished_stage_is_one_sentence_in_lab(lab, page):
-    address, folder, root = lab
-    if not (root / "lab" / "03_merge" / "run.json").is_file():
-        pytest.skip("needs the notebooks before it")
-    before = describe_files(root / "lab")
-    prepare("03_merge", "lab", folder / "changed.ipynb", dtype="bfloat16")
-    show(page, address, "changed")
-    run_all(page)
-    output = page.locator(".jp-OutputArea-output", has_text="stays as it is")
-    output.wait_for(timeout=60_000)  # JupyterLab 4.6 draws an error as what stderr holds
-    sentence = output.inner_text()
-    assert sentence.startswith("mig-kit: 03_merge of run 'lab' has finished, and stays as it is ("
-                               "dtype: 'bfloat16', finished with 'auto')")
-    assert 'in a notebook run_id = "mine"' in sentence and "Traceback" not in sentence
-    assert describe_files(root / "lab") == before
-    choose_command(page, "Kernel", "kernelmenu:shutdown")
 
 
 def test_an_interrupt_in_lab_loses_nothing(lab, page):

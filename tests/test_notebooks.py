@@ -130,9 +130,10 @@ def run_command(command, root, *more):
     output_of(*words, "--profile", "smoke", *more, MIG_KIT_RUNS=str(root))
 
 
-@pytest.mark.parametrize("stage", RECIPE)
-def test_a_notebook_that_jupyterlab_opens_and_saves_is_as_git_holds_it(stage, tmp_path):
+@pytest.mark.nightly
+def test_a_notebook_that_jupyterlab_opens_and_saves_is_as_git_holds_it(tmp_path):
     """`make lab` starts it with this configuration."""
+    stage = "05_grpo"
     config = PyFileConfigLoader(str(PROJECT_ROOT / ".ci" / "jupyter_server_config.py"))
     path = shutil.copy(NOTEBOOKS / f"{stage}.ipynb", tmp_path)
     manager = LargeFileManager(root_dir=str(tmp_path), config=config.load_config())

@@ -23,20 +23,13 @@ def test_an_address_holds_no_name_key_or_query():
         assert "secret" not in str(error.value)
 
 
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(status, data, headers=()):
-        servers.append(LocalServer(lambda path, got, body: (status, data, headers)))
-        return client.open_client(servers[-1].url, 5.0, retries=0)
-
-    yield start
-    for server in servers:
-        server.stop()
+def serve(status, data, headers=()):
+    """A client of a server that answers so."""
+    server = LocalServer(lambda path, got, body: (status, data, headers))
+    return client.open_client(server.url, 5.0, retries=0)
 
 
-def test_a_question_gets_its_text(serve):
+def test_a_question_gets_its_text():
     answer = {"choices": [{"message": {"content": "a cup"}, "finish_reason": "stop"}]}
     assert client.ask(serve(200, answer, IS_JSON), "m", "What is it?", max_tokens=9) == "a cup"
 
@@ -46,8 +39,7 @@ def test_a_question_gets_its_text(serve):
     (200, {"error": {"message": "key sk-1 is bad"}}, IS_JSON, "no completion but: .* is bad"),
     (200, b"<html>login</html>", [("Content-Type", "text/html")], "no completion but: .*login"),
     (302, b"", [("Location", "http://b/login")], "HTTP 302: a redirect to http://b/login")])
-def test_what_a_server_says_is_shown_without_the_key(serve, monkeypatch, status, data, headers,
-                                                     words):
+def test_what_a_server_says_is_shown_without_the_key(monkeypatch, status, data, headers, words):
     monkeypatch.setenv(KEY_VARIABLE, " sk-1\n")
     with pytest.raises(RequestFailed, match=words) as error:
         client.ask(serve(status, data, headers), "m", "What is it?")

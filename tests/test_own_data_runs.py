@@ -1,4 +1,4 @@
-"""Own data through all stages on smoke parameters; at night RL from the base, too."""
+"""Own data through all stages on smoke parameters, at night."""
 
 import json
 
@@ -10,7 +10,7 @@ from PIL import Image
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.sample import read_samples
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 SMOKE = ("run", "--profile", "smoke", "-p", "data", "own.jsonl",
          "-p", "launcher", "", "-p", "per_task", "50")
 ONE_DRAWN_SUITE = ("-p", "suites", "{ood_grounding: 0, blink: 0, mmiu: 0}")
@@ -46,7 +46,6 @@ def read_run(folder):
     return evaluation, (folder / "07_report" / "report.html").read_text()
 
 
-@pytest.mark.nightly
 def test_rl_from_the_base_needs_images_questions_and_targets_only(run_here, tmp_path):
     words = (*SMOKE, *NO_DRAWN_SUITE, "--run-id", "rl", "-p", "teacher", "none",
              "-p", "start_from", "base", "-p", "data_shares", "[0.0, 0.6, 0.4]")

@@ -9,11 +9,9 @@ from collections.abc import Iterable
 CORRECT, PREDICTED = "#0072B2", "#D55E00"  # a reply's box: where it is correct, and where not
 TARGET, REFERENCE = "#009E73", "#CC00CC"
 INK, MUTED, FRAME = "#222222", "#666666", "#8A8A8A"
-SYSTEM_COLOURS = {"base": "#8C8C8C", "sft": "#E69F00", "start": "#009E73", "grpo": "#0072B2",
-                  "sft_long": "#CC79A7"}
-SYSTEM_LABELS = {"base": "base", "sft": "SFT", "start": "start of RL", "grpo": "GRPO",
-                 "sft_long": "control SFT"}
-SYSTEM_MARKERS = {"base": "o", "sft": "s", "start": "P", "grpo": "D", "sft_long": "^"}
+SYSTEM_COLOURS = {"base": "#8C8C8C", "sft": "#E69F00", "start": "#009E73", "grpo": "#0072B2"}
+SYSTEM_LABELS = {"base": "base", "sft": "SFT", "start": "start of RL", "grpo": "GRPO"}
+SYSTEM_MARKERS = {"base": "o", "sft": "s", "start": "P", "grpo": "D"}
 SIDE_COLOURS = {"stock TRL": "#999999", "shared prompts": "#0072B2"}
 # what became of a trace, a prompt or a reply: the good end is blue everywhere
 PIECE_COLOURS = {

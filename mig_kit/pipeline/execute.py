@@ -1,7 +1,6 @@
 """Run stages as notebooks, through papermill; a stage that has finished is skipped."""
 
 import logging
-import re
 import sys
 import time
 
@@ -12,8 +11,6 @@ from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline import run_folders, stage_keys, store
 from mig_kit.pipeline.plan import PlannedRun
 from mig_kit.pipeline.run_folders import PROFILE_FILE, load_profile, start_branch
-
-STEP = re.compile(r"step \d+/\d+: ")
 
 
 class ThisPython(AsyncKernelManager):
@@ -51,7 +48,7 @@ class StageLines(logging.Handler):
             line = line.rsplit("\r", 1)[-1].strip()  # a bar is printed over itself
             label = line.partition(":")[0]
             is_end = "100%|" in line and label not in (*self.shown, "Loading weights")
-            if is_end or line.startswith("warning: ") or STEP.match(line):
+            if is_end or line.startswith(("warning: ", "step ")):
                 print(f"  {line}", flush=True)
                 self.shown.add(label)
 

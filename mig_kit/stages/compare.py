@@ -87,9 +87,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
                 *([_difference_row(system, members, others, reference, scope)] if others else [])]]
         rows += [{"group": name, "suite": suite, **row} for suite in samples
                  for row in _reasoning_rows(members, suite, others, reference)]
-        facts += [{"group": name, "run": run.run_id, "data_seed": run.data_seed, "seed": run.seed,
-                   "tokens": run.tokens, "minutes": run.minutes, "git": run.git,
-                   "machine": run.machine} for run in members]
+        facts += [{"group": name, "tokens": run.tokens, "minutes": run.minutes} for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
             "notes": list_notes(runs, reference, system)}
 

@@ -34,8 +34,7 @@ from mig_kit.stats import (
 from mig_kit.world import suites
 from mig_kit.world.claims import count_claims
 
-PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"),
-         ("grpo", "sft_long"))
+PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"))
 
 
 def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample]]:
@@ -225,15 +224,10 @@ def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
 def _sampled_averages(groups: list[np.ndarray]) -> dict:
     """{"sampled", "pass_at_k": {k: percent}}; groups: (samples, replies) of each task, 0 or 1."""
     total = groups[0].shape[1]
-    averages = {"sampled": to_percent(macro_mean([rows.mean(1) for rows in groups])),
-                "pass_at_k": {}}
-    for k in (1, 2, 4, 8):
-        if k > total:
-            break
-        chances = [np.array([pass_at_k(int(count), total, k) for count in rows.sum(1)])
-                   for rows in groups]
-        averages["pass_at_k"][str(k)] = to_percent(macro_mean(chances))
-    return averages
+    chances = {k: [np.array([pass_at_k(int(count), total, k) for count in rows.sum(1)])
+                   for rows in groups] for k in (1, 2, 4, 8) if k <= total}
+    return {"sampled": to_percent(macro_mean([rows.mean(1) for rows in groups])),
+            "pass_at_k": {str(k): to_percent(macro_mean(parts)) for k, parts in chances.items()}}
 
 
 def paired_difference(samples: list[Sample], after: list[str], before: list[str],

@@ -104,11 +104,11 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
     curves = store.read_metrics(run_folders.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
     params = record["params"]
-    has_model = {"sft": run_folders.has_cold_start(run_id)}
+    has_sft = run_folders.has_cold_start(run_id)
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     correct = {system: {suite: _correctness(run_id, system, suite, part, box_format)
                         for suite, part in samples.items()}
-               for system in SYSTEMS if has_model.get(system, True)}
+               for system in SYSTEMS if has_sft or system != "sft"}
     seed, folder = trained.get("seed", 0), run_folders.stage_folder("06_evaluate", run_id)
     return EvaluatedRun(
         run_id, synthesized.get("seed", seed), seed, correct,

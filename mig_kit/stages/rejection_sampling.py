@@ -13,7 +13,7 @@ import numpy as np
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
 from mig_kit.rewards import is_correct
-from mig_kit.sample import Sample, question_kind, unsolved_kinds
+from mig_kit.sample import Sample
 from mig_kit.training.reward_loading import RL_NEEDS
 from mig_kit.world.teacher import recognize_detail
 
@@ -24,6 +24,11 @@ def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]],
     return np.array([
         np.mean([is_correct(reply, sample, box_format) for reply in replies[sample.id]])
         for sample in samples])
+
+
+def question_kind(sample: Sample) -> str:
+    """What a question asks for: "a letter", "a box", or "none" where there is none."""
+    return "a letter" if sample.options else "a box" if sample.targets else "none"
 
 
 def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
@@ -43,8 +48,11 @@ def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
 
 def unsolved_warning(samples: Sequence[Sample], rates: np.ndarray) -> str:
     """A sentence that names the kinds of question without a correct reply, or ""; rates: 0..1."""
-    kinds = " and ".join(unsolved_kinds(samples, rates))
-    return kinds and f"no reply to the questions whose answer is {kinds} is correct: {RL_NEEDS}"
+    solved = {question_kind(sample) for sample, rate in zip(samples, rates) if rate > 0}
+    kinds = dict.fromkeys(map(question_kind, samples))
+    unsolved = " and ".join(kind for kind in kinds if kind not in solved)
+    return unsolved and (
+        f"no reply to the questions whose answer is {unsolved} is correct: {RL_NEEDS}")
 
 
 def require_prompts(kept: Sequence[Sample], rates: np.ndarray) -> None:

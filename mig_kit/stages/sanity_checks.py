@@ -60,8 +60,8 @@ def check_model_uses_images(policy: Policy, samples: Sequence[Sample], replies: 
         raise UserError(
             "the replies are no likelier with their own images than with others' (log-probability "
             f"{gap:+.2f} +- {error:.2f}): the images and questions of the data are mixed up, or "
-            "the model does not see; look at the images above, or run: mig-kit data check FILE "
-            "--preview PAGE.html")
+            "the model does not see; look at the images above, or at the sheet that mig-kit data "
+            "check FILE draws")
     return {"pairs": len(pairs), "gap": gap, "error": error}
 
 

@@ -1,6 +1,6 @@
 """A box reward without the image gate, to see what the gate is worth.
 
-    mig-kit run 05 06 --from default --run-id any_image -p reward_weights "{box_in_any_image: 1.0}" \
+    mig-kit run 05 06 --from default --run-id any_image \
         -p rewards "[format, image, notebooks/guide/any_image.py:box_in_any_image, choice]"
 """
 

@@ -28,19 +28,6 @@ def short_delays(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(plan):
-        servers.append(TeacherServer(plan))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
-
-
 def make_samples(count=3):
     tasks = list(TASKS)
     return [make_sample(tasks[i % len(tasks)], "cot", i) for i in range(count)]
@@ -51,8 +38,8 @@ def request_traces(server, path, samples, **changes):
     return endpoint.request_traces(samples, endpoint.Endpoint(**fields), path, BOX_FORMAT)
 
 
-def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
-    server = serve(lambda nth, body: (200, completion(question_text(body))))
+def test_replies_come_in_order_and_nothing_is_asked_twice(tmp_path):
+    server = TeacherServer(lambda nth, body: (200, completion(question_text(body))))
     path, samples = tmp_path / "calls.jsonl", make_samples(6)
     samples_with_a_repeat = [*samples, samples[0]]
     for _ in range(2):
@@ -71,8 +58,8 @@ def test_replies_come_in_order_and_nothing_is_asked_twice(serve, tmp_path):
     json.dumps(completion()).encode()[:40], b"", {"choices": []}, b"[" * 100_000, b"\xff",
     {"choices": [{"message": {"content": None}}]}, {"error": {"message": "upstream"}},
     {"choices": [{"message": {"content": "half"}, "finish_reason": "abort"}]}])
-def test_an_answer_that_is_no_completion_is_asked_for_again_next_time(serve, tmp_path, body):
-    server = serve(lambda nth, _: (200, body if server.total == 1 else completion()))
+def test_an_answer_that_is_no_completion_is_asked_for_again_next_time(tmp_path, body):
+    server = TeacherServer(lambda nth, _: (200, body if server.total == 1 else completion()))
     first, second = request_traces(server, tmp_path / "c", make_samples(2), concurrency=1)
     assert server.total == 2 and first.error and not second.error
     first, _ = request_traces(server, tmp_path / "c", make_samples(2))
@@ -91,9 +78,9 @@ ANSWER = "<answer>x</answer>"
     ({}, "content_filter: X", "", "no whole reply (finish_reason content_filter: X)"),
     ({"content": None, "refusal": "No."}, "stop", "", "no whole reply (finish_reason refusal)"),
     ({"content": " "}, "stop", "", "no whole reply (finish_reason stop)")])
-def test_a_reply_has_its_reasoning_or_says_why_it_has_no_text(serve, tmp_path, message, reason,
+def test_a_reply_has_its_reasoning_or_says_why_it_has_no_text(tmp_path, message, reason,
                                                               text, error):
-    server = serve(lambda nth, _: (200, {"choices": [{"message": message,
+    server = TeacherServer(lambda nth, _: (200, {"choices": [{"message": message,
                                                       "finish_reason": reason}]}))
     for _ in range(2):
         (trace,) = request_traces(server, tmp_path / "c", make_samples(1))
@@ -106,16 +93,16 @@ def test_a_reply_has_its_reasoning_or_says_why_it_has_no_text(serve, tmp_path, m
     ((200, {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}),
      {"max_tokens": 9}, "finish_reason length.*raise max_tokens of notebook 01's", 10),
     ((500, b"down"), {}, "10 calls in a row failed, the last with: HTTP 500: down", 60)])
-def test_ten_failures_in_a_row_stop_the_run(serve, tmp_path, answer, changes, sentence, total):
-    server = serve(lambda nth, body: answer)
+def test_ten_failures_in_a_row_stop_the_run(tmp_path, answer, changes, sentence, total):
+    server = TeacherServer(lambda nth, body: answer)
     with pytest.raises(UserError, match=sentence):
         request_traces(server, tmp_path / "c", make_samples(30), concurrency=1, **changes)
     assert total <= server.total <= total + 6, "one more call may have begun"
 
 
-def test_giving_up_is_counted_and_asked_again_next_time(serve, tmp_path):
+def test_giving_up_is_counted_and_asked_again_next_time(tmp_path):
     is_broken = [True]
-    server = serve(lambda nth, body: (500, b"") if is_broken[0] else (200, completion()))
+    server = TeacherServer(lambda nth, body: (500, b"") if is_broken[0] else (200, completion()))
     path, samples = tmp_path / "c", make_samples(2)
     traces = request_traces(server, path, samples)
     assert server.total == 12 and all(trace.error for trace in traces)
@@ -126,10 +113,10 @@ def test_giving_up_is_counted_and_asked_again_next_time(serve, tmp_path):
     assert server.total == 14 and not any(trace.error for trace in traces)
 
 
-def test_a_refused_request_is_named_and_no_other_is_repeated(serve, tmp_path):
+def test_a_refused_request_is_named_and_no_other_is_repeated(tmp_path):
     refusal = (400, {"error": "too many images"})
     first = teacher_prompt(make_samples(1)[0], BOX_FORMAT)
-    server = serve(lambda nth, body: refusal if question_text(body) == first else (
+    server = TeacherServer(lambda nth, body: refusal if question_text(body) == first else (
         200, completion(prompt_tokens=None)))
     for total in (3, 4):
         traces = request_traces(server, tmp_path / "c", make_samples(3))
@@ -141,9 +128,9 @@ def test_a_refused_request_is_named_and_no_other_is_repeated(serve, tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 404, 307])
-def test_a_refused_key_stops_the_run_and_is_never_written(serve, tmp_path, status, monkeypatch):
+def test_a_refused_key_stops_the_run_and_is_never_written(tmp_path, status, monkeypatch):
     monkeypatch.setenv(endpoint.KEY_VARIABLE, "sk-very-secret")
-    server = serve(lambda nth, body: (status, {"error": "wrong key sk-very-secret"},
+    server = TeacherServer(lambda nth, body: (status, {"error": "wrong key sk-very-secret"},
                                       [("Location", "/v2/chat/completions")]))
     with pytest.raises(UserError, match=f"HTTP {status}.*{endpoint.KEY_VARIABLE}") as error:
         request_traces(server, tmp_path / "c", make_samples(30), concurrency=1)
@@ -153,10 +140,10 @@ def test_a_refused_key_stops_the_run_and_is_never_written(serve, tmp_path, statu
 
 
 def test_the_key_comes_from_its_own_variable_alone_and_is_taken_out_of_replies(
-        serve, tmp_path, monkeypatch):
+        tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-for-someone-else")
     monkeypatch.delenv(endpoint.KEY_VARIABLE, raising=False)
-    server = serve(lambda nth, body: (200, completion("you sent sk-very-secret")))
+    server = TeacherServer(lambda nth, body: (200, completion("you sent sk-very-secret")))
     request_traces(server, tmp_path / "a", make_samples(1))
     assert server.headers[-1]["authorization"] == "Bearer none"
     monkeypatch.setenv(endpoint.KEY_VARIABLE, "sk-very-secret")
@@ -176,8 +163,8 @@ endpoint.request_traces(samples, teacher, pathlib.Path(sys.argv[2]), BoxFormat()
 """
 
 
-def test_killed_and_resumed_no_finished_call_is_repeated(serve, tmp_path):
-    server = serve(lambda nth, body: (200, completion(), (), 0, 0.15))
+def test_killed_and_resumed_no_finished_call_is_repeated(tmp_path):
+    server = TeacherServer(lambda nth, body: (200, completion(), (), 0, 0.15))
     path = tmp_path / "calls.jsonl"
     child = subprocess.Popen([sys.executable, "-c", CHILD, server.url, str(path)])
     while not (path.is_file() and path.read_bytes().count(b"\n") >= 5):
@@ -197,16 +184,16 @@ def test_killed_and_resumed_no_finished_call_is_repeated(serve, tmp_path):
     assert path.read_bytes().count(b"\n") == 20 == endpoint.summarize_usage(path)["calls"]
 
 
-def test_a_broken_log_is_named(serve, tmp_path):
-    server = serve(lambda nth, body: (200, completion()))
+def test_a_broken_log_is_named(tmp_path):
+    server = TeacherServer(lambda nth, body: (200, completion()))
     (tmp_path / "c").write_text("[]\n")
     with pytest.raises(UserError, match="line 1 is broken"):
         request_traces(server, tmp_path / "c", make_samples(1))
     assert server.total == 0
 
 
-def test_what_is_sent(serve, tmp_path):
-    server = serve(lambda nth, body: (200, completion()))
+def test_what_is_sent(tmp_path):
+    server = TeacherServer(lambda nth, body: (200, completion()))
     sample = make_sample("refer_grounding", "cot", 1)
     request_traces(server, tmp_path / "c", [sample], max_tokens=77, concurrency=1)
     (trace,) = server.bodies
@@ -226,7 +213,7 @@ def test_what_is_sent(serve, tmp_path):
     assert f"answer is {choice.letter}." in teacher_prompt(choice, BOX_FORMAT)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_real_server_with_the_tiny_base(tmp_path):
     """`transformers serve` answers with the shipped base; a second run makes no call."""
     from mig_kit.models import loading

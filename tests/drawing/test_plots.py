@@ -14,15 +14,6 @@ def close_figures():
     plt.close("all")
 
 
-def test_every_name_has_one_colour_in_every_figure():
-    few = palette.piece_colours(["kept", "dropped: format"])
-    many = palette.piece_colours(["dropped: a", "dropped: b", "kept", "no answer"])
-    assert few["kept"] == many["kept"] == CORRECT
-    assert len(set(many.values())) == 4, "no two pieces of a figure look alike"
-    names = [f"reason {number}" for number in range(20)]
-    assert palette.piece_colours(names).keys() == set(names)
-
-
 def test_scores_are_where_their_numbers_are():
     rows = [{"suite": suite, "system": system, "score": score, "ci95": [score - 5, score + 5],
              "n": 40} for suite, score in (("a", 20.0), ("b", 60.0)) for system in ("sft", "grpo")]
@@ -65,15 +56,6 @@ def colours(axis):
     return [to_hex(bar.get_facecolor()).upper() for bar in axis.patches]
 
 
-@pytest.mark.parametrize("stage", ["02_sft", "90_tiny_base"])
-def test_the_present_stage_alone_is_filled(stage):
-    axes = method_plots.draw_pipeline(stage).axes[0]
-    filled = [colour == CORRECT for colour in colours(axes)]
-    labels = [text.get_text() for text in axes.texts if text.get_text()[:2].isdigit()]
-    assert sum(filled) == 1 and labels[filled.index(True)].startswith(stage[:2])
-    assert [label[:2] for label in labels if label[:2] < "08"] == [f"0{n}" for n in range(8)]
-
-
 def test_pass_rates_are_shares_of_a_task_and_the_bounds_stand_at_their_columns():
     tasks, rates = ["hard"] * 4 + ["easy"] * 2, [0, 0, 0, 0.5, 1, 0.75]
     axes = method_plots.plot_pass_rates(tasks, rates, 4, 0.1, 0.9).axes[0]
@@ -94,10 +76,3 @@ def test_rewards_are_stacked_up_to_their_sum_beside_the_advantages():
 def test_tokens_by_hand():
     assert method_plots.count_tokens(prompt=100, group=4, reply=10) == {"stock": 440, "kit": 140}
     assert method_plots.count_tokens(100, 1, 10) == {"stock": 110, "kit": 110}, "nothing to share"
-
-
-def test_three_seeds_leave_two_and_a_half_standard_deviations():
-    lines = method_plots.plot_seed_widths().axes[0].get_lines()
-    student = dict(zip(*lines[0].get_data()))
-    assert student[3] == pytest.approx(4.3027 / 3 ** 0.5, abs=1e-4)
-    assert (lines[1].get_ydata() < lines[0].get_ydata()).all()

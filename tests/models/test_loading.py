@@ -1,6 +1,7 @@
 """Loading, adapters, and the checks that make blind training impossible."""
 
 import json
+import os
 import shutil
 
 import bitsandbytes
@@ -12,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from mig_kit.boxes import BoxFormat, Coordinates, seen_size
 from mig_kit.common import UserError
 from mig_kit.models import loading, sample_prompts
-from mig_kit.models.model_folders import check_model_folder
 from mig_kit.prompts import chat_messages
 from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
@@ -47,112 +47,110 @@ def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
     assert len(packed) == 14 and all("language_model" in name for name in packed)
 
 
-@pytest.mark.parametrize(("file", "content", "sentence"), [
-    ("preprocessor_config.json", None, "preprocessor_config.json"),
-    ("config.json", b'{"model_type": "llama"}', "is a llama; .* -p server URL"),
-    ("tokenizer.json", None, "tokenizer.json is missing; hf download or copy it again"),
-    ("tokenizer.json", b"{", "tokenizer or image settings of .*model: "),
-    ("config.json", b"{", "config.json of .*config.json' is not a valid JSON file"),
-    ("chat_template.jinja", None, "the chat template of .*model: Cannot use"),
-    ("chat_template.jinja", b"{% for", "the chat template of .*model: .*end of template"),
-    ("chat_template.jinja", b"{{ messages[0].role }}", "leaves images out, or ignores")])
-def test_a_damaged_model_folder_is_one_sentence_before_its_weights_are_read(
-        file, content, sentence, random_folder, float32, tmp_path, monkeypatch):
-    folder = shutil.copytree(random_folder, tmp_path / "model")
-    (folder / file).unlink()
-    if content:
-        (folder / file).write_bytes(content)
-    if b"llama" in (content or b""):
-        (folder / "tokenizer.json").unlink()  # which nobody should have to find first
-    monkeypatch.setattr(loading, "load_model", None)
-    with pytest.raises(UserError, match=sentence):
-        loading.load_policy(folder, float32, BoxFormat())
-
-
-@pytest.mark.parametrize("missing", ["model.safetensors", "model-00002-of-00002.safetensors",
-                                     "tokenizer.json"])
-def test_a_folder_that_lacks_a_file_is_named(missing, random_folder, tmp_path):
-    folder = shutil.copytree(random_folder, tmp_path / "model")
-    if (folder / missing).is_file():
-        (folder / missing).unlink()
-        (folder / "pytorch_model.bin").touch()
-    else:
-        (folder / "model.safetensors.index.json").write_text(json.dumps(
-            {"weight_map": {"a": "model.safetensors", "b": missing}}))
-    with pytest.raises(UserError, match=f"is not complete, {missing} is missing; hf download or"):
-        check_model_folder(folder)
-
-
-def change_weights(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def with_value(word, value):
-    """A change that puts a value into the first tensor with this word in its name."""
-    def change(tensors):
-        next(tensor for name, tensor in tensors.items() if word in name).view(-1)[0] = value
-        return tensors
+def write(name, content):
+    """A change of a folder: a file's bytes, or a function of its text; None removes it."""
+    def change(folder):
+        if content is None:
+            (folder / name).unlink()
+        elif callable(content):
+            (folder / name).write_text(content((folder / name).read_text()))
+        else:
+            (folder / name).write_bytes(content)
 
     return change
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
+def update(name, **values):
+    """A change of a folder: values in a file of JSON."""
+    return write(name, lambda text: json.dumps(json.loads(text) | values))
+
+
+def set_weights(make):
+    """A change of a folder: its tensors become what a function makes of them, by name."""
+    def change(folder):
+        file = folder / "model.safetensors"
+        save_file(make(load_file(file)), file, metadata={"format": "pt"})
+
+    return change
+
+
+def with_value(word, value):
+    """Puts a value into the first tensor with this word in its name."""
+    def make(tensors):
+        next(tensor for name, tensor in tensors.items() if word in name).view(-1)[0] = value
+        return tensors
+
+    return set_weights(make)
+
+
+def copy_weights(name):
+    return lambda folder: shutil.copyfile(folder / "model.safetensors", folder / name)
+
+
+def without(*words):
+    return set_weights(lambda tensors: {name: tensor for name, tensor in tensors.items()
+                                        if not any(word in name for word in words)})
+
+
+SHARD, INDEX = "model-00002-of-00002.safetensors", "model.safetensors.index.json"
+ADAPTER, TEMPLATE = "adapter_model.safetensors", "chat_template.jinja"
+# change of a folder -> what is said before its weights are read
+OF_FILES = [
+    (write("preprocessor_config.json", None), "preprocessor_config.json"),
+    (update("config.json", model_type="llama"), "is a llama; .* -p server URL"),
+    (write("config.json", b"{"), "config.json of .*config.json' is not a valid JSON file"),
+    (update("config.json", quantization_config={"quant_method": "bitsandbytes"}),
+     "holds quantised weights"),
+    (write("tokenizer.json", b"{"), "tokenizer or image settings of .*model: "),
+    (write("tokenizer.json", None), "is not complete, tokenizer.json is missing; hf download or"),
+    (write("model.safetensors", None), "is not complete, model.safetensors is missing; hf downlo"),
+    (write(INDEX, json.dumps({"weight_map": {"a": "model.safetensors", "b": SHARD}}).encode()),
+     f"is not complete, {SHARD} is missing; hf download or"),
+    (copy_weights(ADAPTER), "holds an adapter .adapter_model.safetensors."),
+    (write("adapter_config.json", b"{}"), "holds an adapter .adapter_config.json."),
+    (copy_weights("model-00001-of-00001.safetensors"), "holds two sets of weights"),
+    (write(TEMPLATE, None), "the chat template of .*model: Cannot use"),
+    *((write(TEMPLATE, text), sentence) for text, sentence in (
+        (b"{% for", "the chat template of .*model: .*end of template"),
+        (b"{% if %}", "the chat template of .*: Expected an expression"),
+        (b"{{ messages[0].role }}", "leaves images out, or ignores"),
+        (b"{{ raise_exception('no') }}", "the chat template of .*: no"),
+        (b"{{ messages.__class__.__mro__ }}",  # which its sandbox blocks
+         "the chat template of .*: access to attribute '__class__' of"),
+        (lambda text: text.replace("add_generation_prompt", "false"),
+         "ignores add_generation_prompt; copy chat_template.jinja"),
+        (lambda text: text.replace("<|im_end|>", "<|vision_end|>"),
+         "ends a reply with <.vision_end.>, and its generation_config.json and tokenizer end on"))),
+    *((update("preprocessor_config.json", **setting), "mend do_resize, patch_size and merge_size")
+      for setting in ({"do_resize": False}, {"patch_size": 16}, {"merge_size": 1}))]
+# and when they are
+OF_WEIGHTS = [
     (with_value("layers.1.post_attention_layernorm", float("nan")),
      "not finite: .*layers.1.post_attention_layernorm.weight holds NaN"),
     (with_value("visual.merger", float("inf")), "not finite: .*visual.merger"),
     (with_value("layers.1.mlp.down_proj", 1e30), "numbers beyond 1e.06"),
-    (lambda tensors: {name: tensor for name, tensor in tensors.items() if "visual" not in name},
-     "lack .* tensors, the first is model.visual"),
-    (lambda tensors: {name: tensor for name, tensor in tensors.items()
-                      if name not in ("model.norm.weight", "model.language_model.norm.weight")},
+    (without("visual"), "lack .* tensors, the first is model.visual"),
+    (without("model.norm.", "language_model.norm."),
      "lack 1 tensors, the first is model.language_model.norm.weight; copy or save"),
-    (lambda tensors: {name.replace("q_proj.weight", "q_proj.base_layer.weight"): tensor
-                      for name, tensor in tensors.items()},
-     "self_attn.q_proj.weight; they hold .*q_proj.base_layer.weight instead")])
-def test_weights_that_are_not_whole_or_not_finite_are_refused(change, sentence, random_folder,
-                                                              float32, tmp_path):
+    (set_weights(lambda tensors: {name.replace("q_proj.weight", "q_proj.base_layer.weight"): tensor
+                                  for name, tensor in tensors.items()}),
+     "self_attn.q_proj.weight; they hold .*q_proj.base_layer.weight instead"),
+    (write("config.json", lambda text: text.replace('"tie_word_embeddings": true',
+                                                    '"tie_word_embeddings": false')),
+     "lack 1 tensors, the first is lm_head.weight"),
+    (lambda folder: os.truncate(folder / "model.safetensors", 999), "the weights of .*model: ")]
+
+
+@pytest.mark.parametrize(("change", "sentence", "is_early"), [
+    *((*row, True) for row in OF_FILES), *((*row, False) for row in OF_WEIGHTS)])
+def test_a_damaged_model_folder_is_one_sentence(change, sentence, is_early, random_folder, float32,
+                                                tmp_path, monkeypatch):
     folder = shutil.copytree(random_folder, tmp_path / "model")
-    loading.load_model(folder, float32)
-    change_weights(folder, change)
+    change(folder)
+    if is_early:
+        monkeypatch.setattr(loading, "load_model", None)
     with pytest.raises(UserError, match=sentence):
-        loading.load_model(folder, float32)
-
-
-def test_a_cut_file_and_a_head_that_is_neither_tied_nor_there(random_folder, float32, tmp_path):
-    folder = shutil.copytree(random_folder, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="lack 1 tensors, the first is lm_head.weight"):
-        loading.load_model(folder, float32)
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(UserError, match="the weights of .*model: "):
-        loading.load_model(folder, float32)
-
-
-@pytest.mark.parametrize(("file", "sentence"), [
-    ("adapter_model.safetensors", "holds an adapter .adapter_model.safetensors."),
-    ("adapter_config.json", "holds an adapter .adapter_config.json."),
-    ("model-00001-of-00001.safetensors", "holds two sets of weights")])
-def test_a_folder_holds_one_model(file, sentence, random_folder, float32, tmp_path):
-    folder = shutil.copytree(random_folder, tmp_path / "model")
-    shutil.copyfile(folder / "model.safetensors", folder / file)
-    with pytest.raises(UserError, match=sentence):
-        loading.load_model(folder, float32)
-
-
-@pytest.mark.parametrize(("change", "sentence"), [
-    (lambda text: text.replace("add_generation_prompt", "false"),
-     "ignores add_generation_prompt; copy chat_template.jinja"),
-    (lambda text: text.replace("<|im_end|>", "<|vision_end|>"),
-     "ends a reply with <.vision_end.>, and its generation_config.json and tokenizer end one at")])
-def test_a_template_asks_for_a_reply_that_ends(change, sentence, random_folder, tmp_path):
-    folder = shutil.copytree(random_folder, tmp_path / "model")
-    path = folder / "chat_template.jinja"
-    path.write_text(change(path.read_text()))
-    with pytest.raises(UserError, match=sentence):
-        loading.load_processor(folder, BoxFormat())
+        loading.load_policy(folder, float32, BoxFormat())
 
 
 def test_a_relative_folder_starts_at_the_project(monkeypatch, tmp_path):

@@ -205,17 +205,6 @@ def test_a_saved_folder_brings_its_box_format_along(published, float32, tmp_path
         processors.read_box_format(tmp_path)
 
 
-@pytest.mark.parametrize(("setting", "value"), [
-    ("do_resize", False), ("patch_size", 16), ("merge_size", 1)])
-def test_a_folder_that_resizes_otherwise_is_refused(published, tmp_path, setting, value):
-    folder = tmp_path / "model"
-    shutil.copytree(published["qwen2_5_vl"], folder)
-    path = folder / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
-    with pytest.raises(ValueError, match="mend do_resize, patch_size and merge_size"):
-        loading.load_processor(folder, BoxFormat())
-
-
 def test_a_batch_that_was_resized_otherwise_is_refused(published, photos, float32, sample):
     policy = loading.load_policy(published["qwen2_5_vl"], float32, BoxFormat())
     processor = policy.processor

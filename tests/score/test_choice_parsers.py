@@ -3,7 +3,13 @@
 import json
 
 import pytest
-from mig_bench_records import BLINK_FILES, DATA, needs_data, score_predictions
+from mig_bench_records import (
+    BLINK_FILES,
+    DATA,
+    PUBLISHED_ACCURACY,
+    needs_data,
+    score_predictions,
+)
 
 from mig_kit.score import annotations
 from mig_kit.score.choice_parsers import read_choice, read_item
@@ -82,10 +88,6 @@ def test_letters_in_new_wordings_are_right_or_unread(name):
         case = json.loads(line)
         letter, _ = read_choice(case["response"], case["options"], tuple(case["choices"]), True)
         assert letter in ("", case["right"]), case["response"]
-
-
-PUBLISHED_ACCURACY = {"GPT4V": 51.14, "MiniGPT-4-v2": 34.23, "llava_v1.5_7b": 37.13,
-                      "cogvlm-chat": 41.54, "flamingov2": 39.18}
 
 
 @needs_data

@@ -4,13 +4,16 @@ import json
 
 import pytest
 from local_server import IS_JSON, LocalServer
-from mig_bench_records import BLINK_FILES, needs_data, run_score, write_lines
+from mig_bench_records import (
+    BLINK_FILES,
+    PUBLISHED_ACCURACY,
+    needs_data,
+    run_score,
+    write_lines,
+)
 
 from mig_kit.score import annotations, choice_parsers, judge
 from mig_kit.score.records import read_records
-
-PUBLISHED = {"GPT4V": 51.14, "MiniGPT-4-v2": 34.23, "llava_v1.5_7b": 37.13, "cogvlm-chat": 41.54,
-             "flamingov2": 39.18}
 
 
 class Authors:
@@ -44,21 +47,18 @@ def test_with_the_authors_letters_averages_are_the_published_ones(source, tmp_pa
     pairs = [(item, record["full_prediction"]) for item, record in zip(items, records)]
     authors = Authors({judge.judge_prompt(*pair): record["prediction"]
                        for pair, record in zip(pairs, records)})
-    try:
-        result = command(tmp_path, path, authors.server, "--json", tmp_path / "o.json",
-                         "--items", tmp_path / "i.jsonl")
-        assert result.exit_code == 0, result.exception
-        average = json.loads((tmp_path / "o.json").read_text())["avg"]["accuracy"]
-        assert average == pytest.approx(PUBLISHED[source.stem.removeprefix("val_")], abs=0.1)
-        unread = {judge.judge_prompt(*pair) for pair in pairs
-                  if pair[1].strip() and not choice_parsers.read_item(*pair, True)[0]}
-        assert set(authors.asked) == unread and len(authors.asked) == len(unread)
-        rows = read_records(tmp_path / "i.jsonl")
-        assert sum(row["rule"] == "the judge mock" for row in rows) >= len(unread)
-        command(tmp_path, path, authors.server)
-        assert len(authors.asked) == len(unread), "nothing is asked twice"
-    finally:
-        authors.server.stop()
+    result = command(tmp_path, path, authors.server, "--json", tmp_path / "o.json",
+                     "--items", tmp_path / "i.jsonl")
+    assert result.exit_code == 0, result.exception
+    average = json.loads((tmp_path / "o.json").read_text())["avg"]["accuracy"]
+    assert average == pytest.approx(PUBLISHED_ACCURACY[source.stem.removeprefix("val_")], abs=0.1)
+    unread = {judge.judge_prompt(*pair) for pair in pairs
+              if pair[1].strip() and not choice_parsers.read_item(*pair, True)[0]}
+    assert set(authors.asked) == unread and len(authors.asked) == len(unread)
+    rows = read_records(tmp_path / "i.jsonl")
+    assert sum(row["rule"] == "the judge mock" for row in rows) >= len(unread)
+    command(tmp_path, path, authors.server)
+    assert len(authors.asked) == len(unread), "nothing is asked twice"
 
 
 def test_answers_that_came_before_a_failure_are_kept(tmp_path):
@@ -68,17 +68,12 @@ def test_answers_that_came_before_a_failure_are_kept(tmp_path):
     items = annotations.read_blink(read_records(path)).items
     by_prompt = {judge.judge_prompt(item, f"Hm, {n}."): "B" for n, item in enumerate(items)}
     failing, whole = Authors(by_prompt, limit=5), Authors(by_prompt)
-    try:
-        refused = command(tmp_path, path, failing.server)
-        assert "does not answer (HTTP 400: " in str(
-            refused.exception)
-        kept = len((tmp_path / "p.jsonl.judge.jsonl").read_text().splitlines())
-        result = command(tmp_path, path, whole.server)
-        assert "| avg | 20 | 100.00 |" in result.output and "unread" not in result.output
-        assert 1 <= kept == 20 - len(whole.asked)
-    finally:
-        failing.server.stop()
-        whole.server.stop()
+    refused = command(tmp_path, path, failing.server)
+    assert "does not answer (HTTP 400: " in str(refused.exception)
+    kept = len((tmp_path / "p.jsonl.judge.jsonl").read_text().splitlines())
+    result = command(tmp_path, path, whole.server)
+    assert "| avg | 20 | 100.00 |" in result.output and "unread" not in result.output
+    assert 1 <= kept == 20 - len(whole.asked)
     alone = run_score(tmp_path, "blink", "--judge", "http://x/v1", annotations="p.jsonl",
                       predictions="p.jsonl")
     assert "belong together" in str(alone.exception)

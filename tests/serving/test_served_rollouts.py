@@ -32,22 +32,19 @@ def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
 
     A random model earns no reward; here a reply earns by its letters.
     """
-    servers = []
     monkeypatch.setitem(rewards.REWARDS, "format",
                         lambda reply, sample, box_format: len(set(reply)) / 10)
 
     def make(change=lambda body, answer: answer, server=None, fault="", **changes):
-        servers.append(server or RolloutServer(
-            loading.load_policy(random_folder, float32, BOX_FORMAT), change=change, fault=fault))
+        server = server or RolloutServer(
+            loading.load_policy(random_folder, float32, BOX_FORMAT), change=change, fault=fault)
         samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
         policy = loading.load_policy(random_folder, float32, BOX_FORMAT)
         torch.manual_seed(0)
-        params = stage_params("05_grpo", server=servers[-1].url, **(SETTINGS | changes))
-        return grpo.grpo_trainer(policy, samples, tmp_path, params), servers[-1]
+        params = stage_params("05_grpo", server=server.url, **(SETTINGS | changes))
+        return grpo.grpo_trainer(policy, samples, tmp_path, params), server
 
-    yield make
-    for server in set(servers):
-        server.stop()
+    return make
 
 
 def updates(server):

@@ -29,16 +29,8 @@ def questions():
 @pytest.fixture
 def start_server(random_folder, float32):
     """Call it for a double of a server that holds the random model."""
-    servers = []
-
-    def start(**options):
-        policy = loading.load_policy(random_folder, float32, BOX_FORMAT)
-        servers.append(RolloutServer(policy, **options))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
+    return lambda **options: RolloutServer(
+        loading.load_policy(random_folder, float32, BOX_FORMAT), **options)
 
 
 @pytest.fixture
@@ -121,7 +113,6 @@ def test_what_a_server_refuses_is_shown_in_its_words(draw, questions, status, li
     server = LocalServer(respond)
     with pytest.raises(UserError) as error:
         draw(server.url, questions[:1])
-    server.stop()
     assert str(error.value).startswith(f"the server {server.url} {sentence}")
 
 
@@ -143,10 +134,7 @@ def ask_stranger(draw, tmp_path):
                          "usage": usage}, IS_JSON
 
         server = LocalServer(respond)
-        try:
-            replies = draw(server.url, questions, model=ServedName("odd"))
-        finally:
-            server.stop()
+        replies = draw(server.url, questions, model=ServedName("odd"))
         return replies, stored_replies.count_endings(tmp_path / "replies.jsonl")
 
     return ask

@@ -25,11 +25,3 @@ def force_completions(stock, own):
     stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
     own._draw_completions = lambda numbers, group: [
         Completion(ids, [0.0] * len(ids)) for ids in draw_completions(len(numbers))]
-
-
-def enliven(model, std=0.05):
-    """Give a new LoRA adapter an effect, always the same."""
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, std)

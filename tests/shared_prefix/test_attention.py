@@ -261,9 +261,3 @@ def test_a_whole_model_with_images_and_padding_is_the_same(random_folder, float3
               for name in plain_gradients)
     total = sum(gradient.square().sum() for gradient in plain_gradients.values())
     assert (gap / total).sqrt() < 1e-5
-
-
-def test_every_cpu_uses_it():
-    expected = "sdpa" if torch.cuda.is_available() else attention.NAME
-    for dtype in ("bfloat16", "float32"):
-        assert loading.choose_hardware(dtype).attention == expected

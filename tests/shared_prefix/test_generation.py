@@ -26,7 +26,12 @@ END = 2
 GREEDY = SamplingOptions(0.0, max_new_tokens=12)
 
 
-@pytest.fixture(params=sorted(loading.FAMILIES))
+# greedy replies and prompts of all families at night; their log-probabilities and gradients always
+MOST = [pytest.param(name, marks=() if name == "qwen2_5_vl" else pytest.mark.nightly)
+        for name in sorted(loading.FAMILIES)]
+
+
+@pytest.fixture
 def family(request, random_folder, relatives, float32):
     """(model, processor, box_format) of every family that the kit loads."""
     folder = {**relatives, "qwen2_5_vl": random_folder}[request.param]
@@ -68,6 +73,7 @@ def stock_completion(model, processor, sample, box_format) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", MOST, indirect=True)
 def test_greedy_replies_equal_transformers(family, samples):
     model, processor, box_format = family
     prompts = make_prompts(model, processor, samples, box_format)
@@ -105,36 +111,12 @@ def test_keys_and_values_are_in_memory_once(random_model, processor, samples, mo
 
 
 @pytest.mark.slow
-def test_finished_prefixes_leave_and_the_rest_goes_on(random_model, processor, samples,
-                                                      monkeypatch):
-    prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 8))
-    sampling = SamplingOptions(0.0, max_new_tokens=12, min_new_tokens=12)
-    full = generate(random_model, processor, prompts, 3, sampling)
-    # of the eight prompts: tokens that their rows have before the end
-    last_steps = [3, 3, 4, 4, 5, 5, 8, 8]
-    rows_per_prefix, stock = 3, generation.sample_tokens
-    state = {"step": 0, "finished": []}
-
-    def end_one_prefix_after_the_other(logits, sampling, uniforms):
-        tokens = stock(logits, sampling, uniforms)
-        state["step"] += 1
-        held = [prefix for prefix in range(8) if prefix not in state["finished"]]
-        for place, prefix in enumerate(held):
-            if state["step"] > last_steps[prefix]:
-                start = rows_per_prefix * place
-                tokens[start:start + rows_per_prefix] = END
-                state["finished"].append(prefix)
-        return tokens
-
-    monkeypatch.setattr(generation, "sample_tokens", end_one_prefix_after_the_other)
-    cut = generate(random_model, processor, prompts, 3, sampling)
-    for i, (full_rollout, cut_rollout) in enumerate(zip(full, cut)):
-        assert cut_rollout == [completion[:last_steps[i]] + [END]
-                               for completion in full_rollout]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["", "attention", "checkpointed"])
+@pytest.mark.parametrize(("family", "variant"), [
+    *((name, "") for name in sorted(loading.FAMILIES)), ("qwen2_5_vl", "attention"),
+    ("qwen2_5_vl", "checkpointed"), *(
+        pytest.param(name, variant, marks=pytest.mark.nightly) for variant in (
+            "attention", "checkpointed") for name in sorted({*loading.FAMILIES} - {"qwen2_5_vl"}))],
+    indirect=["family"])
 def test_logps_and_gradients_equal_stock(family, samples, variant):
     model, processor, box_format = family
     language = model.model.language_model
@@ -215,28 +197,6 @@ def test_a_reply_is_drawn_with_numbers_of_its_own(random_model, processor, sampl
     assert draw(everyone) != draw(everyone), "new numbers where none are given"
 
 
-def test_prompts_are_encoded_once_and_forgotten_in_order(random_model, processor, samples,
-                                                         monkeypatch):
-    cache = SampleCache(random_model, processor, ABSOLUTE)
-    images_seen, stock = [], random_model.model.visual.forward
-
-    def watched(pixels, grid_thw, **kwargs):
-        images_seen.append(len(grid_thw))
-        return stock(pixels, grid_thw, **kwargs)
-
-    random_model.model.visual.forward = watched
-    first = cache.get(samples[:3])
-    again = cache.get([samples[0], replace(samples[1], id="the same images, asked about again")])
-    distinct = {pixel_digest(image) for sample in samples[:3] for image in sample.images}
-    assert images_seen == [len(distinct)], "every image is seen once"
-    assert all(torch.equal(a.features, b.features) for a, b in zip(first, again))
-    n_bytes = sum(text.ids.nbytes + text.positions.nbytes for text in again)
-    monkeypatch.setattr(prompt_cache, "MAX_TEXT_BYTES", n_bytes)
-    cache.get(samples[:1])
-    kept = [text.ids for text in cache.texts.values()]
-    assert all(map(torch.equal, kept, [again[1].ids, first[0].ids])) and len(kept) == 2
-
-
 def test_another_model_is_served_what_the_same_tower_saw(random_model, random_folder, float32,
                                                          processor, samples):
     cache = SampleCache(random_model, processor, ABSOLUTE)
@@ -264,6 +224,7 @@ def test_another_model_is_served_what_the_same_tower_saw(random_model, random_fo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", MOST, indirect=True)
 def test_prompts_are_what_the_processor_makes(family, samples, monkeypatch):
     model, processor, box_format = family
     asked_samples = [*samples[:4], replace(samples[1], id="again", question="Where?")]

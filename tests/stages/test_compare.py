@@ -216,11 +216,6 @@ def test_a_question_a_task_says_little_about_others():
     assert score["value"] == 50 and score["low"] < 30 and score["high"] > 70
 
 
-def test_no_zero_has_a_minus():
-    row = {"figure": "vs a", "value": -0.04, "low": -0.04, "high": 0.04}
-    assert compare._cell(row) == "+0.0 (+0.0 to +0.0)"
-
-
 def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path):
     values = {name: write_run(tmp_path, name, seed, data_seed=data_seed) for name, seed, data_seed
               in (("a0", 5, 0), ("a1", 6, 1), ("b0", 6, 0), ("b1", 5, 1), ("c0", 5, 0),
@@ -277,25 +272,29 @@ def test_csv_reads_back_and_markdown_rounds(nine_runs):
     assert re.search(r"\| dr_grpo \| 3 \| [+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)", text), text
     widths = {line.count("|") for line in text.split("\n\n")[1].splitlines()}
     assert len(widths) == 1
+    row = {"figure": "vs a", "value": -0.04, "low": -0.04, "high": 0.04}
+    assert compare._cell(row) == "+0.0 (+0.0 to +0.0)", "no zero has a minus"
 
 
-def test_what_cannot_be_compared(tmp_path):
+@pytest.mark.parametrize(("call", "sentence"), [
+    *((lambda groups=groups: compare.compare_groups(groups), sentence) for groups, sentence in (
+        ({"a": ["a"], "b": ["b"]}, "eval_seed is a 3, b 4"),
+        ({"c": ["c"]}, "mig-kit run 06 --run-id c"),
+        ({"a": ["empty.json"]}, "is no file of evaluated_runs.record_run"),
+        ({"a": ["cut.json"]}, "is no file of evaluated_runs.record_run"),
+        ({"a": ["no.json"]}, "there is no recorded run .*; name a run"))),
+    (lambda: compare.compare_groups({"a": ["a"]}, "x"), "no group 'x' to compare with; the groups"),
+    *((lambda words=words: compare.parse_groups(words), sentence) for words, sentence in (
+        (["a", "b=a"], "each once"), (["=a"], "no group"), (["a="], "no group"), ([], "name runs"),
+        (["a=b", "a=c"], "of its own"), (["compared=a"], "of its own")))])
+def test_what_cannot_be_compared(call, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", eval_seed=4)
-    with pytest.raises(ValueError, match="eval_seed is a 3, b 4"):
-        compare.compare_groups({"a": ["a"], "b": ["b"]})
-    with pytest.raises(ValueError, match="mig-kit run 06 --run-id c"):
-        compare.compare_groups({"c": ["c"]})
-    with pytest.raises(ValueError, match="no group 'x' to compare with; the groups are a"):
-        compare.compare_groups({"a": ["a"]}, "x")
-
-
-@pytest.mark.parametrize(("words", "message"), [
-    (["a", "b=a"], "each once"), (["=a"], "no group"), (["a="], "no group"),
-    (["a=b", "a=c"], "of its own"), ([], "name runs"), (["compared=a"], "of its own")])
-def test_words_that_name_no_groups(words, message):
-    with pytest.raises(ValueError, match=message):
-        compare.parse_groups(words)
+    (tmp_path / "empty.json").write_text('{"run_id": "a"}')
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(UserError, match=sentence):
+        call()
 
 
 def test_the_command_prints_and_draws(nine_runs, tmp_path):
@@ -338,16 +337,6 @@ def test_runs_that_answered_other_questions_are_refused(tmp_path, monkeypatch):
             compare.compare_groups({"a": [run]})
     with pytest.raises(ValueError, match="'a' answered other questions of mig_bench"):
         evaluated_runs.record_run("a", tmp_path / "kept")
-
-
-def test_a_file_that_is_no_recorded_run_is_refused(tmp_path):
-    path = tmp_path / "a.json"
-    for text in ('{"run_id": "a"}', "{"):
-        path.write_text(text)
-        with pytest.raises(UserError, match="is no file of evaluated_runs.record_run"):
-            compare.compare_groups({"a": [str(path)]})
-    with pytest.raises(UserError, match="there is no recorded run .*; name a run"):
-        compare.compare_groups({"a": [str(tmp_path / "no.json")]})
 
 
 def test_truth_is_compared_over_seeds(runs):

@@ -10,7 +10,6 @@ import pytest
 from benchmark_files import RECORDS, write_benchmarks
 from command_line import error_of, output_of, run_mig_kit
 from PIL import Image
-from rollout_server import RolloutServer
 from teacher_server import TeacherServer, completion
 
 from mig_kit.boxes import BoxFormat
@@ -85,13 +84,6 @@ def test_two_models_stand_in_one_table(evaluated, smoke_runs):
     for suite, summary in results["grpo"]["scores"]["strict"].items():
         gain = summary["score"] - results["base"]["scores"]["strict"][suite]["score"]
         assert gaps["strict", suite_title(suite)] == pytest.approx(gain, abs=0.051)
-
-
-def test_replies_of_another_model_are_not_taken_for_ones_own(evaluated, smoke_runs):
-    result = run_mig_kit("eval", "--model", "smoke/sft", "--out", str(evaluated / "grpo"),
-                         MIG_KIT_RUNS=str(smoke_runs))
-    assert result.returncode and "holds replies of another evaluation" in result.stderr
-    assert "Traceback" not in result.stderr
 
 
 def test_a_difference_is_over_lists_of_images():
@@ -174,18 +166,6 @@ def read_responses(out):
             for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_call_goes_on(own_task, evaluate, tmp_path):
-    """What it has asked is not asked again; a line that the kill cut is."""
-    out = tmp_path / "out"
-    evaluate(own_task)
-    before = read_responses(out)
-    (replies,) = (out / "replies").glob("*.jsonl")
-    first, second, _ = replies.read_text().splitlines(keepends=True)
-    replies.write_text(json.dumps(json.loads(first) | {"replies": ["kept"]}) + "\n" + second[:9])
-    evaluate(own_task)
-    assert read_responses(out) == ["kept", *before[1:]]
-
-
 def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, random_folder, evaluate,
                                                                   tmp_path):
     """Its image settings lie in processor_config.json, which transformers 5 writes."""
@@ -201,35 +181,19 @@ def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, rand
         tmp_path / f"of {random_folder.name}")
 
 
-def test_a_server_gives_the_same_replies(own_task, random_policy, evaluate, tmp_path):
-    server = RolloutServer(random_policy, name=eval_model.MODEL)
-    evaluate(own_task, "local")
-    evaluate(own_task, "served", server=server.url)
-    server.stop()
-    assert read_responses(tmp_path / "local") == read_responses(tmp_path / "served")
-    assert len(server.bodies) == 3
-
-
 ANSWER = f"<answer>{format_answer(1, (11, 33, 333, 667))}</answer>"
-@pytest.fixture
-def serve():
-    """Call it with messages, by turns: a server, and words for mig-kit eval."""
-    servers = []
 
-    def start(*messages, name="vision:7b"):
-        def plan(nth, body):
-            answer = completion(prompt_tokens=300 + len(server.bodies))
-            message, choice = messages[len(server.bodies) % len(messages)], answer["choices"][0]
-            choice.update(message=message, finish_reason=message.get("ends", "stop"))
-            return 200, answer
 
-        server = TeacherServer(plan, ["another", name])
-        servers.append(server)
-        return server, ("--model", name, "-p", "server", server.url, "-p", "concurrency", "1")
+def serve(*messages, name="vision:7b"):
+    """A server that answers with the messages, by turns, and words for mig-kit eval."""
+    def plan(nth, body):
+        answer = completion(prompt_tokens=300 + len(server.bodies))
+        message, choice = messages[len(server.bodies) % len(messages)], answer["choices"][0]
+        choice.update(message=message, finish_reason=message.get("ends", "stop"))
+        return 200, answer
 
-    yield start
-    for server in servers:
-        server.stop()
+    server = TeacherServer(plan, ["another", name])
+    return server, ("--model", name, "-p", "server", server.url, "-p", "concurrency", "1")
 
 
 def ask_own(task, out, *words):
@@ -237,7 +201,7 @@ def ask_own(task, out, *words):
                        *words)
 
 
-def test_a_model_of_any_family_answers_through_its_server(serve, own_task, tmp_path):
+def test_a_model_of_any_family_answers_through_its_server(own_task, tmp_path):
     messages = [{"reasoning_content": "Look.", "content": ANSWER},
                 {"content": f"So.</think>{ANSWER}"}, {"content": f"<think>So.</think>{ANSWER}"}]
     server, words = serve(*messages)
@@ -271,7 +235,7 @@ def test_questions_of_the_training_are_counted_and_not_called_held_out(tmp_path,
     assert eval_model.title_suite("own", scores | facts) == "own data (a file)"
 
 
-def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(serve, own_task, tmp_path):
+def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(own_task, tmp_path):
     messages = [{"content": ANSWER}, {"content": None, "ends": "content_filter"},
                 {"content": None, "reasoning": "Look.", "ends": "length"}]
     _, words = serve(*messages)
@@ -289,7 +253,7 @@ def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(serve, ow
     assert tables[0][-6:] == tables[1][-6:]
 
 
-def test_a_folder_of_another_family_is_asked_as_the_server_names_it(serve, own_task, tmp_path):
+def test_a_folder_of_another_family_is_asked_as_the_server_names_it(own_task, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "unheard_of"}')
@@ -305,7 +269,7 @@ def test_a_folder_of_another_family_is_asked_as_the_server_names_it(serve, own_t
     (("--coordinates", "absolute", "--model", "vison:7b"),
      "serves the model vison:7b, but only another, vision:7b; use one of these names"),
     (("--coordinates", "absolute", "--adapter", "."), "have the server load it")])
-def test_what_a_servers_model_cannot_be_asked_with(words, sentence, serve, own_task, tmp_path):
+def test_what_a_servers_model_cannot_be_asked_with(words, sentence, own_task, tmp_path):
     _, known = serve({"content": ANSWER})
     result = ask_own(own_task, tmp_path / "out", *known, *words)
     assert result.returncode == 1 and sentence in result.stderr

@@ -114,9 +114,9 @@ def test_two_nodes_train_as_one_process_does(launch, alone, tmp_path):
     check_same_training(folder, alone("02_sft"), 2)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("stage", "changes", "update"), [
-    pytest.param("02_sft", {}, 4, marks=pytest.mark.nightly),
-    ("05_grpo", {"max_steps": 9, "rewards": ["format"]}, 6)])
+    ("02_sft", {}, 4), ("05_grpo", {"max_steps": 9, "rewards": ["format"]}, 6)])
 def test_killed_in_the_second_pass_and_started_again_it_trains_as_if_undisturbed(
         stage, changes, update, launch, alone, tmp_path, random_folder):
     """A pass has 3 updates in 02 and 5 in 05."""

@@ -1,6 +1,5 @@
 """Pass rates, pass@k, curation, and replies that a killed stage resumes."""
 
-import json
 from dataclasses import replace
 from itertools import combinations
 
@@ -10,7 +9,7 @@ import torch
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.prompts import correct_answer
-from mig_kit.serving import reply_files, stored_replies
+from mig_kit.serving import reply_files
 from mig_kit.shared_prefix import generation
 from mig_kit.stages import rejection_sampling
 from mig_kit.stats import pass_at_k
@@ -55,13 +54,6 @@ def test_accuracy_by_detail_by_hand():
     assert {row["asked"] for row in rows} == {"a box"}
     by_detail = {row["detail"]: (row["n"], row["correct"]) for row in rows}
     assert by_detail == {"method": (1, 1.0), "finding": (2, 0.5), "evidence": (1, 1.0)}
-
-
-def test_a_cut_line_is_dropped_and_the_rest_kept(tmp_path):
-    path = tmp_path / "replies.jsonl"
-    path.write_text(json.dumps({"id": "a", "replies": ["x"]}) + "\n" + '{"id": "b", "rep')
-    assert stored_replies.load_replies(path) == {"a": ["x"]}
-    assert path.read_text().count("\n") == 1
 
 
 def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_policy, samples):

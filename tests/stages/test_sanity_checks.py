@@ -5,8 +5,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
-from peft import get_peft_model
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.models import loading
@@ -129,17 +127,3 @@ def test_a_model_that_does_not_see_is_noticed(lesson, random_policy):
     alike = [replace(sample, id=f"{i}", images=samples[0].images, task="x")
              for i, sample in enumerate(samples[:10])]
     assert sanity_checks.check_model_uses_images(random_policy, alike, replies[:10])["pairs"] == 0
-
-
-@pytest.mark.slow
-def test_adapters_and_four_bit_folders_are_not_evaluated(tmp_path, random_folder, float32):
-    model = loading.load_model(random_folder, float32, four_bit=True)
-    model.save_pretrained(tmp_path / "four_bit")
-    for name in ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json"):
-        (tmp_path / "four_bit" / name).write_bytes((random_folder / name).read_bytes())
-    with pytest.raises(ValueError, match="holds quantised weights"):
-        loading.load_model(tmp_path / "four_bit", float32)
-    torch.manual_seed(0)
-    get_peft_model(model, resuming.lora_config(4)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="holds an adapter .*merge it .stage 03."):
-        loading.load_model(tmp_path / "adapter", float32)

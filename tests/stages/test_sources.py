@@ -1,6 +1,5 @@
 """What 01 asks about, and all notebooks with own data, a teacher at an endpoint and a benchmark."""
 
-import errno
 import json
 import re
 from collections import Counter
@@ -109,15 +108,6 @@ def test_images_that_are_in_training_too_are_counted(params, own_file, tmp_path)
     assert "\n1 of the" in text
 
 
-def test_a_file_that_the_system_refuses_ends_the_stage(params, own_file, tmp_path, monkeypatch):
-    def refuse(path):
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
-    with pytest.raises(OSError, match="Stale file handle"):
-        sources.load_training_sets(params(data=str(own_file)), tmp_path / "out")
-
-
 def test_a_set_that_stays_empty_is_one_sentence(params, own_file, tmp_path):
     p = params(data=str(own_file), data_shares=[1.0, 0.0, 0.0])
     with pytest.raises(ValueError, match="no question fell to rl and val"):
@@ -150,4 +140,3 @@ def test_an_endpoint_writes_traces_for_own_data(own_file, tmp_path):
     assert kept[0].suite == "own" and kept[0].images.encoded[0].content.is_file()
     files = [path for path in runs.rglob("*") if path.is_file()]
     assert not any(b"very-secret" in path.read_bytes() for path in files)
-    server.stop()
