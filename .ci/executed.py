@@ -1,12 +1,14 @@
 """Put the notebooks of a finished run into notebooks/executed: `make executed RUN_ID=default`.
 
 05b, which is no stage, is executed on that run. run.json beside them says of which run they are,
-and holds a digest of each one's outputs; scores.json is the run as `evaluated_runs.record_run`
-keeps it, whose scores the README prints.
+and holds a digest of each one's outputs. README's picture is the one that 07 keeps, and results.md
+shows the head of the report, as Chromium draws it.
 """
 
 import hashlib
 import json
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +21,6 @@ from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
 from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.execute import ThisPython
 from mig_kit.pipeline.run_facts import describe_machine
-from mig_kit.stages.evaluated_runs import record_run
 
 FOLDER = NOTEBOOKS / "executed"
 BY_HAND = "05b_grpo_by_hand"
@@ -58,6 +59,18 @@ def run_by_hand(run_id: str) -> dict:
             **describe_machine(), "outputs": digest}
 
 
+def copy_pictures(run_id: str) -> None:
+    """Write guide/question.png and guide/report.png; the latter needs `chromium` on the path."""
+    guide, report = NOTEBOOKS / "guide", run_folders.stage_folder("07_report", run_id)
+    shutil.copy(report / "question.png", guide)
+    if not (browser := shutil.which("chromium")):
+        sys.exit("chromium is not on the path, so report.png is still of an earlier run; install it"
+                 " and repeat make executed")
+    subprocess.run([browser, "--headless", "--no-sandbox", "--hide-scrollbars",
+                    "--window-size=1100,1410", f"--screenshot={guide / 'report.png'}",
+                    (report / "report.html").resolve().as_uri()], check=True, capture_output=True)
+
+
 def main(run_id: str) -> None:
     """Write the notebooks of all stages that the run has finished."""
     FOLDER.mkdir(exist_ok=True)
@@ -70,7 +83,7 @@ def main(run_id: str) -> None:
                 "outputs": keep_notebook(path)}
     facts[BY_HAND] = run_by_hand(run_id)
     write_json(FOLDER / "run.json", facts)
-    record_run(run_id, FOLDER).replace(FOLDER / "scores.json")
+    copy_pictures(run_id)
 
 
 if __name__ == "__main__":

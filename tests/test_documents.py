@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import click
-import numpy as np
 import pytest
 import yaml
 from benchmark_files import write_benchmarks
@@ -22,14 +21,9 @@ from trl import GRPOConfig
 from mig_kit import __version__
 from mig_kit.commands.main import cli, stage_name
 from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT
-from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_folders import RECIPE
-from mig_kit.stages.evaluated_runs import read_recorded
-from mig_kit.stages.tables import CLAIMS
-from mig_kit.stats import paired_gap_by_list
-from mig_kit.world.suites import SUITES
 
 GUIDE = PROJECT_ROOT / "notebooks" / "guide"
 PAGES = [PROJECT_ROOT / "README.md", PROJECT_ROOT / "notebooks" / "README.md",
@@ -93,37 +87,6 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
             assert anchor in map(slug, headings), f"{path}#{anchor}"
-
-
-def read_gap(record, suite: str, before: str) -> str:
-    """The cell of GRPO over another system: points and interval, bold where it leaves out 0."""
-    after, other = (np.array([*map(int, record[system][suite])], dtype=float)
-                    for system in ("grpo", before))
-    n_tasks = len(SUITES[suite].tasks)
-    gap = paired_gap_by_list([*zip(np.split(after - other, n_tasks),
-                                   np.split(np.arange(len(after)), n_tasks))])
-    low, high = gap["ci95"]
-    value = f"**{gap['value']:+.1f}**" if low > 0 else f"{gap['value']:+.1f}"
-    return f"{value} ({low:+.1f} to {high:+.1f})"
-
-
-def test_scores_are_those_of_the_executed_run():
-    """README's rows and the tables by task, from what each of that run's replies was worth."""
-    record = read_recorded(str(NOTEBOOKS / "executed" / "scores.json")).correct
-    suites = [suite for suite, *_ in CLAIMS]
-    for before, label in (("sft", "SFT"), ("base", "base")):
-        cells = " | ".join(read_gap(record, suite, before) for suite in suites)
-        assert f"| GRPO over {label} | {cells} |" in README
-    for system, label in SYSTEM_LABELS.items():
-        if system not in record:
-            continue
-        bits = [np.array([*map(int, record[system][suite])]) for suite in suites]
-        scores = " | ".join(f"{100 * values.mean():.1f}" for values in bits)
-        assert f"| {label} | {scores} |" in README
-        for suite, values in zip(suites, bits):
-            tasks = np.split(values, len(SUITES[suite].tasks))
-            row = " | ".join(f"{100 * task.mean():.0f}" for task in tasks)
-            assert f"| {label} | {row} |" in TEXTS["notebooks/guide/results.md"]
 
 
 def test_readme_and_guide_are_short():

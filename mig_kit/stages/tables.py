@@ -125,6 +125,26 @@ def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
             for task, result in suites[suite]["tasks"].items()]
 
 
+def describe_moved_tasks(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
+                         box_format: BoxFormat) -> str:
+    """Which tasks RL moved up or down by more than their interval, in a line each.
+
+    replies: system -> sample id -> greedy reply.
+    """
+    before = next(name for name in ("start", "sft", "base") if name in replies)
+    gaps = np.array([float(is_correct(replies["grpo"][sample.id], sample, box_format))
+                     - is_correct(replies[before][sample.id], sample, box_format)
+                     for sample in samples])
+    moved = {"up": [], "down": []}
+    for task, rows in group_by_task([sample.task for sample in samples], gaps).items():
+        gap = paired_gap_by_list([(rows, np.arange(len(rows)))])
+        if gap["ci95"][0] > 0 or gap["ci95"][1] < 0:
+            moved["up" if gap["value"] > 0 else "down"].append(f"{task} {gap_text(gap)}")
+    return "\n".join(f"GRPO moved {way}, points over {SYSTEM_LABELS[before]}: "
+                     f"{', '.join(tasks) or 'no task by more than its interval'}"
+                     for way, tasks in moved.items())
+
+
 def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
     """Rows of parameters that differ from the run's source or, without one, from the profile."""
     source = next((record["run_id"] for record in records.values()

@@ -1,0 +1,118 @@
+"""Records of runs, and the tables that pages print of them."""
+
+import json
+import shlex
+import sys
+
+import numpy as np
+import pytest
+from scipy.stats import t as student_t
+
+from mig_kit import __version__
+from mig_kit.commands.main import stage_name
+from mig_kit.common import PROJECT_ROOT
+from mig_kit.pipeline.plan import parse_overrides
+from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.stages.evaluated_runs import MARGINS, read_recorded
+from mig_kit.world.suites import SUITES
+
+sys.path.insert(0, str(PROJECT_ROOT / ".ci"))
+import evidence
+import evidence_pages
+
+ITEMS = evidence.list_items()
+RECORDED = [item for item in ITEMS if item.path.is_file()]
+
+
+def name_item(item):
+    return f"{item.arm}-{item.seed}"
+
+
+@pytest.mark.parametrize("item", [item for item in ITEMS if not item.seed], ids=name_item)
+def test_a_command_of_the_list_has_parameters_of_today(item):
+    for command in item.commands:
+        words = shlex.split(command)
+        if words[1] == "run":
+            stages = [stage_name(word) for word in words[2:words.index("--run-id")]
+                      if word.isdigit()]
+            pairs = [words[place + 1:place + 3] for place, word in enumerate(words) if word == "-p"]
+            assert parse_overrides(pairs, stages or list(RECIPE))
+
+
+def test_records_are_of_the_list_and_of_this_version():
+    assert {path.stem for path in evidence.FOLDER.glob("*.json")} <= set(map(name_item, ITEMS))
+    assert RECORDED
+    for item in RECORDED:
+        record = json.loads(item.path.read_text())
+        assert record["version"] == __version__ and len(record["evidence"]["smoke"]) == 64
+        assert (record["evidence"]["arm"], record["seed"]) == (item.arm, item.seed)
+        assert record["evidence"]["commands"] == item.commands
+        assert read_recorded(str(item.path)).correct == record["correct"]
+        for by_suite in record["correct"].values():
+            assert {suite: len(bits) for suite, bits in by_suite.items()} == {
+                suite: len(SUITES[suite].tasks) * size
+                for suite, size in record["params"]["suites"].items()}
+
+
+def test_pages_hold_what_the_records_say():
+    """Also that no record was deleted or edited: results.md holds the SHA-256 of all of them."""
+    records = evidence_pages.load_records()
+    for page in evidence_pages.PAGES:
+        text = page.read_text()
+        assert evidence_pages.fill(text, records) == text, "make evidence-pages"
+    margins = json.loads((PROJECT_ROOT / MARGINS).read_text())
+    assert margins == evidence_pages.find_margins(records)
+
+
+def test_an_interval_of_the_headline_by_hand():
+    records = [json.loads(item.path.read_text()) for item in RECORDED if item.arm == "recipe"]
+    gaps = np.array([100 * (record["correct"]["grpo"]["mig_bench"].count("1")
+                            - record["correct"]["sft"]["mig_bench"].count("1")) / 1000
+                     for record in records])
+    cell = f"{gaps.mean():+.1f}"
+    if len(gaps) > 1:
+        half = student_t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
+        is_clear = abs(gaps.mean()) > half
+        cell = (f"{'**' * is_clear}{cell}{'**' * is_clear} ({gaps.mean() - half:+.1f} to "
+                f"{gaps.mean() + half:+.1f}), worst {gaps.min():+.1f}")
+    assert f"| GRPO over SFT | {cell} |" in (PROJECT_ROOT / "README.md").read_text()
+
+
+def test_a_record_of_another_version_is_refused(tmp_path, monkeypatch):
+    record = json.loads(RECORDED[0].path.read_text()) | {"version": "0.4.0"}
+    (tmp_path / RECORDED[0].path.name).write_text(json.dumps(record))
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit, match="is of version 0.4.0, not"):
+        evidence_pages.load_records()
+
+
+@pytest.mark.parametrize(("changed", "is_refused"), [
+    ({}, False), ({"machine": "another CPU"}, False), ({"version": "0.4.0"}, True)])
+def test_a_record_of_other_code_on_this_machine_is_refused(changed, is_refused, tmp_path,
+                                                           monkeypatch):
+    record = json.loads(RECORDED[0].path.read_text())
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    monkeypatch.setattr(evidence, "PROJECT_ROOT", tmp_path)
+    RECORDED[0].path.write_text(json.dumps(record | changed))
+    check = (evidence.require_same_code, RECORDED[:1], record["evidence"]["smoke"],
+             record["machine"])
+    if is_refused:
+        with pytest.raises(SystemExit, match="delete it, and make evidence"):
+            check[0](*check[1:])
+    else:
+        check[0](*check[1:])
+    if not changed:
+        with pytest.raises(SystemExit, match="was made by other code"):
+            check[0](check[1], "f" * 64, check[3])
+
+
+def test_what_is_missing_is_made_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    monkeypatch.setattr(evidence, "list_items", lambda: ITEMS[:2])
+    monkeypatch.setattr(evidence, "digest_smoke_run", lambda: "0" * 64)
+    monkeypatch.setattr(evidence, "make_record", lambda item, smoke: item.path.write_text(
+        json.dumps({"version": __version__, "machine": "", "evidence": {"smoke": smoke}})))
+    for made in (2, 0):
+        evidence.run()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == made + 1 and lines[-1] == "nothing is missing"
