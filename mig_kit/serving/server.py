@@ -41,6 +41,7 @@ CHECKED_ANSWERS = 8  # the first ones, whose prompts are compared before any is 
 FACTOR = 28  # images whose sides absolute boxes count are multiples of it, see boxes.smart_resize
 FORBIDDEN_BIAS = -100.0  # the lowest that the API takes
 LETTERS_PER_TOKEN = 3  # at least, in English
+FEWEST_IMAGE_TOKENS = 4  # Qwen2-VL's of its smallest image
 
 
 class Server(NamedTuple):
@@ -100,9 +101,7 @@ class ServedModel:
             except RequestFailed as failure:
                 raise RequestFailed(f"the server {server.url} answered {failure}",
                                     failure.status) from None
-            if with_logps and answer.get("model") not in (self.name, None):
-                raise UserError(f"the server {server.url} answered as '{answer['model']}', not as "
-                                f"'{self.name}': it has an old adapter; start it again")
+            check_answering_model(answer.get("model"), self.name, server.url, with_logps)
             if question.prompt_ids is not None or number < CHECKED_ANSWERS:
                 expected = question.prompt_ids or self.prompt_ids(question.sample)
                 check_prompt_ids(answer, expected, question.sample.id, server.url)
@@ -111,11 +110,28 @@ class ServedModel:
         answers = iter_results(work, enumerate(questions), self.concurrency)
         first = list(islice(answers, CHECKED_ANSWERS))
         if self.processor is None:
-            check_usage([(question.sample, answer.get("usage")) for question, answer in first],
-                        self.box_format)
+            check_usage([(question.sample, answer) for question, answer in first], self.box_format)
+            samples = [question.sample for question, _ in first]
+            self.check_last_image(max(samples, key=lambda sample: len(sample.images)), fields)
         for part in (first, answers):
             for question, answer in part:
                 yield question, self.parse_replies(answer, question.replies, with_logps)
+
+    def check_last_image(self, sample: Sample, fields: dict) -> None:
+        """UserError if a server counts no more tokens for a prompt than without its last image."""
+        if len(sample.images) < 2:
+            return
+        parts = self.messages(sample)[0]["content"]
+        last = max(place for place, part in enumerate(parts) if part["type"] == "image_url")
+        for server in self.servers:
+            counts = [prompt_tokens(request_completion(server.client, {
+                "model": self.name, "messages": [{"role": "user", "content": content}], **fields}))
+                for content in (parts, parts[:last] + parts[last + 1:])]
+            if all(counts) and counts[0] - counts[1] < FEWEST_IMAGE_TOKENS:
+                raise UserError(
+                    f"a prompt of {len(sample.images)} images took {counts[0]} tokens, and without "
+                    f"its last one {counts[1]}: the server {server.url} reads fewer images than it "
+                    "gets; have it take them all (--limit-mm-per-prompt), or take another one")
 
     def messages(self, sample: Sample) -> list[dict]:
         """The sample's prompt in OpenAI's form; images are PNG of the size that the model sees."""
@@ -187,11 +203,30 @@ class ServedModel:
         return ServedReply(text, ids, logps, reason)
 
 
-def check_usage(answers: list[tuple[Sample, dict | None]], box_format: BoxFormat) -> None:
+def check_answering_model(name: str | None, asked: str, url: str, is_exact: bool) -> None:
+    """UserError if a server answers in another model's name than the one asked.
+
+    is_exact: whether "qwen-2" is another model than "qwen"; servers add a tag, a date or a path.
+    """
+    is_same = name == asked if is_exact else name and (
+        asked.lower() in name.lower() or name.lower() in asked.lower())
+    if name and not is_same:
+        cause = "has an old adapter; start it again" if is_exact else (
+            "holds another model; ask for that one (--model), or have it load this one")
+        raise UserError(f"the server {url} answered as '{name}', not as '{asked}': it {cause}")
+
+
+def prompt_tokens(answer: dict) -> int | None:
+    """The tokens that a server counts for an answer's prompt; None if it counts none."""
+    usage = answer.get("usage")
+    count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def check_usage(answers: list[tuple[Sample, dict]], box_format: BoxFormat) -> None:
     """UserError if the servers' counts of prompt tokens say that images or prompts were cut."""
-    counts = [usage.get("prompt_tokens") if isinstance(usage, dict) else None
-              for _, usage in answers]
-    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
+    counts = [prompt_tokens(answer) for _, answer in answers]
+    if not counts or not all(counts):
         return  # the server does not count
     texts = [sum(len(part.get("text", "")) for part in chat_messages(sample, box_format)[0][
         "content"]) for sample, _ in answers]

@@ -246,8 +246,9 @@ def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(own_task,
     assert json.loads(result)["endings"] == {"replies": 3, "cut": 1, "empty": {"content_filter": 1}}
     assert any("1 cut, 1 empty (content_filter 1)" in line for line in tables[0])
     stored.write_text(replies[:-20])  # as a kill leaves it
-    _, words = serve(messages[0])
-    words = (*words, "--coordinates", "normalized_1000")
+    _, others = serve(messages[0])
+    refused = ask_own(own_task, tmp_path / "out", *others, "--coordinates", "normalized_1000")
+    assert "another server" in refused.stderr and "if the same model has moved" in refused.stderr
     tables.append(ask_own(own_task, tmp_path / "out", *words).stdout.splitlines())
     assert stored.read_text() == replies and (tmp_path / "out" / "eval.json").read_text() == result
     assert tables[0][-6:] == tables[1][-6:]
