@@ -147,7 +147,7 @@ OF_WEIGHTS = [
      "self_attn.q_proj.weight; they hold .*q_proj.base_layer.weight instead"),
     (set_weights(lambda tensors: tensors | {
         name.replace("layers.1", "layers.2"): tensor.clone() for name, tensor in tensors.items()
-        if "language_model.layers.1" in name}),
+        if ".layers.1." in name}),
      "hold 12 tensors for which its config.json has no place, the first is .*layers.2"),
     (set_weights(lambda tensors: {name: (9 * tensor).to(torch.int8) if "up_proj" in name else tensor
                                   for name, tensor in tensors.items()}), "holds torch.int8"),

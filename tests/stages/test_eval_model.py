@@ -238,7 +238,7 @@ def test_questions_of_the_training_are_counted_and_not_called_held_out(tmp_path,
 def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(own_task, tmp_path):
     messages = [{"content": ANSWER}, {"content": None, "ends": "content_filter"},
                 {"content": None, "reasoning": "Look.", "ends": "length"}]
-    _, words = serve(*messages)
+    _, words = serve(*messages, messages[0])
     words = (*words, "--coordinates", "normalized_1000")
     tables = [ask_own(own_task, tmp_path / "out", *words).stdout.splitlines()]
     stored = tmp_path / "out" / "replies" / "model_own_greedy.jsonl"
