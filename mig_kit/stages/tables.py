@@ -12,6 +12,7 @@ from mig_kit.pipeline.run_folders import load_record
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NEEDS_SFT
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
+from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, paired_gap_by_list
 from mig_kit.world.suites import OWN, suite_title, task_title
 
@@ -88,6 +89,30 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
                 row[f"{SYSTEM_LABELS[after]} over {SYSTEM_LABELS[before]}"] = gap_text(gap)
         rows.append(row)
     return rows
+
+
+def describe_moved_tasks(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
+                         box_format: BoxFormat) -> str:
+    """One sentence on the tasks of a suite that RL moved by more than their interval, both ways.
+
+    replies: per system by sample id; RL's start is "start", else "sft" or "base".
+    """
+    start = next(name for name in ("start", "sft", "base") if name in replies)
+    before, after = (np.array([is_correct(replies[name][sample.id], sample, box_format)
+                               for sample in samples], dtype=float) for name in (start, "grpo"))
+    lists = evaluate.number_image_lists(samples)
+    by_task = group_by_task((sample.task for sample in samples), np.arange(len(samples)))
+    moved = {"up": [], "down": []}
+    for task, rows in by_task.items():
+        gap = after[rows] - before[rows]
+        low, high = paired_gap_by_list([(gap, lists[rows])], not gap.any())["ci95"]
+        if low > 0 or high < 0:
+            scores = " → ".join(f"{100 * part[rows].mean():.0f}" for part in (before, after))
+            moved["up" if low > 0 else "down"].append(f"{task_title(task)} {scores}")
+    texts = [f"{way} {', '.join(names)}" for way, names in moved.items() if names]
+    return (f"RL moved {sum(map(len, moved.values()))} of {len(by_task)} tasks beyond their "
+            f"intervals{': ' * bool(texts)}{'; '.join(texts)}. Of twenty that it does not change, "
+            "one does so by chance.")
 
 
 def gap_text(gap: dict) -> str:

@@ -27,7 +27,8 @@ from mig_kit.sample import Sample
 FOLDER = "rewards"  # in a stage's folder: copies of the files that its rewards are from
 RL_NEEDS = ("RL only strengthens what a model sometimes gets right; let it learn from traces first "
             "(teacher own or endpoint in 01), or start from the folder of a model that answers "
-            "some of these questions (start_from of 05, with min_pass_rate 0 in 04)")
+            "some of these questions (start_from of 05, with min_pass_rate 0 in 04); stages that "
+            "have begun take other values with --force")
 
 
 def copy_reward_files(references: Sequence[str], folder: Path) -> None:
