@@ -146,7 +146,8 @@ def require_record(stage: str, run_id: str, by: str) -> dict:
         folder, need = runs_root() / owner, f"{by} needs {stage} of run '{owner}'"
         if not folder.is_dir():
             hint = suggest_word(owner, list_runs(), 0.5) or "mig-kit status lists the runs"
-            raise UserError(f"{need}, and there is no such run in {runs_root()}; {hint}")
+            raise UserError(f"{need}, and there is no such run in {runs_root()}; {hint} (to make "
+                            f"it: {format_run_command(stage, owner)})")
         if folder not in _LOCKS and is_locked(folder):
             raise UserError(f"{need}, which has not finished, and a process is running in that "
                             "run; wait until it has ended")
