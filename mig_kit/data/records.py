@@ -103,7 +103,7 @@ def _iter_list(path: Path) -> Iterator[object]:
                 item = ijson.ObjectBuilder()
 
 
-def _iter_table(path: Path) -> Iterator[dict]:
+def _iter_table(path: Path) -> Iterator[dict | Problem]:
     """The rows of a parquet, or of a CSV, whose lists and numbers are JSON; empty cells go."""
     if path.suffix not in (".csv", ".tsv"):
         from pyarrow import parquet  # of an extra
@@ -120,7 +120,10 @@ def _iter_table(path: Path) -> Iterator[dict]:
                              f"{' or '.join(SEPARATORS.values())}")
         file.seek(0)
         for row in csv.DictReader(file, delimiter=delimiter):
-            yield {key: _read_cell(key, text) for key, text in row.items() if text}
+            yield {key: _read_cell(key, text) for key, text in row.items() if text} if (
+                None not in row) else Problem(
+                    "the row has more columns than the first line, separated by "
+                    f"{SEPARATORS[delimiter]}; put texts that hold some between quotes")
 
 
 def _read_cell(key: str, text: str) -> object:

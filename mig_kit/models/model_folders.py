@@ -108,7 +108,7 @@ def check_model_folder(model: str | Path) -> None:
 
 
 def check_weights(model: str | Path) -> None:
-    """UserError unless the weights of a folder or hub name are those of its config.json, and finite.
+    """UserError unless the weights of a folder or hub name are whole, finite and its config.json's.
 
     Checked once for the same files; the 7.5 GB of a 3B take one second of a core.
     """

@@ -36,13 +36,9 @@ def runs_root() -> Path:
     Raises UserError if there is something else than a folder, or its path leads through a file.
     """
     root = PROJECT_ROOT / (os.environ.get("MIG_KIT_RUNS") or "runs")
-    try:
-        existing = next(path for path in (root, *root.parents) if path.exists())
-    except (OSError, ValueError):  # no name that a file could have
-        existing = None
-    if not (existing and existing.is_dir()):
-        raise UserError(f"MIG_KIT_RUNS is {str(root)[:200]!r}, which is no folder and cannot be "
-                        "one; set it to a folder for runs, or unset it")
+    if not next(path for path in (root, *root.parents) if path.exists()).is_dir():
+        raise UserError(f"MIG_KIT_RUNS is {root}, which is no folder and cannot be one; set it to "
+                        "a folder for runs, or unset it")
     return root
 
 
@@ -166,8 +162,8 @@ def lock_run(run: Path, patience: float = 5.0) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the folder of run '{run.name}' cannot be made ({error}); set MIG_KIT_RUNS "
-                        "to a folder that can be written") from error
+        raise UserError(f"the folder of run '{run.name}' cannot be made ({error}); set "
+                        "MIG_KIT_RUNS to a folder that can be written") from error
     lock = FileLock(run / "lock", thread_local=False)
     try:
         lock.acquire(timeout=patience)

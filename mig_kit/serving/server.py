@@ -40,7 +40,6 @@ from mig_kit.shared_prefix.generation import SamplingOptions, end_token_ids, for
 CHECKED_ANSWERS = 8  # the first ones, whose prompts are compared before any is used
 FACTOR = 28  # images whose sides absolute boxes count are multiples of it, see boxes.smart_resize
 FORBIDDEN_BIAS = -100.0  # the lowest that the API takes
-LETTERS_PER_TOKEN = 3  # at least, in English
 FEWEST_IMAGE_TOKENS = 4  # Qwen2-VL's of its smallest image
 
 
@@ -109,18 +108,15 @@ class ServedModel:
 
         answers = iter_results(work, enumerate(questions), self.concurrency)
         first = list(islice(answers, CHECKED_ANSWERS))
-        if self.processor is None:
-            check_usage([(question.sample, answer) for question, answer in first], self.box_format)
+        if self.processor is None and first:
             samples = [question.sample for question, _ in first]
-            self.check_last_image(max(samples, key=lambda sample: len(sample.images)), fields)
+            self.check_images_count(max(samples, key=lambda sample: len(sample.images)), fields)
         for part in (first, answers):
             for question, answer in part:
                 yield question, self.parse_replies(answer, question.replies, with_logps)
 
-    def check_last_image(self, sample: Sample, fields: dict) -> None:
-        """UserError if a server counts no more tokens for a prompt than without its last image."""
-        if len(sample.images) < 2:
-            return
+    def check_images_count(self, sample: Sample, fields: dict) -> None:
+        """UserError if a server's prompt takes no more tokens than without its last image."""
         parts = self.messages(sample)[0]["content"]
         last = max(place for place, part in enumerate(parts) if part["type"] == "image_url")
         for server in self.servers:
@@ -129,9 +125,10 @@ class ServedModel:
                 for content in (parts, parts[:last] + parts[last + 1:])]
             if all(counts) and counts[0] - counts[1] < FEWEST_IMAGE_TOKENS:
                 raise UserError(
-                    f"a prompt of {len(sample.images)} images took {counts[0]} tokens, and without "
-                    f"its last one {counts[1]}: the server {server.url} reads fewer images than it "
-                    "gets; have it take them all (--limit-mm-per-prompt), or take another one")
+                    f"the server {server.url} counts {counts[0]} tokens for a prompt of "
+                    f"{len(sample.images)} images, and {counts[1]} without the last one: it drops "
+                    "images or cuts prompts; have it load its vision part, take so many images "
+                    "(--limit-mm-per-prompt) and hold so many tokens (num_ctx, --max-model-len)")
 
     def messages(self, sample: Sample) -> list[dict]:
         """The sample's prompt in OpenAI's form; images are PNG of the size that the model sees."""
@@ -221,23 +218,6 @@ def prompt_tokens(answer: dict) -> int | None:
     usage = answer.get("usage")
     count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return count if isinstance(count, int) and count > 0 else None
-
-
-def check_usage(answers: list[tuple[Sample, dict]], box_format: BoxFormat) -> None:
-    """UserError if the servers' counts of prompt tokens say that images or prompts were cut."""
-    counts = [prompt_tokens(answer) for _, answer in answers]
-    if not counts or not all(counts):
-        return  # the server does not count
-    texts = [sum(len(part.get("text", "")) for part in chat_messages(sample, box_format)[0][
-        "content"]) for sample, _ in answers]
-    pixels = [sum(width * height for width, height in sample.sizes) for sample, _ in answers]
-    if all(count <= text / LETTERS_PER_TOKEN for count, text in zip(counts, texts)):
-        raise UserError(f"prompts of {len(answers[0][0].images)} images and {texts[0]} letters "
-                        f"took {counts[0]} tokens, no more than their text: the server drops the "
-                        "images; have it load its vision part, or take another one")
-    if len(counts) > 2 and len({*counts}) == 1 and max(pixels) > 1.2 * min(pixels):
-        raise UserError(f"every prompt took {counts[0]} tokens, whatever its images: the server "
-                        "cuts prompts; raise its context length (num_ctx, --max-model-len)")
 
 
 def check_prompt_ids(answer: dict, expected: list[int] | None, sample_id: str, url: str) -> None:

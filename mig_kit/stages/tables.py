@@ -67,12 +67,13 @@ def own_data_rows(deltas: dict) -> list[dict]:
                             if OWN in by_suite})
 
 
-def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
+def out_of_domain_rows(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
                        box_format: BoxFormat) -> list[dict]:
-    """Per suite out of domain: percent correct of every system, and differences as `gap_text`.
+    """Per task, out of domain a suite: percent correct of systems, differences as `gap_text`.
 
     replies: of base, sft (if the run has it) and grpo, by sample id.
     """
+    lists = evaluate.number_image_lists(samples)
     correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
                                  for sample in samples], dtype=float)
                for system, by_id in replies.items()}
@@ -85,7 +86,7 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
         for after, before in DIFFERENCES:
             if {after, before} <= correct.keys():
                 gaps = correct[after][indices] - correct[before][indices]
-                gap = paired_gap_by_list([(gaps, indices)])  # no two share their images
+                gap = paired_gap_by_list([(gaps, lists[indices])])
                 row[f"{SYSTEM_LABELS[after]} over {SYSTEM_LABELS[before]}"] = gap_text(gap)
         rows.append(row)
     return rows
@@ -93,26 +94,18 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
 
 def describe_moved_tasks(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
                          box_format: BoxFormat) -> str:
-    """One sentence on the tasks of a suite that RL moved by more than their interval, both ways.
+    """One sentence on the tasks that RL moved by more than their interval, both ways.
 
-    replies: per system by sample id; RL's start is "start", else "sft" or "base".
+    replies: as of `out_of_domain_rows`; RL's start is "start", else "sft" or "base".
     """
-    start = next(name for name in ("start", "sft", "base") if name in replies)
-    before, after = (np.array([is_correct(replies[name][sample.id], sample, box_format)
-                               for sample in samples], dtype=float) for name in (start, "grpo"))
-    lists = evaluate.number_image_lists(samples)
-    by_task = group_by_task((sample.task for sample in samples), np.arange(len(samples)))
-    moved = {"up": [], "down": []}
-    for task, rows in by_task.items():
-        gap = after[rows] - before[rows]
-        low, high = paired_gap_by_list([(gap, lists[rows])], not gap.any())["ci95"]
-        if low > 0 or high < 0:
-            scores = " → ".join(f"{100 * part[rows].mean():.0f}" for part in (before, after))
-            moved["up" if low > 0 else "down"].append(f"{task_title(task)} {scores}")
-    texts = [f"{way} {', '.join(names)}" for way, names in moved.items() if names]
-    return (f"RL moved {sum(map(len, moved.values()))} of {len(by_task)} tasks beyond their "
-            f"intervals{': ' * bool(texts)}{'; '.join(texts)}. Of twenty that it does not change, "
-            "one does so by chance.")
+    start = SYSTEM_LABELS[next(name for name in ("start", "sft", "base") if name in replies)]
+    rows, rl = out_of_domain_rows(samples, replies, box_format), SYSTEM_LABELS["grpo"]
+    moved = {mark: [f"{row['suite']} {row[start]} → {row[rl]}" for row in rows
+                    if row[f"{rl} over {start}"].startswith(mark)] for mark in "▲▼"}
+    texts = [f"{mark} {', '.join(tasks)}" for mark, tasks in moved.items() if tasks]
+    return (f"RL moved {sum(map(len, moved.values()))} of {len(rows)} tasks beyond their "
+            f"intervals{': ' * bool(texts)}{'; '.join(texts)}. Of twenty tasks that it does not "
+            "change, one is named by chance.")
 
 
 def gap_text(gap: dict) -> str:

@@ -97,7 +97,7 @@ def test_null_is_absent_and_whole_numbers_are_whole(root):
         ({"options": ["a  b", "a b"]}, "are the same; no letter is the correct one"),
         ({"options": ["B. a dog", "A. a cup"]}, "which one 'letter' or a reply means is"),
         ({"options": ["B", "A"]}, "which one 'letter' or a reply means is unclear"),
-        ({"options": ["A. a dog", "J. a cup"]}, "'A. a dog' is option A), so which one 'letter' or"),
+        ({"options": ["A. a dog", "J. a cup"]}, "'A. a dog' is option A), so which one 'letter'"),
         ({"options": ["1. a cup", "2. a dog"]}, "letters or numbers of their own ('1. a cup' is"),
         ({"box": [1, 2, 3, 4]}, "this line has box and options"),
         ({"coordinates": "pixels"}, "'coordinates' says what boxes are measured in")))])
@@ -178,6 +178,9 @@ def test_tables_of_own_data(root):
     (root / "numpy.csv").write_text(";".join(GOOD) + "\n" + ";".join(map(str, cells)) + "\n")
     ((problem,),) = check(root / "numpy.csv", root)
     assert problem == "'images': Input should be a valid list"
+    (root / "quotes.csv").write_text("images,question\n['a.png', 'b.png'],Find it.\n")
+    ((problem,),) = check(root / "quotes.csv", root)
+    assert problem.endswith("separated by commas; put texts that hold some between quotes")
 
 
 NEITHER = "is neither JSON in UTF-8 nor parquet nor CSV; own data are JSON lines, a JSON list, parq"
@@ -185,7 +188,8 @@ ANOTHER = "not both of images and question; own data are JSON lines, a JSON list
 
 
 @pytest.mark.parametrize(("name", "content", "sentence"), [
-    ("a.jsonl.gz", b"\x1f\x8b", NEITHER), ("a.pkl", b"\x80\x04", NEITHER), ("b.json", b"\0", NEITHER),
+    ("a.jsonl.gz", b"\x1f\x8b", NEITHER), ("a.pkl", b"\x80\x04", NEITHER),
+    ("b.json", b"\0", NEITHER),
     ("cvat.xml", b"<?xml version='1.0'?><annotations></annotations>", NEITHER),
     ("yolo.txt", b"0 0.5 0.5 0.2 0.2\n", NEITHER),
     ("label_studio.json", b'[{"id": 1, "data": {"image": "a.png"}, "annotations": []}]',
@@ -195,7 +199,7 @@ ANOTHER = "not both of images and question; own data are JSON lines, a JSON list
     ("coco.json", b'{"images": [], "annotations": [], "categories": []}', ANOTHER),
     ("person.csv", b"image1;image2;question;image\r\na.png;b.png;Find it.;1\r\n",
      f"its first row has the keys 'image1', 'image2', 'question', 'image', {ANOTHER}"),
-    ("latin.csv", "images,question\n['a.png'],Tür\n".encode("latin-1"), "is not in UTF-8 ('utf-8' "),
+    ("latin.csv", "images,question\n['a.png'],Tür\n".encode("latin-1"), "is not in UTF-8 ("),
     ("pipes.csv", b"images|question\n", "separated by commas or semicolons or tabs"),
     ("deep.json", b"[" * 200_000, "more than 100 brackets inside each other"),
     ("deep.csv", b"images,question\n" + b"[" * 200_000 + b",x\n", "field larger than field limit")])

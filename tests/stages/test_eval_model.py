@@ -10,7 +10,7 @@ import pytest
 from benchmark_files import RECORDS, write_benchmarks
 from command_line import error_of, output_of, run_mig_kit
 from PIL import Image
-from teacher_server import TeacherServer, completion
+from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.commands import ask
@@ -185,10 +185,11 @@ ANSWER = f"<answer>{format_answer(1, (11, 33, 333, 667))}</answer>"
 
 
 def serve(*messages, name="vision:7b"):
-    """A server that answers with the messages, by turns, and words for mig-kit eval."""
+    """A server that answers x, y and z with the messages in turn, and words for mig-kit eval."""
     def plan(nth, body):
-        answer = completion(prompt_tokens=300 + len(server.bodies))
-        message, choice = messages[len(server.bodies) % len(messages)], answer["choices"][0]
+        parts = body["messages"][0]["content"]
+        answer, asked = completion(prompt_tokens=100 * len(parts)), question_text(body)[9]
+        message, choice = messages["xyz".index(asked) % len(messages)], answer["choices"][0]
         choice.update(message=message, finish_reason=message.get("ends", "stop"))
         return 200, answer
 
@@ -238,7 +239,7 @@ def test_questions_of_the_training_are_counted_and_not_called_held_out(tmp_path,
 def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(own_task, tmp_path):
     messages = [{"content": ANSWER}, {"content": None, "ends": "content_filter"},
                 {"content": None, "reasoning": "Look.", "ends": "length"}]
-    _, words = serve(*messages, messages[0])
+    _, words = serve(*messages)
     words = (*words, "--coordinates", "normalized_1000")
     tables = [ask_own(own_task, tmp_path / "out", *words).stdout.splitlines()]
     stored = tmp_path / "out" / "replies" / "model_own_greedy.jsonl"

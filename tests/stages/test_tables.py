@@ -52,8 +52,8 @@ def test_tasks_that_rl_moved_are_named_both_ways():
 
     text = tables.describe_moved_tasks(samples, {
         "base": replies(), "sft": replies("diff"), "grpo": replies("correspondence")}, BOX_FORMAT)
-    assert text.startswith("RL moved 2 of 10 tasks beyond their intervals: up ")
-    assert " 0 → 100; down " in text and " 100 → 0. Of twenty" in text
+    assert text.startswith("RL moved 2 of 10 tasks beyond their intervals: ▲ ")
+    assert " 0.0 → 100.0; ▼ " in text and " 100.0 → 0.0. Of twenty" in text
     text = tables.describe_moved_tasks(samples, {"base": right, "grpo": right}, BOX_FORMAT)
     assert text.startswith("RL moved 0 of 10 tasks beyond their intervals. Of twenty")
 
