@@ -222,8 +222,8 @@ def prompt_tokens(answer: dict) -> int | None:
 
 def check_prompt_ids(answer: dict, expected: list[int] | None, sample_id: str, url: str) -> None:
     """UserError if the answer's prompt ids, or their number, are not the kit's `expected`."""
-    served, usage = answer.get("prompt_token_ids"), answer.get("usage") or {}
-    n_served = len(served) if served is not None else usage.get("prompt_tokens")
+    served = answer.get("prompt_token_ids")
+    n_served = prompt_tokens(answer) if served is None else len(served)
     if expected is None or served == expected or (
             served is None and n_served in (None, len(expected))):
         return
