@@ -17,7 +17,9 @@ KEY_VARIABLE = "MIG_KIT_API_KEY"
 # a web address without a name, key, query or fragment in it
 ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?(?:/[^\s?#]*)?",
                      re.IGNORECASE | re.ASCII)
-CUT = re.compile("length|max_?tokens|token_limit", re.IGNORECASE)  # finish_reasons of cut replies
+# finish_reasons of cut replies, and of what no model has ended
+CUT = re.compile("length|max_?tokens|token_limit", re.IGNORECASE)
+FAILED = re.compile("error|abort|cancel|fail", re.IGNORECASE)
 
 
 class RequestFailed(UserError):
@@ -86,7 +88,8 @@ def request_json(client, path: str, body: dict | None = None) -> object:
 def request_completion(client, body: dict) -> dict:
     """A chat completion as the server's JSON; body: as of the API. RequestFailed for an error."""
     answer = request_json(client, "/chat/completions", body)
-    if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
+    if not isinstance(answer, dict) or answer.get("error") or not isinstance(
+            answer.get("choices"), list):
         raise RequestFailed(f"no completion but: {json.dumps(answer)}", 200)
     return answer
 
@@ -105,9 +108,11 @@ def read_choice(choice: dict, opened_tag: str = "") -> tuple[str, str]:
     """Text and finish_reason of a choice of a chat completion's JSON; "length" for a cut reply.
 
     Reasoning in a field of its own is put before the answer. opened_tag: what the prompt opened the
-    reply with. Raises ValueError for a choice without text and reason.
+    reply with. Raises ValueError for a choice without text and reason, or with an error.
     """
     message, reason = choice.get("message") or {}, choice.get("finish_reason") or ""
+    if (error := choice.get("error")) or FAILED.search(str(reason)):
+        raise ValueError(f"an error in place of a reply: {json.dumps(error or reason)[:200]}")
     content, reasoning = _join(message.get("content")), next(
         (text for key in ("reasoning_content", "reasoning", "reasoning_details")
          if (text := _join(message.get(key)))), "")

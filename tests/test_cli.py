@@ -5,6 +5,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from command_line import output_of, run_mig_kit
+from filelock import FileLock
 
 from mig_kit.commands.main import cli
 from mig_kit.pipeline import run_folders
@@ -25,7 +26,7 @@ from mig_kit.world.tasks import make_sample
     (("run", "01", "--run-id", "a/b"), "run_id is 'a/b'; use letters"),
     (("run", "05", "-p", "beta=0.1"), "Option '-p' requires 2 arguments"),
     (("run", "99"), "no stage '99'"),
-    (("run", "05", "--run-id", "none-such"), "05_grpo needs 01_synthesize of run 'none-such'"),
+    (("run", "05", "--run-id", "none-such"), "01_synthesize of run 'none-such', and there is no"),
     (("run", "--profile", "huge"), "the profiles are tiny, "),
 ])
 def test_bad_input_is_one_sentence(words, sentence, tmp_path, monkeypatch):
@@ -45,6 +46,26 @@ def test_a_sentence_is_all_that_a_process_says_and_a_bug_its_traceback(tmp_path,
         run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path))
 
 
+@pytest.mark.parametrize("runs", ["{tmp}/file", "{tmp}/file/below"])
+@pytest.mark.parametrize("words", [("status",), ("run", "00"), ("rm", "default")])
+def test_a_place_that_can_hold_no_runs_is_one_sentence(runs, words, tmp_path):
+    (tmp_path / "file").touch()
+    result = run_mig_kit(*words, MIG_KIT_RUNS=runs.format(tmp=tmp_path))
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert "which is no folder and cannot be one; set it to a folder for runs" in result.stderr
+
+
+def test_a_run_that_is_being_written_is_not_asked_about(tmp_path):
+    """Nor is the stage that runs called unfinished without a word of it."""
+    (tmp_path / "mine" / "01_synthesize").mkdir(parents=True)
+    (tmp_path / "mine" / "01_synthesize" / "run.json").write_text('{"params": {}, "outputs": {}}')
+    with FileLock(tmp_path / "mine" / "lock"):
+        result = run_mig_kit("rm", "mine", MIG_KIT_RUNS=str(tmp_path))
+        assert "is being written by another process" in result.stderr and not result.stdout
+        result = run_mig_kit("run", "06", "--run-id", "mine", MIG_KIT_RUNS=str(tmp_path))
+    assert "which has not finished, and a process is running in that run" in result.stderr
+
+
 def test_status_without_a_run_says_what_to_type(tmp_path):
     output = output_of("status", MIG_KIT_RUNS=str(tmp_path))
     assert f"no run in {tmp_path} yet; mig-kit run makes one" in output
@@ -56,16 +77,16 @@ def test_status_shows_stages_and_scores(tmp_path, monkeypatch):
         (tmp_path / "run" / stage).mkdir(parents=True)
         record = {"seconds": seconds, "params": {}, "facts": {}}
         (tmp_path / "run" / stage / "run.json").write_text(json.dumps(record))
-    systems = {name: {"mig_bench": {"score": score}}
+    systems = {name: {"mig_bench": {"score": score, "n": 40}}
                for name, score in (("base", 1.0), ("sft", 40.0), ("grpo", 55.5))}
     (tmp_path / "run" / "06_evaluate" / "metrics.json").write_text(json.dumps({"systems": systems}))
     line, = output_of("status").splitlines()
     assert line == ("run (by hand); 05 06 07 done; 05 06 07 stale; MIG-Bench-like (drawn) 1.0 / "
-                    "40.0 / 55.5 (base / sft / grpo)")
+                    "40.0 / 55.5 (base / sft / grpo; n = 40)")
     output = output_of("status", "run")
     lines = {line.split()[0]: line for line in output.splitlines()[1:]}
     assert "done in 1.5 min" in lines["05_grpo"] and "02_sft" not in lines
-    assert "base 1.0, sft 40.0, grpo 55.5" in output
+    assert "base 1.0, sft 40.0, grpo 55.5 (n = 40)" in output
     assert "stale, 07_report: 07_report needs 01_synthesize of run 'run'" in lines["07_report"]
 
 

@@ -32,9 +32,10 @@ WINGS = {
 # what stages share; train is what launchers start
 STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "tables": set(),
                  "launched_worker": {"sft", "grpo"}}
-# compare reads the results of finished ones; eval_model asks and judges as 06 does
+# compare and tables read the results of finished ones; eval_model asks and judges as 06 does
 READS_STAGES = {"compare": {"evaluate", "evaluated_runs"},
-                "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate"}}
+                "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate"},
+                "tables": {"evaluate"}}
 # the notebook-less 06 judges real benchmarks; 06 refits the edges of boxes
 READS_SCORING = {"stages.eval_model": "", "stages.evaluate": "calibration"}  # module: "" for all
 OTHER_HOMES = {  # module and test of a stage that is none of the recipe

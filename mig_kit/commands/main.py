@@ -110,9 +110,10 @@ def rm(run_id: str, yes: bool) -> None:
     run_folders.require_no_branches(run_id)
     folder = run_folders.runs_root() / run_id
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+    run_folders.lock_run(folder)  # refused before a question is asked
     if not yes and not click.confirm(f"delete {folder}, {size:.0f} MB?"):
+        run_folders.unlock_run(folder)
         return click.echo("nothing removed")
-    run_folders.lock_run(folder)
     shutil.rmtree(folder)
     run_folders.unlock_run(folder)
     click.echo(f"removed: run '{run_id}'")

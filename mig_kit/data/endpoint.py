@@ -42,7 +42,6 @@ COORDINATES_IN_RULES = {
 }
 MAX_FAILURES_IN_A_ROW = 10
 COUNTS = ("prompt_tokens", "completion_tokens")
-FAILURES = ("abort", "error")  # finish_reasons of no reply
 
 
 @dataclass(frozen=True)
@@ -162,10 +161,8 @@ def _request_reply(endpoint: Endpoint, client, messages: list[dict]) -> dict:
         reply, reason = read_choice(answer["choices"][0])
     except RequestFailed as failure:
         return {"failed": str(failure)}
-    except (ValueError, IndexError, AttributeError, TypeError):
-        return {"failed": "an answer without a reply"}
-    if reason in FAILURES:
-        return {"failed": f"a reply that ended with {reason}"}
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        return {"failed": f"an answer without a reply ({error})"}
     usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
     return {"reply": redact(reply, read_api_key()), "finish_reason": reason,
             **{name: usage.get(name) for name in COUNTS}}

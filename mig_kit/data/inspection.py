@@ -71,6 +71,7 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
         raise UserError(f"--out {out} is FILE itself, or in no folder that exists; name another "
                         "file")
     findings, rng = Findings(), random.Random(0)
+    waiting, n_lost = [], 0  # what is said of lines once an image is found
     temporary = out.with_name(f"{out.name}.tmp") if out else Path(os.devnull)
     try:
         with temporary.open("w", encoding="utf-8") as correct:
@@ -79,7 +80,15 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
                 if not line.problems:
                     correct.write(json.dumps(line.record) + "\n")
                 elif findings.wrong.total() <= SHOWN:
-                    say(f"{line.place}: {'; '.join(map(str, line.problems))}")
+                    waiting.append(f"{line.place}: {'; '.join(map(str, line.problems))}")
+                n_lost += {problem.reason for problem in line.problems} == {"missing image"}
+                if n_lost < findings.n_lines:
+                    for text in waiting:
+                        say(text)
+                    waiting.clear()
+        if waiting:
+            raise UserError(f"none of the images of {file} is in {root.resolve()}, which is where "
+                            f"--root says that they are, else FILE's folder ({waiting[0]})")
         n_wrong = findings.wrong.total()
         n_correct = findings.n_lines - n_wrong
         if out and n_correct:  # an older file is not replaced by none

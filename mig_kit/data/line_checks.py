@@ -23,8 +23,8 @@ TAG = re.compile(
     r"<\|[a-z0-9_]{1,40}\|>|</?(?:image|img|video|audio|bbox|box|ref|ref-object|obj|object|region"
     r"|point|loc|mask|quad|p)(?:[ _-]?\w{1,20})?\s?/?>|<img\b[^<>]{0,300}>", re.IGNORECASE)
 CONTROL_TOKEN = re.compile(r"<\|[a-z0-9_]{1,40}\|>")
-# an option's own letter, as in "B. a dog", "(B) a dog" or "B" alone
-OWN_LETTER = re.compile(r"\s*\(?([A-Ha-h])(?:[.):]\s*|\s*$)")
+# an option's own letter or number, as in "B. a dog", "(B) a dog", "2. a dog", or "B" alone
+OWN_LETTER = re.compile(r"\s*\(?(?:([A-Za-z]|\d\d?)[.):](?!\d)\s*|([A-Ha-h])\s*$)")
 
 
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -128,15 +128,15 @@ def _option_rules(options: list[str], letter: str) -> list[tuple[bool, str, str]
          "no letter is the correct one"),
         (letter in LETTERS[:len(texts)], "'letter' beyond the options", "'letter' must be that of "
          f"the correct option, A to {LETTERS[len(texts) - 1]}"),
-        (letters in ("", LETTERS[:len(letters)]), "options with letters of another order", "the "
-         f"options begin with letters of their own ({texts[0]!r} is option A), so which one "
-         "'letter' means is unclear; take these letters out")]
+        (letters in ("", LETTERS[:len(texts)]), "options with letters of another order", "the "
+         f"options begin with letters or numbers of their own ({texts[0]!r} is option A), so which "
+         "one 'letter' or a reply means is unclear; take them out")]
 
 
 def own_letters(options: list[str]) -> str:
-    """The letters with which the texts of all options begin, "" unless all begin so."""
+    """The letters or numbers with which the texts of all options begin, "" unless all begin so."""
     matches = [OWN_LETTER.match(option) for option in options]
-    return "".join(match[1].upper() for match in matches) if all(matches) else ""
+    return "".join((match[1] or match[2]).upper() for match in matches) if all(matches) else ""
 
 
 def find_file_problems(line: OwnLine, sizes: list) -> tuple[list[float], list[Problem]]:

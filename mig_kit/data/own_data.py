@@ -19,7 +19,7 @@ from mig_kit.data.line_checks import (
     parse_line,
     sizes_below,
 )
-from mig_kit.data.records import Problem, entry_word, iter_entries
+from mig_kit.data.records import Problem, entry_word, iter_entries, require_own_data
 from mig_kit.image_files import EncodedImage, LazyImages, resolve_under_root
 from mig_kit.sample import Sample, Target
 
@@ -45,6 +45,7 @@ class Line:
 
 def iter_checked_lines(path: Path, root: Path, decodes: bool = False) -> Iterator[Line]:
     """Every line of the file; UserError for a file of another kind. See `check_records`."""
+    require_own_data(path)
     return check_records(iter_entries(path), root, decodes)
 
 

@@ -1,7 +1,9 @@
 """Records of a data set: JSON lines, a JSON list, a parquet table or a CSV; others are refused."""
 
+import ast
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,12 @@ import ijson
 from mig_kit.common import UserError, iter_lines
 
 NOT_IN_CSV = ("question", "letter", "id", "task", "reply", "coordinates")  # cells that are no JSON
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of a CSV's columns
+ADJACENT = re.compile(r"""['"]\s+['"]""")
+DEEPEST = 100  # brackets inside each other
+READ_FORMS = ("own data are JSON lines, a JSON list, parquet or CSV with the keys of "
+              "notebooks/guide/own_data.md, which has two scripts for other formats (COCO; "
+              "conversations)")
 
 
 class Problem(UserError):
@@ -30,11 +38,10 @@ def entry_word(path: Path) -> str:
     """What an entry of the file is called: a line, a record of a list, or a row of a table."""
     with path.open("rb") as file:
         opening = file.read(1024).lstrip()
-    if path.suffix == ".csv" or opening.startswith(b"PAR1"):
+    if path.suffix in (".csv", ".tsv") or opening.startswith(b"PAR1"):
         return "row"
     if opening and opening[:1] not in b"[{":
-        raise UserError(f"{path} is neither JSON in UTF-8 nor parquet nor CSV; save its records as "
-                        "JSON, one object a line")
+        raise UserError(f"{path} is neither JSON in UTF-8 nor parquet nor CSV; {READ_FORMS}")
     return "record" if opening.startswith(b"[") else "line"
 
 
@@ -50,9 +57,24 @@ def iter_entries(path: Path) -> Iterator[tuple[str, dict | Problem]]:
             if not isinstance(record, dict | Problem):
                 record = Problem(f"the {word} is no JSON object; write one {{...}} per {word}")
             yield f"{word} {number}", record
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8 ({error}); save it so, in Excel as \"CSV UTF-8\""
+                        ) from error
     except (ValueError, OSError, csv.Error, ijson.JSONError) as error:
         raise UserError(f"{path} is cut or broken ({str(error).splitlines()[0].strip()}); save it "
                         "again") from error
+
+
+def require_own_data(path: Path) -> None:
+    """UserError unless the first entry of a file, if it is an object, has the keys of own data."""
+    _, record = next(iter_entries(path), ("", {}))
+    if isinstance(record, Problem) and next(iter_lines(path)).strip() == b"{":
+        raise UserError(f"{path} is JSON over several lines, and no list; {READ_FORMS}")
+    keys = () if isinstance(record, Problem) else [*record]
+    if keys and not {"images", "question"} <= {*keys}:
+        raise UserError(f"{path} is no own data: its first {entry_word(path)} has the keys "
+                        f"{', '.join(map(repr, keys))[:200]}, not both of images and question; "
+                        f"{READ_FORMS}")
 
 
 def _iter_json_lines(path: Path) -> Iterator[object]:
@@ -65,27 +87,52 @@ def _iter_json_lines(path: Path) -> Iterator[object]:
 
 
 def _iter_list(path: Path) -> Iterator[object]:
+    depth, item = 0, ijson.ObjectBuilder()
     with path.open("rb") as file:
-        yield from ijson.items(file, "item", use_float=True)
+        events = ijson.basic_parse(file, use_float=True)  # `items` keeps a path of all brackets
+        next(events)
+        for event, value in events:
+            depth += event.startswith("start_") - event.startswith("end_")
+            if depth > DEEPEST:
+                raise ValueError(f"more than {DEEPEST} brackets inside each other")
+            if depth < 0:
+                return
+            item.event(event, value)
+            if depth == 0:
+                yield item.value
+                item = ijson.ObjectBuilder()
 
 
-def _iter_table(path: Path) -> Iterator[dict]:
+def _iter_table(path: Path) -> Iterator[dict | Problem]:
     """The rows of a parquet, or of a CSV, whose lists and numbers are JSON; empty cells go."""
-    if path.suffix != ".csv":
+    if path.suffix not in (".csv", ".tsv"):
         from pyarrow import parquet  # of an extra
 
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=16):
             yield from batch.to_pylist()
         return
     with path.open(newline="", encoding="utf-8-sig") as file:
-        delimiter = max(",;", key=file.readline().count)  # spreadsheets of some countries write ;
+        header = file.readline()
+        # spreadsheets of some countries write semicolons
+        delimiter = max(SEPARATORS, key=header.count)
+        if delimiter not in header:
+            raise ValueError(f"its first line {header[:60]!r} has no columns that are separated by "
+                             f"{' or '.join(SEPARATORS.values())}")
         file.seek(0)
         for row in csv.DictReader(file, delimiter=delimiter):
-            yield {key: _read_cell(key, text) for key, text in row.items() if text}
+            yield {key: _read_cell(key, text) for key, text in row.items() if text} if (
+                None not in row) else Problem(
+                    "the row has more columns than the first line, separated by "
+                    f"{SEPARATORS[delimiter]}; put texts that hold some between quotes")
 
 
 def _read_cell(key: str, text: str) -> object:
-    try:
-        return text if key in NOT_IN_CSV else json.loads(text)
-    except ValueError:
-        return text
+    """A cell's list or number, in JSON's form or in Python's, as pandas writes lists; else text."""
+    readers = [json.loads, ast.literal_eval] if key not in NOT_IN_CSV else []
+    # numpy writes no commas, so that Python would read two texts as one
+    for read in readers[:1] if ADJACENT.search(text) else readers:
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+    return text

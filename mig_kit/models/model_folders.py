@@ -108,7 +108,7 @@ def check_model_folder(model: str | Path) -> None:
 
 
 def check_weights(model: str | Path) -> None:
-    """UserError unless the weights of a folder or hub name are whole, of its family, and finite.
+    """UserError unless the weights of a folder or hub name are whole, finite and its config.json's.
 
     Checked once for the same files; the 7.5 GB of a 3B take one second of a core.
     """
@@ -127,31 +127,49 @@ def _check_files(model: str | Path, files: tuple[tuple[Path, int, int], ...]) ->
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         opened = [stack.enter_context(safe_open(path, "pt")) for path, *_ in files
                   if path.suffix == ".safetensors"]
-        tensors = [(file, name) for file in opened for name in file.keys()]
-        wrong_names = pool.map(_name_if_not_finite, tensors)
+        tensors = {name: file for file in opened for name in file.keys()}
+        problems = pool.map(_describe_values, tensors, tensors.values())
         # transformers' own names of tensors, without their values
         _, info = FAMILIES[config.model_type].from_pretrained(
             model, config=config, device_map="meta", output_loading_info=True, use_safetensors=True)
-        not_finite = "".join(islice(filter(None, wrong_names), 1))
-    if missing := sorted({*info["missing_keys"]}):
-        other = sorted({*info["unexpected_keys"]})
+        problem = "".join(islice(filter(None, problems), 1)) or _describe_head(config, tensors)
+    missing, other = (sorted({*info[kind]}) for kind in ("missing_keys", "unexpected_keys"))
+    if missing:
         raise UserError(f"the weights of {model} lack {len(missing)} tensors, the first is "
                         f"{missing[0]}{f'; they hold {other[0]} instead' if other else ''}; copy "
                         "or save them again")
-    if not_finite:
-        raise UserError(f"the weights of {model} are not finite: {not_finite} holds NaN, infinity "
-                        f"or numbers beyond {MOST:.0e}; its training went wrong")
+    if other:
+        raise UserError(f"the weights of {model} hold {len(other)} tensors for which its "
+                        f"config.json has no place, the first is {other[0]}; give the config.json "
+                        "that they were saved with")
+    if problem:
+        raise UserError(f"the weights of {model} are not those of a trained model: {problem}")
 
 
-def _name_if_not_finite(tensor: tuple[object, str]) -> str:
-    """The name of a tensor of an opened file if it holds NaN or a number beyond MOST, else ""."""
-    file, name = tensor
+def _describe_values(name: str, file) -> str:
+    """What is wrong with the values of an opened file's tensor, or ""."""
     values = file.get_tensor(name)
-    if not values.is_floating_point():
-        return ""
+    if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return (f"{name} holds {values.dtype}, as quantised weights do; give the full ones, in "
+                "float32, bfloat16 or float16")
     # the norm is no less than any of them, and costs a third of a minimum and maximum in bfloat16
     norm = torch.linalg.vector_norm(values.float() if values.dtype == torch.float16 else values)
-    return "" if norm < MOST else name  # NaN is not less
+    if not norm < MOST:  # NaN is not less
+        return (f"not finite: {name} holds NaN, infinity or numbers beyond {MOST:.0e}; its "
+                "training went wrong")
+    is_empty = values.ndim > 1 and norm == 0
+    return f"{name} holds nothing but zeros; copy or save it again" if is_empty else ""
+
+
+def _describe_head(config, tensors: dict[str, object]) -> str:
+    """What is wrong with a head that is saved beside the embeddings to which it is tied, or ""."""
+    head = tensors.get("lm_head.weight")
+    name = next((name for name in tensors if name.endswith("embed_tokens.weight")), "")
+    if not (config.tie_word_embeddings and head and name) or torch.equal(
+            head.get_tensor("lm_head.weight"), tensors[name].get_tensor(name)):
+        return ""
+    return (f"lm_head.weight differs from {name}, to which config.json ties it, and would be "
+            "dropped; set tie_word_embeddings to false")
 
 
 def load_config(model: str | Path):

@@ -2,14 +2,22 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -27,6 +35,10 @@ from mig_kit.shared_prefix.generation import end_token_ids
 from mig_kit.shared_prefix.prompt_cache import ImagePrompts
 
 SETTINGS_FILE = "mig_kit.json"  # of a model folder: what its other files have no place for
+REPLY = '<think>In image 2.</think><answer>{"image": 2, "box": [12,30,26,44]}</answer>'
+# mean and deviation of images, by the first letters of a family
+COLOURS = {"qwen2": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+           "qwen3": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)}
 
 
 class StillImageProcessor(ImagePrompts):
@@ -141,12 +153,40 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
         images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
         stock_class=PROCESSOR_MAPPING_NAMES[family], coordinates=box_format.coordinates)
     check_chat_template(processor, box_format, model)
-    vision = config.vision_config
-    if not images.do_resize or (images.patch_size, images.merge_size) != (
-            vision.patch_size, vision.spatial_merge_size):
-        raise UserError(f"{model} resizes images otherwise than its vision tower reads them; mend "
-                        "do_resize, patch_size and merge_size in its preprocessor_config.json")
+    check_tokens(processor, config, model)
+    check_image_settings(images, config, model)
     return processor
+
+
+def check_tokens(processor: StillImageProcessor, config, model: str | Path) -> None:
+    """UserError unless config.json and tokenizer agree on an image's tokens, and the tags of a
+    reply survive a decode.
+    """
+    tokenizer = processor.tokenizer
+    for name, token in (("image_token_id", processor.image_token),
+                        ("vision_start_token_id", "<|vision_start|>")):
+        number = tokenizer.convert_tokens_to_ids(token)
+        if getattr(config, name, number) != number:
+            raise UserError(f"{name} in config.json of {model} is {getattr(config, name)}, and "
+                            f"{token} is {number} in its tokenizer; set the one to the other")
+    ids = tokenizer(REPLY, add_special_tokens=False)["input_ids"]
+    if (text := tokenizer.decode(ids, skip_special_tokens=True)) != REPLY:
+        raise UserError(f"the tokenizer of {model} turns the reply {REPLY} into {text[:80]!r}; "
+                        "take think and answer out of its special tokens")
+
+
+def check_image_settings(images, config, model: str | Path) -> None:
+    """UserError unless images are prepared as the model's vision tower was trained to read them."""
+    vision, (mean, std) = config.vision_config, COLOURS[config.model_type[:5]]
+    expected = {
+        "do_resize": True, "patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
+    for name, value in expected.items():
+        if not np.allclose(getattr(images, name), value):
+            raise UserError(f"{name} in preprocessor_config.json of {model} is "
+                            f"{getattr(images, name)}, and its family's vision tower reads images "
+                            f"with {value}; set it to that")
 
 
 def read_box_format(model: str | Path) -> BoxFormat:
@@ -188,8 +228,8 @@ def load_chat_template(model: str | Path) -> str | None:
 
 def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
                         model: str | Path) -> None:
-    """Raise UserError unless the template has a place for every image, asks for a reply, and ends
-    one with a token at which generation ends.
+    """Raise UserError unless the template keeps a prompt's parts in their order, asks for a reply,
+    and ends one with a token at which generation ends.
     """
     messages = chat_messages(Sample("", "", "", "", (None, None), "Where is it?"), box_format)
     try:
@@ -199,10 +239,12 @@ def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
         ending = processor.reply_ending.strip()
     except (ValueError, jinja2.TemplateError) as error:
         raise UserError(f"the chat template of {model}: {error}") from error
-    if text.count(processor.image_token) != 2 or text == without:
-        raise UserError(f"the chat template of {model} leaves images out, or ignores "
-                        "add_generation_prompt; copy chat_template.jinja or .json from the model "
-                        "that this one was made from")
+    parts = [part.get("text", processor.image_token).strip() for part in messages[0]["content"]]
+    in_order = re.search(".*".join(map(re.escape, parts)), text, re.DOTALL)
+    if text.count(processor.image_token) != 2 or not in_order or text == without:
+        raise UserError(f"the chat template of {model} leaves images or their numbers out, changes "
+                        "the order of a prompt's parts, or ignores add_generation_prompt; copy "
+                        "chat_template.jinja or .json from the model that this one was made from")
     ids = processor.tokenizer(ending, add_special_tokens=False)["input_ids"]
     ends = end_token_ids(load_generation_config(model), processor)
     if ids and ids[0] not in ends:

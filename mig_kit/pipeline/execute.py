@@ -1,5 +1,6 @@
 """Run stages as notebooks, through papermill; a stage that has finished is skipped."""
 
+import json
 import logging
 import sys
 import time
@@ -64,12 +65,24 @@ def check_plan(plan: PlannedRun) -> None:
             store.require_fresh_inputs(stage, plan.origin)
 
 
+def require_parameters_cell(stage: str) -> None:
+    """UserError unless one cell of a stage's notebook is tagged as that of its parameters."""
+    path = NOTEBOOKS / f"{stage}.ipynb"
+    cells = json.loads(path.read_text())["cells"]
+    if sum("parameters" in cell["metadata"].get("tags", ()) for cell in cells) != 1:
+        raise UserError(f"{path} must have one cell with the tag 'parameters', behind which the "
+                        "command's values go; without it the notebook would run with its own ones, "
+                        "so give that tag to the cell of its parameters")
+
+
 def run_plan(plan: PlannedRun, force: bool = False) -> None:
     """Run the stages of a plan in order; force: run all of them from the start.
 
     Raises UserError, before a kernel starts, as `check_plan`, and if a stage refuses its input; a
     stage that fails otherwise prints its traceback and ends the process.
     """
+    for stage in plan.params:
+        require_parameters_cell(stage)
     if not force:
         check_plan(plan)
     if plan.source:

@@ -158,7 +158,7 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
                 f"05_grpo: an update uses {prompts} prompts (per_device_train_batch_size x "
                 f"gradient_accumulation_steps / num_generations), and 04 keeps {kept}; lower "
                 "gradient_accumulation_steps, widen min_pass_rate and max_pass_rate in 04, or make "
-                "more candidates in 01")
+                "more candidates in 01 (both with --force)")
     is_drawn = synthesized.get("data", "scenes") == "scenes"
     if evaluation and is_drawn and not any(evaluation["suites"].values()):
         raise UserError("06_evaluate: all suites are 0, so there is nothing to score; raise one of "

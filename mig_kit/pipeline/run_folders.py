@@ -31,8 +31,15 @@ _LOCKS: dict[Path, FileLock] = {}  # of the runs that this process writes
 
 
 def runs_root() -> Path:
-    """The folder of all runs: $MIG_KIT_RUNS (relative to the project), else the project's runs/."""
-    return PROJECT_ROOT / os.environ.get("MIG_KIT_RUNS", "runs")
+    """The folder of all runs: $MIG_KIT_RUNS (relative to the project), else the project's runs/.
+
+    Raises UserError if there is something else than a folder, or its path leads through a file.
+    """
+    root = PROJECT_ROOT / (os.environ.get("MIG_KIT_RUNS") or "runs")
+    if not next(path for path in (root, *root.parents) if path.exists()).is_dir():
+        raise UserError(f"MIG_KIT_RUNS is {root}, which is no folder and cannot be one; set it to "
+                        "a folder for runs, or unset it")
+    return root
 
 
 def validate_run_id(run_id: str) -> str:
@@ -132,8 +139,15 @@ def require_record(stage: str, run_id: str, by: str) -> dict:
     record = load_record(stage, run_id)
     if record is None:
         owner = find_owner(stage, run_id)
-        raise UserError(f"{by} needs {stage} of run '{owner}', which has not finished; "
-                        f"run: {format_run_command(stage, owner)}")
+        folder, need = runs_root() / owner, f"{by} needs {stage} of run '{owner}'"
+        if not folder.is_dir():
+            hint = suggest_word(owner, list_runs(), 0.5) or "mig-kit status lists the runs"
+            raise UserError(f"{need}, and there is no such run in {runs_root()}; {hint} (to make "
+                            f"it: {format_run_command(stage, owner)})")
+        if folder not in _LOCKS and is_locked(folder):
+            raise UserError(f"{need}, which has not finished, and a process is running in that "
+                            "run; wait until it has ended")
+        raise UserError(f"{need}, which has not finished; run: {format_run_command(stage, owner)}")
     return record
 
 
@@ -145,7 +159,11 @@ def lock_run(run: Path, patience: float = 5.0) -> None:
     """
     if run in _LOCKS:
         return
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder of run '{run.name}' cannot be made ({error}); set "
+                        "MIG_KIT_RUNS to a folder that can be written") from error
     lock = FileLock(run / "lock", thread_local=False)
     try:
         lock.acquire(timeout=patience)

@@ -14,9 +14,9 @@ def run_line(run_id: str) -> str:
     parts += [f"{' '.join(stage[:2] for stage in stale)} stale"] if stale else []
     parts += ["running"] if run_folders.is_locked(run_folders.runs_root() / run_id) else []
     if systems := _scores(run_id):
-        suite = next(iter(systems["grpo"]))
+        suite, summary = next(iter(systems["grpo"].items()))
         scores = " / ".join(f"{by_suite[suite]['score']:.1f}" for by_suite in systems.values())
-        parts.append(f"{suite_title(suite)} {scores} ({' / '.join(systems)})")
+        parts.append(f"{suite_title(suite)} {scores} ({' / '.join(systems)}; n = {summary['n']})")
     return "; ".join(parts)
 
 
@@ -27,10 +27,10 @@ def run_lines(run_id: str) -> list[str]:
     for stage, state in states.items():
         reason = f"; stale, {stale[stage]}" if stage in stale else ""
         lines.append(f"  {stage:<24}{state}{reason}")
-    for suite in systems.get("grpo", ()):
+    for suite, summary in systems.get("grpo", {}).items():
         scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"
                            for system, by_suite in systems.items())
-        lines.append(f"  {suite_title(suite):<24}{scores}")
+        lines.append(f"  {suite_title(suite):<24}{scores} (n = {summary['n']})")
     return lines
 
 

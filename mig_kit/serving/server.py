@@ -40,7 +40,7 @@ from mig_kit.shared_prefix.generation import SamplingOptions, end_token_ids, for
 CHECKED_ANSWERS = 8  # the first ones, whose prompts are compared before any is used
 FACTOR = 28  # images whose sides absolute boxes count are multiples of it, see boxes.smart_resize
 FORBIDDEN_BIAS = -100.0  # the lowest that the API takes
-LETTERS_PER_TOKEN = 3  # at least, in English
+FEWEST_IMAGE_TOKENS = 4  # Qwen2-VL's of its smallest image
 
 
 class Server(NamedTuple):
@@ -100,9 +100,7 @@ class ServedModel:
             except RequestFailed as failure:
                 raise RequestFailed(f"the server {server.url} answered {failure}",
                                     failure.status) from None
-            if with_logps and answer.get("model") not in (self.name, None):
-                raise UserError(f"the server {server.url} answered as '{answer['model']}', not as "
-                                f"'{self.name}': it has an old adapter; start it again")
+            check_answering_model(answer.get("model"), self.name, server.url, with_logps)
             if question.prompt_ids is not None or number < CHECKED_ANSWERS:
                 expected = question.prompt_ids or self.prompt_ids(question.sample)
                 check_prompt_ids(answer, expected, question.sample.id, server.url)
@@ -110,12 +108,27 @@ class ServedModel:
 
         answers = iter_results(work, enumerate(questions), self.concurrency)
         first = list(islice(answers, CHECKED_ANSWERS))
-        if self.processor is None:
-            check_usage([(question.sample, answer.get("usage")) for question, answer in first],
-                        self.box_format)
+        if self.processor is None and first:
+            samples = [question.sample for question, _ in first]
+            self.check_images_count(max(samples, key=lambda sample: len(sample.images)), fields)
         for part in (first, answers):
             for question, answer in part:
                 yield question, self.parse_replies(answer, question.replies, with_logps)
+
+    def check_images_count(self, sample: Sample, fields: dict) -> None:
+        """UserError if a server's prompt takes no more tokens than without its last image."""
+        parts = self.messages(sample)[0]["content"]
+        last = max(place for place, part in enumerate(parts) if part["type"] == "image_url")
+        for server in self.servers:
+            counts = [prompt_tokens(request_completion(server.client, {
+                "model": self.name, "messages": [{"role": "user", "content": content}], **fields}))
+                for content in (parts, parts[:last] + parts[last + 1:])]
+            if all(counts) and counts[0] - counts[1] < FEWEST_IMAGE_TOKENS:
+                raise UserError(
+                    f"the server {server.url} counts {counts[0]} tokens for a prompt of "
+                    f"{len(sample.images)} images, and {counts[1]} without the last one: it drops "
+                    "images or cuts prompts; have it load its vision part, take so many images "
+                    "(--limit-mm-per-prompt) and hold so many tokens (num_ctx, --max-model-len)")
 
     def messages(self, sample: Sample) -> list[dict]:
         """The sample's prompt in OpenAI's form; images are PNG of the size that the model sees."""
@@ -187,28 +200,30 @@ class ServedModel:
         return ServedReply(text, ids, logps, reason)
 
 
-def check_usage(answers: list[tuple[Sample, dict | None]], box_format: BoxFormat) -> None:
-    """UserError if the servers' counts of prompt tokens say that images or prompts were cut."""
-    counts = [usage.get("prompt_tokens") if isinstance(usage, dict) else None
-              for _, usage in answers]
-    if not counts or not all(isinstance(count, int) and count > 0 for count in counts):
-        return  # the server does not count
-    texts = [sum(len(part.get("text", "")) for part in chat_messages(sample, box_format)[0][
-        "content"]) for sample, _ in answers]
-    pixels = [sum(width * height for width, height in sample.sizes) for sample, _ in answers]
-    if all(count <= text / LETTERS_PER_TOKEN for count, text in zip(counts, texts)):
-        raise UserError(f"prompts of {len(answers[0][0].images)} images and {texts[0]} letters "
-                        f"took {counts[0]} tokens, no more than their text: the server drops the "
-                        "images; have it load its vision part, or take another one")
-    if len(counts) > 2 and len({*counts}) == 1 and max(pixels) > 1.2 * min(pixels):
-        raise UserError(f"every prompt took {counts[0]} tokens, whatever its images: the server "
-                        "cuts prompts; raise its context length (num_ctx, --max-model-len)")
+def check_answering_model(name: str | None, asked: str, url: str, is_exact: bool) -> None:
+    """UserError if a server answers in another model's name than the one asked.
+
+    is_exact: whether "qwen-2" is another model than "qwen"; servers add a tag, a date or a path.
+    """
+    is_same = name == asked if is_exact else name and (
+        asked.lower() in name.lower() or name.lower() in asked.lower())
+    if name and not is_same:
+        cause = "has an old adapter; start it again" if is_exact else (
+            "holds another model; ask for that one (--model), or have it load this one")
+        raise UserError(f"the server {url} answered as '{name}', not as '{asked}': it {cause}")
+
+
+def prompt_tokens(answer: dict) -> int | None:
+    """The tokens that a server counts for an answer's prompt; None if it counts none."""
+    usage = answer.get("usage")
+    count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count > 0 else None
 
 
 def check_prompt_ids(answer: dict, expected: list[int] | None, sample_id: str, url: str) -> None:
     """UserError if the answer's prompt ids, or their number, are not the kit's `expected`."""
-    served, usage = answer.get("prompt_token_ids"), answer.get("usage") or {}
-    n_served = len(served) if served is not None else usage.get("prompt_tokens")
+    served = answer.get("prompt_token_ids")
+    n_served = prompt_tokens(answer) if served is None else len(served)
     if expected is None or served == expected or (
             served is None and n_served in (None, len(expected))):
         return

@@ -79,7 +79,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     claim_folder(out, {
         "model": str(folder), "model files": _digest_model(folder), "adapter": described,
         **asdict(box_format), "device": "a server" if params.server else hardware.device,
-        "dtype": str(hardware.dtype),
+        **({"server": params.server} if params.server else {}), "dtype": str(hardware.dtype),
         "max_new_tokens": params.max_new_tokens, "questions": digest_json(questions),
         "prompts": digest_json(prompts)})
     if adapter:
@@ -145,9 +145,10 @@ def claim_folder(out: Path, settings: dict) -> None:
     before = json.loads(path.read_text()) if path.is_file() else settings
     if other := [name for name, value in settings.items() if before.get(name) != value]:
         values = f" ({before.get(other[0])}, now {settings[other[0]]})"
+        moved = f", or, if the same model has moved there, correct {path}" * (other == ["server"])
         raise UserError(f"{out} holds replies of another evaluation: another "
-                         f"{', '.join(other[:3])}{values if len(values) < 60 else ''}; name "
-                         "another --out, or delete that folder")
+                         f"{', '.join(other[:3])}{values if len(values) < 100 else ''}; name "
+                         f"another --out, or delete that folder{moved}")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
 

@@ -66,7 +66,8 @@ def require_prompts(kept: Sequence[Sample], rates: np.ndarray) -> None:
         raise UserError(f"every reply {replies} is correct, so RL has nothing to add; give harder "
                         "questions")
     raise UserError("no pass rate lies within min_pass_rate and max_pass_rate, for they are "
-                    f"{rates.min():.2f} to {rates.max():.2f}; widen them")
+                    f"{rates.min():.2f} to {rates.max():.2f}; widen them, with --force, since "
+                    "04 has begun")
 
 
 def select_by_pass_rate(samples: Sequence[Sample], rates: np.ndarray, *, lowest: float,

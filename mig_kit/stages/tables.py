@@ -12,6 +12,7 @@ from mig_kit.pipeline.run_folders import load_record
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NEEDS_SFT
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
+from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, paired_gap_by_list
 from mig_kit.world.suites import OWN, suite_title, task_title
 
@@ -66,12 +67,13 @@ def own_data_rows(deltas: dict) -> list[dict]:
                             if OWN in by_suite})
 
 
-def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]],
+def out_of_domain_rows(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
                        box_format: BoxFormat) -> list[dict]:
-    """Per suite out of domain: percent correct of every system, and differences as `gap_text`.
+    """Per task, out of domain a suite: percent correct of systems, differences as `gap_text`.
 
     replies: of base, sft (if the run has it) and grpo, by sample id.
     """
+    lists = evaluate.number_image_lists(samples)
     correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
                                  for sample in samples], dtype=float)
                for system, by_id in replies.items()}
@@ -84,10 +86,26 @@ def out_of_domain_rows(samples: list[Sample], replies: dict[str, dict[str, str]]
         for after, before in DIFFERENCES:
             if {after, before} <= correct.keys():
                 gaps = correct[after][indices] - correct[before][indices]
-                gap = paired_gap_by_list([(gaps, indices)])  # no two share their images
+                gap = paired_gap_by_list([(gaps, lists[indices])])
                 row[f"{SYSTEM_LABELS[after]} over {SYSTEM_LABELS[before]}"] = gap_text(gap)
         rows.append(row)
     return rows
+
+
+def describe_moved_tasks(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
+                         box_format: BoxFormat) -> str:
+    """One sentence on the tasks that RL moved by more than their interval, both ways.
+
+    replies: as of `out_of_domain_rows`; RL's start is "start", else "sft" or "base".
+    """
+    start = SYSTEM_LABELS[next(name for name in ("start", "sft", "base") if name in replies)]
+    rows, rl = out_of_domain_rows(samples, replies, box_format), SYSTEM_LABELS["grpo"]
+    moved = {mark: [f"{row['suite']} {row[start]} → {row[rl]}" for row in rows
+                    if row[f"{rl} over {start}"].startswith(mark)] for mark in "▲▼"}
+    texts = [f"{mark} {', '.join(tasks)}" for mark, tasks in moved.items() if tasks]
+    return (f"RL moved {sum(map(len, moved.values()))} of {len(rows)} tasks beyond their "
+            f"intervals{': ' * bool(texts)}{'; '.join(texts)}. Of twenty tasks that it does not "
+            "change, one is named by chance.")
 
 
 def gap_text(gap: dict) -> str:
@@ -123,26 +141,6 @@ def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
              **{name: result[name] for name in ("acc@0.5", "ci95", "n")}}
             for system, suites in systems.items()
             for task, result in suites[suite]["tasks"].items()]
-
-
-def describe_moved_tasks(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
-                         box_format: BoxFormat) -> str:
-    """Which tasks RL moved up or down by more than their interval, in a line each.
-
-    replies: system -> sample id -> greedy reply.
-    """
-    before = next(name for name in ("start", "sft", "base") if name in replies)
-    gaps = np.array([float(is_correct(replies["grpo"][sample.id], sample, box_format))
-                     - is_correct(replies[before][sample.id], sample, box_format)
-                     for sample in samples])
-    moved = {"up": [], "down": []}
-    for task, rows in group_by_task([sample.task for sample in samples], gaps).items():
-        gap = paired_gap_by_list([(rows, np.arange(len(rows)))])
-        if gap["ci95"][0] > 0 or gap["ci95"][1] < 0:
-            moved["up" if gap["value"] > 0 else "down"].append(f"{task} {gap_text(gap)}")
-    return "\n".join(f"GRPO moved {way}, points over {SYSTEM_LABELS[before]}: "
-                     f"{', '.join(tasks) or 'no task by more than its interval'}"
-                     for way, tasks in moved.items())
 
 
 def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:

@@ -4,13 +4,17 @@ A completion's way to its reward: TRL calls a function of `grpo.reward_functions
 `Score.score_batch` with the replies of a batch, and that calls a function of `rewards` per reply.
 """
 
+import asyncio
 import inspect
 import math
 import numbers
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +27,8 @@ from mig_kit.sample import Sample
 FOLDER = "rewards"  # in a stage's folder: copies of the files that its rewards are from
 RL_NEEDS = ("RL only strengthens what a model sometimes gets right; let it learn from traces first "
             "(teacher own or endpoint in 01), or start from the folder of a model that answers "
-            "some of these questions (start_from of 05, with min_pass_rate 0 in 04)")
+            "some of these questions (start_from of 05, with min_pass_rate 0 in 04); stages that "
+            "have begun take other values with --force")
 
 
 def copy_reward_files(references: Sequence[str], folder: Path) -> None:
@@ -85,7 +90,28 @@ def _import_file(copy: Path, path: Path) -> ModuleType:
     return module
 
 
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """A loop for all calls of async rewards, as TRL has; in a thread, since a notebook has one."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
+@contextmanager
+def _show_reply(name: str, replies: Sequence[str]) -> Iterator[None]:
+    """Adds to an error of a reward the shortest of the replies that it was given."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"the reward '{name}' was given {min(replies, key=len)[:400]!r}"
+                       + f", the shortest of {len(replies)} replies" * (len(replies) > 1))
+        raise
+
+
 def _check_value(name: str, value: object, sample: Sample) -> float | None:
+    if type(value).__module__ in ("torch", "numpy"):  # of no dimension
+        value = value.item()
     if value is None:
         return None
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
@@ -105,8 +131,9 @@ class Score:
 
     def __call__(self, reply: str, sample: Sample) -> float | None:
         """What one reply earns; None if the reward does not apply."""
-        value = _check_value(self.name, self.reward(reply, sample, self.box_format), sample)
-        return self._penalise(value, reply, sample)
+        with _show_reply(self.name, [reply]):
+            value = self.reward(reply, sample, self.box_format)
+        return self._penalise(_check_value(self.name, value, sample), reply, sample)
 
     def score_batch(self, replies: Sequence[str], samples: Sequence[Sample],
                     **given) -> list[float | None]:
@@ -119,8 +146,11 @@ class Score:
         if not isinstance(self.reward, BatchReward):
             return list(map(self, replies, samples))
         arguments = given | _batch_columns(samples, self.box_format)
-        values = [value.item() if type(value).__module__ == "torch" else value
-                  for value in self.reward.function(**arguments)]
+        with _show_reply(self.name, replies):
+            values = self.reward.function(**arguments)
+            if inspect.iscoroutine(values):
+                values = asyncio.run_coroutine_threadsafe(values, _event_loop()).result()
+        values = [*values]
         if len(values) != len(replies):
             raise UserError(f"the reward '{self.name}' gave {len(values)} values for "
                             f"{len(replies)} completions")

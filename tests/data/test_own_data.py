@@ -95,8 +95,10 @@ def test_null_is_absent_and_whole_numbers_are_whole(root):
         ({"options": list("abcdefghi")}, "'options': List should have at most 8"),
         ({"options": ["a", "<|im_end|>"]}, "'options' number 2 holds <|im_end|>"),
         ({"options": ["a  b", "a b"]}, "are the same; no letter is the correct one"),
-        ({"options": ["B. a dog", "A. a cup"]}, "which one 'letter' means is unclear"),
-        ({"options": ["B", "A"]}, "which one 'letter' means is unclear"),
+        ({"options": ["B. a dog", "A. a cup"]}, "which one 'letter' or a reply means is"),
+        ({"options": ["B", "A"]}, "which one 'letter' or a reply means is unclear"),
+        ({"options": ["A. a dog", "J. a cup"]}, "'A. a dog' is option A), so which one 'letter'"),
+        ({"options": ["1. a cup", "2. a dog"]}, "letters or numbers of their own ('1. a cup' is"),
         ({"box": [1, 2, 3, 4]}, "this line has box and options"),
         ({"coordinates": "pixels"}, "'coordinates' says what boxes are measured in")))])
 def test_each_mistake_has_its_sentence_and_line(root, row, sentence):
@@ -113,8 +115,9 @@ def test_options_with_letters_of_their_own_have_them_once(root, options):
     path = write_lines(root, {**CHOICE, "options": options})
     (sample,) = own_data.iter_samples(path, root)
     assert sample.options == ("a cup", "a dog") and sample.letter == "B"
-    path = write_lines(root, {**CHOICE, "options": ["A cup", "1. a dog"]})
-    assert next(own_data.iter_samples(path, root)).options == ("A cup", "1. a dog")
+    for plain in (("A cup", "1. a dog"), ("1.5 m", "2.5 m"), ("12", "13"), ("X", "Y")):
+        path = write_lines(root, {**CHOICE, "options": plain})
+        assert next(own_data.iter_samples(path, root)).options == plain
 
 
 def test_multiple_choice(root):
@@ -161,21 +164,49 @@ def test_tables_of_own_data(root):
             writer.writerow({key: json.dumps(value) if isinstance(value, list) else value
                              for key, value in row.items()})
     assert check(path, root) == [[], []]
-    with (root / "excel.csv").open("w", encoding="utf-8-sig") as file:
-        file.write('images;question;image;box;coordinates\n'
-                   '["a.png"];Find it, now;1;[1, 2, 3, 4];pixels\n')
-    assert check(root / "excel.csv", root) == [[]]
+    for separator, images in ((";", '["a.png"]'), ("\t", "['a.png']"), (";", "['a.png', 'b.png']")):
+        text = separator.join(("images", "question", "image", "box", "coordinates")) + "\n"
+        text += separator.join((images, "Find it, now", "1", "[1, 2, 3, 4]", "pixels")) + "\n"
+        (root / "excel.csv").write_text(text, encoding="utf-8-sig")
+        assert check(root / "excel.csv", root) == [[]]
     assert [sample.id for sample in own_data.iter_samples(path, root)] == ["row-1", "row-2"]
     columns = dict.fromkeys(GOOD | CHOICE)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([columns | GOOD, columns | CHOICE]),
                                 root / "t.parquet")
     assert check(root / "t.parquet", root) == [[], []]
-    for name, content in (("a.jsonl.gz", b"\x1f\x8b"), ("a.pkl", b"\x80\x04"), ("b.json", b"\0")):
-        (root / name).write_bytes(content)
-        code, text = call("check", root / name)
-        assert code == 1 and f"{name} is neither JSON in UTF-8 nor parquet nor CSV" in text
-    path.with_name("wide.json").write_text(json.dumps(GOOD, indent=1))
-    assert "not one over several" in call("check", root / "wide.json")[1]
+    (cells := [*GOOD.values()])[0] = "['a.png' 'b.png']"  # as numpy writes it
+    (root / "numpy.csv").write_text(";".join(GOOD) + "\n" + ";".join(map(str, cells)) + "\n")
+    ((problem,),) = check(root / "numpy.csv", root)
+    assert problem == "'images': Input should be a valid list"
+    (root / "quotes.csv").write_text("images,question\n['a.png', 'b.png'],Find it.\n")
+    ((problem,),) = check(root / "quotes.csv", root)
+    assert problem.endswith("separated by commas; put texts that hold some between quotes")
+
+
+NEITHER = "is neither JSON in UTF-8 nor parquet nor CSV; own data are JSON lines, a JSON list, parq"
+ANOTHER = "not both of images and question; own data are JSON lines, a JSON list, parquet or CSV"
+
+
+@pytest.mark.parametrize(("name", "content", "sentence"), [
+    ("a.jsonl.gz", b"\x1f\x8b", NEITHER), ("a.pkl", b"\x80\x04", NEITHER),
+    ("b.json", b"\0", NEITHER),
+    ("cvat.xml", b"<?xml version='1.0'?><annotations></annotations>", NEITHER),
+    ("yolo.txt", b"0 0.5 0.5 0.2 0.2\n", NEITHER),
+    ("label_studio.json", b'[{"id": 1, "data": {"image": "a.png"}, "annotations": []}]',
+     f"its first record has the keys 'id', 'data', 'annotations', {ANOTHER}"),
+    ("wide.json", json.dumps(GOOD, indent=1).encode(), "is JSON over several lines, and no list"),
+    ("labelme.json", b'{"version": "5", "shapes": [], "imagePath": "a.png"}', ANOTHER),
+    ("coco.json", b'{"images": [], "annotations": [], "categories": []}', ANOTHER),
+    ("person.csv", b"image1;image2;question;image\r\na.png;b.png;Find it.;1\r\n",
+     f"its first row has the keys 'image1', 'image2', 'question', 'image', {ANOTHER}"),
+    ("latin.csv", "images,question\n['a.png'],Tür\n".encode("latin-1"), "is not in UTF-8 ("),
+    ("pipes.csv", b"images|question\n", "separated by commas or semicolons or tabs"),
+    ("deep.json", b"[" * 200_000, "more than 100 brackets inside each other"),
+    ("deep.csv", b"images,question\n" + b"[" * 200_000 + b",x\n", "field larger than field limit")])
+def test_a_file_of_another_kind_is_one_sentence(root, name, content, sentence):
+    (root / name).write_bytes(content)
+    code, text = call("check", root / name)
+    assert code == 1 and sentence in text and "\n" not in text
 
 
 VALUES = st.recursive(
@@ -243,6 +274,15 @@ def test_the_sheet_draws_boxes_and_escapes_text(root):
     assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; Find\nit" in page
     assert "(correct: 1 drawn in green)" in page and "leaves image 2, which is 200x100" in page
     assert "must end in .html" in call("check", path, "--sheet", path)[1]
+
+
+def test_a_file_none_of_whose_images_is_found_is_one_line(root, tmp_path):
+    path = write_lines(tmp_path, *[GOOD] * 26)
+    code, text = call("check", path)
+    assert code == 1 and text.startswith(f"none of the images of {path} is in {tmp_path}, which is")
+    assert call("check", path, "--root", root)[0] == 0
+    write_lines(tmp_path, GOOD, changed(images=["none.png", "b.png"]), GOOD)
+    assert "line 2: image 1: 'none.png' is not there" in call("check", path, "--root", root)[1]
 
 
 def test_the_commands(root, tmp_path):

@@ -113,16 +113,26 @@ OF_FILES = [
     *((write(TEMPLATE, text), sentence) for text, sentence in (
         (b"{% for", "the chat template of .*model: .*end of template"),
         (b"{% if %}", "the chat template of .*: Expected an expression"),
-        (b"{{ messages[0].role }}", "leaves images out, or ignores"),
+        (b"{{ messages[0].role }}", "leaves images or their numbers out, changes the order"),
         (b"{{ raise_exception('no') }}", "the chat template of .*: no"),
         (b"{{ messages.__class__.__mro__ }}",  # which its sandbox blocks
          "the chat template of .*: access to attribute '__class__' of"),
+        (lambda text: text.replace("part['text']", "part['text'].replace('Image 1:', '')"),
+         "leaves images or their numbers out, changes the order"),
+        (lambda text: text.replace("in message['content']", "in message['content'] | reverse"),
+         "leaves images or their numbers out, changes the order"),
         (lambda text: text.replace("add_generation_prompt", "false"),
          "ignores add_generation_prompt; copy chat_template.jinja"),
         (lambda text: text.replace("<|im_end|>", "<|vision_end|>"),
          "ends a reply with <.vision_end.>, and its generation_config.json and tokenizer end on"))),
-    *((update("preprocessor_config.json", **setting), "mend do_resize, patch_size and merge_size")
-      for setting in ({"do_resize": False}, {"patch_size": 16}, {"merge_size": 1}))]
+    *((update("preprocessor_config.json", **setting),
+       f"{[*setting][0]} in preprocessor_config.json of .* vision tower reads images with")
+      for setting in ({"do_resize": False}, {"patch_size": 16}, {"merge_size": 1},
+                      {"do_rescale": False}, {"image_mean": [0.5] * 3}, {"image_std": [1, 1, 1]})),
+    (update("config.json", image_token_id=6),
+     "image_token_id in config.json of .* is 6, and <.image_pad.> is 5 in its tokenizer"),
+    (update("tokenizer_config.json", additional_special_tokens=["<answer>"]),
+     "turns the reply .* take think and answer out of its special tokens")]
 # and when they are
 OF_WEIGHTS = [
     (with_value("layers.1.post_attention_layernorm", float("nan")),
@@ -135,6 +145,16 @@ OF_WEIGHTS = [
     (set_weights(lambda tensors: {name.replace("q_proj.weight", "q_proj.base_layer.weight"): tensor
                                   for name, tensor in tensors.items()}),
      "self_attn.q_proj.weight; they hold .*q_proj.base_layer.weight instead"),
+    (set_weights(lambda tensors: tensors | {
+        name.replace("layers.1", "layers.2"): tensor.clone() for name, tensor in tensors.items()
+        if ".layers.1." in name}),
+     "hold 12 tensors for which its config.json has no place, the first is .*layers.2"),
+    (set_weights(lambda tensors: {name: (9 * tensor).to(torch.int8) if "up_proj" in name else tensor
+                                  for name, tensor in tensors.items()}), "holds torch.int8"),
+    (set_weights(lambda tensors: {name: 0 * tensor if "down_proj" in name else tensor
+                                  for name, tensor in tensors.items()}), "nothing but zeros"),
+    (set_weights(lambda tensors: tensors | {"lm_head.weight": torch.ones(640, 64)}),
+     "lm_head.weight differs from .*embed_tokens.weight, to which config.json ties it"),
     (write("config.json", lambda text: text.replace('"tie_word_embeddings": true',
                                                     '"tie_word_embeddings": false')),
      "lack 1 tensors, the first is lm_head.weight"),

@@ -71,6 +71,14 @@ def write_stage(tmp_path, monkeypatch):
     return write
 
 
+def test_a_notebook_whose_parameters_lost_their_tag_does_not_start(write_stage):
+    """Its own cell would win over the command's values, the run id among them."""
+    folder = write_stage("run_id = 'default'")
+    sentence = error_of("run", "00", "--run-id", "mine")
+    assert "00_preflight.ipynb must have one cell with the tag 'parameters'" in sentence
+    assert [path.name for path in (folder / "runs").iterdir()] == ["a"]
+
+
 def run_stage():
     execute._execute_notebook("00_preflight", "a", {"seed": 1}, execute.StageLines())
 

@@ -38,7 +38,7 @@ def no_kernels(monkeypatch):
         executed.append((run_id, stage, values.get("seed")))
         begun, p = store.begin_stage(stage, values)
         (begun.folder / "x").write_text(str(getattr(p, "max_steps", "x")))
-        begun.finish({"systems": {"grpo": {"blink": {"score": 1.0}}}})
+        begun.finish({"systems": {"grpo": {"blink": {"score": 1.0, "n": 9}}}})
         write_json(begun.final_folder / "run.json",
                    {**run_folders.load_record(stage, run_id), "seconds": 90.0})
 
@@ -133,9 +133,9 @@ def test_a_source_that_is_gone_is_one_sentence(root):
     assert "05_grpo needs 03_merge of run 'a', which has not finished; run: mig-kit run 03 " \
         "--run-id a, with every -p of that run" in error_of("run", "05", "--run-id", "b")
     (root / "a").rename(root / "other")
-    assert "05_grpo needs 01_synthesize of run 'a', which has not finished; run: mig-kit run 01 " \
-        in error_of("run", "05", "--run-id", "b")
-    assert "needs 01_synthesize of run 'a', which has not finished" in output_of("status", "b")
+    for text in (error_of("run", "05", "--run-id", "b"), output_of("status", "b")):
+        assert "needs 01_synthesize of run 'a', and there is no such run in " in text
+        assert "(to make it: mig-kit run 01 " in text
     assert output_of("status").startswith("b (by hand); from a; 05 done; 05 stale\n")
 
 

@@ -121,8 +121,11 @@ CUTS = ("MAX_TOKENS", "max_tokens", "model_length", "LENGTH", "length")
 
 @pytest.fixture
 def ask_stranger(draw, tmp_path):
-    """Call it with answer(number of images, letters) -> (message, reason, prompt tokens)."""
-    def ask(answer, questions):
+    """Call it with answer(number of images, letters) -> (message, reason, prompt tokens).
+
+    name: in which the server answers.
+    """
+    def ask(answer, questions, name="odd"):
         def respond(path, headers, body):
             if body is None:
                 return 404, b"there is no list of models"
@@ -131,7 +134,7 @@ def ask_stranger(draw, tmp_path):
             message, reason, count = answer(sum("image_url" in part for part in parts), letters)
             usage = {"prompt_tokens": count} if count else None
             return 200, {"choices": [{"message": message, "finish_reason": reason}],
-                         "usage": usage}, IS_JSON
+                         "model": name, "usage": usage}, IS_JSON
 
         server = LocalServer(respond)
         replies = draw(server.url, questions, model=ServedName("odd"))
@@ -155,9 +158,24 @@ def test_answers_of_other_servers_are_read(ask_stranger, questions, message, rea
     assert endings["cut"] == len(questions) * (reason in CUTS) and not endings["empty"]
 
 
+@pytest.mark.parametrize(("name", "is_taken"), [
+    ("odd", True), ("odd@main", True), ("Odd:7b", True), ("another", False), (None, True)])
+def test_another_models_answers_are_not_taken(ask_stranger, questions, name, is_taken):
+    def answer(images, letters):
+        return {"content": "A"}, "stop", 300 * images
+
+    if is_taken:
+        assert len(ask_stranger(answer, questions, name)[0]) == len(questions)
+        return
+    with pytest.raises(UserError, match="answered as 'another', not as 'odd': it holds another"):
+        ask_stranger(answer, questions, name)
+
+
 @pytest.mark.parametrize(("count", "sentence"), [
-    (lambda images, letters: 4096, "every prompt took 4096 tokens, whatever its images"),
-    (lambda images, letters: letters // 4, "no more than their text: the server drops the images"),
+    (lambda images, letters: 4096, "counts 4096 tokens for a prompt of 6 images, and 4096 witho"),
+    (lambda images, letters: letters // 4, "drops images or cuts prompts; have it load its visi"),
+    (lambda images, letters: letters // 4 + 200, "drops images or cuts prompts"),
+    (lambda images, letters: letters // 4 + 200 * min(images, 2), "drops images or cuts prompts"),
     (lambda images, letters: 0, ""), (lambda images, letters: 60 * images + letters // 4, "")])
 def test_a_server_that_cuts_prompts_or_drops_images_gives_no_reply(ask_stranger, questions, count,
                                                                    sentence, tmp_path):

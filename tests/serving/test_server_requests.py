@@ -52,6 +52,8 @@ def test_a_reply_begins_with_what_its_prompt_has_opened(served, monkeypatch, mes
 @pytest.mark.parametrize(("answer", "with_logps", "sentence"), [
     ({"choices": [{}]}, False, "cannot be read .an answer without a text"),
     ({"choices": [choice(None)]}, False, "without a text"), ({"choices": []}, False, "0 of 1"),
+    ({"choices": [{**choice(""), "error": {"code": 502}}]}, False, "error in place of .*502"),
+    ({"choices": [{**choice("a"), "finish_reason": "abort"}]}, False, "in place of .*abort"),
     ({"choices": [choice("a")]}, True, "return_token_ids and logprobs, such as vLLM"),
     ({"choices": [choice("a", [7, 2], [-1.0])]}, True, "2 token ids with 1 log-probabilities")])
 def test_other_answers_are_refused(served, answer, with_logps, sentence):

@@ -10,7 +10,7 @@ import pytest
 from benchmark_files import RECORDS, write_benchmarks
 from command_line import error_of, output_of, run_mig_kit
 from PIL import Image
-from teacher_server import TeacherServer, completion
+from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.commands import ask
@@ -185,10 +185,11 @@ ANSWER = f"<answer>{format_answer(1, (11, 33, 333, 667))}</answer>"
 
 
 def serve(*messages, name="vision:7b"):
-    """A server that answers with the messages, by turns, and words for mig-kit eval."""
+    """A server that answers x, y and z with the messages in turn, and words for mig-kit eval."""
     def plan(nth, body):
-        answer = completion(prompt_tokens=300 + len(server.bodies))
-        message, choice = messages[len(server.bodies) % len(messages)], answer["choices"][0]
+        parts = body["messages"][0]["content"]
+        answer, asked = completion(prompt_tokens=100 * len(parts)), question_text(body)[9]
+        message, choice = messages["xyz".index(asked) % len(messages)], answer["choices"][0]
         choice.update(message=message, finish_reason=message.get("ends", "stop"))
         return 200, answer
 
@@ -246,8 +247,9 @@ def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(own_task,
     assert json.loads(result)["endings"] == {"replies": 3, "cut": 1, "empty": {"content_filter": 1}}
     assert any("1 cut, 1 empty (content_filter 1)" in line for line in tables[0])
     stored.write_text(replies[:-20])  # as a kill leaves it
-    _, words = serve(messages[0])
-    words = (*words, "--coordinates", "normalized_1000")
+    _, others = serve(messages[0])
+    refused = ask_own(own_task, tmp_path / "out", *others, "--coordinates", "normalized_1000")
+    assert "another server" in refused.stderr and "if the same model has moved" in refused.stderr
     tables.append(ask_own(own_task, tmp_path / "out", *words).stdout.splitlines())
     assert stored.read_text() == replies and (tmp_path / "out" / "eval.json").read_text() == result
     assert tables[0][-6:] == tables[1][-6:]

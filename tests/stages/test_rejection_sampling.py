@@ -117,7 +117,7 @@ def test_greedy_replies_are_those_that_are_sampled_at_temperature_0(tmp_path, ra
     ([0.0, 0.0], "no reply to the 2 candidates is correct: RL only strengthens what a model "
                  "sometimes gets right; let it learn from traces first "),
     ([1.0, 1.0], "every reply to the 2 candidates is correct, so RL has nothing to add; give "),
-    ([0.0, 0.05], "min_pass_rate and max_pass_rate, for they are 0.00 to 0.05; widen them")])
+    ([0.0, 0.05], "min_pass_rate and max_pass_rate, for they are 0.00 to 0.05; widen them, wit")])
 def test_no_prompt_to_keep_says_what_helps(rates, sentence):
     with pytest.raises(ValueError) as caught:
         rejection_sampling.require_prompts([], np.array(rates))

@@ -42,6 +42,22 @@ def test_out_of_domain_by_hand():
     assert second["GRPO over base"] == "+0.0 (-60.2 to +60.2)", "none of four differs, so few may"
 
 
+def test_tasks_that_rl_moved_are_named_both_ways():
+    """RL learns one task, unlearns another, and leaves the others as they were."""
+    samples = make_suite("mig_bench", "test", 12)
+    right = {sample.id: correct_reply(sample, BOX_FORMAT) for sample in samples}
+
+    def replies(*wrong):
+        return {sample.id: "?" if sample.task in wrong else right[sample.id] for sample in samples}
+
+    text = tables.describe_moved_tasks(samples, {
+        "base": replies(), "sft": replies("diff"), "grpo": replies("correspondence")}, BOX_FORMAT)
+    assert text.startswith("RL moved 2 of 10 tasks beyond their intervals: ▲ ")
+    assert " 0.0 → 100.0; ▼ " in text and " 100.0 → 0.0. Of twenty" in text
+    text = tables.describe_moved_tasks(samples, {"base": right, "grpo": right}, BOX_FORMAT)
+    assert text.startswith("RL moved 0 of 10 tasks beyond their intervals. Of twenty")
+
+
 def test_reasoning_where_06_has_it():
     figures = {"truth": None, "truth_ci95": None, "grounded": 0.0, "grounded_ci95": [0.0, 9.0]}
     bars = tables.reasoning_bars(evaluated_systems(reasoning=figures))
