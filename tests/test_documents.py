@@ -163,12 +163,6 @@ def test_the_readmes_targets_are_made():
     assert targets == ["run", "test", "lab"] and {*targets, "docs", "lint"} <= set(rules)
 
 
-def test_the_readmes_papermill_command_names_a_notebook_and_its_parameter():
-    (command,) = (line for line in read_commands(README) if line.startswith("papermill "))
-    _, notebook, _, _, name, _ = shlex.split(command, comments=True)
-    assert name in default_params(Path(notebook).stem) and (PROJECT_ROOT / notebook).is_file()
-
-
 @pytest.mark.slow
 def test_the_readmes_script_runs_as_it_stands(files, monkeypatch):
     (script,) = read_blocks(README, "python")

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
 from command_line import describe_files, output_of
 from jupyter_server.services.contents.largefilemanager import LargeFileManager
 from nbformat.v4 import new_code_cell
@@ -98,6 +100,25 @@ def test_notebook_05b_learns_by_hand_what_the_trainer_computes(runs, tmp_path, m
              for output in cell.get("outputs", ())]
     assert any(re.search(r"gradients differ by \d", text) for text in texts)
     assert not any("shared_prefix" in cell.source for cell in executed.cells)
+
+
+def test_the_readmes_papermill_command_is_a_branch_of_the_finished_run(runs, tmp_path, monkeypatch):
+    """As printed, with the smoke profile's smaller parameters behind it."""
+    readme = (PROJECT_ROOT / "README.md").read_text()
+    (command,) = re.findall(r"^papermill .*", readme, re.MULTILINE)
+    words = shlex.split(command, comments=True)
+    small = yaml.safe_load((PROJECT_ROOT / "params" / "smoke" / "05_grpo.yaml").read_text())
+    told = dict(zip(words[4::3], words[5::3], strict=True))
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    shutil.copytree(runs / "smoke", tmp_path / "default")
+    small |= {"per_device_train_batch_size": 16}  # of the recipe's 32, which groups of 16 divide
+    papermill.execute_notebook(
+        PROJECT_ROOT / words[1], tmp_path / words[2], small | {
+            name: yaml.safe_load(value) for name, value in told.items()},
+        progress_bar=False, kernel_manager_class=execute.ThisPython)
+    record = run_folders.load_record("05_grpo", told["run_id"])
+    assert record["params"]["num_generations"] == int(told["num_generations"])
+    assert run_folders.load_branch(told["run_id"])["from"] == "default"
 
 
 @pytest.mark.parametrize("stage", [*run_folders.STAGES, "09_compare"])

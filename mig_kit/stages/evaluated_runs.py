@@ -216,7 +216,7 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
 
 
 def check_margins(run_id: str) -> tuple[str, bool]:
-    """RL's margins over SFT beside the range of earlier runs, and whether one lies outside of it.
+    """A line for each of RL's margins over SFT beside the range of recorded seeds; is one outside?
 
     A margin lies outside if its whole interval does. ("", False) for a run with other parameters
     than the recipe's, or without a finished 06.
@@ -229,7 +229,9 @@ def check_margins(run_id: str) -> tuple[str, bool]:
     for suite, margins in json.loads(file.read_text()).items():
         gap, lowest, highest = metrics["deltas"]["grpo-sft"][suite], min(margins), max(margins)
         low, high = gap["ci95"]
-        is_outside |= high < lowest or low > highest
-        texts.append(f"{suite_title(suite)} {gap['value']:+.1f} ({low:+.1f} to {high:+.1f}), "
-                     f"{len(margins)} earlier runs {lowest:+.1f} to {highest:+.1f}")
-    return f"RL over SFT, points: {'; '.join(texts)}" + ": OUTSIDE" * is_outside, is_outside
+        this_outside = high < lowest or low > highest
+        is_outside |= this_outside
+        texts.append(f"RL over SFT, {suite_title(suite)}: {gap['value']:+.1f} points ({low:+.1f} "
+                     f"to {high:+.1f}); seeds of results.md: {lowest:+.1f} to {highest:+.1f}"
+                     + ": OUTSIDE" * this_outside)
+    return "\n".join(texts), is_outside
