@@ -21,7 +21,6 @@ from trl import GRPOConfig
 from mig_kit import __version__
 from mig_kit.commands.main import cli, stage_name
 from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT
-from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_folders import RECIPE
 
@@ -91,7 +90,8 @@ def test_links_lead_somewhere(page):
 
 def test_readme_and_guide_are_short():
     assert len(README.split()) <= 850 and len(README.splitlines()) <= 115
-    assert sum(len(page.read_text().split()) for page in GUIDE.glob("*.md")) <= 11_500
+    words = [word for page in GUIDE.glob("*.md") for word in page.read_text().split()]
+    assert sum(bool(re.search(r"\w", word)) for word in words) <= 9_500  # rules of tables aside
 
 
 def test_the_readmes_figures_of_speed_and_size():
