@@ -158,13 +158,33 @@ def longer(records: dict[str, list[dict]]) -> str:
     return render(["points", *map(short_title, NAMES)], rows)
 
 
+def draws(records: dict[str, list[dict]]) -> str:
+    """Final scores in domain of several draws of RL from one SFT model, and which collapsed.
+
+    A draw has collapsed if a task ends below SFT by more than its interval.
+    """
+    made = [record for record in records["recipe"] if not record["seed"]] + records.get("draws", [])
+    if len(made) < 2 or made[0]["seed"]:
+        return "Not run yet with this version."
+    final, fallen = scores(made, "grpo", MAIN), []
+    for record in made:
+        gaps = by_task(record, "grpo", MAIN) - by_task(record, "sft", MAIN)
+        for task, rows in zip(SUITES[MAIN].tasks, gaps):
+            _, high = stats.gap_interval_by_list([(rows, np.arange(len(rows)))])
+            fallen += [f"{task} (seed {record['seed']})"] * (high < 0)
+    return (f"{len(made)} draws of RL from the SFT model of seed 0 end at "
+            f"{', '.join(f'{value:.1f}' for value in final)} in domain: sd "
+            f"{final.std(ddof=1):.1f}. Tasks below SFT by more than their interval: "
+            f"{', '.join(fallen) or 'none'}.")
+
+
 def arms(records: dict[str, list[dict]]) -> str:
     """Each arm's GRPO model less the recipe's, seed by seed."""
     recipe = {record["seed"]: record for record in records["recipe"]}
     entries, rows = read_list(), []
     for arm, made in records.items():
         pairs = [(record, recipe[record["seed"]]) for record in made if record["seed"] in recipe]
-        if arm not in ("recipe", "sft_longer") and pairs:
+        if arm not in ("recipe", "draws", "sft_longer") and pairs:
             rows.append([entries[arm]["title"], str(len(pairs)), *(
                 describe(scores([a for a, _ in pairs], "grpo", suite)
                          - scores([b for _, b in pairs], "grpo", suite)) for suite in NAMES)])
@@ -197,7 +217,7 @@ def provenance(records: dict[str, list[dict]]) -> str:
 
 
 TABLES = {table.__name__: table for table in (
-    headline, seeds, claim, tasks, longer, arms, contest, provenance)}
+    headline, seeds, claim, draws, tasks, longer, arms, contest, provenance)}
 
 
 def fill(text: str, records: dict[str, list[dict]]) -> str:
