@@ -21,7 +21,6 @@ from trl import GRPOConfig
 from mig_kit import __version__
 from mig_kit.commands.main import cli, stage_name
 from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT
-from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_folders import RECIPE
 
