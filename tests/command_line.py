@@ -22,7 +22,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from mig_kit.commands.main import cli, main
-from mig_kit.pipeline import run_folders
+from mig_kit.pipeline import execute, run_folders
 
 CLI = [sys.executable, "-c", "from mig_kit.commands.main import main; main()"]
 
@@ -84,3 +84,9 @@ def describe_files(folder: Path, pattern: str = "**/*") -> dict[Path, tuple[byte
     """Content and time of every file of a folder."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns)
             for path in sorted(folder.glob(pattern)) if path.is_file()}
+
+
+if __name__ == "__main__":
+    # python command_line.py NOTEBOOKS WORDS: `mig-kit words`, which runs the notebooks of a folder
+    with (patch.object(execute, "NOTEBOOKS", Path(sys.argv.pop(1))), notebooks_in_this_process()):
+        main()

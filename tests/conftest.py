@@ -3,8 +3,12 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
+from unittest.mock import patch
 
+import command_line
 import nbformat
 import pytest
 import torch
@@ -122,10 +126,10 @@ def random_folder(make_once, processor):
 
 @pytest.fixture(scope="session")
 def smoke_runs(make_once):
-    """A folder of runs with a smoke run, "smoke", 08 and 90 too, through the command line.
+    """A folder of runs with a smoke run, "smoke", 08 and 90 too; stderr.txt: what the recipe wrote.
 
-    Behind its own cells each notebook runs what it tells its reader to try. Jupyter knows a kernel
-    python3 that is another's: the kit's own runs the notebooks all the same.
+    Behind its own cells each notebook runs what it tells its reader to try. 00 has a kernel, the
+    kit's own though Jupyter knows a python3 that is another's; the rest share a process.
     """
     def run(root):
         kernel = root.with_name("jupyter") / "kernels" / "python3" / "kernel.json"
@@ -134,17 +138,21 @@ def smoke_runs(make_once):
             {"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}))
         notebooks = root.with_name("notebooks")
         notebooks.mkdir(exist_ok=True)
-        (notebooks / "tiny_base").symlink_to(NOTEBOOKS / "tiny_base")  # the code of 90
         for stage in STAGES:
             notebook = nbformat.read(NOTEBOOKS / f"{stage}.ipynb", 4)
             notebook.cells += map(new_code_cell, read_blocks(stage, "python"))
             nbformat.write(notebook, notebooks / f"{stage}.ipynb")
         words = ("--profile", "smoke", "--run-id", "smoke")
-        environment = {"MIG_KIT_RUNS": str(root), "JUPYTER_PATH": str(root.with_name("jupyter"))}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(execute, "NOTEBOOKS", notebooks)
-            for stages in ((), ("08", "90")):
-                output_of("run", *stages, *words, **environment)
+        with patch.object(execute, "NOTEBOOKS", notebooks):
+            output_of("run", "00", *words, MIG_KIT_RUNS=str(root),
+                      JUPYTER_PATH=str(root.with_name("jupyter")))
+        path = os.pathsep.join([str(NOTEBOOKS), os.environ.get("PYTHONPATH", "")])
+        for name, *stages in (("stderr",), ("further", "08", "90")):
+            command = [sys.executable, command_line.__file__, notebooks, "run", *stages, *words]
+            with (root / f"{name}.txt").open("w") as errors:
+                process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=errors, env={
+                    **os.environ, "MIG_KIT_RUNS": str(root), "PYTHONPATH": path})
+            assert not process.returncode, (root / f"{name}.txt").read_text()[-3000:]
 
     return make_once("smoke-runs", run)
 

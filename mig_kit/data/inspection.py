@@ -81,7 +81,8 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
                     correct.write(json.dumps(line.record) + "\n")
                 elif findings.wrong.total() <= SHOWN:
                     waiting.append(f"{line.place}: {'; '.join(map(str, line.problems))}")
-                n_lost += {problem.reason for problem in line.problems} == {"missing image"}
+                reasons = {problem.reason for problem in line.problems}
+                n_lost += bool(reasons) and reasons <= {"missing image", "outside root"}
                 if n_lost < findings.n_lines:
                     for text in waiting:
                         say(text)

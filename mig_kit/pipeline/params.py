@@ -17,6 +17,13 @@ from mig_kit.pipeline.stage_params import (
     stage_fields,
 )
 
+# settings that TRL reads where a stage's own trainer goes another way, which does not read them
+UNREAD = {
+    "02_sft": ("assistant_only_loss", "dataset_num_proc", "dataset_text_field", "eval_packing",
+               "label_smoothing_factor", "length_column_name", "loss_type", "packing",
+               "packing_strategy", "pad_to_multiple_of", "padding_free", "router_aux_loss_coef",
+               "shuffle_dataset", "train_sampling_strategy", "truncation_mode"),
+    "05_grpo": ("chat_template_kwargs", "use_vllm")}
 # what `params_text` shows of pydantic's JSON schema
 LIMITS = ("type", "enum", "minimum", "exclusiveMinimum", "maximum")
 
@@ -77,7 +84,7 @@ def validate_params(values: dict, stage: str) -> dict:
     except ValidationError as error:
         raise UserError(f"{stage}: {_sentence(error.errors()[0], stage)}") from None
     if params_of_trl := getattr(params, "trl", {}):
-        _check_trl(params_of_trl, stage)
+        _check_trl(params_of_trl, stage, getattr(params, "share_prefix", True))
     values = params.model_dump()
     return {name: values[name] for name in stage_fields(stage)}
 
@@ -101,8 +108,9 @@ def unknown_parameter_message(name: str, where: str, names) -> str:
     return f"{where} has no parameter '{name}'; {hint}{further * ('trl' in names)}"
 
 
-def _check_trl(settings: dict, stage: str) -> None:
-    """UserError for a setting that TRL's config does not have, or that is a parameter itself."""
+def _check_trl(settings: dict, stage: str, is_own_trainer: bool) -> None:
+    """UserError for a setting that TRL's config lacks, that is a parameter, or that has no effect.
+    """
     import trl  # seconds, which a command without such settings need not wait for
 
     for name in settings:
@@ -113,6 +121,10 @@ def _check_trl(settings: dict, stage: str) -> None:
         if name not in known:
             near = suggest_word(name, known) or "TRL's documentation lists them"
             raise UserError(f"{stage}: TRL's {CONFIGS[stage]} has no '{name}'; {near}")
+        if is_own_trainer and name in UNREAD[stage] and settings[name] != known[name].default:
+            raise UserError(f"{stage}: {name} of trl would have no effect, because this stage's "
+                            "trainer does that part in its own way; take it out"
+                            + ", or set share_prefix to false" * (stage == "05_grpo"))
 
 
 def params_text(stage: str, profile: str = "tiny") -> str:

@@ -2,12 +2,13 @@
 few dozen.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import psutil
 import torch
 from torch.nn.functional import softmax
+from transformers import GenerationConfig
 
 from mig_kit.shared_prefix.decoding import (
     Decoder,
@@ -28,13 +29,23 @@ KV_BYTES = 8 * 2**30  # of keys and values of the replies that a training step d
 # A completion that held one of these could not be read again as part of a prompt.
 FORBIDDEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
+# options of transformers that mean nothing to the decoder, and values of others that do nothing
+WITHOUT_EFFECT = {"do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "disable_compile",
+                  "use_cache", "max_length", "transformers_version", "_from_model_config",
+                  "suppress_tokens"}
+NEUTRAL = GenerationConfig()._get_default_generation_params() | {
+    "top_k": 0, "repetition_penalty": 1.0}
+
 # Dropping finished prefixes copies all that is left: it pays once this share or fewer go on.
 DROP_FINISHED_AT = 0.85
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are drawn; temperature 0 is greedy. min_new_tokens: no completion is shorter."""
+    """How tokens are drawn, by transformers' names; a new field is read from configs, too.
+
+    temperature: 0 is greedy. min_new_tokens: no completion is shorter.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -42,10 +53,24 @@ class SamplingOptions:
     min_new_tokens: int = 0
 
 
-def read_sampling_options(args) -> SamplingOptions:
-    """The sampling options that a TRL config holds, those of generation_kwargs too."""
-    return SamplingOptions(args.temperature, args.top_p, args.max_completion_length,
-                           **args.generation_kwargs or {})
+def sampling_settings(args) -> dict:
+    """What a TRL config says about drawing, by transformers' names."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: getattr(args, name) for name in names} | {
+        "max_new_tokens": args.max_completion_length} | (args.generation_kwargs or {})
+
+
+def read_sampling_options(*settings: dict) -> tuple[SamplingOptions, list[str]]:
+    """The decoder's options, and the names of those that it lacks and that would have an effect.
+
+    settings: by transformers' names. Later ones count more; None says nothing.
+    """
+    values = {name: value for part in settings for name, value in part.items()
+              if value is not None}
+    known = {field.name for field in fields(SamplingOptions)}
+    lacking = [name for name, value in values.items() if name not in known | WITHOUT_EFFECT
+               and value is not False and value != NEUTRAL.get(name)]
+    return SamplingOptions(**{name: values[name] for name in known & values.keys()}), lacking
 
 
 def draw_uniforms(seed: int, prompts: int, group: int, tokens: int) -> torch.Tensor:

@@ -1,26 +1,26 @@
 """What the shared-prefix trainer cannot do as stock TRL does, each with its remedy, and a check of
-the rest: shared passes and decoder against the model's own passes, as stock TRL runs them.
+the rest: shared passes against TRL's own method, and the decoder against shared passes.
 """
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from torch.nn.functional import pad
 from trl import GRPOTrainer
 
 from mig_kit.shared_prefix.decoding import evaluation_mode
 from mig_kit.shared_prefix.generation import (
+    Completion,
     SamplingOptions,
     draw_completions,
-    end_token_ids,
-    forbidden_token_ids,
+    draw_uniforms,
+    read_sampling_options,
 )
-from mig_kit.shared_prefix.prefixes import pad_rows
+from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import FAMILIES, tower_digest, unwrap_peft
 
 # PEFT's methods that replace layers one by one, so that any order of passes computes the same
@@ -29,15 +29,11 @@ LAYERWISE_PEFT = ("ADALORA", "BOFT", "C3A", "FOURIERFT", "HRA", "IA3", "LN_TUNIN
 LANGUAGE_LAYERS = r".*language_model.*(q|k|v|o|gate|up|down)_proj"  # target_modules without tower
 # hooks that change no number: gradient checkpointing's, and those that keep outputs
 HARMLESS_HOOKS = ("make_inputs_require_grads", "output_capturing_hook")
-# options of generation that the kit's decoder has, or that mean nothing to it
-KNOWN_SAMPLING = {"max_new_tokens", "min_new_tokens", "temperature", "top_p", "do_sample",
-                  "pad_token_id", "bos_token_id", "eos_token_id", "disable_compile", "use_cache",
-                  "max_length", "transformers_version", "_from_model_config", "suppress_tokens"}
 # By how much values may differ from stock TRL's: log-probabilities in the mean and of the worst
 # token, and gradients. In bfloat16 a logit of 16 to 32 is rounded to a multiple of 1/8: random
 # models of the 3B's and the 7B's shape differ by 0.02 to 0.06 in the mean.
 LIMITS_FLOAT32, LIMITS_16_BITS = (1e-4, 1e-4, 1e-3), (0.15, 1.0, 0.2)
-CHECKED_TOKENS = 32  # of each completion that the self-check draws
+CHECKED_TOKENS = 16  # of each completion that the self-check draws
 ADAPTER_STD = 0.5  # times sqrt(rank), of an adapter's zeros while it is checked
 
 
@@ -118,11 +114,7 @@ def find_sampling_obstacle(trainer: GRPOTrainer) -> str:
         return ""
     model = unwrap_peft(trainer.model)
     config = trainer.generation_config
-    options = {name: value for own in (model.generation_config, config)
-               for name, value in own.to_dict().items() if value is not None}
-    neutral = config._get_default_generation_params() | {"top_k": 0, "repetition_penalty": 1.0}
-    lacking = [name for name, value in options.items() if name not in KNOWN_SAMPLING
-               and value is not False and value != neutral.get(name)]
+    _, lacking = read_sampling_options(model.generation_config.to_dict(), config.to_dict())
     if (config.suppress_tokens or []) not in ([], [model.config.image_token_id]):
         lacking.append("suppress_tokens")
     if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
@@ -149,108 +141,118 @@ def _checking_mode(model: torch.nn.Module) -> Iterator[None]:
                 parameter.data.zero_()
 
 
-def compare_with_stock(trainer, numbers: list[int],
-                       tokenize: Callable[[list[int]], tuple]) -> list[tuple]:
-    """Compare passes and decoder with the model's own passes, for two prompts.
+def compare_with_stock(trainer, prompts: list, numbers: list[int], completions: list[list[int]],
+                       drawn_logps: list[list[float]] | None) -> list[tuple]:
+    """Compare shared passes with TRL's own method, and the decoder with shared passes.
+
+    Shared passes read all rows. TRL's read all completions to the last prompt, and the last one to
+    each of the others. Gradients are of the last prompt's longest completion.
 
     Args:
-        tokenize: makes of prompts' numbers what TRL does: ids, images, further inputs.
+        prompts: of every row, as TRL has them. numbers: of the prompts, in `trainer.sources`.
+        completions: token ids.
+        drawn_logps: the decoder's log-probabilities of these tokens; None if others drew.
     Returns: (what is compared, where, by how much it differs, by how much it may) of each.
     """
-    model, device = trainer.model, trainer.accelerator.device
-    # the gradients of two equal completions of one token would cancel
-    length = max(2, min(trainer.max_completion_length, CHECKED_TOKENS))
-    own_ids = [prompt.ids.tolist() for prompt in trainer._prompts_of(numbers)]
-    inputs = tokenize(numbers)
-    if own_ids != [list(row) for row in inputs[0]]:
+    model, number = trainer.model, numbers[-1]
+    last_rows = {number: row for row, number in enumerate(numbers)}
+    inputs = {number: trainer._tokenize_as_stock([prompts[row]], [number])
+              for number, row in last_rows.items()}
+    own_ids = [prompt.ids.tolist() for prompt in trainer._prompts_of(list(inputs))]
+    if own_ids != [list(ids) for (ids,), *_ in inputs.values()]:
         return [("tokens of a prompt", "", float("inf"), 0)]
-    is_reentrant = (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-    is_checkpointed = model.training and not is_reentrant  # which gives no single gradients
-    with _checking_mode(model):
-        drawn, drawn_logps = (values.to(device) for values in _draw(trainer, numbers, length))
-        # in each group a completion with another one before it, which it must not see
-        rows = torch.stack([drawn.flip(1), drawn], 1).flatten(0, 1)
-        rows_of = torch.tensor(numbers, device=device).repeat_interleave(2)
-        with torch.no_grad():
-            own, of_learner = (
-                trainer._logps(model, rows_of, rows, torch.ones_like(rows), temperature)[0][1::2]
-                for temperature in (trainer.temperature, 1.0))
-            stock, below = _stock_logps(trainer, inputs, drawn)
-        gaps = {"log-probabilities": (own - stock).abs()}
-        if not trainer.draws_elsewhere():
-            gaps |= {"the decoder's choices": below,
-                     "the decoder's log-probabilities": (drawn_logps - of_learner).abs()}
-        language = unwrap_peft(model).model.language_model
-        for module in (language, *language.layers):  # which look at it to checkpoint, and no more
-            module.training = is_checkpointed
-        gradients = max(_gradient_gaps(trainer, numbers[-1], rows[-2:], tokenize))
+    group = [row for row, other in enumerate(numbers) if other == number]
+    longest = max((completions[row] for row in group), key=len)
+    with _reading_images_once(model):
+        with evaluation_mode(model), torch.no_grad():
+            own = _score(trainer, numbers, completions)
+            of_learner = [own[row] - trainer.score_as_stock(inputs[numbers[row]], completions[row])
+                          for row in sorted({*group, *last_rows.values()})]
+        of_decoder = [] if drawn_logps is None else [
+            logps - logps.new_tensor(drawn) for logps, drawn in zip(own, drawn_logps)]
+        with _checking_mode(model), torch.enable_grad():
+            drawn = [] if trainer.draws_elsewhere() else _draw(trainer, number)
+            _set_checkpointing(trainer)
+            # the longest one with another one before it, which it must not see
+            rows = [completions[-1], longest, *(completion.ids for completion in drawn)]
+            _, own_logps, *of_drawn = _score(trainer, [number] * len(rows), rows)
+            stock_logps = trainer.score_as_stock(inputs[number], longest)
+            gradients = max(_gradient_gaps(model, own_logps, stock_logps))
+    of_learner.append(own_logps - stock_logps)
+    of_decoder += [logps - logps.new_tensor(completion.logps)
+                   for logps, completion in zip(of_drawn, drawn)]
     in_16_bits = trainer.args.bf16 or trainer.args.fp16 or any(  # an adapter on 4 bits, too
         parameter.is_floating_point() and parameter.dtype.itemsize == 2
         for parameter in model.parameters())
     mean, largest, of_gradients = LIMITS_16_BITS if in_16_bits else LIMITS_FLOAT32
     checks = []
-    for what, gap in gaps.items():
-        checks += [(what, "in the mean", gap.mean().item(), mean),
-                   (what, "at the worst token", gap.max().item(), largest)]
+    for what, gaps in (("log-probabilities", of_learner),
+                       ("the decoder's log-probabilities", of_decoder)):
+        if gaps:
+            gap = torch.cat(gaps).detach().abs()
+            # of many tokens in 16 bits one may be rounded far away
+            worst = ("at 99 % of the tokens", gap.quantile(0.99)) if in_16_bits else (
+                "at the worst token", gap.max())
+            checks += [(what, "in the mean", gap.mean().item(), mean),
+                       (what, worst[0], worst[1].item(), largest)]
     return [*checks, ("gradients", "of a parameter of each kind", gradients, of_gradients)]
 
 
-def _draw(trainer, numbers: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prompts, length) ids and log-probabilities at temperature 1: the decoder's second greedy
-    completions, or any ids and zeros if others draw.
-    """
-    if trainer.draws_elsewhere():
-        ids = torch.randint(20, 100, (len(numbers), length),
-                            generator=torch.Generator().manual_seed(0))
-        return ids, torch.zeros(ids.shape)
-    sampling = SamplingOptions(0.0, max_new_tokens=length, min_new_tokens=length + 1)
-    rollouts = draw_completions(trainer.accelerator.unwrap_model(trainer.model), trainer.processor,
-                                trainer._prompts_of(numbers), 2, sampling,
-                                autocast=trainer.autocasts)
-    second = [completions[-1] for completions in rollouts]
-    return (torch.tensor([completion.ids for completion in second]),
-            torch.tensor([completion.logps for completion in second]))
+def _set_checkpointing(trainer) -> None:
+    """Let layers in eval mode checkpoint as in training, unless that gives no single gradients."""
+    is_reentrant = (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    language = unwrap_peft(trainer.model).model.language_model
+    for module in (language, *language.layers):  # which look at it to checkpoint, and no more
+        module.training = not is_reentrant
 
 
-def _stock_logps(trainer, inputs: tuple, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `drawn` (rows, tokens) behind prompts: log-probabilities, and by how much logits are below
-    those of the tokens that the model would choose.
-    """
-    ids, _, fields = inputs
-    device, longest, length = drawn.device, max(map(len, ids)), drawn.shape[1]
+@contextmanager
+def _reading_images_once(model: torch.nn.Module) -> Iterator[None]:
+    """Let passes over the same pixels compute their features at the first one alone."""
+    inner, features = unwrap_peft(model).model, {}
+    read = inner.get_image_features
 
-    def pad_left(rows):
-        return pad_rows([torch.as_tensor(row) for row in rows], longest, on_left=True).to(device)
+    def recall(pixel_values: torch.Tensor, *args, **kwargs):
+        place = pixel_values.data_ptr()
+        if place not in features:
+            features[place] = read(pixel_values, *args, **kwargs)
+        return features[place]
 
-    fields = {name: pad(pad_left(value), (0, length)) if name == "mm_token_type_ids" else
-              torch.as_tensor(np.array(value), device=device) for name, value in fields.items()}
-    mask = pad(pad_left([[1] * len(row) for row in ids]), (0, length), value=1)
-    with trainer.accelerator.autocast():
-        logits = trainer.model(
-            input_ids=torch.cat([pad_left(ids), drawn], 1), attention_mask=mask, use_cache=False,
-            logits_to_keep=length + 1, **fields).logits[:, :-1].float()
-    tokens = drawn[..., None]
-    logps = (logits / trainer.temperature).log_softmax(-1).gather(2, tokens)[..., 0]
-    logits = logits.detach().clone()
-    logits[..., forbidden_token_ids(trainer.processor) + end_token_ids(
-        unwrap_peft(trainer.model).generation_config, trainer.processor)] = -torch.inf
-    return logps, logits.amax(-1) - logits.gather(2, tokens)[..., 0]
+    with patch.object(inner, "get_image_features", recall):
+        yield
 
 
-def _gradient_gaps(trainer, number: int, rows: torch.Tensor, tokenize: Callable) -> list[float]:
+def _score(trainer, numbers: list[int], completions: list[list[int]]) -> list[torch.Tensor]:
+    """Log-probabilities (tokens,) of each completion by shared passes."""
+    device, lengths = trainer.accelerator.device, list(map(len, completions))
+    ids, mask = (pad_rows(rows, pad_to_multiple(max(lengths))).to(device) for rows in (
+        list(map(torch.tensor, completions)),
+        [torch.ones(length, dtype=torch.long) for length in lengths]))
+    logps, _ = trainer._logps(trainer.model, torch.tensor(numbers, device=device), ids, mask)
+    return [row[:length] for row, length in zip(logps, lengths)]
+
+
+def _draw(trainer, number: int) -> list[Completion]:
+    """Two completions of CHECKED_TOKENS tokens to a prompt, always the same, by the decoder."""
+    sampling = SamplingOptions(trainer.temperature, max_new_tokens=CHECKED_TOKENS,
+                               min_new_tokens=CHECKED_TOKENS + 1)
+    return draw_completions(
+        trainer.accelerator.unwrap_model(trainer.model), trainer.processor,
+        trainer._prompts_of([number]), 2, sampling, draw_uniforms(0, 1, 2, CHECKED_TOKENS),
+        trainer.autocasts)[0]
+
+
+def _gradient_gaps(model: torch.nn.Module, own_logps: torch.Tensor,
+                   stock_logps: torch.Tensor) -> list[float]:
     """For a parameter of each kind, by how much its gradient differs from stock's, of its norm."""
     first: dict[str, torch.nn.Parameter] = {}  # of each kind
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             first.setdefault(re.sub(r"\d+", "", name), parameter)
-    weights = torch.linspace(-1, 1, rows.numel(), device=rows.device).view(rows.shape)
-    numbers = torch.full((len(rows),), number, device=rows.device)
-    with torch.enable_grad():
-        both = (trainer._logps(trainer.model, numbers, rows, torch.ones_like(rows))[0],
-                _stock_logps(trainer, tokenize([number] * len(rows)), rows)[0])
-        own, stock = (torch.autograd.grad((logps * weights).sum(), list(first.values()),
-                                          allow_unused=True, materialize_grads=True)
-                      for logps in both)
+    weights = torch.linspace(-1, 1, len(own_logps), device=own_logps.device)
+    own, stock = (torch.autograd.grad((logps * weights).sum(), list(first.values()),
+                                      allow_unused=True, materialize_grads=True)
+                  for logps in (own_logps, stock_logps))
     norms = [gradient.norm().item() for gradient in stock]
     # a bias of keys has no gradient but for rounding
     return [(left - right).norm().item() / (norm + 1e-3 * max(norms) or 1)

@@ -3,6 +3,7 @@ drawn and when log-probabilities are computed, and an image goes through the fro
 once per run. All else is TRL's.
 """
 
+import math
 import time
 import warnings
 from collections import Counter
@@ -23,9 +24,9 @@ from mig_kit.shared_prefix import obstacles
 from mig_kit.shared_prefix.decoding import evaluation_mode
 from mig_kit.shared_prefix.generation import (
     Completion,
-    SamplingOptions,
     draw_completions,
     draw_uniforms,
+    read_sampling_options,
 )
 from mig_kit.shared_prefix.logprobs import completion_logps
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
@@ -41,7 +42,6 @@ from mig_kit.shared_prefix.prompt_cache import (
 
 IMAGE_COLUMNS = ("images", "image")
 PAYS_FROM = 1.15  # times fewer tokens to read: measured, see the guide
-BUCKET = 2**23  # numbers of gradients that are averaged in one message
 IMAGES = "images of the row"  # column that takes a row's images past TRL's processor
 DRAWN_LOGPS = "drawn_logps"  # of the decoder's tokens, in a batch
 SAMPLING_DIFFERENCE = "sampling/sampling_logp_difference"  # TRL's name
@@ -61,13 +61,14 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             Fewer need less memory and one more forward pass.
         strict: Raise ValueError where a warning would say that prompts are not shared, or that
             others draw completions.
-        check_every: Updates after which the self-check is repeated; 0: only at the first batch of a
-            training, resumed or not, and two updates later.
+        check_every: Updates after which the self-check is repeated, which costs about as much as
+            two of them; 0: only at the first batch of a training, resumed or not, and two updates
+            later.
     """
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, *others, micro_completions: int = 0, strict: bool = False,
-                 check_every: int = 0, **kwargs):
+                 check_every: int = 200, **kwargs):
         self.strict, self.check_every = strict, check_every
         self.unshared = obstacles.find_early_obstacle(model, args)
         if self.unshared:  # before a model is loaded that may need more memory
@@ -84,8 +85,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.draws = Counter()  # by global step, and whether it was for training
         self.last_logps: torch.Tensor | None = None  # of the last pass
         self.sampling_gaps: list[torch.Tensor] = []  # of an update's tokens, step by step
-        # global steps of the first self-check and of the last
-        self.is_checked, self.first_check, self.last_check = False, -1, -1
+        self.next_check = 0  # global step from which the next self-check is due
         if self.unshared:
             return
         self.unshared = obstacles.find_obstacle(self)
@@ -159,16 +159,17 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return [row for row in range(count) if row == 0 or (first + row) % group == 0]
 
     def _generate_and_score_completions(self, inputs):  # takes the images out of the rows
+        rows, mode = inputs, "train" if self.model.training else "eval"
         if not self.unshared:
             kept = () if self.model.training else self.training_numbers
             self.sources = {number: self.sources[number] for number in kept}
-            rows = [move_images(row) for row in inputs]
-            self._check_sharing([row["prompt"] for row in rows])
-        mode = "train" if self.model.training else "eval"
+            moved = [move_images(row) for row in inputs]
+            self._check_sharing([row["prompt"] for row in moved])
+            rows = inputs if self.unshared else moved
+        output = super()._generate_and_score_completions(rows)
         self._metrics[mode]["shared"].append(float(not self.unshared))
         if self.unshared:
-            return super()._generate_and_score_completions(inputs)
-        output = super()._generate_and_score_completions(rows)
+            return output
         if not self.use_vllm and "sampling_per_token_logps" in output:  # TRL's are a server's
             output[DRAWN_LOGPS] = output.pop("sampling_per_token_logps")
         if self.model.training:
@@ -178,54 +179,59 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return output
 
     def _check_sharing(self, prompts: list) -> None:
-        """Stop sharing if passes are not stock TRL's, or would not be cheaper."""
+        """Stop sharing if passes cannot be stock TRL's, or would not be cheaper."""
         reason = obstacles.find_late_obstacle(self.model) or self._find_mixed_group(prompts)
+        if not reason and not self.next_check:
+            reason = self._find_loss(prompts)
         if reason := gather_reason(self.accelerator, reason):  # processes go on alike
             return self._stop_sharing(reason)
         self._find_sampling_obstacle()
-        step, is_first = self.state.global_step, self.first_check < 0
-        is_due = not self.is_checked and (is_first or step >= self.first_check + 2)
-        if self.check_every and not is_first and step >= self.last_check + self.check_every:
-            is_due = True
-        if not is_due:
-            return
-        if is_first:
-            self.first_check = step
-        self.is_checked, self.last_check = not is_first, step
-        start = time.perf_counter()
+
+    def _find_loss(self, prompts: list) -> str:
+        """Why sharing would cost more than it saves, or ""."""
         starts = self._find_group_starts(len(prompts))
         sources = dict(self._read_prompts([prompts[row] for row in starts]))
-        prompt_of = dict(zip(sources, [prompts[row] for row in starts]))
-        self.sources.update(sources)
-        read = self._prompts_of(list(sources))  # all at once, as the draw would read them
-        if is_first and (reason := gather_reason(self.accelerator, self._find_loss(read))):
-            return self._stop_sharing(reason)
-        first = next(iter(sources))
-        others = sorted(sources, key=lambda number: (
-            number == first, sources[number].digests() == sources[first].digests()))
+        group, reply = self.num_generations, self.max_completion_length
+        tokens = sum(len(prompt.ids) for prompt in self.cache.get(list(sources.values())))
+        tokens //= len(starts)
+        gain = group * (tokens + reply) / (tokens + group * reply)
+        return ("" if gain >= PAYS_FROM else
+                f"prompts of {tokens} tokens are too short beside completions of up to {reply}: "
+                f"sharing would read {gain:.2f} times fewer tokens, and pays from {PAYS_FROM} on")
+
+    def _generate(self, prompts: list):  # checks the passes by what was drawn
+        if self.unshared:
+            return super()._generate(prompts)
+        before = deepcopy(self._metrics), self.state.num_input_tokens_seen
+        output = super()._generate(prompts)
+        if self.state.global_step < self.next_check:
+            return output
+        numbers, completions, _, _, drawn_logps, *_ = output
+        reason = self._run_self_check(prompts, numbers, completions, drawn_logps)
+        if reason := gather_reason(self.accelerator, reason):
+            self._metrics, self.state.num_input_tokens_seen = before
+            self._stop_sharing(reason)
+            return super()._generate(prompts)
+        return output
+
+    def _run_self_check(self, prompts: list, numbers: list[list[int]], completions: list[list[int]],
+                        drawn_logps: list[list[float]] | None) -> str:
+        """Why passes are not stock TRL's, by the completions of a step, or ""."""
+        start, step = time.perf_counter(), self.state.global_step
+        when = f"update {step}" if self.next_check else "the first batch"
+        self.next_check = step + ((self.check_every or math.inf) if self.next_check else 2)
+        of_step = slice(max(self.num_generations, self.args.per_device_train_batch_size))
         checks = obstacles.compare_with_stock(
-            self, [first, others[0]], lambda numbers: self._tokenize_as_stock(
-                [prompt_of[number] for number in numbers], numbers))
-        when = "the first batch" if is_first else f"update {step}"
+            self, prompts[of_step], [number for number, in numbers[of_step]], completions[of_step],
+            None if drawn_logps is None or self.draws_elsewhere() else drawn_logps[of_step])
         if self.args.should_log:
             print(f"self-check at {when}: by how much passes differ from stock TRL's: " + ", ".join(
                 f"{what} {where} {gap:.1e} (of {limit} allowed)"
                 for what, where, gap, limit in checks)
                 + f"; {time.perf_counter() - start:.1f} s", flush=True)
-        wrong = [f"{what} at {when} are {gap:.2g} from stock TRL's {where}, more than {limit}; "
-                 "training goes on with stock passes" for what, where, gap, limit in checks
-                 if not gap <= limit]  # NaN, too
-        if reason := gather_reason(self.accelerator, "".join(wrong[:1])):
-            self._stop_sharing(reason)
-
-    def _find_loss(self, prompts: list[Prompt]) -> str:
-        """Why sharing would cost more than it saves, or ""."""
-        group, reply = self.num_generations, self.max_completion_length
-        tokens = sum(len(prompt.ids) for prompt in prompts) // len(prompts)
-        gain = group * (tokens + reply) / (tokens + group * reply)
-        return ("" if gain >= PAYS_FROM else
-                f"prompts of {tokens} tokens are too short beside completions of up to {reply}: "
-                f"sharing would read {gain:.2f} times fewer tokens, and pays from {PAYS_FROM} on")
+        return next((f"{what} at {when} are {gap:.2g} from stock TRL's {where}, more than {limit}; "
+                     "training goes on with stock passes" for what, where, gap, limit in checks
+                     if not gap <= limit), "")  # NaN, too
 
     def _find_mixed_group(self, prompts: list) -> str:
         """Why the first row of a group cannot stand for all, or ""."""
@@ -241,6 +247,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return ""
 
     def _tokenize_as_stock(self, prompts: list, numbers: Sequence[int]) -> tuple:
+        """Ids of prompts, their images, and further inputs as tensors, as TRL has them."""
+        ids, images, fields = self._tokenize_by_trl(prompts, numbers)
+        return ids, images, {name: torch.as_tensor(np.array(value), device=self.accelerator.device)
+                             for name, value in fields.items()}
+
+    def _tokenize_by_trl(self, prompts: list, numbers: Sequence[int]) -> tuple:
         return super()._tokenize_prompts(prompts)
 
     def _stock_inputs(self, numbers: Sequence[int]) -> tuple[list[list[int]], list | None, dict]:
@@ -254,9 +266,26 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             if name != "attention_mask"}
         return inputs.pop("input_ids"), images if flat else None, inputs
 
+    def score_as_stock(self, inputs: tuple, completion: list[int]) -> torch.Tensor:
+        """Log-probabilities (tokens,) of a completion by TRL's own method.
+
+        inputs: of `_tokenize_as_stock`, of its prompt.
+        """
+        (ids,), images, fields = inputs
+        row = torch.tensor([[*ids, *completion]], device=self.accelerator.device)
+        if "mm_token_type_ids" in fields:
+            types = pad(fields["mm_token_type_ids"], (0, len(completion)))
+            fields = fields | {"mm_token_type_ids": types}
+        return super()._get_per_token_logps_and_entropies(
+            self.model, row, torch.ones_like(row), len(completion),
+            num_images=images and [len(images[0])], **fields)[0][0]
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rows = list(map(restore_images, inputs))
-        return super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        # rewards may draw on images, of which the completions of a group share theirs
+        rows, prompts = zip(*(deepcopy((restore_images(row), prompt))
+                              for row, prompt in zip(inputs, prompts)))
+        return super()._calculate_rewards(list(rows), list(prompts), completions,
+                                          completion_ids_list)
 
     def _tokenize_prompts(self, prompts: list):  # a row's prompt becomes a number
         if self.unshared:
@@ -291,10 +320,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _draw_completions(self, numbers: list[int], group: int) -> list[Completion]:
         """A completion to each of this process's rows; numbers: of their prompts."""
-        accelerator, count, config = self.accelerator, len(numbers), self.generation_config
-        sampling = SamplingOptions(config.temperature, config.top_p, config.max_new_tokens,
-                                   config.min_new_tokens
-                                   or self.model.generation_config.min_new_tokens or 0)
+        accelerator, count = self.accelerator, len(numbers)
+        sampling, _ = read_sampling_options(*(config.to_dict() for config in (
+            self.model.generation_config, self.generation_config)))
         draw = self.state.global_step, self.model.training
         seed = self.args.seed * 1_000_003 + self.state.global_step
         # a step's first draw adds 0; the factor fits in 32 bits, all that a CPU's generator reads
@@ -326,11 +354,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.last_logps = logps.detach()
         return logps, entropies, None
 
-    def _logps(self, model, numbers, ids, mask, temperature=None):
-        """(log-probabilities, entropies) of completions, (rows, tokens) each; 0 where masked.
-
-        temperature: None for the training's.
-        """
+    def _logps(self, model, numbers, ids, mask):
+        """(log-probabilities, entropies) of completions, (rows, tokens) each; 0 where masked."""
         # only rows with tokens are read, `micro_completions` or a step's at a time: the reference
         # reads completions of several steps
         with_tokens = mask.any(1).nonzero()[:, 0]
@@ -352,7 +377,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             arguments = (self.accelerator.unwrap_model(model, keep_torch_compile=False),
                          prompts[start:start + at_once],
                          prompt_index[is_part] - start, ids[rows, :length], mask[rows, :length],
-                         temperature or self.temperature)
+                         self.temperature)
             # the last part's backward pass comes first: its graph is in memory anyway
             is_last = start + at_once >= len(prompts)
             with self.accelerator.autocast():
@@ -430,31 +455,14 @@ def average_gradients(model: torch.nn.Module, processes: int) -> None:
     """
     inactive = [f".{name}." for name in getattr(model, "peft_config", {})
                 if name not in model.active_adapters]
-    gradients = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or any(part in name for part in inactive):
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
-    if processes == 1:
-        return
-    bucket: list[torch.Tensor] = []
-    for gradient, following in zip(gradients, [*gradients[1:], None]):
-        bucket.append(gradient)
-        if (following is None or following.dtype != gradient.dtype
-                or sum(part.numel() for part in bucket) >= BUCKET):
-            _average(bucket, processes)
-            bucket = []
-
-
-def _average(gradients: list[torch.Tensor], processes: int) -> None:
-    """Replace gradients of one dtype by their means over all processes, in one message."""
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= processes
-    for gradient, mean in zip(gradients, flat.split([part.numel() for part in gradients])):
-        gradient.copy_(mean.view_as(gradient))
+        if processes > 1:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= processes
 
 
 def gather_reason(accelerator, reason: str) -> str:
@@ -509,9 +517,8 @@ def move_images(row: dict) -> dict:
 
 
 def restore_images(row: dict) -> dict:
-    """A row of `move_images` with copies of its columns of images, which rewards may change."""
-    others = {name: value for name, value in row.items() if name != IMAGES}
-    return others | deepcopy(row.get(IMAGES, {}))
+    """A row of `move_images` with its columns of images."""
+    return {name: value for name, value in row.items() if name != IMAGES} | row.get(IMAGES, {})
 
 
 def list_images(row: dict) -> list:

@@ -31,6 +31,7 @@ from mig_kit.shared_prefix.generation import (
     draw_uniforms,
     generate_rollouts,
     read_sampling_options,
+    sampling_settings,
 )
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
@@ -84,7 +85,7 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         make_source = partial(prompt_source, self.processing_class, self.box_format)
         return [(number, make_source(self.samples[number])) for number in numbers]
 
-    def _tokenize_as_stock(self, prompts: list, numbers: Sequence[int]) -> tuple:
+    def _tokenize_by_trl(self, prompts: list, numbers: Sequence[int]) -> tuple:
         return self._stock_inputs(numbers)
 
     def _stop_sharing(self, reason: str) -> None:
@@ -114,7 +115,7 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         numbers = [number for number, in prompt_ids][::num_generations]
         return self.served.draw(self, [self.samples[number] for number in numbers],
                                 self._prompts_of(numbers), num_generations,
-                                read_sampling_options(self.args))
+                                read_sampling_options(sampling_settings(self.args))[0])
 
 
 def pick_prompts(n_samples: int) -> list[int]:
@@ -161,11 +162,10 @@ class KeepRollouts(TrainerCallback):
 
     def _draw(self, model, args) -> Sequence[Sequence[Sequence[int]]]:
         """Token ids of REPLIES completions to each prompt."""
-        policy, sampling = self.policy, read_sampling_options(args)
+        policy, settings = self.policy, sampling_settings(args)
+        sampling, lacking = read_sampling_options(settings)
         prompts = self.cache.get(list(self.samples.values()))
-        options = {"top_k": args.top_k, "min_p": args.min_p,
-                   "repetition_penalty": args.repetition_penalty}
-        if options == {"top_k": 0, "min_p": None, "repetition_penalty": 1.0}:  # TRL's defaults
+        if not lacking:
             uniforms = draw_uniforms(SEED, len(prompts), REPLIES, args.max_completion_length)
             return generate_rollouts(model, policy.processor, prompts, REPLIES, sampling, uniforms)
         # what the kit's decoder lacks: TRL draws by transformers, too
@@ -175,8 +175,8 @@ class KeepRollouts(TrainerCallback):
             images=[image for sample in self.samples.values() for image in sample.images])
         with keep_global_state(), torch.no_grad():
             torch.manual_seed(SEED)
-            output = model.generate(**inputs.to(model.device), do_sample=True, **vars(sampling),
-                                    **options, num_return_sequences=REPLIES)
+            output = model.generate(**inputs.to(model.device), do_sample=True, **settings,
+                                    num_return_sequences=REPLIES)
         return output[:, inputs["input_ids"].shape[1]:].unflatten(0, (-1, REPLIES)).tolist()
 
 

@@ -280,6 +280,8 @@ def test_a_file_none_of_whose_images_is_found_is_one_line(root, tmp_path):
     path = write_lines(tmp_path, *[GOOD] * 26)
     code, text = call("check", path)
     assert code == 1 and text.startswith(f"none of the images of {path} is in {tmp_path}, which is")
+    outside = write_lines(tmp_path, *[changed(images=["/a.png", "../b.png"])] * 26, name="o.jsonl")
+    assert call("check", outside)[1].startswith(f"none of the images of {outside} is in {tmp_path}")
     assert call("check", path, "--root", root)[0] == 0
     write_lines(tmp_path, GOOD, changed(images=["none.png", "b.png"]), GOOD)
     assert "line 2: image 1: 'none.png' is not there" in call("check", path, "--root", root)[1]

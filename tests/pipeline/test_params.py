@@ -1,19 +1,27 @@
 """Parameters: every notebook's cell, profiles, and wrong values, which are one sentence each."""
 
+import ast
 import importlib.util
+import inspect
 import json
 import math
+import re
+import textwrap
 
 import pytest
+import trl
 from command_line import describe_files, error_of, output_of
 
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, UserError
 from mig_kit.pipeline import params, reward_names, run_folders, stage_keys, store
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.plan import choose_params, parse_overrides
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, MODELS
+from mig_kit.pipeline.stage_params import CONFIGS, EXECUTION_PARAMS, MODELS
 from mig_kit.serving.served_rollouts import SAMPLING_CURVES
+from mig_kit.shared_prefix import obstacles, trainer
+from mig_kit.stages import grpo, sft
 from mig_kit.stages.grpo import CURVES
+from mig_kit.training import recipe_trainer, resuming
 
 PROFILE_FILES = sorted((PROJECT_ROOT / "params").glob("*/*.yaml"))
 STAGES = {stage[:2]: stage for stage in run_folders.STAGES}
@@ -37,11 +45,14 @@ REFUSED = [
     ("01", {"min_pixels": 500000}, "min_pixels is 500000 and max_pixels 401408; give two areas"),
     ("01", {"base_model": "qwen"}, "it must be tiny, a folder that exists, or USER/NAME of"),
     ("02", {"learning_rate": -1}, "Input should be greater than 0"),
+    ("02", {"trl": {"loss_type": "dft"}}, "loss_type of trl would have no effect, because this"),
+    ("02", {"trl": {"label_smoothing_factor": 0.5}}, "label_smoothing_factor of trl would have"),
     ("04", {"min_pass_rate": 0.95}, "min_pass_rate is above max_pass_rate; swap them"),
     ("04", {"server": "somewhere"}, "such as http://localhost:8000/v1"),
     ("05", {"num_generation": 4}, "it has no parameter 'num_generation'; did you mean"),
     ("05", {"trl": {"top_q": 1}}, "GRPOConfig has no 'top_q'; did you mean 'top_p'?"),
     ("05", {"trl": {"beta": 1}}, "beta is a parameter of its own; write -p beta 1"),
+    ("05", {"trl": {"chat_template_kwargs": {"a": 1}}}, "out, or set share_prefix to false"),
     *(("05", {"reward_weights": weights}, "Input should be a") for weights in (
         [0.2, 0.3, 1.0, 1.3], {"box": "much"}, {"box": math.nan}, {1: 1.0}, 0.5)),
     ("05", {"run_id": "my run"}, "run_id is 'my run'; use letters, digits"),
@@ -188,3 +199,37 @@ def test_hostile_parameter_files(tmp_path, monkeypatch):
         (tmp_path / "x" / "05_grpo.yaml").write_text(text)
         with pytest.raises(UserError, match="is no mapping in YAML"):
             params.profile_params("05_grpo", "x")
+
+
+def always_calls_super(method):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0]
+    return any(f"super().{method.__name__}(" in ast.unparse(statement)
+               for statement in tree.body if not isinstance(statement, ast.If))
+
+
+@pytest.mark.parametrize(("stage", "trainer_class", "modules", "without_harm"), [
+    # of a sampling strategy that is refused itself
+    ("02_sft", sft.CompletionLossTrainer, (sft, resuming), {"dataloader_drop_last"}),
+    # the head casts its inputs itself; DeepSpeed is left to stock TRL
+    ("05_grpo", recipe_trainer.RecipeTrainer, (obstacles, trainer, recipe_trainer, resuming, grpo),
+     {"cast_lm_head_to_fp32", "ds3_gather_for_generation"})])
+def test_a_setting_that_only_an_overridden_method_reads_is_refused(stage, trainer_class, modules,
+                                                                   without_harm):
+    """Found in the libraries' source: `self.args.NAME`, and attributes that are made of one."""
+    library = [owner for owner in trainer_class.__mro__
+               if not owner.__module__.startswith("mig_kit") and owner is not object]
+    made = re.findall(r"self\.(\w+) = .*args\.(\w+)", "".join(
+        inspect.getsource(owner.__init__) for owner in library if "__init__" in vars(owner)))
+    fields, read = set(getattr(trl, CONFIGS[stage]).__dataclass_fields__), set()
+    for name in dir(trainer_class):
+        own = inspect.getattr_static(trainer_class, name)
+        theirs = next((vars(owner)[name] for owner in library if name in vars(owner)), own)
+        if theirs is own or not inspect.isfunction(own) or name.startswith("__"):
+            continue
+        if not always_calls_super(own):
+            words = set(re.findall(r"self\.(?:args\.)?(\w+)",
+                                   inspect.getsource(inspect.unwrap(theirs))))
+            read |= words | {field for attribute, field in made if attribute in words}
+    named = set(re.findall(r"\w+", "".join(map(inspect.getsource, modules))))
+    assert len(read & fields) > 5
+    assert read & fields - named - set(params.UNREAD[stage]) == without_harm

@@ -2,8 +2,6 @@
 
 import torch
 
-from mig_kit.shared_prefix.generation import Completion
-
 END = 2
 LENGTHS = (5, 3, 6, 2, 6, 4, 1, 5)
 HAS_END = [True, True, False, True, True, False, True, True]
@@ -20,8 +18,8 @@ def draw_completions(count):
     return completions
 
 
-def force_completions(stock, own):
-    """Let both trainers draw what `draw_completions` has."""
-    stock._generate_single_turn = lambda prompt_ids, *_: (draw_completions(len(prompt_ids)), None)
-    own._draw_completions = lambda numbers, group: [
-        Completion(ids, [0.0] * len(ids)) for ids in draw_completions(len(numbers))]
+def force_completions(*trainers):
+    """Let trainers draw what `draw_completions` has."""
+    for trainer in trainers:
+        trainer._generate_single_turn = lambda prompt_ids, *_: (
+            draw_completions(len(prompt_ids)), None)

@@ -1,6 +1,7 @@
 """The shared-prefix trainer as any user of TRL has it: a stock data set, a stock config."""
 
 import json
+import math
 import os
 import re
 import warnings
@@ -24,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image as Pictures
 from published import format_of
 from tokenizers import Tokenizer
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
@@ -34,7 +36,7 @@ from trl.generation import vllm_generation
 
 from mig_kit.image_files import pixel_digest
 from mig_kit.models.processors import load_processor
-from mig_kit.shared_prefix import compare, decoding, generation, logprobs
+from mig_kit.shared_prefix import compare, decoding, generation, groups, logprobs
 from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
 from mig_kit.shared_prefix.groups import places
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource, describe_image
@@ -229,7 +231,7 @@ def test_rows_with_and_without_images_share_a_step(make_pair, family, checkpoint
     _, own = make_pair(table=make_table(counts=(0, 1, 2, 6)), per_device_train_batch_size=16,
                        gradient_accumulation_steps=1, gradient_checkpointing=checkpoints,
                        family=family, **{"router_aux_loss_coef": 0.0} if "moe" in family else {})
-    own.is_checked = True
+    own.next_check = math.inf
     rows = [own.train_dataset[row] for row in (0, 1, 2, 3) for _ in range(4)]
     batch = own._generate_and_score_completions(rows)
     numbers, ids = batch["prompt_ids"][:, -1], batch["completion_ids"]
@@ -251,8 +253,8 @@ def test_it_draws_and_evaluates_on_its_own(random_folder, processor, tmp_path, c
     history = trainer.state.log_history
     assert any("eval_reward" in row for row in history) and not trainer.unshared
     line, = re.findall("self-check at the first batch: .*", capsys.readouterr().out)
-    gaps = re.findall(r"(log-probabilities|choices|gradients).*? (\S+) \(of (\S+) allowed", line)
-    assert len(gaps) == 7 and all(float(gap) < float(limit) for _, gap, limit in gaps)
+    gaps = re.findall(r"(log-probabilities|gradients).*? (\S+) \(of (\S+) allowed", line)
+    assert len(gaps) == 5 and all(float(gap) < float(limit) for _, gap, limit in gaps)
     assert {row["shared"] for row in history if "loss" in row} == {1}
 
 
@@ -360,11 +362,10 @@ def test_what_cannot_be_shared_is_named(random_model, random_folder, relatives, 
 @pytest.mark.slow
 def test_a_leak_between_states_of_linear_attention_is_noticed_at_the_first_batch(make_pair,
                                                                                  monkeypatch):
-    stock, own = make_pair(max_steps=1, gradient_checkpointing=True, family="qwen3_5")
+    _, own = make_pair(max_steps=1, gradient_checkpointing=True, family="qwen3_5")
     pack = logprobs._pack_completions
     monkeypatch.setattr(logprobs, "_pack_completions",
                         lambda *arguments: wrong_mask(pack(*arguments)))
-    own._generate_single_turn = stock._generate_single_turn
     with pytest.warns(UserWarning, match="prompts are not shared: log-probabilities at the first"):
         own.train()
     assert own.unshared and own.state.global_step == 1
@@ -552,6 +553,7 @@ def test_generations_of_an_update_and_batches_of_an_evaluation_draw_anew(make_pa
         held.append(len(own.sources))
         return drawn[-1]
 
+    del own._generate_single_turn
     own._draw_completions = record
     own.args.per_device_eval_batch_size = 4
     own.evaluate(table)
@@ -563,7 +565,6 @@ def test_generations_of_an_update_and_batches_of_an_evaluation_draw_anew(make_pa
 @pytest.mark.slow
 def test_processes_share_a_group_and_draw_what_one_would(make_pair):
     _, own = make_pair(per_device_train_batch_size=4)
-    del own._draw_completions
     rows = [own.train_dataset[row] for row in (0, 1, 2) for _ in range(4)]
     prompts = [move_images(row)["prompt"] for row in rows]
     own.model.train()
@@ -590,7 +591,6 @@ def test_a_batch_that_stock_trl_takes_over_is_counted_and_paid_once(make_pair):
         return [float(len(text[0]["content"])) for text in completions]
 
     stock, own = make_pair(rewards=[paid], max_steps=1, gradient_accumulation_steps=1)
-    own._generate_single_turn = stock._generate_single_turn
     logps = own._logps
     own._logps = lambda *arguments: tuple(values + 1 for values in logps(*arguments))
     stock.train()
@@ -615,18 +615,16 @@ def change_fused_weights(monkeypatch, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("changes", "reason"), [
-    ({"down": lambda _: None}, "choices"), (ROUNDED, "log-probabilities")])
+@pytest.mark.parametrize("changes", [{"down": lambda _: None}, ROUNDED])
 def test_a_decoder_of_another_policy_is_noticed_though_the_adapter_is_zero(make_pair, monkeypatch,
-                                                                           changes, reason):
+                                                                           changes):
     """As one that leaves out what a new kind of adapter adds, which is nothing at first."""
-    stock, own = make_pair(max_steps=1, gradient_accumulation_steps=1)
+    _, own = make_pair(max_steps=1, gradient_accumulation_steps=1)
     for name, parameter in own.model.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
     change_fused_weights(monkeypatch, changes)
-    own._generate_single_turn = stock._generate_single_turn
-    with pytest.warns(UserWarning, match=f"the decoder's {reason} at the first batch are"):
+    with pytest.warns(UserWarning, match="the decoder's log-probabilities at the first batch are"):
         own.train()
 
 
@@ -640,8 +638,8 @@ def test_a_decoder_that_rounds_otherwise_is_seen_in_the_log(make_pair, monkeypat
     """The ratio of an update is 1 whatever drew its replies, so that no other figure tells."""
     def train():
         _, own = make_pair(**settings)
-        del own._draw_completions
-        own.is_checked = True  # the self-check would stop the sharing
+        del own._generate_single_turn
+        own.next_check = math.inf  # the self-check would stop the sharing
         own.train()
         rows = [row for row in own.state.log_history if "loss" in row]
         assert [DIFFERENCES[0] in row for row in rows] == [True] * len(rows)
@@ -710,9 +708,21 @@ def wrong_mask(packed):
                                    for group in packed.groups])
 
 
-def wrong_position(packed):
-    """Every reply begins one position late."""
-    return replace(packed, positions=packed.positions + (~packed.is_prompt).long())
+def wrong_split(packed):
+    """Replies end where others do, which is right if all are of one length."""
+    return replace(packed, groups=[group._replace(completions=group.completions[::-1])
+                                   for group in packed.groups])
+
+
+def wrong_position(packed, step=0):
+    """Positions of every reply are one too high from a step on."""
+    positions, first = packed.positions.clone(), 0
+    for group in packed.groups:
+        first += group.prompt
+        for length in group.completions:
+            positions[..., first + step:first + length] += 1
+            first += length
+    return replace(packed, positions=positions)
 
 
 def wrong_key(packed):
@@ -723,28 +733,72 @@ def wrong_key(packed):
     return replace(packed, ids=ids)
 
 
+def see_the_future(is_affected, attend, query, key, value, window, options):
+    """Replies attend to the token behind their own; is_affected: of replies and tokens."""
+    tokens, past = query.shape[2], key.shape[2]
+    if tokens == past or not is_affected(len(query), tokens):
+        return attend(query, key, value, window, options)
+    sees = torch.ones(tokens, past, dtype=torch.bool).tril(past - tokens + 1)
+    return scaled_dot_product_attention(query, key, value, sees, enable_gqa=True, **options)
+
+
+def turn_third(get, cache, sources):
+    """From the third prompt of a batch on, the features of images are in the wrong order."""
+    prompts = get(cache, sources)
+    return prompts[:2] + [replace(prompt, features=prompt.features.flip(0))
+                          for prompt in prompts[2:]]
+
+
+def cap_logits(forward, states):
+    """Another head than TRL's own method computes."""
+    return 5 * torch.tanh(forward(states) / 5)
+
+
+PACK = (logprobs, "_pack_completions")
+FAULTS = {change.__name__: (*PACK, lambda pack, *arguments, change=change: change(
+    pack(*arguments))) for change in (wrong_mask, wrong_position, wrong_key)}
+RARE_FAULTS = {
+    "wrong split": (*PACK, lambda pack, *arguments: wrong_split(pack(*arguments))),
+    "position 33": (*PACK, lambda pack, *arguments: wrong_position(pack(*arguments), 32)),
+    "future, groups of more than two": (
+        groups, "_attend_causally", partial(see_the_future, lambda rows, _: rows > 2)),
+    "future, more than 32 tokens": (
+        groups, "_attend_causally", partial(see_the_future, lambda _, tokens: tokens > 32)),
+    "third prompt": (PromptCache, "get", turn_third)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [wrong_mask, wrong_position, wrong_key, None])
-@pytest.mark.parametrize("dtype", [
-    torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)], ids=str)
-def test_one_wrong_thing_is_noticed_in_any_dtype(tmp_path, monkeypatch, dtype, change):
-    pack = logprobs._pack_completions
-    monkeypatch.setattr(logprobs, "_pack_completions", lambda *arguments: (
-        change(pack(*arguments)) if change else pack(*arguments)))
-    base = ROOT / "mig_kit/tiny_base"
-    trainer = make_own(AutoModelForImageTextToText.from_pretrained(base, dtype=dtype), None,
-                       tmp_path, None, max_completion_length=32, bf16=dtype == torch.bfloat16,
-                       peft_config=QUERIES, strict=True)
+@pytest.mark.parametrize(("dtype", "fault"), [
+    *((torch.float32, fault) for fault in [None, "head", *FAULTS, *RARE_FAULTS]),
+    *(pytest.param(torch.bfloat16, fault, marks=pytest.mark.nightly)
+      for fault in (None, *FAULTS))], ids=str)
+def test_one_wrong_thing_is_noticed_at_the_first_batch(random_folder, processor, tmp_path,
+                                                       monkeypatch, dtype, fault):
+    is_float32 = dtype == torch.float32
+    base, processor = ((random_folder, processor) if is_float32 else
+                       (ROOT / "mig_kit/tiny_base", None))
+    trainer = make_own(AutoModelForImageTextToText.from_pretrained(base, dtype=dtype), processor,
+                       tmp_path, None, max_completion_length=40, bf16=not is_float32,
+                       per_device_train_batch_size=16, peft_config=QUERIES, strict=True)
     trainer.model.train()
     prompts = [move_images(row)["prompt"] for row in trainer.train_dataset for _ in range(4)]
-    if change is None:
-        trainer._check_sharing(prompts)
+    ids = torch.randint(7, 600, (16, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    trainer._generate_single_turn = lambda *_: (
+        [row[:length] for row, length in zip(ids, [40, 3, 34, 12] * 4)], None)
+    if fault == "head":
+        owner, name, change = trainer.model.base_model.model.lm_head, "forward", cap_logits
+    elif fault:
+        owner, name, change = (FAULTS | RARE_FAULTS)[fault]
+    else:
+        trainer._generate(prompts)
         assert not trainer.unshared and not any(
             parameter.any() for name, parameter in trainer.model.named_parameters()
             if "lora_B" in name), "the adapter is put back"
-    else:
-        with pytest.raises(ValueError, match="not shared: .* at the first batch are"):
-            trainer._check_sharing(prompts)
+        return
+    right = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: change(right, *arguments))
+    with pytest.raises(ValueError, match="not shared: .* at the first batch are"):
+        trainer._generate(prompts)
 
 
 def test_flash_attention_is_named_before_a_model_is_loaded(tmp_path):
@@ -762,10 +816,9 @@ def test_what_no_sharing_can_follow_is_drawn_and_learnt_as_in_stock_trl(make_pai
     if case == "augmentation":
         table = table.with_transform(lambda rows: rows | {"images": [
             [picture(int(draws.integers(10**6)))] * len(row) for row in rows["images"]]})
-    stock, own = make_pair(table=table, rewards=[number_of_images], max_steps=3, **ONE_STEP)
+    _, own = make_pair(table=table, rewards=[number_of_images], max_steps=3, **ONE_STEP)
     if case == "hook":
         own.model.base_model.model.lm_head.register_forward_hook(lambda *_: None)
-    own._generate_single_turn = stock._generate_single_turn
     with pytest.warns(UserWarning, match=reason):
         own.train()
     assert [row["shared"] for row in own.state.log_history if "loss" in row] == [0, 0, 0]
@@ -781,10 +834,14 @@ class Shrink(TrainerCallback):
 
 @pytest.mark.slow
 def test_images_that_change_on_the_way_are_as_in_stock_trl(make_pair, processor, monkeypatch):
-    """A reward paints on them, and a callback has them resized."""
-    def scribble(completions, images, **columns):
-        for row in images:
-            row[0].paste("red", (0, 0, 40, 40))
+    """Rewards paint on them, in columns and in prompts, and a callback has them resized."""
+    def scribble(prompts, completions, images, **columns):
+        for number, (prompt, row) in enumerate(zip(prompts, images)):
+            parts = [part for message in prompt if isinstance(message["content"], list)
+                     for part in message["content"]]
+            image = row[0] if number % 2 else next(
+                part["image"] for part in parts if part["type"] == "image")
+            image.paste("red", (0, 0, 40, 40))
         return [float(len(text[0]["content"])) for text in completions]
 
     monkeypatch.setattr(processor.image_processor, "size", processor.image_processor.size)
@@ -818,7 +875,6 @@ def test_callbacks_and_an_uneven_last_batch_are_as_in_stock_trl(make_pair):
     assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-3, abs=1e-5, nan_ok=True)
     check_same_gradients(pair, 2)
     own = pair[1]
-    del own._draw_completions
     own.generation_config.max_new_tokens = 3
     assert max(len(drawn.ids) for drawn in own._draw_completions(
         list(own.sources)[:1] * 4, 4)) == 3

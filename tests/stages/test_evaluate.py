@@ -65,7 +65,7 @@ def test_the_truth_of_reasoning_by_hand():
 
 
 def test_either_image_of_a_pair_that_holds_both():
-    sample = next(sample for sample in make_suite("ood_grounding", "val", 30)
+    sample = next(sample for sample in make_suite("ood_grounding", "val", 8)
                   if sample.task == "mc_bench" and len(sample.targets) == 2)
     for target in sample.targets:
         reply = reply_to(replace(sample, targets=(target,)))
@@ -84,7 +84,7 @@ def test_where_there_is_nothing_to_find_the_correct_answer_names_no_box(reply, c
 
 @cache
 def sample_without_target():
-    return next(sample for sample in make_suite("ood_grounding", "test", 100, 14)
+    return next(sample for sample in make_suite("ood_grounding", "test", 8, 14)
                 if not sample.targets)
 
 
