@@ -146,13 +146,13 @@ def tasks(records: dict[str, list[dict]]) -> str:
 
 
 def longer(records: dict[str, list[dict]]) -> str:
-    """RL beside an SFT that took as long, seed by seed."""
+    """RL beside an SFT of equal time, seed by seed."""
     recipe = {record["seed"]: record for record in records["recipe"]}
     pairs = [(recipe[record["seed"]], record) for record in records.get("sft_longer", [])
              if record["seed"] in recipe]
     if not pairs:
         return "Not run yet with this version."
-    rows = [[f"GRPO over SFT of equal processor time, {count_seeds(pairs)}", *(
+    rows = [[f"GRPO over SFT of equal time, {count_seeds(pairs)}", *(
         describe(np.array([100 * (by_task(a, "grpo", suite) - by_task(b, "sft", suite)).mean()
                            for a, b in pairs])) for suite in NAMES)]]
     return render(["points", *map(short_title, NAMES)], rows)
