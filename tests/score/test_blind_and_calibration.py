@@ -149,23 +149,23 @@ def test_planted_maps_come_back_within_a_thousandth(edges):
 AUTHORS = np.array([[1, 0], [1.05, 0], [1, 0], [1.10, 0]])  # what Migician's script applies
 
 
-@pytest.mark.parametrize("noise", [0.02, 0.05])
-def test_a_held_out_refit_is_not_below_a_known_map(noise):
-    rng, lists = np.random.default_rng(4), np.arange(600)
-    answers = random_boxes(rng, 600)
-    boxes = (answers + rng.laplace(0, noise, (600, 4))) / AUTHORS[:, 0]
-    boxes[rng.random(600) < 0.4] = random_boxes(rng, 1)
-    check_refit_against(AUTHORS, boxes, answers, lists, [lists])
-
-
-def check_refit_against(edges, boxes, answers, lists, groups):
+def gains_over_known_map(edges, boxes, answers, lists, groups):
+    """IoU threshold -> `measure_gain` of a held-out refit over a map of the same family."""
     known, refitted = (np.clip(part, 0, 1) for part in (
         calibration.apply_map(edges, boxes), calibration.refit(boxes, answers, lists)))
-    for threshold in calibration.THRESHOLDS:
-        gap = calibration.measure_gain(*(
-            (blind.pairwise_iou(part, answers) >= threshold).astype(float)
-            for part in (known, refitted)), lists, groups)
-        assert gap["ci95"][1] >= 0, (threshold, gap)
+    return {threshold: calibration.measure_gain(*(
+        (blind.pairwise_iou(part, answers) >= threshold).astype(float)
+        for part in (known, refitted)), lists, groups) for threshold in calibration.THRESHOLDS}
+
+
+def test_a_held_out_refit_comes_within_a_point_of_the_map_that_was_planted():
+    """As many questions as MIG-Bench has; two of five boxes are somewhere else."""
+    rng, lists = np.random.default_rng(2), np.arange(4000)
+    answers = random_boxes(rng, 4000)
+    boxes = (answers + rng.laplace(0, 0.03, (4000, 4))) / AUTHORS[:, 0]
+    boxes[rng.random(4000) < 0.4] = random_boxes(rng, 1)
+    gains = gains_over_known_map(AUTHORS, boxes, answers, lists, [lists])
+    assert all(gain["value"] > -1 for gain in gains.values())
 
 
 def test_models_without_a_shift_gain_nothing():
@@ -180,6 +180,7 @@ def test_models_without_a_shift_gain_nothing():
 
 
 @needs_data
+@pytest.mark.slow
 def test_the_figures_of_the_page_are_what_the_code_measures():
     """Scores, points over blind and refits of three models' released replies, row by row."""
     folder = MIG_FILE.parent
@@ -188,7 +189,8 @@ def test_the_figures_of_the_page_are_what_the_code_measures():
         folder / f"revised_replies_{name}.jsonl")) for name in ("migician", "univg-r1", "qwen2_vl")}
     boxes, answers = calibration.boxes_as_read(scored["migician"])
     lists, groups = number_lists(scored["migician"]), averaged_groups(scored["migician"])
-    check_refit_against(AUTHORS, boxes, answers, lists, groups)
+    gains = gains_over_known_map(AUTHORS, boxes, answers, lists, groups)
+    assert all(gain["ci95"][1] >= 0 for gain in gains.values()), gains
     scaled = np.minimum(1000 * calibration.apply_map(AUTHORS, boxes), [1000, 999, 1000, 999])
     scored["scaled"] = score_predictions(benchmark, prediction_lines(
         ["({:.0f},{:.0f}),({:.0f},{:.0f})".format(*box) for box in scaled]))
