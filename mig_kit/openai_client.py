@@ -101,7 +101,10 @@ def ask(client, model: str, content: str | list[dict], **fields) -> str:
     """
     answer = request_completion(client, {
         "model": model, "messages": [{"role": "user", "content": content}], **fields})
-    return read_choice(answer["choices"][0])[0]
+    try:
+        return read_choice(answer["choices"][0])[0]
+    except (ValueError, IndexError, AttributeError) as error:
+        raise RequestFailed(f"no reply ({error}) but: {json.dumps(answer)}", 200) from error
 
 
 def read_choice(choice: dict, opened_tag: str = "") -> tuple[str, str]:

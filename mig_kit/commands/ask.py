@@ -70,13 +70,19 @@ def model_options(command):
     return command
 
 
+def check_suite(context: click.Context, option: click.Parameter, suite: str) -> str:
+    """The suite; click.BadParameter, with all names, for one that is not asked."""
+    from mig_kit.score.benchmarks import RUNNABLE  # a second, which --help need not wait for
+
+    return click.Choice(["drawn", "own", *RUNNABLE]).convert(suite, option, context)
+
+
 @click.command("eval")
 @model_options
 @click.option("--adapter", type=FOLDER, help="A LoRA adapter of that model, merged into it first.")
 @click.option("--four-bit", is_flag=True, help="The adapter was trained on 4-bit weights (QLoRA).")
-@click.option("--suite", default="drawn", help="What is asked.",
-              type=click.Choice(["drawn", "own", "mig_bench", "lisa", "revos", "ref_l4", "blink",
-                                 "mmiu"]))
+@click.option("--suite", default="drawn", metavar="NAME", callback=check_suite,
+              help="What is asked: drawn, own, or a benchmark, such as mig_bench.")
 @click.option("--file", "file", type=FILE,
               help="Own data (a JSONL, or a run's 01_synthesize/val.parquet: its held-out part), "
                    "or the benchmark's annotation file.")

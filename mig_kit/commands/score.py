@@ -107,7 +107,8 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         summary = summarize(other)
         result["compare"] = {
             "predictions": Path(compare).name,
-            **{part: summary[part] for part in ("tasks", "avg", "problems")},
+            **{part: summary[part] for part in ("tasks", "avg", "problems", "unread", "at_most")
+               if part in summary},
             "difference": paired_difference(scored, other)}
         if calibrate:
             result["remarks"] += [

@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def require(condition: bool, reason: str, sentence: str = "") -> None:
 def entry_word(path: Path) -> str:
     """What an entry of the file is called: a line, a record of a list, or a row of a table."""
     with path.open("rb") as file:
-        opening = file.read(1024).lstrip()
+        opening = file.read(1024).removeprefix(BOM_UTF8).lstrip()
     if path.suffix in (".csv", ".tsv") or opening.startswith(b"PAR1"):
         return "row"
     if opening and opening[:1] not in b"[{":
@@ -89,6 +90,7 @@ def _iter_json_lines(path: Path) -> Iterator[object]:
 def _iter_list(path: Path) -> Iterator[object]:
     depth, item = 0, ijson.ObjectBuilder()
     with path.open("rb") as file:
+        file.seek(len(BOM_UTF8) if file.read(3) == BOM_UTF8 else 0)
         events = ijson.basic_parse(file, use_float=True)  # `items` keeps a path of all brackets
         next(events)
         for event, value in events:

@@ -4,8 +4,6 @@ x' = a x + b for each edge, fitted on one half of the lists and scored on the ot
 item is in its own fit. What comes back is a matter of frame, resize or padding, not of grounding.
 """
 
-import itertools
-
 import numpy as np
 
 from mig_kit.boxes import Coordinates
@@ -14,8 +12,9 @@ from mig_kit.score.result import Scored, averaged_groups, number_lists
 from mig_kit.stats import macro_mean, paired_gap_by_list, to_percent
 
 THRESHOLDS = (0.5, 0.75, 0.9)
-NEAR, LEAST = (0.3, 0.5), 10  # IoUs from which a box means the answer; fewer such are not fitted
-ROUNDS, STEPS = 4, 8  # of a fit
+NEAR, LEAST = 0.5, 10  # the IoU from which a box means the answer; fewer such are not fitted
+ROUNDS, HALVINGS = 10, 40  # of choosing the boxes that are near, and of a slope's range
+SLOPES = (0.1, 10.0)
 EDGES = ("x1", "y1", "x2", "y2")
 IDENTITY = np.array([[1.0, 0.0]] * 4)
 
@@ -36,6 +35,27 @@ def apply_map(edges: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return boxes * edges[:, 0] + edges[:, 1]
 
 
+def _iou_in_image(boxes: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    return pairwise_iou(np.clip(boxes, 0, 1), answers)
+
+
+def fit_lines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(4, 2) slope and intercept of each column's line y = a x + b of least absolute deviations.
+
+    With the median gap as its intercept, a line's error is a convex function of the slope, so
+    halving the slope's range by the sign of the derivative finds the minimum itself.
+    """
+    low, high = (np.full(4, bound) for bound in SLOPES)
+    columns = np.arange(4)
+    for _ in range(HALVINGS):
+        slopes = (low + high) / 2
+        gaps = y - slopes * x
+        middle = np.argsort(gaps, axis=0, kind="stable")[len(x) // 2], columns
+        is_steeper = (np.sign(gaps - gaps[middle]) * (x - x[middle])).sum(0) > 0
+        low, high = np.where(is_steeper, slopes, low), np.where(is_steeper, high, slopes)
+    return np.stack([slopes, gaps[middle]], 1)
+
+
 def fit_map(boxes: np.ndarray, answers: np.ndarray) -> np.ndarray:
     """(4, 2) a and b of each edge that bring boxes (n, 4) to the answers (n, 4).
 
@@ -45,34 +65,28 @@ def fit_map(boxes: np.ndarray, answers: np.ndarray) -> np.ndarray:
     IoUs of 0.5 to 0.9.
     """
     every = np.flatnonzero(np.isfinite(boxes).all(1) & np.isfinite(answers).all(1))
+    if len(every) < LEAST:
+        return IDENTITY
     boxes, answers = boxes[every], answers[every]
 
     def fit(rows: np.ndarray) -> np.ndarray:
-        lines = []
-        for edge in range(4):
-            design, line = np.c_[answers[rows, edge], np.ones(len(rows))], np.array([1.0, 0.0])
-            for _ in range(STEPS):  # of iteratively reweighted least squares
-                gaps = np.abs(design @ line - boxes[rows, edge])
-                weights = 1 / np.sqrt(np.maximum(gaps, 1e-4))
-                line = np.linalg.lstsq(design * weights[:, None], boxes[rows, edge] * weights,
-                                       rcond=None)[0]
-            slope = max(line[0], 0.1)
-            lines.append([1 / slope, -line[1] / slope])
-        return np.array(lines)
+        slopes, intercepts = fit_lines(answers[rows], boxes[rows]).T
+        return np.stack([1 / slopes, -intercepts / slopes], 1)
 
-    def count_reached(edges: np.ndarray) -> float:
-        ious = pairwise_iou(apply_map(edges, boxes), answers)
-        return sum(float((ious >= step / 10).mean()) for step in range(5, 10))
+    def reach(edges: np.ndarray) -> np.ndarray:
+        return _iou_in_image(apply_map(edges, boxes), answers)
 
-    if len(every) < LEAST:
-        return IDENTITY
     candidates = [IDENTITY, fit(np.arange(len(every)))]
-    for edges, threshold in itertools.product(tuple(candidates), NEAR):
+    for edges in tuple(candidates):
+        near = np.array([], dtype=int)
         for _ in range(ROUNDS):
-            near = np.flatnonzero(pairwise_iou(apply_map(edges, boxes), answers) >= threshold)
-            edges = fit(near) if len(near) >= LEAST else edges
+            before, near = near, np.flatnonzero(reach(edges) >= NEAR)
+            if len(near) < LEAST or np.array_equal(near, before):
+                break
+            edges = fit(near)
         candidates.append(edges)
-    return max(candidates, key=count_reached)
+    steps = np.arange(5, 10) / 10
+    return max(candidates, key=lambda edges: (reach(edges)[:, None] >= steps).sum())
 
 
 def refit(boxes: np.ndarray, answers: np.ndarray, lists: np.ndarray) -> np.ndarray:
@@ -100,7 +114,7 @@ def measure_gain(before: np.ndarray, after: np.ndarray, lists: np.ndarray,
 
 
 def _reach(boxes: np.ndarray, answers: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    return (pairwise_iou(boxes, answers) >= threshold).astype(float)
+    return (_iou_in_image(boxes, answers) >= threshold).astype(float)
 
 
 def measure_refit(boxes: np.ndarray, answers: np.ndarray, lists: np.ndarray,
@@ -114,25 +128,21 @@ def calibrate(scored: Scored) -> dict:
     """What a refit of the edges brings back.
 
     Returns: {"map": {edge: [a, b in thousandths]} of all lists, "median_error": of each edge of
-        boxes that are right at 0.5, thousandths, "area_ratio": of these, "acc": threshold ->
-        {"before", "after", "value": the gain, "ci95"} in percent, "tasks": the same of each task
-        at 0.5}.
+        boxes that are right at 0.5, thousandths, "acc": threshold -> {"before", "after", "value":
+        the gain, "ci95"} in percent, "tasks": the same of each task at 0.5}.
     """
     (boxes, answers), lists = boxes_as_read(scored), number_lists(scored)
-    changed = refit(boxes, answers, lists)
+    changed, right = refit(boxes, answers, lists), _reach(boxes, answers) > 0
+    groups = averaged_groups(scored)
 
     def gain(threshold: float, groups: list[np.ndarray]) -> dict:
         return measure_gain(_reach(boxes, answers, threshold), _reach(changed, answers, threshold),
                             lists, groups)
 
-    groups, right = averaged_groups(scored), _reach(boxes, answers) > 0
-    sides = [part[right, 2:] - part[right, :2] for part in (boxes, answers)]
+    errors = 1000 * np.median((boxes - answers)[right], axis=0) if right.any() else ()
     return {"map": {edge: [float(a), 1000 * float(b)]
                     for edge, (a, b) in zip(EDGES, fit_map(boxes, answers))},
-            "median_error": dict(zip(EDGES, (1000 * np.median(
-                (boxes - answers)[right], axis=0)).tolist())) if right.any() else {},
-            "area_ratio": float(np.median(sides[0].prod(1) / sides[1].prod(1)))
-            if right.any() else None,
+            "median_error": dict(zip(EDGES, map(float, errors))),
             "acc": {str(threshold): gain(threshold, groups) for threshold in THRESHOLDS},
             "tasks": {scored.tasks[rows[0]]: gain(0.5, [rows]) for rows in groups}
             if scored.is_macro else {}}
@@ -148,11 +158,13 @@ def calibration_notes(result: dict, name: str) -> list[str]:
                          for edge, (a, b) in result["map"].items())
         notes.append(f"{name}: a systematic shift of boxes: frame, resize or padding (in "
                      f"thousandths: {maps}).")
+    else:
+        notes.append(f"{name}: no shift that all images share; one that depends on an image's size "
+                     "(padding, a limit of pixels) does not show in it.")
     if result["median_error"]:
         errors = ", ".join(f"{edge} {error:+.1f}"
                            for edge, error in result["median_error"].items())
-        notes.append(f"{name}, boxes right at 0.5: median error {errors} thousandths, area "
-                     f"{result['area_ratio']:.3f} of the answer's.")
+        notes.append(f"{name}, boxes right at 0.5: median error {errors} thousandths.")
     return notes
 
 

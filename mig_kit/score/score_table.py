@@ -101,8 +101,17 @@ def _comparison_notes(result: dict) -> list[str]:
     other = result["compare"]
     notes = [f"Replies of {other['predictions']}, {reason}: {count}."
              for reason, count in sorted(other["problems"].items())]
+    names = f"{result['predictions']} minus {other['predictions']}"
     for metric, gap in other["difference"].items():
         interval = " to ".join(map(_signed, gap["ci95"])) if gap["ci95"] else "no interval"
-        notes.append(f"{metric}, {result['predictions']} minus {other['predictions']}: "
-                     f"{_signed(gap['value'])} points ({interval}), paired.")
+        notes.append(f"{metric}, {names}: {result['avg'][metric]:.2f} - {other['avg'][metric]:.2f} "
+                     f"= {_signed(gap['value'])} points ({interval}), paired.")
+    if result.get("unread") or other.get("unread"):
+        headline = next(iter(other["difference"]))
+        (low, high), (other_low, other_high) = (
+            (part["avg"][headline], part.get("at_most", part["avg"][headline]))
+            for part in (result, other))
+        notes.append(f"{headline}, {names}: between {_signed(low - other_high)} and "
+                     f"{_signed(high - other_low)} points, whatever the unread replies say "
+                     f"({result['unread']:,} and {other['unread']:,}).")
     return notes

@@ -154,8 +154,11 @@ def test_all_mistakes_of_a_line_and_ids_there_twice(root):
 
 def test_tables_of_own_data(root):
     path = root / "list.json"
-    path.write_text(json.dumps([GOOD, CHOICE]))
-    assert check(path, root) == [[], []]
+    for encoding in ("utf-8", "utf-8-sig"):  # the second with a byte order mark
+        path.write_text(json.dumps([GOOD, CHOICE]), encoding)
+        assert check(path, root) == [[], []]
+        (root / "mark.jsonl").write_text(f"{json.dumps(GOOD)}\n{json.dumps(CHOICE)}\n", encoding)
+        assert check(root / "mark.jsonl", root) == [[], []]
     path = root / "table.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*GOOD, "options", "letter"])

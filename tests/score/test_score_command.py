@@ -160,6 +160,19 @@ def test_the_same_replies_in_another_order_differ_by_exactly_0(files):
     output = run_score(files, "mig_bench", "--compare", str(files / "turned.jsonl"),
                        records=records, replies=replies).output
     assert "+0.00 points (+0.00 to +0.00), paired." in output
+    assert "acc@0.5, replies.jsonl minus turned.jsonl: 33.33 - 33.33 = +0.00 points" in output
+
+
+def test_what_the_unread_replies_of_both_could_change_is_said(files):
+    """Two of four unread on one side, one on the other: no order of the two is certain."""
+    records = [{"idx": f"val_T_{n}", "task": "T", "answer": answer}
+               for n, answer in enumerate(("(A)", "(A)", "(A)", "(B)"))]
+    write_lines(files / "b.jsonl", prediction_lines(["(A)", "(A)", "(A)", "Hm."]))
+    output = run_score(files, "blink", "--compare", str(files / "b.jsonl"), "--no-blind",
+                       records=records, replies=["(A)", "(B)", "Hm.", "Hm."]).output
+    assert "accuracy, replies.jsonl minus b.jsonl: 25.00 - 75.00 = -50.00 points" in output
+    assert ("accuracy, replies.jsonl minus b.jsonl: between -75.00 and +0.00 points, whatever the "
+            "unread replies say (2 and 1).") in output
 
 
 def test_replies_that_hold_no_answer_are_counted_apart(files):
