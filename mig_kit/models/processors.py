@@ -183,7 +183,7 @@ def check_image_settings(images, config, model: str | Path) -> None:
         "temporal_patch_size": vision.temporal_patch_size, "do_rescale": True,
         "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
     for name, value in expected.items():
-        if not np.allclose(getattr(images, name), value):
+        if not np.array_equal(getattr(images, name), value):
             raise UserError(f"{name} in preprocessor_config.json of {model} is "
                             f"{getattr(images, name)}, and its family's vision tower reads images "
                             f"with {value}; set it to that")

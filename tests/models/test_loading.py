@@ -128,7 +128,7 @@ OF_FILES = [
     *((update("preprocessor_config.json", **setting),
        f"{[*setting][0]} in preprocessor_config.json of .* vision tower reads images with")
       for setting in ({"do_resize": False}, {"patch_size": 16}, {"merge_size": 1},
-                      {"do_rescale": False}, {"image_mean": [0.5] * 3}, {"image_std": [1, 1, 1]})),
+                      {"do_rescale": False}, {"image_mean": [0.5] * 3}, {"image_std": None})),
     (update("config.json", image_token_id=6),
      "image_token_id in config.json of .* is 6, and <.image_pad.> is 5 in its tokenizer"),
     (update("tokenizer_config.json", additional_special_tokens=["<answer>"]),
