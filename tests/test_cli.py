@@ -26,6 +26,7 @@ from mig_kit.world.tasks import make_sample
     (("run", "01", "--run-id", "a/b"), "run_id is 'a/b'; use letters"),
     (("run", "05", "-p", "beta=0.1"), "Option '-p' requires 2 arguments"),
     (("run", "99"), "no stage '99'"),
+    (("eval", "--model", "tiny", "--out", "x", "--suite", "blnk"), "is not one of 'drawn', 'own'"),
     (("run", "05", "--run-id", "none-such"), "01_synthesize of run 'none-such', and there is no"),
     (("run", "--profile", "huge"), "the profiles are tiny, "),
 ])
