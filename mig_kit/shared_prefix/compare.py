@@ -38,8 +38,8 @@ def arbitrary_reward(completions: list, **columns) -> list[float]:
 def measure_training(is_shared: bool, options: Namespace, folder: str, completions: list) -> tuple:
     """Train one side. completions: of each step, for stock TRL to learn from.
 
-    Returns completions, (wall, CPU) seconds and gradients of each step, the process's or GPU's peak
-    in MiB, and why prompts are not shared, or "".
+    Returns completions and gradients of each step, why prompts are not shared, or "", and a side of
+    what `main` returns.
     """
     args = GRPOConfig(
         folder, num_generations=options.group, per_device_train_batch_size=options.group,
@@ -53,7 +53,7 @@ def measure_training(is_shared: bool, options: Namespace, folder: str, completio
         processing_class=load_image_prompts(options.model, args),
         peft_config=LoraConfig(r=16, target_modules=options.target_modules))
     draw, train = trainer._generate_single_turn, trainer.training_step
-    learned, seconds, gradients = [], [], []
+    learned, gradients, side = [], [], {"wall_s": [], "cpu_s": []}
 
     def draw_and_replace(*arguments):
         drawn = draw(*arguments)[0]
@@ -66,14 +66,15 @@ def measure_training(is_shared: bool, options: Namespace, folder: str, completio
         gradients.append(np.concatenate([
             parameter.grad.flatten().float().cpu().numpy() for parameter
             in trainer.model.parameters() if parameter.grad is not None]))
-        seconds.append((perf_counter() - start, process_time() - cpu_start))
+        side["wall_s"].append(perf_counter() - start)
+        side["cpu_s"].append(process_time() - cpu_start)
         return loss
 
     trainer._generate_single_turn, trainer.training_step = draw_and_replace, train_and_record
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (sys.platform != "darwin" or 2**-10)
-    peak = torch.cuda.max_memory_allocated() / 2**10 or peak  # KiB
-    return learned, seconds, gradients, peak / 2**10, getattr(trainer, "unshared", "")
+    side["peak_mib"] = (torch.cuda.max_memory_allocated() / 2**10 or peak) / 2**10
+    return learned, gradients, getattr(trainer, "unshared", ""), side
 
 
 def main(words: list[str] | None = None) -> dict:
@@ -99,14 +100,12 @@ def main(words: list[str] | None = None) -> dict:
             completions, *side = process.submit(measure_training, is_shared, options, folder,
                                                 completions).result()
             sides.append(side)
-    gap = max(float(np.linalg.norm(own - stock) / (np.linalg.norm(stock) or 1))
-              for own, stock in zip(*(gradients for _, gradients, *_ in sides)))
-    result = {name: {"wall_s": [wall for wall, _ in seconds], "cpu_s": [cpu for _, cpu in seconds],
-                     "peak_mib": mib}
-              for name, (seconds, _, mib, _) in zip(("stock TRL", "shared prompts"),
-                                                    reversed(sides))}
+    (own_gradients, unshared, shared), (gradients, _, stock) = sides
+    gap = max(float(np.linalg.norm(own - right) / (np.linalg.norm(right) or 1))
+              for own, right in zip(own_gradients, gradients))
+    result = {"stock TRL": stock, "shared prompts": shared}
     stock, shared = (median(side["wall_s"][step] for step in STEADY) for side in result.values())
-    result |= {"times_as_fast": stock / shared, "gradient_gap": gap, "unshared": sides[0][-1]}
+    result |= {"times_as_fast": stock / shared, "gradient_gap": gap, "unshared": unshared}
     print_table(result)
     return result
 

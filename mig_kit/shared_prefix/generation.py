@@ -53,13 +53,6 @@ class SamplingOptions:
     min_new_tokens: int = 0
 
 
-def sampling_settings(args) -> dict:
-    """What a TRL config says about drawing, by transformers' names."""
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: getattr(args, name) for name in names} | {
-        "max_new_tokens": args.max_completion_length} | (args.generation_kwargs or {})
-
-
 def read_sampling_options(*settings: dict) -> tuple[SamplingOptions, list[str]]:
     """The decoder's options, and the names of those that it lacks and that would have an effect.
 

@@ -154,11 +154,6 @@ class PromptCache:
         self.images: OrderedDict[bytes, ImageFeatures] = OrderedDict()  # by digest
         self.released_tower = b""  # digest of the tower of the model that was released
 
-    def clear(self) -> None:
-        """Drop all prompts and features."""
-        self.texts.clear()
-        self.images.clear()
-
     def release(self) -> None:
         """Let go of the model, so that two need not be in memory at a time; see `serve`."""
         if self.model is not None:

@@ -4,12 +4,12 @@ once per run. All else is TRL's.
 """
 
 import math
-import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from math import gcd
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.training_numbers: set[int] = set()  # those that evaluation must not drop
         self.draws = Counter()  # by global step, and whether it was for training
         self.last_logps: torch.Tensor | None = None  # of the last pass
-        self.sampling_gaps: list[torch.Tensor] = []  # of an update's tokens, step by step
+        self.sampling_gaps: list[float] = []  # of an update's tokens
         self.next_check = 0  # global step from which the next self-check is due
         if self.unshared:
             return
@@ -92,8 +92,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if self.unshared:
             self._warn(f"prompts are not shared: {self.unshared}")
             return
-        # bfloat16 products over float32 weights
-        self.autocasts = self.args.bf16 and unwrap_peft(self.model).dtype == torch.float32
+        # bfloat16 products over float32 weights, which may be those of embeddings or head alone
+        inner = unwrap_peft(self.model)
+        read = [inner.model.language_model.embed_tokens]
+        read += [] if self.args.cast_lm_head_to_fp32 else [inner.lm_head]
+        self.autocasts = self.args.bf16 and any(
+            module.weight.dtype == torch.float32 for module in read)
         self.cache = self._make_cache()
         self.unsupported_sampling = ""
         self._find_sampling_obstacle()
@@ -183,7 +187,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         reason = obstacles.find_late_obstacle(self.model) or self._find_mixed_group(prompts)
         if not reason and not self.next_check:
             reason = self._find_loss(prompts)
-        if reason := gather_reason(self.accelerator, reason):  # processes go on alike
+        if reason := gather_reason(reason):  # processes go on alike
             return self._stop_sharing(reason)
         self._find_sampling_obstacle()
 
@@ -200,38 +204,24 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 f"sharing would read {gain:.2f} times fewer tokens, and pays from {PAYS_FROM} on")
 
     def _generate(self, prompts: list):  # checks the passes by what was drawn
-        if self.unshared:
+        step = self.state.global_step
+        if self.unshared or step < self.next_check:
             return super()._generate(prompts)
         before = deepcopy(self._metrics), self.state.num_input_tokens_seen
         output = super()._generate(prompts)
-        if self.state.global_step < self.next_check:
-            return output
         numbers, completions, _, _, drawn_logps, *_ = output
-        reason = self._run_self_check(prompts, numbers, completions, drawn_logps)
-        if reason := gather_reason(self.accelerator, reason):
+        when = f"update {step}" if self.next_check else "the first batch"
+        self.next_check = step + ((self.check_every or math.inf) if self.next_check else 2)
+        of_step = slice(max(self.num_generations, self.args.per_device_train_batch_size))
+        reason = obstacles.run_self_check(
+            self, when, prompts[of_step], [number for number, in numbers[of_step]],
+            completions[of_step],
+            None if self.draws_elsewhere() else drawn_logps and drawn_logps[of_step])
+        if reason := gather_reason(reason):
             self._metrics, self.state.num_input_tokens_seen = before
             self._stop_sharing(reason)
             return super()._generate(prompts)
         return output
-
-    def _run_self_check(self, prompts: list, numbers: list[list[int]], completions: list[list[int]],
-                        drawn_logps: list[list[float]] | None) -> str:
-        """Why passes are not stock TRL's, by the completions of a step, or ""."""
-        start, step = time.perf_counter(), self.state.global_step
-        when = f"update {step}" if self.next_check else "the first batch"
-        self.next_check = step + ((self.check_every or math.inf) if self.next_check else 2)
-        of_step = slice(max(self.num_generations, self.args.per_device_train_batch_size))
-        checks = obstacles.compare_with_stock(
-            self, prompts[of_step], [number for number, in numbers[of_step]], completions[of_step],
-            None if drawn_logps is None or self.draws_elsewhere() else drawn_logps[of_step])
-        if self.args.should_log:
-            print(f"self-check at {when}: by how much passes differ from stock TRL's: " + ", ".join(
-                f"{what} {where} {gap:.1e} (of {limit} allowed)"
-                for what, where, gap, limit in checks)
-                + f"; {time.perf_counter() - start:.1f} s", flush=True)
-        return next((f"{what} at {when} are {gap:.2g} from stock TRL's {where}, more than {limit}; "
-                     "training goes on with stock passes" for what, where, gap, limit in checks
-                     if not gap <= limit), "")  # NaN, too
 
     def _find_mixed_group(self, prompts: list) -> str:
         """Why the first row of a group cannot stand for all, or ""."""
@@ -261,10 +251,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         images = [list(source.images) or None for source in sources]
         flat = [image for row in images if row for image in row]
         inputs = self.processor(text=[source.render() for source in sources], images=flat or None)
-        inputs = {name: value if name in ("input_ids", "mm_token_type_ids") else torch.tensor(
-            np.array(value), device=self.accelerator.device) for name, value in inputs.items()
-            if name != "attention_mask"}
-        return inputs.pop("input_ids"), images if flat else None, inputs
+        return inputs.pop("input_ids"), images if flat else None, {
+            name: value for name, value in inputs.items() if name != "attention_mask"}
 
     def score_as_stock(self, inputs: tuple, completion: list[int]) -> torch.Tensor:
         """Log-probabilities (tokens,) of a completion by TRL's own method.
@@ -400,7 +388,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         steps = self._buffered_inputs
-        if self.unshared or steps is before or len(steps) == 1:
+        # these look at one step at a time, so that it keeps the completions that TRL gives it
+        is_by_step = self.loss_type == "bnpo" or self.top_entropy_quantile < 1
+        if self.unshared or steps is before or len(steps) == 1 or is_by_step:
             return inputs
         # TRL has scattered the completions over the steps, and an update keeps those that it has
         at_once = gcd(len(steps), self.args.gradient_accumulation_steps)
@@ -433,19 +423,16 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if DRAWN_LOGPS in inputs and self.model.training:
             old = inputs.get("old_per_token_logps")
             gaps = ((self.last_logps if old is None else old) - inputs[DRAWN_LOGPS]).abs()
-            self.sampling_gaps.append(gaps[inputs["completion_mask"].bool()])
+            self.sampling_gaps += gaps[inputs["completion_mask"].bool()].tolist()
         return loss
 
     def _log_sampling_differences(self) -> None:
         """Log the mean and the largest difference of an update's tokens, of all processes."""
-        gaps = torch.cat(self.sampling_gaps) if self.sampling_gaps else torch.zeros(0)
-        self.sampling_gaps = []
-        own = gaps.new_tensor([gaps.sum(), len(gaps), gaps.max() if len(gaps) else 0])
-        total, count, largest = self.accelerator.gather(own.to(self.accelerator.device)[None]).T
-        if count.sum():  # else others drew the completions
+        gaps, self.sampling_gaps = gather_object(self.sampling_gaps), []
+        if gaps:  # else others drew the completions
             log = self._metrics["train"]
-            log[f"{SAMPLING_DIFFERENCE}/mean"].append((total.sum() / count.sum()).item())
-            log[f"{SAMPLING_DIFFERENCE}/max"].append(largest.max().item())
+            log[f"{SAMPLING_DIFFERENCE}/mean"].append(fmean(gaps))
+            log[f"{SAMPLING_DIFFERENCE}/max"].append(max(gaps))
 
 
 def average_gradients(model: torch.nn.Module, processes: int) -> None:
@@ -465,10 +452,8 @@ def average_gradients(model: torch.nn.Module, processes: int) -> None:
             parameter.grad /= processes
 
 
-def gather_reason(accelerator, reason: str) -> str:
+def gather_reason(reason: str) -> str:
     """The first reason of any process, or ""."""
-    if accelerator.num_processes == 1:
-        return reason
     return next(filter(None, gather_object([reason])), "")
 
 

@@ -164,8 +164,8 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
             served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
             common["callbacks"].append(StopIfServerDiffers())
         # It computes what TRL computes and reads each prompt once per group. A step holds groups of
-        # like lengths, where TRL mixes them; `bnpo` and `top_entropy_quantile` look at one step at
-        # a time, so they depend on what shares a step, and on the number of processes.
+        # like lengths, where TRL mixes them; `bnpo` and `top_entropy_quantile`, which look at one
+        # step at a time, depend on the number of processes.
         trainer = RecipeTrainer(
             **common, samples=samples, box_format=policy.box_format,
             micro_completions=params.micro_replies, served=served)

@@ -31,7 +31,6 @@ from mig_kit.shared_prefix.generation import (
     draw_uniforms,
     generate_rollouts,
     read_sampling_options,
-    sampling_settings,
 )
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
@@ -115,7 +114,7 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         numbers = [number for number, in prompt_ids][::num_generations]
         return self.served.draw(self, [self.samples[number] for number in numbers],
                                 self._prompts_of(numbers), num_generations,
-                                read_sampling_options(sampling_settings(self.args))[0])
+                                read_sampling_options(self.generation_config.to_dict())[0])
 
 
 def pick_prompts(n_samples: int) -> list[int]:
@@ -162,7 +161,10 @@ class KeepRollouts(TrainerCallback):
 
     def _draw(self, model, args) -> Sequence[Sequence[Sequence[int]]]:
         """Token ids of REPLIES completions to each prompt."""
-        policy, settings = self.policy, sampling_settings(args)
+        policy, names = self.policy, ("temperature", "top_p", "top_k", "min_p",
+                                      "repetition_penalty")
+        settings = {name: getattr(args, name) for name in names} | {
+            "max_new_tokens": args.max_completion_length} | (args.generation_kwargs or {})
         sampling, lacking = read_sampling_options(settings)
         prompts = self.cache.get(list(self.samples.values()))
         if not lacking:

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections import Counter
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -271,6 +271,30 @@ def test_another_sampling_is_transformers_own(random_folder, processor, tmp_path
     assert trainer.state.global_step == 1 and not trainer.unshared
 
 
+@pytest.mark.slow
+def test_a_new_way_to_draw_needs_one_module(random_folder, processor, tmp_path, monkeypatch):
+    """As CONTRIBUTING says: a field of SamplingOptions, lines in sample_tokens. 1 is greedy."""
+    @dataclass(frozen=True)
+    class Options(SamplingOptions):
+        min_p: float = 0.0
+
+    def sample_tokens(logits, sampling, uniforms=None):
+        probabilities = logits.softmax(-1)
+        limit = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        return draw(logits.masked_fill(probabilities < limit, -torch.inf), sampling, uniforms)
+
+    draw = generation.sample_tokens
+    monkeypatch.setattr(generation, "SamplingOptions", Options)
+    monkeypatch.setattr(generation, "sample_tokens", sample_tokens)
+    for settings, is_greedy in (({}, False), ({"min_p": 1.0}, True)):
+        trainer = make_own(random_folder, processor, tmp_path, strict=True, **settings)
+        trainer.model.train()
+        prompt = move_images(trainer.train_dataset[0])["prompt"]
+        numbers, *_ = trainer._tokenize_prompts([prompt] * 4)
+        drawn = trainer._draw_completions([number for number, in numbers], 4)
+        assert (len({tuple(completion.ids) for completion in drawn}) == 1) == is_greedy
+
+
 class VLLMDouble:
     """The engine that TRL makes in colocate mode: it puts as many image tokens as an image needs in
     the place of the next one that it is given, and tells the model's log-probabilities.
@@ -449,7 +473,7 @@ def test_gradients_are_stock_trls_whatever_the_images_modes(make_pair):
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {"steps_per_generation": 4}, {"steps_per_generation": 4, "gradient_accumulation_steps": 1},
-    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, {"loss_type": "bnpo"},
     pytest.param({"torch_compile": True, "torch_compile_backend": "eager"},
                  marks=pytest.mark.nightly)], ids=str)
 def test_an_update_learns_from_the_completions_that_stock_trls_does(make_pair, settings):
