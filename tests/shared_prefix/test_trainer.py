@@ -272,6 +272,13 @@ def test_another_sampling_is_transformers_own(random_folder, processor, tmp_path
 
 
 @pytest.mark.slow
+def test_a_head_may_be_float32_behind_bfloat16_weights(random_folder, processor, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(random_folder, dtype=torch.bfloat16)
+    model.lm_head.float()
+    make_own(model, processor, tmp_path, None, peft_config=QUERIES, bf16=True, strict=True).train()
+
+
+@pytest.mark.slow
 def test_a_new_way_to_draw_needs_one_module(random_folder, processor, tmp_path, monkeypatch):
     """As CONTRIBUTING says: a field of SamplingOptions, lines in sample_tokens. 1 is greedy."""
     @dataclass(frozen=True)
