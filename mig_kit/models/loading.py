@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import BitsAndBytesConfig
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, BitsAndBytesConfig
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, model_folder, release_memory
@@ -24,6 +25,7 @@ from mig_kit.shared_prefix import attention
 from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 
 TINY_BASE = model_folder("tiny")
+PACKED_NAME = "mig_kit_flash"  # with "flash" in it, for transformers to hand over packed windows
 
 # LoRA goes on projections of the language model and nowhere else. A list of names such as
 # "gate_proj" would also land in the vision tower, whose MLP uses the same names, hence regular
@@ -106,7 +108,25 @@ def pack_windows(tower: torch.nn.Module, hardware: Hardware) -> None:
     # sdpa makes a call per window. Set after loading: while it loads, transformers asks the hub for
     # a kernel of any name with "flash" in it.
     if hardware.device == "cuda" and hardware.dtype == torch.bfloat16:
-        tower.config._attn_implementation = attention.PACKED_NAME
+        tower.config._attn_implementation = PACKED_NAME
+
+
+def attend_packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
+                  value: torch.Tensor, attention_mask: None, cu_seq_lens_q: torch.Tensor,
+                  max_length_q: int, scaling: float | None = None,
+                  **kwargs) -> tuple[torch.Tensor, None]:
+    """Attention within each of a vision tower's windows or images; needs a GPU and 16 bits.
+
+    query, key, value (1, heads, tokens, width) -> (mixed values (1, tokens, heads, width), None).
+    cu_seq_lens_q: (windows + 1,), where each begins and the last ends.
+    """
+    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    bounds = cu_seq_lens_q.to(torch.int32)
+    mixed = varlen_attn(*packed, bounds, bounds, max_length_q, max_length_q, scale=scaling)
+    return mixed[None], None
+
+
+AttentionInterface.register(PACKED_NAME, attend_packed)
 
 
 def run_tower_without_graph(model: VisionLanguageModel) -> None:

@@ -6,13 +6,11 @@ results equal those of "eager" but for the last bit.
 """
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "mig_kit"
-PACKED_NAME = "mig_kit_flash"  # with "flash" in it, for transformers to hand over packed windows
 LONG_WITH_GRADIENT = 1024  # tokens; only longer rows are worth blocks, which skip half the scores
 LONG_WITHOUT_GRADIENT = 512  # tokens from which blocks beat the fused kernel, in bfloat16
 BLOCK = 128  # tokens whose scores are computed at a time in a causal model
@@ -160,21 +158,5 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.clamp(min=lowest).to(dtype)
 
 
-def attend_packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
-                  value: torch.Tensor, attention_mask: None, cu_seq_lens_q: torch.Tensor,
-                  max_length_q: int, scaling: float | None = None,
-                  **kwargs) -> tuple[torch.Tensor, None]:
-    """Attention within each of a vision tower's windows or images; needs a GPU and 16 bits.
-
-    query, key, value (1, heads, tokens, width) -> (mixed values (1, tokens, heads, width), None).
-    cu_seq_lens_q: (windows + 1,), where each begins and the last ends.
-    """
-    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    bounds = cu_seq_lens_q.to(torch.int32)
-    mixed = varlen_attn(*packed, bounds, bounds, max_length_q, max_length_q, scale=scaling)
-    return mixed[None], None
-
-
 AttentionInterface.register(NAME, attention)
-AttentionInterface.register(PACKED_NAME, attend_packed)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -39,7 +39,9 @@ def completion_logps(model, prompts: list[Prompt], prompt_index: torch.Tensor, i
     values = [checkpoint(_token_logps, model, *piece, temperature, use_reentrant=False)
               for piece in pieces]
     values.append(_token_logps(model, *last, temperature))  # its backward pass comes first
-    logps, entropies = (_unpack_rows(torch.cat(parts), mask) for parts in zip(*values))
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    logps, entropies = (zeros.masked_scatter(mask.bool(), torch.cat(parts))
+                        for parts in zip(*values))
     return logps, entropies
 
 
@@ -161,8 +163,3 @@ def _token_logps(model, states: torch.Tensor, targets: torch.Tensor,
     with torch.no_grad():
         entropies = -(logps.exp() * logps).sum(-1)
     return logps.gather(-1, targets[:, None])[:, 0], entropies
-
-
-def _unpack_rows(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values of the tokens under a mask (rows, tokens) as (rows, tokens), 0 elsewhere."""
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask.bool(), values)

@@ -113,8 +113,7 @@ def find_sampling_obstacle(trainer: GRPOTrainer) -> str:
     """A sampling option that the kit's decoder lacks; "" if there is none, or if vLLM draws."""
     if trainer.use_vllm:
         return ""
-    model = unwrap_peft(trainer.model)
-    config = trainer.generation_config
+    model, config = unwrap_peft(trainer.model), trainer.generation_config
     _, lacking = read_sampling_options(model.generation_config.to_dict(), config.to_dict())
     if (config.suppress_tokens or []) not in ([], [model.config.image_token_id]):
         lacking.append("suppress_tokens")
@@ -143,10 +142,7 @@ def _checking_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def run_self_check(trainer, when: str, *rows) -> str:
-    """Print by how much passes differ; why they are not stock TRL's, or "".
-
-    when: "the first batch". rows: arguments of `compare_with_stock`.
-    """
+    """Print what `compare_with_stock` finds for rows; a sentence on what is too much, or ""."""
     start = time.perf_counter()
     checks = compare_with_stock(trainer, *rows)
     if trainer.args.should_log:
@@ -179,7 +175,6 @@ def compare_with_stock(trainer, prompts: list, numbers: list[int], completions: 
     if own_ids != [list(ids) for (ids,), *_ in inputs.values()]:
         return [("tokens of a prompt", "", float("inf"), 0)]
     language = unwrap_peft(model).model.language_model
-    # reentrant checkpoints give no single gradients
     is_reentrant = (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     group = [row for row, other in enumerate(numbers) if other == number]
     longest = max((completions[row] for row in group), key=len)
@@ -192,7 +187,8 @@ def compare_with_stock(trainer, prompts: list, numbers: list[int], completions: 
             logps - logps.new_tensor(drawn) for logps, drawn in zip(own, drawn_logps)]
         with _checking_mode(model), torch.enable_grad():
             drawn = [] if trainer.draws_elsewhere() else _draw(trainer, number)
-            for module in (language, *language.layers):  # to checkpoint as in training
+            # to checkpoint as in training, unless that gives no single gradients
+            for module in (language, *language.layers):
                 module.training = not is_reentrant
             # the longest one with another one before it, which it must not see
             rows = [completions[-1], longest, *(completion.ids for completion in drawn)]

@@ -44,7 +44,6 @@ IMAGE_COLUMNS = ("images", "image")
 PAYS_FROM = 1.15  # times fewer tokens to read: measured, see the guide
 IMAGES = "images of the row"  # column that takes a row's images past TRL's processor
 DRAWN_LOGPS = "drawn_logps"  # of the decoder's tokens, in a batch
-SAMPLING_DIFFERENCE = "sampling/sampling_logp_difference"  # TRL's name
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
@@ -61,15 +60,15 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             Fewer need less memory and one more forward pass.
         strict: Raise ValueError where a warning would say that prompts are not shared, or that
             others draw completions.
-        check_every: Updates after which the self-check is repeated, which costs about as much as
-            two of them; 0: only at the first batch of a training, resumed or not, and two updates
-            later.
+        check_every: Updates after which the self-check, which costs about two, is repeated; 0: only
+            at the first batch of a training, resumed or not, and two updates later.
     """
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
                  processing_class=None, *others, micro_completions: int = 0, strict: bool = False,
                  check_every: int = 200, **kwargs):
-        self.strict, self.check_every = strict, check_every
+        self.strict, self.check_every, self.micro_completions = (
+            strict, check_every, micro_completions)
         self.unshared = obstacles.find_early_obstacle(model, args)
         if self.unshared:  # before a model is loaded that may need more memory
             self._warn(f"prompts are not shared: {self.unshared}")
@@ -77,14 +76,13 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             processing_class = load_image_prompts(model, args)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
                          *others, **kwargs)
-        self.micro_completions = micro_completions
         self.processor = (self.processing_class if self._is_vlm
                           else ImagePrompts(tokenizer=self._tokenizer))
         self.sources: dict[int, PromptSource] = {}  # prompts of the batch under way, by number
         self.training_numbers: set[int] = set()  # those that evaluation must not drop
         self.draws = Counter()  # by global step, and whether it was for training
-        self.last_logps: torch.Tensor | None = None  # of the last pass
-        self.sampling_gaps: list[float] = []  # of an update's tokens
+        # of the last pass, and by how much an update's tokens were drawn otherwise
+        self.last_logps, self.sampling_gaps = torch.zeros(0), []
         self.next_check = 0  # global step from which the next self-check is due
         if self.unshared:
             return
@@ -94,10 +92,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             return
         # bfloat16 products over float32 weights, which may be those of embeddings or head alone
         inner = unwrap_peft(self.model)
-        read = [inner.model.language_model.embed_tokens]
-        read += [] if self.args.cast_lm_head_to_fp32 else [inner.lm_head]
-        self.autocasts = self.args.bf16 and any(
-            module.weight.dtype == torch.float32 for module in read)
+        ends = [inner.get_input_embeddings(), inner.lm_head][:2 - self.args.cast_lm_head_to_fp32]
+        self.autocasts = self.args.bf16 and torch.float32 in [end.weight.dtype for end in ends]
         self.cache = self._make_cache()
         self.unsupported_sampling = ""
         self._find_sampling_obstacle()
@@ -193,11 +189,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _find_loss(self, prompts: list) -> str:
         """Why sharing would cost more than it saves, or ""."""
-        starts = self._find_group_starts(len(prompts))
-        sources = dict(self._read_prompts([prompts[row] for row in starts]))
+        sources = [source for _, source in self._read_prompts(
+            [prompts[row] for row in self._find_group_starts(len(prompts))])]
         group, reply = self.num_generations, self.max_completion_length
-        tokens = sum(len(prompt.ids) for prompt in self.cache.get(list(sources.values())))
-        tokens //= len(starts)
+        tokens = sum(len(prompt.ids) for prompt in self.cache.get(sources)) // len(sources)
         gain = group * (tokens + reply) / (tokens + group * reply)
         return ("" if gain >= PAYS_FROM else
                 f"prompts of {tokens} tokens are too short beside completions of up to {reply}: "
@@ -215,8 +210,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         of_step = slice(max(self.num_generations, self.args.per_device_train_batch_size))
         reason = obstacles.run_self_check(
             self, when, prompts[of_step], [number for number, in numbers[of_step]],
-            completions[of_step],
-            None if self.draws_elsewhere() else drawn_logps and drawn_logps[of_step])
+            completions[of_step], None if self.draws_elsewhere() else drawn_logps)
         if reason := gather_reason(reason):
             self._metrics, self.state.num_input_tokens_seen = before
             self._stop_sharing(reason)
@@ -261,19 +255,18 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         """
         (ids,), images, fields = inputs
         row = torch.tensor([[*ids, *completion]], device=self.accelerator.device)
-        if "mm_token_type_ids" in fields:
-            types = pad(fields["mm_token_type_ids"], (0, len(completion)))
-            fields = fields | {"mm_token_type_ids": types}
+        fields = {name: pad(value, (0, len(completion))) if name == "mm_token_type_ids" else value
+                  for name, value in fields.items()}
         return super()._get_per_token_logps_and_entropies(
             self.model, row, torch.ones_like(row), len(completion),
             num_images=images and [len(images[0])], **fields)[0][0]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        # rewards may draw on images, of which the completions of a group share theirs
-        rows, prompts = zip(*(deepcopy((restore_images(row), prompt))
-                              for row, prompt in zip(inputs, prompts)))
-        return super()._calculate_rewards(list(rows), list(prompts), completions,
-                                          completion_ids_list)
+        rows = [{name: value for name, value in row.items() if name != IMAGES}
+                | row.get(IMAGES, {}) for row in inputs]
+        # copies, because rewards may draw on images, which a group's completions share
+        rows, prompts = map(list, zip(*map(deepcopy, zip(rows, prompts))))
+        return super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
 
     def _tokenize_prompts(self, prompts: list):  # a row's prompt becomes a number
         if self.unshared:
@@ -427,12 +420,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return loss
 
     def _log_sampling_differences(self) -> None:
-        """Log the mean and the largest difference of an update's tokens, of all processes."""
+        """Log an update's mean and largest difference, of all processes, by TRL's names."""
         gaps, self.sampling_gaps = gather_object(self.sampling_gaps), []
         if gaps:  # else others drew the completions
-            log = self._metrics["train"]
-            log[f"{SAMPLING_DIFFERENCE}/mean"].append(fmean(gaps))
-            log[f"{SAMPLING_DIFFERENCE}/max"].append(max(gaps))
+            for name, value in (("mean", fmean(gaps)), ("max", max(gaps))):
+                self._metrics["train"][f"sampling/sampling_logp_difference/{name}"].append(value)
 
 
 def average_gradients(model: torch.nn.Module, processes: int) -> None:
@@ -499,11 +491,6 @@ def move_images(row: dict) -> dict:
     others = {name: value for name, value in row.items() if name not in columns}
     prompt = prepare_multimodal_messages(row["prompt"], images=list_images(row))
     return others | {"prompt": prompt, IMAGES: columns}
-
-
-def restore_images(row: dict) -> dict:
-    """A row of `move_images` with its columns of images."""
-    return {name: value for name, value in row.items() if name != IMAGES} | row.get(IMAGES, {})
 
 
 def list_images(row: dict) -> list:

@@ -34,7 +34,7 @@ def test_packed_windows_are_seen_as_one_by_one(family, published, float32, sampl
         calls.append(len(arguments[3]) - 1)
         return window_by_window(*arguments, **options)
 
-    monkeypatch.setattr(attention, "varlen_attn", attend)
+    monkeypatch.setattr(loading, "varlen_attn", attend)
     processor = loading.load_processor(published[family], format_of(family))
     images = processor.image_processor([image.resize((252, 168)) for image in samples[0].images],
                                        return_tensors="pt")
@@ -62,7 +62,7 @@ def load_as_on_a_gpu(folder, monkeypatch):
 def test_windows_are_packed_on_a_gpu_in_bfloat16_alone():
     gpu = loading.Hardware("cuda", torch.bfloat16, "sdpa", "a GPU")
     others = replace(gpu, dtype=torch.float32), replace(gpu, device="cpu")
-    for hardware, name in ((gpu, attention.PACKED_NAME), *((other, "sdpa") for other in others)):
+    for hardware, name in ((gpu, loading.PACKED_NAME), *((other, "sdpa") for other in others)):
         tower = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
         loading.pack_windows(tower, hardware)
         assert tower.config._attn_implementation == name
@@ -72,7 +72,7 @@ def test_windows_are_packed_on_a_gpu_in_bfloat16_alone():
 def test_the_gpus_kernel_computes_windows_one_by_one():
     bounds = torch.tensor([0, 64, 80, 200], device="cuda", dtype=torch.int32)
     inputs = [torch.randn(1, 16, 200, 80, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    mixed, _ = attention.attend_packed(None, *inputs, None, bounds, 120, scaling=80**-0.5)
+    mixed, _ = loading.attend_packed(None, *inputs, None, bounds, 120, scaling=80**-0.5)
     expected = window_by_window(*(tensor[0].transpose(0, 1).float() for tensor in inputs), bounds,
                                 scale=80**-0.5)
     assert torch.allclose(mixed[0].float(), expected, atol=2e-2)
