@@ -88,8 +88,7 @@ def request_json(client, path: str, body: dict | None = None) -> object:
 def request_completion(client, body: dict) -> dict:
     """A chat completion as the server's JSON; body: as of the API. RequestFailed for an error."""
     answer = request_json(client, "/chat/completions", body)
-    if not isinstance(answer, dict) or answer.get("error") or not isinstance(
-            answer.get("choices"), list):
+    if not isinstance(answer, dict) or answer.get("error") or not answer.get("choices"):
         raise RequestFailed(f"no completion but: {json.dumps(answer)}", 200)
     return answer
 

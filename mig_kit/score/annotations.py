@@ -12,7 +12,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from mig_kit.boxes import Box, Coordinates
-from mig_kit.common import UserError
+from mig_kit.common import UserError, digest_json
 from mig_kit.image_files import is_regular_file, read_size, resolve_under_root
 from mig_kit.score.image_names import ORDINALS, find_names
 
@@ -23,6 +23,9 @@ TARGETS = {"region": 1, "view_diff": 2, "refer_grounding": 2, "reasoning": 2, "c
 # benchmark -> number of items -> version; a file with another number is a part of one
 VERSIONS = {"mig_bench": {4295: "original", 4276: "revised"}, "lisa": {200: "val", 779: "test"},
             "ref_l4": {7231: "val", 38110: "test", 45341: "all"}, "blink": {1901: "val"}}
+# The answers of BLINK's Relative_Reflectance until September 2025, of which nearly all were wrong
+# (zeyofu/BLINK_Benchmark, issue 13): digest of idx and letter, in the order of idx.
+BLINK_OLD_ANSWERS = "7335556f929c0da9941f2c24fa161941f49d1cce764f52e93696b4ddeee3fc57"
 # What the letters of BLINK's tasks stand for where it is the same in every question.
 _LATTER_TWO = ("the second image", "the third image")
 BLINK_CHOICES = {
@@ -231,7 +234,13 @@ def read_blink(records: list[dict]) -> Benchmark:
     items = [replace(item, usual_choices=BLINK_CHOICES.get(item.task.replace(" ", "_"), ()),
                      options=ascii_uppercase[:len(item.choices) or ascii_uppercase.index(
                          last_letters[item.task]) + 1]) for item in items]
-    return _benchmark("blink", items)
+    benchmark = _benchmark("blink", items)
+    answers = sorted((item.id, item.letter) for item in items
+                     if item.id.startswith("val_Relative_Reflectance_"))
+    if len(answers) != 134:  # its whole task, which alone tells the versions
+        return benchmark
+    side = "until" if digest_json(answers) == BLINK_OLD_ANSWERS else "since"
+    return replace(benchmark, version=f"{benchmark.version}, answers {side} September 2025")
 
 
 def _text_list(values) -> tuple[str, ...]:

@@ -15,16 +15,23 @@ _LABEL = r"(?i:option|choice|point|box|picture|letter)"
 _SIGNS = r"[\s*_`\"'$(\[{:=]{0,9}"
 # "answer is X", "choice: X", \boxed{X}; "X is the answer"; a last sentence that ends in "is X"
 _CONCLUSION = re.compile(
-    rf"(?:\b(?i:(?:answer|choice|option)[*_\"')\]]{{0,4}}(?:\s+is\b|\s*[:=]"
+    rf"(?:\b(?i:(?:answer|choice|option)[*_\"')\]]{{0,4}}(?:\s+is\b|\s*[:=]|\s[-\u2013]\s"
     rf"|\s[^.!?:=\n]{{1,40}}?\bis\b))|\\boxed(?=\{{)){_SIGNS}(?:\\\w{{1,9}}\{{)?"
     rf"(?:{_LABEL}\s+)?{_SIGNS}(?P<letter>[A-Z])(?![\w'-])"
     r"|\b(?P<subject>[A-Z])[)*\"']{0,4} is (?:the )?(?:\w{1,20} )?(?:answer|choice|option)\b")
 _END = re.compile(r"\bis:?\s+(?:\w{1,20}\s+)?\W{0,4}(?P<letter>[A-Z])\b\W{0,9}\Z")
-_ANOTHER = re.compile(r"(?:[,/&]|\b(?:or|and|nor)\b)\s*(?:the\s+)?(?:\w+\s+)?\W{0,2}([A-Z])\b")
-_DENIES = re.compile(r"\b(?:not?|nor|neither|never|cannot|unless|except|unlike|if)\b|n't", re.I)
+DENIES = re.compile(r"\b(?:not?|none|nor|neither|never|cannot|unless|except|unlike|if)\b|n't",
+                    re.IGNORECASE)
+_REJECTS = re.compile(r"\b(?:wrong|incorrect|false|exclude|eliminate|reject|rul(?:e|ed|ing) out"
+                      r"|tempting|maybe|perhaps)", re.IGNORECASE)
 _OF_ANOTHER = re.compile(r"\b(?:wrong|incorrect|first|second|other|another|alternative"
                          r"|runner\S*)\b", re.IGNORECASE)
-_DECIDES = re.compile(r"\b(?:answer|choice|correct|right|best)\b", re.IGNORECASE)
+# a letter that is named, but as an option's first word, or to compare another with it
+_NAMES = re.compile(r"(?<![\w'])(?<!\b[B-Z][.:)] )(?<!\b[B-Z]: )([A-Z])(?![A-Za-z0-9_'-])",
+                    re.ASCII)
+_COMPARES = re.compile(r"\b(?:than|compared (?:to|with)|while|whereas|unlike|over|versus)\s"
+                       r"(?:the )?(?:\w+ )?\W{0,2}\Z|\n\s*[-*]\s+\W{0,3}\Z", re.IGNORECASE)
+_BREAKS_OFF = re.compile(r"\b[a-z]+\s*\Z")
 _LINE = re.compile(r"[\s*_>#-]*(?:\(([A-Z])\)|([A-Z])(?:[).:*]|(?=\s*$)))[\s*_.:]*(.{0,60})$")
 _MARK = re.compile(r"\(([A-Z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*")
 _NAMED = re.compile(rf"[\"']([A-Z])[\"']|\b{_LABEL}\s+([A-Z])\b(?!')")
@@ -45,14 +52,14 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
     final = shown_text(text) if block is None else block
     if (value := _json_answer(final)) is not None:
         final, is_blink = value, False
+    plain = unicodedata.normalize("NFKC", final)
     letter = is_blink and parse_blink_letter(final, valid)
     if letter and _letters(_MARK, final.split("\n\n")[-1], valid) <= {letter}:
-        return letter, "BLINK's own rule"
-    plain = unicodedata.normalize("NFKC", final)
+        return (letter, "BLINK's own rule") if _stands(plain, letter, valid, choices) else ("", "")
     for rule, read in (("a conclusion", _conclude), ("a line", _read_lines),
                        ("an option's words", _read_words), ("the only option marked", _read_mark)):
         if (letter := read(plain, valid, choices)) is not None:
-            return (letter, rule) if letter else ("", "")
+            return (letter, rule) if letter and _stands(plain, letter, valid, choices) else ("", "")
     return "", ""
 
 
@@ -80,24 +87,41 @@ def _letters(pattern: re.Pattern, text: str, valid: str) -> set[str]:
     return {next(filter(None, match)) for match in pattern.findall(text)} & set(valid)
 
 
-def _turns(rest: str, letter: str, valid: str) -> bool:
-    """Whether a later sentence speaks of another option as the answer."""
-    return any(_DECIDES.search(part) and set(re.findall(r"\b[A-Z]\b", part)) & set(valid) - {letter}
-               for part in re.split(r"[.!?]\s|\n", rest))
+def _stands(text: str, letter: str, valid: str, choices: tuple[str, ...]) -> bool:
+    """Whether no other option is named after a letter that was read, and it is not rejected."""
+    names = []
+    for match in _NAMES.finditer(text):
+        before = text[max(0, match.start() - 40):match.start()]
+        is_point = _tells_of_points(choices) and re.search(r"\bpoints? \Z", before, re.IGNORECASE)
+        if match[1] in valid and not is_point and not _COMPARES.search(before):
+            names.append(match)
+    if names and names[-1][1] != letter:
+        return False
+    place = names[-1].start() if names else 0
+    start = max(match.end() for match in re.finditer(r"\A|[.!?](?=\s)|\n", text[:place]))
+    sentence = re.split(r"[.!?]\s|\n", text[start:])[0]
+    return not _REJECTS.search(sentence)
+
+
+def _tells_of_points(choices: tuple[str, ...]) -> bool:
+    return any(re.match(r"[A-Z] ", choice) for choice in choices)  # "A is closer"
+
+
+def _is_cut(text: str) -> bool:
+    """Whether a reply of several sentences breaks off, so that it may still change its mind."""
+    return bool(re.search(r"[.!?]\s|\n", text.strip()) and _BREAKS_OFF.search(text[-40:]))
 
 
 # Each rule gives a letter, "" where it leaves open which, None where there is nothing of its kind.
 def _conclude(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     if not (matches := [*_CONCLUSION.finditer(text)] or [*_END.finditer(text)]):
         return None
-    (start, end), letter = matches[-1].span(), matches[-1][matches[-1].lastindex]
+    start, letter = matches[-1].start(), matches[-1][matches[-1].lastindex]
     sentence = re.split(r"[.!?\n]", text[max(0, start - 200):start])[-1] + matches[-1][0]
-    after = re.split(r"[.!?\n]", text[end:end + 200])[0]
     last = _read_line(text.strip().split("\n")[::-1], valid)
     others = {match[match.lastindex] for match in matches} & set(valid) - {letter}
-    is_open = (letter not in valid or last not in ("", letter) or others or _DENIES.search(sentence)
-               or _OF_ANOTHER.search(sentence) or _turns(text[end:], letter, valid)
-               or set(_ANOTHER.findall(after)) & set(valid) - {letter})
+    is_open = (letter not in valid or last not in ("", letter) or others or DENIES.search(sentence)
+               or _OF_ANOTHER.search(sentence))
     return "" if is_open else letter
 
 
@@ -115,29 +139,33 @@ def _read_lines(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     if not (letter := last or first):
         return None
     is_open = first not in ("", letter) or _letters(_MARK, lines[-1], valid) - {letter} or (
-        not last and _turns(text.strip().partition("\n")[2], letter, valid))
+        not last and _is_cut(text))
     return "" if is_open else letter
 
 
 def _read_words(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
-    """The reply, its first or last sentence is an option's words; "A is closer" may go on."""
-    words = [re.sub(r"^the |[^\w ]", "", choice.strip().lower()) for choice in choices]
+    """The reply, its first or last sentence is an option's words or states them of the camera."""
     sentences = [re.sub(r"^the |[^\w ]", "", part.strip().lower())
                  for part in (text, *_SENTENCE.split(text.strip()))]
-    is_short = len(sentences) == 2 and all(len(word) > 3 and word.isalpha() for word in words)
+    if _tells_of_points(choices) and sum(choice.lower() in text.lower() for choice in choices) > 1:
+        return None
     letters = set()
-    for sentence in (sentences[0], sentences[1], sentences[-1]):
-        places = [place for place, word in enumerate(words)
-                  if re.search(rf"\b{re.escape(word)}\b", sentence)]
-        if len(places) == 1 and (sentence == words[places[0]] or not _DENIES.search(sentence) and (
-                is_short or re.match(rf"(?:\w+ )?{re.escape(words[places[0]])}\b", sentence)
-                and re.match(r"[a-z] ", words[places[0]]))):
-            letters.add(valid[places[0]])
+    for letter, choice in zip(valid, choices):
+        words = re.escape(re.sub(r"^the |[^\w ]", "", choice.strip().lower()))
+        stated = re.compile(rf"{words}|camera (?:is moving|moves|moved) {words}(?: when .*)?")
+        if _tells_of_points((choice,)):
+            stated = re.compile(rf"(?:\w+ )?{words}(?: (?:to the camera|than|compared)\b.*)?")
+        if any(stated.fullmatch(part) and (part == words or not DENIES.search(part))
+               for part in (sentences[0], sentences[1], sentences[-1])):
+            letters.add(letter)
     return letters.pop() if len(letters) == 1 else None
 
 
 def _read_mark(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     letters = _letters(_MARK, text, valid)
-    if not any(re.match(r"[A-Z] ", choice) for choice in choices):  # points of "A is closer"
+    if not _tells_of_points(choices):
         letters |= _letters(_NAMED, text, valid)
-    return letters.pop() if len(letters) == 1 and not _DENIES.search(text) else None
+    others = any(choice.lower() in text.lower() for letter, choice in zip(valid, choices)
+                 if len(choice) > 3 and letter not in letters)
+    is_open = len(letters) != 1 or others or DENIES.search(text) or _is_cut(text)
+    return None if is_open else letters.pop()

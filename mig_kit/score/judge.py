@@ -6,7 +6,6 @@ it comes, so none is asked twice, be it after a kill.
 
 import json
 import os
-import re
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from pathlib import Path
 from mig_kit.common import UserError, digest_json, iter_lines, progress_bar
 from mig_kit.openai_client import RequestFailed, ask, iter_results, open_client, parse_server
 from mig_kit.score.annotations import BenchmarkItem
+from mig_kit.score.choice_parsers import read_choice
 
 THREADS, TIMEOUT, RETRIES = 8, 120.0, 3
-NO_OPTION = "no option chosen, says the judge"
+NO_OPTION, NONE = "no option chosen, says the judge", "Z"
 PROMPT = """A model was asked a multiple-choice question. Which option does its reply choose?
 
 Question: {question}
@@ -47,22 +47,23 @@ def judge_prompt(item: BenchmarkItem, reply: str) -> str:
 
 
 def ask_judge(judge: Judge, unread: list[tuple[BenchmarkItem, str]]) -> list[str]:
-    """The letter that the judge reads in each (item, reply), "" where it reads none.
+    """The letter that the judge reads in each (item, reply), NONE for no option.
 
+    Its answer is read as any reply; "" for one that is not read.
     Raises: UserError for a server that does not answer; what it answered before is kept.
     """
     prompts = [judge_prompt(item, reply) for item, reply in unread]
     keys = [digest_json([judge.model, prompt]) for prompt in prompts]
-    answers = {}
-    if judge.file.exists():
-        answers = {record["key"]: record["answer"] for record in (
-            json.loads(line) for line in iter_lines(judge.file) if line[-1:] == b"}")}
+    answers = _read_kept(judge.file)
     todo = {key: prompt for key, prompt in zip(keys, prompts) if key not in answers}
     url, = parse_server(judge.url)[:1]
     with closing(open_client(url, TIMEOUT, RETRIES)) as client, \
             judge.file.open("a", encoding="utf-8") as file:
         def answer_of(pair: tuple[str, str]) -> tuple[str, str]:
-            return pair[0], ask(client, judge.model, pair[1], temperature=0)
+            answer = ask(client, judge.model, pair[1], temperature=0)
+            if not answer.strip():
+                raise ValueError("an answer without a text")
+            return pair[0], answer
 
         try:
             for key, answer in progress_bar(iter_results(answer_of, todo.items(), THREADS), "judge",
@@ -71,9 +72,23 @@ def ask_judge(judge: Judge, unread: list[tuple[BenchmarkItem, str]]) -> list[str
                 file.flush()
                 os.fsync(file.fileno())
                 answers[key] = answer
-        except RequestFailed as failure:
+        except (RequestFailed, ValueError) as failure:
             raise UserError(f"the judge at {judge.url} does not answer ({failure}); give the same "
                             f"command again: what it has said is kept in {judge.file}") from None
-    letters = [re.fullmatch(r"\W*([A-Z])\W*", answers[key]) for key in keys]
-    return [letter[1] if letter and letter[1] in item.options else ""
-            for letter, (item, _) in zip(letters, unread, strict=True)]
+    return [read_choice(answers[key], item.options + NONE, item.choices or item.usual_choices)[0]
+            for key, (item, _) in zip(keys, unread, strict=True)]
+
+
+def _read_kept(file: Path) -> dict[str, str]:
+    """key -> answer of the file's lines; one that a kill has torn is closed, and asked again."""
+    answers = {}
+    for line in iter_lines(file) if file.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        answers[record["key"]] = record["answer"]
+    if file.exists() and not file.read_bytes().endswith(b"\n"):
+        with file.open("a") as end:
+            end.write("\n")
+    return answers

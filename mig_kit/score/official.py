@@ -29,12 +29,21 @@ MIG_BENCH_PATTERNS = (
 _WHOLE_PAIR = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 _MAX_DIGITS = 300  # a number of more digits is none that a float can hold
 
-_HIDDEN = re.compile(r"<(think|seed:think|tool_call)>.*?(?:</\1>|\Z)"
-                     r"|<\|channel\|>analysis.*?(?:<\|channel\|>final<\|message\|>|\Z)", re.DOTALL)
+# what reasoning stands between, in the replies of released models
+THINKING_MARKS = (
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
+    ("\u25c1think\u25b7", "\u25c1/think\u25b7"), ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel|>analysis", "<|channel|>final<|message|>"))
+CLOSES = re.compile("|".join(re.escape(end) for _, end in THINKING_MARKS)
+                     + r"|\Aanalysis.*assistantfinal", re.DOTALL)
+_HIDDEN = re.compile("|".join(rf"{re.escape(start)}.*?(?:{re.escape(end)}|\Z)" for start, end in (
+    *THINKING_MARKS, ("<tool_call>", "</tool_call>"))), re.DOTALL)
 # where a model runs on after its turn, and what a chat template writes before it
 _RUN_ON = re.compile(r"<\|(?:im_end|eot_id|end|return|endoftext)\|>|</s>|<end_of_turn>"
                      r"|\n\W*(?:Question|Human|User)\s*:")
-_OPENING = re.compile(r"\s*(?:<s>|<\|\w{1,20}\|>(?:assistant)?|assistant\s*\n)")
+_OPENING = re.compile(r"\s*(?:<s>|<\|(?!begin_of_box|box|object_ref)\w{1,20}\|>(?:assistant)?"
+                      r"|assistant\s*\n)")
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 NO_BOX_ANNOTATED = "counted 0, for the annotations have no box"
@@ -102,18 +111,28 @@ def shown_text(text: str) -> str:
 
     Reasoning that never closes is no answer.
     """
-    text = re.split(r"</(?:seed:)?think>", _HIDDEN.sub(" ", text))[-1]
+    text = CLOSES.split(_HIDDEN.sub(" ", text))[-1]
     while opening := _OPENING.match(text):
         text = text[opening.end():]
     return _RUN_ON.split(text)[0]
 
 
+def closes_reasoning(text: str) -> bool:
+    """Whether a reply closes a block of reasoning, or the answer that follows one."""
+    return bool(CLOSES.search(text)) or "</answer>" in text
+
+
 def last_answer_block(text: str) -> str | None:
-    """The inside of the last closed <answer> block of `shown_text`; None without one."""
+    """The inside of the last closed <answer> block of `shown_text`, or of GLM-4.5V's marks of one;
+    None without either.
+    """
     text = shown_text(text)
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    return text[start + len("<answer>"):end] if start >= 0 else None
+    for opening, closing in (("<answer>", "</answer>"), ("<|begin_of_box|>", "<|end_of_box|>")):
+        end = text.rfind(closing)
+        start = text.rfind(opening, 0, end) if end >= 0 else -1
+        if start >= 0:
+            return text[start + len(opening):end]
+    return None
 
 
 def parse_blink_letter(text: str, valid: str) -> str:

@@ -21,7 +21,7 @@ from mig_kit.score.annotations import Benchmark, BenchmarkItem, read_image_sizes
 from mig_kit.score.benchmarks import BENCHMARKS, Rules, find_rules, read_benchmark
 from mig_kit.score.choice_parsers import read_strictly
 from mig_kit.score.convert_boxes import BOX_ORDERS, rewrite_boxes, to_official_line
-from mig_kit.score.judge import NO_OPTION, Judge, ask_judge
+from mig_kit.score.judge import NO_OPTION, NONE, Judge, ask_judge
 from mig_kit.score.own import judge_own
 from mig_kit.score.records import align_predictions, read_json, read_records
 from mig_kit.score.reply_boxes import BOX, UNREAD, parse_strict_answer
@@ -125,14 +125,17 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                                              ) else "response"
     items, remarks = benchmark.items, ()
     lines = align_predictions(items, predictions, field, source, allow_missing, benchmark.left_out)
+    if field == "response" and (rules.read_letter or not is_official):
+        lines, remarks = _mark_cut_reasoning(lines)
     if rules.read_letter:
         read = rules.read_letter if is_official else read_strictly
         verdicts = judge_all(items, lines, partial(judge_letter, read=read))
         if judge:
-            verdicts, remarks = _read_by_judge(judge, items, lines, verdicts)
+            verdicts, judged = _read_by_judge(judge, items, lines, verdicts)
+            remarks += judged
     elif field == "response":
         if box_order not in (None, "xyxy"):
-            remarks = (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
+            remarks += (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
             lines = [line and line | {"response": rewrite_boxes(
                 line["response"], BOX_ORDERS[box_order])} for line in lines]
         sizes = _read_sizes(items, coordinates, images, is_official)
@@ -157,6 +160,19 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                   dict(problems), {"avg": averages} if averages else {},
                   tuple((item.video,) if item.video else item.images or (f"item {item.index}",)
                         for item in items), remarks, tuple(zip(items, verdicts, strict=True)))
+
+
+def _mark_cut_reasoning(lines: list[dict | None]) -> tuple[list[dict | None], tuple]:
+    """The lines, and a remark: where some replies close their reasoning, the others were cut in it.
+    """
+    opening, _ = official.THINKING_MARKS[0]
+    cut = [line is not None and bool(line["response"].strip())
+           and not official.closes_reasoning(line["response"]) for line in lines]
+    if not any(cut) or not any(line and official.CLOSES.search(line["response"]) for line in lines):
+        return lines, ()
+    return [line | {"response": opening + line["response"]} if is_cut else line
+            for line, is_cut in zip(lines, cut)], (
+        f"{sum(cut):,} replies do not close their reasoning, as others do: cut, so unread.",)
 
 
 def _target_image(item: BenchmarkItem) -> str:
@@ -226,11 +242,11 @@ def _read_by_judge(judge: Judge, items: Sequence[BenchmarkItem], lines: list[dic
     """The verdicts with the letters that the judge reads, and a remark."""
     unread = [place for place, verdict in enumerate(verdicts) if verdict.problem == UNREAD]
     letters = ask_judge(judge, [(items[place], lines[place]["response"]) for place in unread])
-    verdicts = list(verdicts)
+    verdicts, problems = list(verdicts), {"": UNREAD, NONE: NO_OPTION}
     for place, letter in zip(unread, letters, strict=True):
         right = items[place].letter
-        verdicts[place] = Verdict(float(letter == right), "" if letter else NO_OPTION, {
-            "letter": right, "read": letter, "rule": f"the judge {judge.model}"})
+        verdicts[place] = Verdict(float(letter == right), problems.get(letter, ""), {
+            "letter": right, "read": letter.strip(NONE), "rule": f"the judge {judge.model}"})
     return verdicts, (f"The judge {judge.model} read {len(unread):,} replies that no rule read; "
                       f"its answers are in {judge.file.name}.",)
 

@@ -210,5 +210,5 @@ def _compare_letters(item: BenchmarkItem | None, truth, where: str) -> None:
     letter = re.fullmatch(r"\(?([A-Za-z])\)?\.?", truth.strip()) if isinstance(truth, str) else None
     if item and item.letter and letter and letter[1].upper() != item.letter:
         raise UserError(f"{where} has the answer {letter[1]} where the annotations have "
-                        f"{item.letter} for item {item.name}, so it counts other questions; give "
-                        "the annotations that it was made from")
+                        f"{item.letter} for item {item.name}, so it counts other questions, or "
+                        "has another version's answers; give the annotations that it was made from")

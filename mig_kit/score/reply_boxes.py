@@ -11,6 +11,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from mig_kit.boxes import Box
+from mig_kit.score.choice_parsers import DENIES
 from mig_kit.score.image_names import find_names
 from mig_kit.score.official import FENCE, last_answer_block, shown_text
 
@@ -22,13 +23,15 @@ _POINT = rf"\s*({_NUMBER})\s*,\s*({_NUMBER})\s*"
 BOX = re.compile(  # two corners, four numbers in brackets or tags
     rf"\({_POINT}\)\s*,?\s*\({_POINT}\)|\[\s*\[{_POINT}\]\s*,\s*\[{_POINT}\]\s*\]"
     rf"|\[{_POINT},{_POINT}\]|\({_POINT},{_POINT}\)"
-    rf"|<box>\s*({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s*</box>")
+    rf"|<b?box>\s*({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s+({_NUMBER})\s*</b?box>")
 _BARE = re.compile(rf"(?<![\w.]){_POINT},{_POINT}(?![\w.])")
-_TAG = re.compile(r"<\|?/?(?:box|box_start|box_end|ref)\|?>")
+# what released families write around a box: InternVL's, Qwen's and Seed's marks
+_TAG = re.compile(r"<\|?/?(?:b?box|box_start|box_end)\|?>")
+_LABEL = re.compile(r"<ref>(.*?)</ref>|<\|object_ref_start\|>(.*?)<\|object_ref_end\|>")
 _FILLER = re.compile(r"\b(?:it's|it|is|in|the|at|box|located)\b"
-                     r"|[\s:,.;*_`\"'()<>|\[\]#=\u2013\u2014-]")
+                     r"|[\s:,.;*_`\"'()<>|\[\]=\u2013\u2014-]")
 _JSON = re.compile(r"\[?\s*\{")
-_IMAGE_KEY = re.compile(r"(?:\w+_)?(?:image|img|picture|photo|frame)"
+_IMAGE_KEY = re.compile(r"(?:(?:target|answer)_)?(?:image|img|picture|photo|frame)"
                         r"(?:_?(?:id|idx|index|number|no))?", re.IGNORECASE)
 _BOX_KEY = re.compile(r"(?:b?box|bounding_box|coordinates)(?:_2d)?", re.IGNORECASE)
 _ASIDE = ("label", "confidence", "score")  # keys that say nothing about the image
@@ -48,9 +51,10 @@ class StrictAnswer:
 
 
 def parse_strict_answer(text: str) -> StrictAnswer:
-    """The one box that the last <answer>, or else a reply of JSON, states."""
-    block = last_answer_block(text)
-    if block is None and not _is_json(shown_text(text)):
+    """The one box that the last <answer>, or else a reply of JSON or with a family's marks, states.
+    """
+    block, shown = last_answer_block(text), shown_text(text)
+    if block is None and not _is_json(shown) and not _TAG.search(shown):
         return StrictAnswer(None, None, NO_ANSWER)
     return _only(parse_named_boxes(text))
 
@@ -92,7 +96,9 @@ def _is_json(text: str) -> bool:
 
 def _read_statement(text: str) -> NamedBox | None:
     """The box of a line that is a box, with or without the name of one image, and nothing else."""
-    if "<box>" not in text or BOX.search(text) is None:
+    label = " ".join(filter(None, _LABEL.findall(text)[0])) if _LABEL.search(text) else ""
+    text = _LABEL.sub(" ", text)
+    if BOX.search(text) is None or not re.search("<b?box>", text) or "[" in text:
         text = _TAG.sub(" ", text)
     text = " ".join(text.split())
     boxes = list(BOX.finditer(text)) or list(_BARE.finditer(text))
@@ -104,8 +110,26 @@ def _read_statement(text: str) -> NamedBox | None:
         rest = rest[:name.start] + " " * (name.end - name.start) + rest[name.end:]
     if len(names) > 1 or names and len(names[0].numbers) != 1 or _FILLER.sub("", rest):
         return None
+    image, is_read = _image_of_label(label)
+    if not is_read or image and names:
+        return None
     values = tuple(float(value) for value in boxes[0].groups() if value)
-    return (names[0].numbers.pop() if names else None), values
+    return (names[0].numbers.pop() if names else image), values
+
+
+def _image_of_label(label: str) -> tuple[int | None, bool]:
+    """The image that an object's label names, and whether the label can stand for an object."""
+    names = find_names(label)
+    rest = re.sub(r"\W?\d+", "", label, count=1) if names else label
+    is_read = not DENIES.search(label) and not re.search(r"\d", rest) and (
+        not names or len(names) == 1 and len(names[0].numbers) == 1)
+    return (names[0].numbers.pop() if names and is_read else None), is_read
+
+
+def _require_single_keys(pairs: list[tuple[str, object]]) -> dict:
+    if len({key.lower() for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key is given twice")
+    return {key.lower(): value for key, value in pairs}
 
 
 def _read_json(text: str) -> list[NamedBox]:
@@ -113,7 +137,7 @@ def _read_json(text: str) -> list[NamedBox]:
     """
     for candidate in (text, f"[{text}]"):
         try:
-            value = json.loads(candidate)
+            value = json.loads(candidate, object_pairs_hook=_require_single_keys)
         except (ValueError, RecursionError):
             continue
         named = [_read_object(entry) for entry in (value if isinstance(value, list) else [value])]
@@ -124,20 +148,19 @@ def _read_json(text: str) -> list[NamedBox]:
 def _read_object(value: object) -> NamedBox | None:
     if not isinstance(value, dict):
         return None
-    value = {key.lower(): entry for key, entry in value.items()}
     sides = next((names for names in _SIDES if set(names) <= set(value)), ())
     image_keys, box_keys = ([key for key in value if pattern.fullmatch(key)]
                             for pattern in (_IMAGE_KEY, _BOX_KEY))
     others = set(value) - {*sides, *image_keys, *box_keys, *_ASIDE}
-    label = str(value.get("label", "")).lower()
-    if others or len(image_keys) > 1 or len(box_keys) + bool(sides) != 1 or find_names(label) or (
-            re.search(r"\d", label)):
+    named, is_read = _image_of_label(str(value.get("label", "")).lower())
+    if others or len(image_keys) + bool(named) > 1 or len(box_keys) + bool(sides) != 1 or (
+            not is_read):
         return None
     numbers = [value[name] for name in sides] or value[box_keys[0]]
     if isinstance(numbers, list) and len(numbers) == 2 and all(
             isinstance(pair, list) for pair in numbers):
         numbers = [*numbers[0], *numbers[1]]
-    image = value[image_keys[0]] if image_keys else None
+    image = value[image_keys[0]] if image_keys else named
     if isinstance(image, str):
         names = find_names(f"image {image}" if image.isdecimal() else image)
         is_name = len(names) == 1 and len(names[0].numbers) == 1 and not _FILLER.sub(

@@ -29,6 +29,9 @@ CLEAR = [  # {} is the letter
     "OTHERSThe best match is {}.", "<think>OTHERS</think>{}", "<seed:think>OTHERS</seed:think>{}",
     "<|channel|>analysis<|message|>OTHERS<|end|><|start|>assistant<|channel|>final<|message|>{}",
     "<answer>B</answer> No: <answer>The answer is {}</answer>", "{}<|im_end|>\n<|im_start|>user\nB",
+    "Final answer - {}", "### {}", "[THINK]OTHERS[/THINK]{}",
+    "\u25c1think\u25b7OTHERS\u25c1/think\u25b7{}",
+    "analysisOTHERSassistantfinal{}", "OTHERS<|begin_of_box|>{}<|end_of_box|>",
     "{}\n\nQuestion: Which?\nAnswer: B", "The answer is {}.\n\nWhy not the rest? Too dark."]
 
 
@@ -43,7 +46,10 @@ def test_explicit_answers_are_read(form, letter):
     "", "Option E", "The answer is unclear.", "The answer is A or B.", "Answer: A, D",
     "Option B has three dots, but the pattern needs four.\nOption A has them.", "Not B.",
     "There is insufficient information to choose between (A), (B), (C) and (D) .",
-    "The answer is B. Wait, A is correct.", "**B**\n\nScratch that. **A**",
+    "The answer is B. Wait, A is correct.", "The answer is C. Hmm, actually B matches better.",
+    "Option C is incorrect. B fits.", "(C) is wrong, so B.", "Option C is incorrect.",
+    "Maybe the answer is A. I am not sure.", "[THINK]The answer is A",
+    "**B**\n\nScratch that. **A**",
     "If it were mirrored, the answer is B.", "The answer is not B.", "My second choice: B",
     "(A) red cup\n(B) grey dog\n(C) small bird\n(D) tall tree", "I pick A over B and C.",
     "<think>The answer is A", "<think>The answer is A. But wait, let me check",
@@ -56,6 +62,8 @@ def test_what_is_not_said_explicitly_is_not_read(text, is_blink):
 @pytest.mark.parametrize("task, text, letter", [
     ("Relative_Depth", "A is closer to the camera. Point B is further back.", "A"),
     ("Relative_Depth", "Point A is farther from the camera than point B.", ""),
+    ("Relative_Depth", "Point A is closer to the horizon. Therefore B.", ""),
+    ("Relative_Depth", "A is closer to the camera. No, point B is closer.", ""),
     ("Spatial_Relation", "No.", "B"), ("Spatial_Relation", "Yes and no.", ""),
     ("Multi-view_Reasoning", "The camera is moving right when shooting.", "B"),
     ("Multi-view_Reasoning", "The object moved left, so the camera moves right.", ""),
@@ -82,7 +90,7 @@ def test_blinks_own_rule_decides_nothing_that_its_authors_leave_to_another_model
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["turn5/new_letters", "reports/letters"])
+@pytest.mark.parametrize("name", ["turn6/letters", "turn5/new_letters", "reports/letters"])
 def test_letters_in_new_wordings_are_right_or_unread(name):
     for line in (DATA / "cases" / f"{name}.jsonl").read_text().splitlines():
         case = json.loads(line)
@@ -103,3 +111,30 @@ def test_letters_agree_with_blinks_authors_and_theirs_give_the_published_scores(
     differ = sum(letter not in ("", record["prediction"].strip("()")[0])
                  for letter, record in zip(letters, records))
     assert differ <= 0.01 * len(records) and letters.count("") <= 0.2 * len(records)
+
+
+@pytest.mark.parametrize("protocol", ["official", "strict"])
+def test_replies_that_do_not_close_their_reasoning_as_others_do_are_cut(protocol):
+    """The prompt has opened it, so nothing else tells them from answers."""
+    records = [{"idx": f"val_T_{n}", "task": "T", "answer": "(A)"} for n in range(4)]
+    replies = ["Hm.</think><answer>A</answer>", "The answer is A", "The answer is A.", ""]
+    lines = [{"index": n, "response": reply} for n, reply in enumerate(replies)]
+    scored = score_predictions(annotations.read_blink(records), lines, protocol)
+    assert scored.values.tolist() == [1, 0, 0, 0]
+    assert scored.problems == {"unread": 2, "empty": 1}
+    assert "2 replies do not close their reasoning, as others do: cut, so unread." in scored.remarks
+    others = score_predictions(annotations.read_blink(records), [
+        line | {"response": line["response"].replace("</think>", "")} for line in lines], protocol)
+    assert not others.remarks
+
+
+@needs_data
+def test_blinks_two_versions_are_told_by_their_answers():
+    """Relative_Reflectance was corrected in September 2025; ids and number stayed."""
+    records = read_records(BLINK_FILES[0])
+    assert annotations.read_blink(records).version == "val, answers until September 2025"
+    later = [record | {"answer": "(A)"} if record["task"] == "Relative_Reflectance" else record
+             for record in records]
+    benchmark = annotations.read_blink(later)
+    assert (benchmark.version, benchmark.complete) == ("val, answers since September 2025", True)
+    assert annotations.read_blink(records[:50]).version == "subset"

@@ -29,6 +29,7 @@ THOUSAND, BOX = Coordinates.NORMALIZED_1000, (10, 20, 30, 40)
     ('{"img_idx": "2", "bbox_2d": [[10, 20], [30, 40]]}', 2),
     ('```json\n[{"bbox_2d": [10, 20, 30, 40], "label": "cup", "image": 2}]\n```', 2),
     ('{"image": "image 2", "x1": 10, "y1": 20, "x2": 30, "y2": 40}', 2),
+    ('{"bbox_2d": [10, 20, 30, 40], "label": "the cup in image 2"}', 2),
     ("image 2: [10,20,30,40]\nimage 2: [10,20,30,40]", 2)])
 def test_what_states_one_box_is_read(text, image):
     for reply in (f"<answer>{text}</answer>", f"<think>[1,2,3,4]</think><answer>{text}</answer>"):
@@ -36,12 +37,36 @@ def test_what_states_one_box_is_read(text, image):
     assert parse_named_box(text) == reply_boxes.StrictAnswer(image, BOX)
 
 
+# What released families document as their output of grounding, without an <answer>
+FAMILIES = {
+    "Qwen2.5-VL, Qwen3-VL (QwenLM/Qwen3-VL, cookbooks/2d_grounding.ipynb)":
+        '```json\n[{"bbox_2d": [10, 20, 30, 40], "label": "cup in image 2"}]\n```',
+    "Qwen2-VL (QwenLM/Qwen2-VL, README), Migician":
+        "<|object_ref_start|>the cup in image-2<|object_ref_end|>"
+        "<|box_start|>(10,20),(30,40)<|box_end|>",
+    "InternVL (internvl.readthedocs.io, chat data format)":
+        "Image-2: <ref>the cup</ref><box>[[10, 20, 30, 40]]</box>",
+    "GLM-4.5V (zai-org/GLM-4.5V, model card)":
+        "It is here: <|begin_of_box|>Image 2: [[10,20,30,40]]<|end_of_box|>",
+    "Seed1.5-VL (arXiv 2505.07062)": "image 2: <bbox>10 20 30 40</bbox>"}
+
+
+@pytest.mark.parametrize("text", FAMILIES.values(), ids=[name[:10] for name in FAMILIES])
+def test_documented_outputs_of_released_families_are_read(text):
+    for parse in (parse_strict_answer, parse_named_box):
+        assert parse(text) == parse(f"<think>[1,2,3,4]</think>{text}") == (
+            reply_boxes.StrictAnswer(2, BOX))
+        assert parse(text.replace("cup", "not visible").replace("2: ", "2: not ")).box is None
+
+
 @pytest.mark.parametrize("text", [
     "", "[10,20,30,40] in image 3? No.", "If it were in image 3: [10,20,30,40]",
     "Image C: [10,20,30,40]", "Placeholder: [10,20,30,40]", "image 0x2 [10,20,30,40]",
     "Image 3... no, image 2: [10,20,30,40]",
     "Images 1 to 4: [10,20,30,40]", "the last image: [10,20,30,40]", "not image 2: [10,20,30,40]",
-    '{"page": 2, "bbox_2d": [10,20,30,40]}', '{"label": "image 2", "bbox_2d": [10,20,30,40]}',
+    '{"page": 2, "bbox_2d": [10,20,30,40]}', '{"label": "no cup", "bbox_2d": [10,20,30,40]}',
+    '{"image": 1, "image": 2, "box": [10,20,30,40]}', '{"excluded_image": 2, "box": [10,20,30,40]}',
+    "# image 2: [10,20,30,40]", '{"label": "not in image 2", "bbox_2d": [10,20,30,40]}',
     '{"image": [1, 2], "box": [10,20,30,40]}', '{"image": true, "box": [10,20,30,40]}',
     '{"image": 2, "box": [10,20,30]}', "image 2 from the end: [10,20,30,40]", "[10,20,30,40,50]",
     "[10,20,30,40] [1,2,3,4]", "image 1: [1,2,3,4]\nimage 2: [10,20,30,40]",
