@@ -117,11 +117,6 @@ def shown_text(text: str) -> str:
     return _RUN_ON.split(text)[0]
 
 
-def closes_reasoning(text: str) -> bool:
-    """Whether a reply closes a block of reasoning, or the answer that follows one."""
-    return bool(CLOSES.search(text)) or "</answer>" in text
-
-
 def last_answer_block(text: str) -> str | None:
     """The inside of the last closed <answer> block of `shown_text`, or of GLM-4.5V's marks of one;
     None without either.

@@ -6,6 +6,7 @@ BLINK's and MMIU's authors ask another model which option a text means, it reads
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from mig_kit.score.result import Scored, Verdict
 
 NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
+PROSE = re.compile(r"[a-z]+ [a-z]+ [a-z]+", re.IGNORECASE)  # as reasoning is, no letter or box
 WITHIN_ONE = "box within 0 to 1, where larger numbers were expected"
 
 Sizes = dict[str, tuple[int, int]]  # image name -> (width, height), pixels
@@ -163,16 +165,17 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
 
 
 def _mark_cut_reasoning(lines: list[dict | None]) -> tuple[list[dict | None], tuple]:
-    """The lines, and a remark: where some replies close their reasoning, the others were cut in it.
-    """
-    opening, _ = official.THINKING_MARKS[0]
-    cut = [line is not None and bool(line["response"].strip())
-           and not official.closes_reasoning(line["response"]) for line in lines]
-    if not any(cut) or not any(line and official.CLOSES.search(line["response"]) for line in lines):
+    """The lines, and a remark: where some replies close their reasoning, other prose is cut."""
+    replies = [line["response"] if line else "" for line in lines]
+    is_cut = [PROSE.search(reply) and not official.CLOSES.search(reply)
+              and official.last_answer_block(reply) is None for reply in replies]
+    if not any(is_cut) or not any(map(official.CLOSES.search, replies)):
         return lines, ()
-    return [line | {"response": opening + line["response"]} if is_cut else line
-            for line, is_cut in zip(lines, cut)], (
-        f"{sum(cut):,} replies do not close their reasoning, as others do: cut, so unread.",)
+    opening, _ = official.THINKING_MARKS[0]
+    return [line | {"response": opening + reply} if cut else line
+            for line, reply, cut in zip(lines, replies, is_cut)], (
+        f"{sum(map(bool, is_cut)):,} replies do not close their reasoning, as others do: cut, so "
+        "unread.",)
 
 
 def _target_image(item: BenchmarkItem) -> str:
