@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from math import gcd
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -421,10 +420,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _log_sampling_differences(self) -> None:
         """Log an update's mean and largest difference, of all processes, by TRL's names."""
-        gaps, self.sampling_gaps = gather_object(self.sampling_gaps), []
-        if gaps:  # else others drew the completions
-            for name, value in (("mean", fmean(gaps)), ("max", max(gaps))):
-                self._metrics["train"][f"sampling/sampling_logp_difference/{name}"].append(value)
+        gaps, self.sampling_gaps = torch.tensor(gather_object(self.sampling_gaps)), []
+        if len(gaps):  # else others drew the completions
+            for name, value in (("mean", gaps.mean()), ("max", gaps.max())):
+                self._metrics["train"][f"sampling/sampling_logp_difference/{name}"].append(
+                    value.item())
 
 
 def average_gradients(model: torch.nn.Module, processes: int) -> None:
