@@ -24,8 +24,7 @@ DENIES = re.compile(r"\b(?:not?|none|nor|neither|never|cannot|unless|except|unli
                     re.IGNORECASE)
 _REJECTS = re.compile(r"\b(?:wrong|incorrect|false|exclude|eliminate|reject|rul(?:e|ed|ing) out"
                       r"|tempting|maybe|perhaps)", re.IGNORECASE)
-_OF_ANOTHER = re.compile(r"\b(?:wrong|incorrect|first|second|other|another|alternative"
-                         r"|runner\S*)\b", re.IGNORECASE)
+_OF_ANOTHER = re.compile(r"\b(?:first|second|other|another|alternative|runner\S*)\b", re.IGNORECASE)
 # a letter that is named, but as an option's first word, or to compare another with it
 _NAMES = re.compile(r"(?<![\w'])(?<!\b[B-Z][.:)] )(?<!\b[B-Z]: )([A-Z])(?![A-Za-z0-9_'-])",
                     re.ASCII)
@@ -99,8 +98,7 @@ def _stands(text: str, letter: str, valid: str, choices: tuple[str, ...]) -> boo
         return False
     place = names[-1].start() if names else 0
     start = max(match.end() for match in re.finditer(r"\A|[.!?](?=\s)|\n", text[:place]))
-    sentence = re.split(r"[.!?]\s|\n", text[start:])[0]
-    return not _REJECTS.search(sentence)
+    return not _REJECTS.search(re.split(r"[.!?]\s|\n", text[start:])[0])
 
 
 def _tells_of_points(choices: tuple[str, ...]) -> bool:
@@ -118,11 +116,9 @@ def _conclude(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
         return None
     start, letter = matches[-1].start(), matches[-1][matches[-1].lastindex]
     sentence = re.split(r"[.!?\n]", text[max(0, start - 200):start])[-1] + matches[-1][0]
-    last = _read_line(text.strip().split("\n")[::-1], valid)
     others = {match[match.lastindex] for match in matches} & set(valid) - {letter}
-    is_open = (letter not in valid or last not in ("", letter) or others or DENIES.search(sentence)
-               or _OF_ANOTHER.search(sentence))
-    return "" if is_open else letter
+    is_open = others or DENIES.search(sentence) or _OF_ANOTHER.search(sentence)
+    return "" if is_open or letter not in valid else letter
 
 
 def _read_line(lines: list[str], valid: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mig_kit.boxes import Box
 from mig_kit.score.choice_parsers import DENIES
-from mig_kit.score.image_names import find_names
+from mig_kit.score.image_names import NOUN, ORDINALS, find_names
 from mig_kit.score.official import FENCE, last_answer_block, shown_text
 
 NO_ANSWER, UNREAD, SEVERAL = "no <answer> block", "unread", "several boxes"
@@ -28,6 +28,7 @@ _BARE = re.compile(rf"(?<![\w.]){_POINT},{_POINT}(?![\w.])")
 # what released families write around a box: InternVL's, Qwen's and Seed's marks
 _TAG = re.compile(r"<\|?/?(?:b?box|box_start|box_end)\|?>")
 _LABEL = re.compile(r"<ref>(.*?)</ref>|<\|object_ref_start\|>(.*?)<\|object_ref_end\|>")
+_UNCLEAR = re.compile(rf"{NOUN}|\b(?:{'|'.join(ORDINALS)})\b", re.IGNORECASE)  # which image?
 _FILLER = re.compile(r"\b(?:it's|it|is|in|the|at|box|located)\b"
                      r"|[\s:,.;*_`\"'()<>|\[\]=\u2013\u2014-]")
 _JSON = re.compile(r"\[?\s*\{")
@@ -54,7 +55,7 @@ def parse_strict_answer(text: str) -> StrictAnswer:
     """The one box that the last <answer>, or else a reply of JSON or with a family's marks, states.
     """
     block, shown = last_answer_block(text), shown_text(text)
-    if block is None and not _is_json(shown) and not _TAG.search(shown):
+    if block is None and not _JSON.match(_unfence(shown)) and not _TAG.search(shown):
         return StrictAnswer(None, None, NO_ANSWER)
     return _only(parse_named_boxes(text))
 
@@ -70,9 +71,7 @@ def parse_named_boxes(text: str) -> list[NamedBox]:
     image: from 1, None if none is named. [] if any part of it is not read.
     """
     block = last_answer_block(text)
-    final = unicodedata.normalize("NFKC", shown_text(text) if block is None else block).strip()
-    fenced = FENCE.fullmatch(final)
-    final = fenced[1] if fenced else final
+    final = _unfence(unicodedata.normalize("NFKC", shown_text(text) if block is None else block))
     if _JSON.match(final):
         return _read_json(final)
     named = [_read_statement(line) for line in final.split("\n") if line.strip()]
@@ -89,16 +88,16 @@ def _only(named: list[NamedBox]) -> StrictAnswer:
     return StrictAnswer(image, box)
 
 
-def _is_json(text: str) -> bool:
+def _unfence(text: str) -> str:
     fenced = FENCE.fullmatch(text.strip())
-    return bool(_JSON.match(fenced[1] if fenced else text.strip()))
+    return fenced[1] if fenced else text.strip()
 
 
 def _read_statement(text: str) -> NamedBox | None:
     """The box of a line that is a box, with or without the name of one image, and nothing else."""
-    label = " ".join(filter(None, _LABEL.findall(text)[0])) if _LABEL.search(text) else ""
+    label = " ".join("".join(match) for match in _LABEL.findall(text))
     text = _LABEL.sub(" ", text)
-    if BOX.search(text) is None or not re.search("<b?box>", text) or "[" in text:
+    if "[" in text or not re.search("<b?box>", text):
         text = _TAG.sub(" ", text)
     text = " ".join(text.split())
     boxes = list(BOX.finditer(text)) or list(_BARE.finditer(text))
@@ -122,7 +121,7 @@ def _image_of_label(label: str) -> tuple[int | None, bool]:
     names = find_names(label)
     rest = re.sub(r"\W?\d+", "", label, count=1) if names else label
     is_read = not DENIES.search(label) and not re.search(r"\d", rest) and (
-        not names or len(names) == 1 and len(names[0].numbers) == 1)
+        len(names) == 1 and len(names[0].numbers) == 1 if names else not _UNCLEAR.search(label))
     return (names[0].numbers.pop() if names and is_read else None), is_read
 
 
@@ -162,12 +161,8 @@ def _read_object(value: object) -> NamedBox | None:
         numbers = [*numbers[0], *numbers[1]]
     image = value[image_keys[0]] if image_keys else named
     if isinstance(image, str):
-        names = find_names(f"image {image}" if image.isdecimal() else image)
-        is_name = len(names) == 1 and len(names[0].numbers) == 1 and not _FILLER.sub(
-            "", image.lower()[:names[0].start] + image.lower()[names[0].end:])
-        image = names[0].numbers.pop() if is_name or image.isdecimal() and names else 0
-    if image == 0 or not isinstance(image, int | None) or isinstance(image, bool) or not (
-            isinstance(numbers, list) and len(numbers) == 4
-            and all(type(number) in (int, float) for number in numbers)):
-        return None
-    return image, tuple(map(float, numbers))
+        image = _image_of_label(f"image {image}" if image.isdecimal() else image)[0]
+    is_image = type(image) is int and image != 0 or not image_keys
+    is_box = isinstance(numbers, list) and len(numbers) == 4 and all(
+        type(number) in (int, float) for number in numbers)
+    return (image, tuple(map(float, numbers))) if is_image and is_box else None
