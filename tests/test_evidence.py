@@ -72,7 +72,7 @@ def test_an_interval_of_the_headline_by_hand():
     cell = f"{gaps.mean():+.1f}"
     if len(gaps) > 1:
         half = student_t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
-        is_clear = abs(gaps.mean()) > half
+        is_clear = bool(abs(gaps.mean()) > half)
         cell = (f"{'**' * is_clear}{cell}{'**' * is_clear} ({gaps.mean() - half:+.1f} to "
                 f"{gaps.mean() + half:+.1f}), worst {gaps.min():+.1f}")
     assert f"| GRPO over SFT | {cell} |" in (PROJECT_ROOT / "README.md").read_text()

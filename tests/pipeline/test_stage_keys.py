@@ -62,7 +62,7 @@ def change_text(project, path, old, new):
 @pytest.mark.parametrize(("path", "text", "stages"), [
     ("drawing/palette.py", "#0072B2", "07"), ("stages/tables.py", "RL over SFT", "07"),
     ("prompts.py", "Think in", "00 01 02 03 04 05 06 07"),
-    ("data/endpoint.py", "You are an", "01"), ("stats.py", "def pass_at_k", "04 06 07"),
+    ("data/endpoint.py", "You are an", "01"), ("stats.py", "def pass_at_k", "04 05 06 07"),
     ("rewards.py", "floor: float = 0.1", "01 04 05 06 07"),
     ("stages/sft.py", "completion_only", "02"), ("stages/sanity_checks.py", "0.9", ""),
     ("pipeline/store.py", "started.json", "")])
