@@ -161,6 +161,9 @@ def calibration_notes(result: dict, name: str) -> list[str]:
     else:
         notes.append(f"{name}: no shift that all images share; one that depends on an image's size "
                      "(padding, a limit of pixels) does not show in it.")
+    if any(min(abs(1 / a - bound) for bound in SLOPES) < 1e-6 for a, _ in result["map"].values()):
+        notes.append(f"{name}: the fit of an edge has not converged: its slope ended at the bound "
+                     "of 0.1 to 10.")
     if result["median_error"]:
         errors = ", ".join(f"{edge} {error:+.1f}"
                            for edge, error in result["median_error"].items())

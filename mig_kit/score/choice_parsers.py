@@ -26,8 +26,8 @@ _REJECTS = re.compile(r"\b(?:wrong|incorrect|false|exclude|eliminate|reject|rul(
                       r"|tempting|maybe|perhaps)", re.IGNORECASE)
 _OF_ANOTHER = re.compile(r"\b(?:first|second|other|another|alternative|runner\S*)\b", re.IGNORECASE)
 # a letter that is named, but as an option's first word, or to compare another with it
-_NAMES = re.compile(r"(?<![\w'])(?<!\b[B-Z][.:)] )(?<!\b[B-Z]: )([A-Z])(?![A-Za-z0-9_'-])",
-                    re.ASCII)
+_NAMES = re.compile(r"(?<![\w'])(?<!^[B-Z][.:] )(?<!\b[B-Z]\) )([A-Z])(?![A-Za-z0-9_'-])",
+                    re.ASCII | re.MULTILINE)
 _COMPARES = re.compile(r"\b(?:than|compared (?:to|with)|while|whereas|unlike|over|versus)\s"
                        r"(?:the )?(?:\w+ )?\W{0,2}\Z|\n\s*[-*]\s+\W{0,3}\Z", re.IGNORECASE)
 _BREAKS_OFF = re.compile(r"\b[a-z]+\s*\Z")

@@ -146,6 +146,16 @@ def test_planted_maps_come_back_within_a_thousandth(edges):
     assert right.mean() > 0.75
 
 
+@pytest.mark.parametrize("scale, is_said", [(0.9, False), (0.05, True)])
+def test_a_fit_that_ends_at_the_bound_of_its_slope_says_so(scale, is_said):
+    answers = random_boxes(np.random.default_rng(1), 100)
+    edges = calibration.fit_map(scale * answers, answers)
+    gain = {"before": 0, "after": 0, "value": 0, "ci95": [0, 0]}
+    notes = calibration.calibration_notes({
+        "map": dict(zip(calibration.EDGES, edges)), "acc": {"0.5": gain}, "median_error": {}}, "m")
+    assert any("has not converged" in note for note in notes) == is_said
+
+
 AUTHORS = np.array([[1, 0], [1.05, 0], [1, 0], [1.10, 0]])  # what Migician's script applies
 
 
