@@ -210,9 +210,9 @@ def always_calls_super(method):
 @pytest.mark.parametrize(("stage", "trainer_class", "modules", "without_harm"), [
     # of a sampling strategy that is refused itself
     ("02_sft", sft.CompletionLossTrainer, (sft, resuming), {"dataloader_drop_last"}),
-    # the head casts its inputs itself; DeepSpeed is left to stock TRL
+    # DeepSpeed is left to stock TRL
     ("05_grpo", recipe_trainer.RecipeTrainer, (obstacles, trainer, recipe_trainer, resuming, grpo),
-     {"cast_lm_head_to_fp32", "ds3_gather_for_generation"})])
+     {"ds3_gather_for_generation"})])
 def test_a_setting_that_only_an_overridden_method_reads_is_refused(stage, trainer_class, modules,
                                                                    without_harm):
     """Found in the libraries' source: `self.args.NAME`, and attributes that are made of one."""

@@ -174,9 +174,11 @@ def test_a_training_ends_and_logs_as_stock_trls(make_pair, settings):
     assert not own.unshared and own.model.config._attn_implementation == "sdpa"
     for expected, row in zip(logged(stock), logged(own), strict=True):
         assert row.keys() == expected.keys()
-        assert row == pytest.approx(expected, rel=2e-4, abs=2e-5, nan_ok=True)
+        assert row == pytest.approx(expected, rel=5e-4, abs=2e-5, nan_ok=True)
     parameters = trained_parameters(own)
     for name, expected in trained_parameters(stock).items():
+        if name.endswith("k_proj.bias"):
+            continue  # softmax cancels it: its gradient is rounding, which AdamW's steps enlarge
         assert (parameters[name] - expected).norm() <= 2e-3 * expected.norm() + 1e-6, name
 
 
