@@ -194,3 +194,4 @@ def test_one_version_one_paper_and_one_address():
     address = project["urls"]["Repository"]
     assert citation["repository-code"] == address
     assert f'REPOSITORY = "{address}"' in TEXTS["notebooks/README.md"]
+    assert f"git clone {address} " in README

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from mig_kit import __version__
 from mig_kit.common import model_folder, write_atomically
 from mig_kit.pipeline.run_facts import MODELS, name_data
 from mig_kit.pipeline.run_folders import finished_params
@@ -16,8 +17,8 @@ CARD = "README.md"
 TEXT = """# {title}
 
 Names the image and the box that answer a question on several images:
-`<think>...</think><answer>{{"image": 2, "box": [x1,y1,x2,y2]}}</answer>`. Made with mig-kit;
-`mig-kit ground --model FOLDER --image A --image B "QUESTION"` asks it with the right prompt.
+`<think>...</think><answer>{{"image": 2, "box": [x1,y1,x2,y2]}}</answer>`. Made with
+mig-kit {version}; `mig-kit ground --model FOLDER --image A --image B "QUESTION"` asks it with the right prompt.
 
 ```json
 {recipe}
@@ -45,5 +46,5 @@ def write_card(stage: str, folder: Path, run_id: str, params: dict) -> None:
         library_name="transformers", pipeline_tag="image-text-to-text", model_name=title,
         tags=["mig-kit", "visual-grounding", *(() if is_sft else ("trl", "grpo"))])
     # within a block of code, JSON's strings need no escape from Markdown
-    text = TEXT.format(title=title, recipe=recipe)
+    text = TEXT.format(title=title, version=__version__, recipe=recipe)
     write_atomically(folder / name / CARD, ModelCard(f"---\n{head.to_yaml()}\n---\n{text}").save)

@@ -3,6 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
+from mig_kit import __version__
 from mig_kit.common import write_json
 from mig_kit.pipeline import model_cards, store
 from mig_kit.pipeline.params import profile_params
@@ -54,3 +55,4 @@ def test_a_card_names_no_folder_of_the_machine(tmp_path, monkeypatch):
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert "/home" not in card.content and "mine.py:near" in card.text
     assert card.data.base_model is None and "Qwen" in card.text
+    assert f"mig-kit {__version__};" in card.text
