@@ -18,7 +18,8 @@ TEXT = """# {title}
 
 Names the image and the box that answer a question on several images:
 `<think>...</think><answer>{{"image": 2, "box": [x1,y1,x2,y2]}}</answer>`. Made with
-mig-kit {version}; `mig-kit ground --model FOLDER --image A --image B "QUESTION"` asks it with the right prompt.
+mig-kit {version}; `mig-kit ground --model FOLDER --image A --image B "QUESTION"` asks it
+with the right prompt.
 
 ```json
 {recipe}
