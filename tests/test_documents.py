@@ -105,8 +105,8 @@ def test_the_readmes_figures_of_speed_and_size():
         row = rf"six images[^|]*\| 1,240 \| 64 \| {group_size} \| [^|]+"
         cells = re.escape(f"| {small} | {large} | {stock}, {shared} |")
         assert re.search(row + cells, TEXTS["notebooks/guide/trainer.md"])
-    assert "**`make run`** took 31 minutes" in TEXTS["notebooks/guide/speed.md"]
-    assert "twenty minutes" in README
+    assert "**`make run`** (version 0.5.0) took 27 minutes" in TEXTS["notebooks/guide/speed.md"]
+    assert "half an hour" in README
     with safe_open(PACKAGE / "tiny_base" / "model.safetensors", "pt") as weights:
         count = sum(weights.get_tensor(name).numel() for name in weights.keys())
     assert f"{count / 1e6:.0f} million" == "5 million" and "five million" in README
