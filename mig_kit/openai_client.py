@@ -102,7 +102,7 @@ def ask(client, model: str, content: str | list[dict], **fields) -> str:
         "model": model, "messages": [{"role": "user", "content": content}], **fields})
     try:
         return read_choice(answer["choices"][0])[0]
-    except (ValueError, IndexError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise RequestFailed(f"no reply ({error}) but: {json.dumps(answer)}", 200) from error
 
 

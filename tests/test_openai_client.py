@@ -37,7 +37,7 @@ def test_a_question_gets_its_text():
 @pytest.mark.parametrize(("status", "data", "headers", "words"), [
     (404, {"error": {"message": "no model m"}}, IS_JSON, "HTTP 404: .*no model m"),
     (200, {"error": {"message": "key sk-1 is bad"}}, IS_JSON, "no completion but: .* is bad"),
-    (200, {"choices": []}, IS_JSON, "no reply .list index out of range. but: "),
+    (200, {"choices": []}, IS_JSON, "no completion but: "),
     (200, {"choices": [{"message": {"content": None}}]}, IS_JSON, "no reply .an answer without a"),
     (200, {"choices": [{"error": {"code": 502}}]}, IS_JSON, "an error in place of a reply: .*502"),
     (200, b"<html>login</html>", [("Content-Type", "text/html")], "no completion but: .*login"),
