@@ -97,8 +97,8 @@ def require_same_code(items: list[Item], smoke: str, machine: str) -> None:
     for item in items:
         if item.path.is_file():
             record = json.loads(item.path.read_text())
-            made = record["evidence"]["smoke"]
-            if record["version"] != __version__ or record["machine"] == machine and made != smoke:
+            is_other = record["machine"] == machine and record["evidence"]["smoke"] != smoke
+            if record["version"] != __version__ or is_other:
                 sys.exit(f"{item.path.relative_to(PROJECT_ROOT)} was made by other code (version "
                          f"{record['version']}, commit {record['git'][:7]}); delete it, and make "
                          "evidence makes it again")

@@ -64,8 +64,8 @@ def describe(values: np.ndarray) -> str:
 
 def render(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    first, *others = (f"| {' | '.join(line)} |" for line in (head, *rows))
+    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def short_title(suite: str) -> str:
@@ -130,7 +130,7 @@ def claim(records: dict[str, list[dict]]) -> str:
 
 
 def tasks(records: dict[str, list[dict]]) -> str:
-    """Every suite by task: means over the recipe's seeds, and RL's margin with its interval."""
+    """Every suite by task: means over the recipe's seeds, and the range of RL's margins."""
     recipe, texts = records["recipe"], []
     for suite in NAMES:
         means = {system: np.array([100 * by_task(record, system, suite).mean(1)
@@ -163,16 +163,17 @@ def draws(records: dict[str, list[dict]]) -> str:
 
     A draw has collapsed if a task ends below SFT by more than its interval.
     """
-    made = [record for record in records["recipe"] if not record["seed"]] + records.get("draws", [])
-    if len(made) < 2 or made[0]["seed"]:
+    drawn = [record for record in records["recipe"] if not record["seed"]]
+    drawn += records.get("draws", [])
+    if len(drawn) < 2 or drawn[0]["seed"]:
         return "Not run yet with this version."
-    final, fallen = scores(made, "grpo", MAIN), []
-    for record in made:
+    final, fallen = scores(drawn, "grpo", MAIN), []
+    for record in drawn:
         gaps = by_task(record, "grpo", MAIN) - by_task(record, "sft", MAIN)
         for task, rows in zip(SUITES[MAIN].tasks, gaps):
             _, high = stats.gap_interval_by_list([(rows, np.arange(len(rows)))])
             fallen += [f"{task} (seed {record['seed']})"] * (high < 0)
-    return (f"{len(made)} draws of RL from the SFT model of seed 0 end at "
+    return (f"{len(drawn)} draws of RL from the SFT model of seed 0 end at "
             f"{', '.join(f'{value:.1f}' for value in final)} in domain: sd "
             f"{final.std(ddof=1):.1f}. Tasks below SFT by more than their interval: "
             f"{', '.join(fallen) or 'none'}.")
@@ -182,8 +183,8 @@ def arms(records: dict[str, list[dict]]) -> str:
     """Each arm's GRPO model less the recipe's, seed by seed."""
     recipe = {record["seed"]: record for record in records["recipe"]}
     entries, rows = read_list(), []
-    for arm, made in records.items():
-        pairs = [(record, recipe[record["seed"]]) for record in made if record["seed"] in recipe]
+    for arm, of_arm in records.items():
+        pairs = [(record, recipe[record["seed"]]) for record in of_arm if record["seed"] in recipe]
         if arm not in ("recipe", "draws", "sft_longer") and pairs:
             rows.append([entries[arm]["title"], str(len(pairs)), *(
                 describe(scores([a for a, _ in pairs], "grpo", suite)
@@ -205,13 +206,13 @@ def contest(records: dict[str, list[dict]]) -> str:
 
 def provenance(records: dict[str, list[dict]]) -> str:
     """What the records are of, and the digest that tells whether one was deleted or edited."""
-    made = [record for group in records.values() for record in group]
+    everyone = [record for group in records.values() for record in group]
     digest = hashlib.sha256(b"".join(
         item.path.read_bytes() for item in list_items() if item.path.is_file())).hexdigest()
-    commits = sorted({record["git"][:7] for record in made})
-    machines = sorted({record["machine"] for record in made})
-    codes = sorted({record["evidence"]["smoke"][:12] for record in made})
-    return (f"{len(made)} of {len(list_items())} records, version {__version__}, commits "
+    commits = sorted({record["git"][:7] for record in everyone})
+    machines = sorted({record["machine"] for record in everyone})
+    codes = sorted({record["evidence"]["smoke"][:12] for record in everyone})
+    return (f"{len(everyone)} of {len(list_items())} records, version {__version__}, commits "
             f"{', '.join(commits)}, digest of the smoke run {', '.join(codes)}; "
             f"{'; '.join(machines)}. All records: SHA-256 {digest[:12]}.")
 
@@ -223,7 +224,7 @@ TABLES = {table.__name__: table for table in (
 def fill(text: str, records: dict[str, list[dict]]) -> str:
     """A page with its tables made again."""
     return re.sub(r"(<!-- evidence (\w+) -->\n).*?(<!-- end -->)",
-                  lambda found: f"{found[1]}{TABLES[found[2]](records)}\n{found[3]}", text,
+                  lambda match: f"{match[1]}{TABLES[match[2]](records)}\n{match[3]}", text,
                   flags=re.DOTALL)
 
 

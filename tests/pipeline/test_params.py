@@ -218,7 +218,7 @@ def test_a_setting_that_only_an_overridden_method_reads_is_refused(stage, traine
     """Found in the libraries' source: `self.args.NAME`, and attributes that are made of one."""
     library = [owner for owner in trainer_class.__mro__
                if not owner.__module__.startswith("mig_kit") and owner is not object]
-    made = re.findall(r"self\.(\w+) = .*args\.(\w+)", "".join(
+    attributes = re.findall(r"self\.(\w+) = .*args\.(\w+)", "".join(
         inspect.getsource(owner.__init__) for owner in library if "__init__" in vars(owner)))
     fields, read = set(getattr(trl, CONFIGS[stage]).__dataclass_fields__), set()
     for name in dir(trainer_class):
@@ -229,7 +229,7 @@ def test_a_setting_that_only_an_overridden_method_reads_is_refused(stage, traine
         if not always_calls_super(own):
             words = set(re.findall(r"self\.(?:args\.)?(\w+)",
                                    inspect.getsource(inspect.unwrap(theirs))))
-            read |= words | {field for attribute, field in made if attribute in words}
+            read |= words | {field for attribute, field in attributes if attribute in words}
     named = set(re.findall(r"\w+", "".join(map(inspect.getsource, modules))))
     assert len(read & fields) > 5
     assert read & fields - named - set(params.UNREAD[stage]) == without_harm
