@@ -69,6 +69,18 @@ def read_option(command: str, option: str) -> str:
     return words[words.index(option) + 1]
 
 
+def list_source_commands(item: Item) -> list[str]:
+    """The recipe's commands that make the runs an item starts from, as far as they are not there.
+
+    In a fresh clone the recipe's records are there, and its runs are not.
+    """
+    sources = {read_option(command, "--from") for command in item.commands if "--from" in command}
+    missing = {run_id for run_id in sources
+               if run_folders.load_record("06_evaluate", run_id) is None}
+    return [command for recipe in list_items() if recipe.arm == "recipe"
+            for command in recipe.commands if read_option(command, "--run-id") in missing]
+
+
 def run_command(command: str, **environment: str) -> None:
     """Run a line of the list with this Python; CalledProcessError where it fails."""
     script = Path(sys.executable).with_name("mig-kit")
@@ -106,6 +118,8 @@ def require_same_code(items: list[Item], smoke: str, machine: str) -> None:
 
 def make_record(item: Item, smoke: str) -> None:
     """Run an item's commands, as far as they have not been run, and write its record."""
+    for command in list_source_commands(item):
+        run_command(command)
     *_, last = item.commands
     is_eval = last.startswith("mig-kit eval")
     run_id = read_option(item.commands[0], "--run-id")

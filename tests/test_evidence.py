@@ -116,3 +116,18 @@ def test_what_is_missing_is_made_once(tmp_path, monkeypatch, capsys):
         evidence.run()
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == made + 1 and lines[-1] == "nothing is missing"
+
+
+@pytest.mark.parametrize(("name", "source"), [("kl-1", "seed1"), ("draws-3", "default")])
+def test_a_fresh_clone_makes_the_run_that_an_arm_starts_from(name, source, tmp_path, monkeypatch):
+    """The recipe's record is there, and its run is not; a finished one is left as it is."""
+    ran, item = [], next(item for item in ITEMS if name_item(item) == name)
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    monkeypatch.setattr(evidence, "run_command", ran.append)
+    monkeypatch.setattr(evidence, "record_run", lambda *_: sys.exit())
+    with pytest.raises(SystemExit):
+        evidence.make_record(item, "")
+    assert f" --run-id {source} " in ran.pop(0) and ran == item.commands
+    (tmp_path / source / "06_evaluate").mkdir(parents=True)
+    (tmp_path / source / "06_evaluate" / "run.json").write_text("{}")
+    assert evidence.list_source_commands(item) == []
