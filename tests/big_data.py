@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import random
 import resource
 import subprocess
@@ -97,17 +96,18 @@ def read_all(own_file: Path, out: Path) -> None:
         "samples_per_second": sum(map(len, sets.values())) / seconds}))
 
 
-def measure(own_file: Path, out: Path) -> dict:
-    command = [sys.executable, __file__, "--read", str(own_file), str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+def measure(*own_files: Path) -> list[dict]:
+    """The figures of one file after the other, read by one process."""
+    command = [sys.executable, __file__, "--read", *own_files]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--read":
-        read_all(Path(sys.argv[2]), Path(sys.argv[3]))
+        for own_file in map(Path, sys.argv[2:]):
+            read_all(own_file, own_file.with_name("out"))
     else:
-        data = Path(sys.argv[1])
-        file = make_data(data, int(sys.argv[2]), int(sys.argv[3]))
-        print(json.dumps(measure(file, data / "out"), indent=1))
+        own_file = make_data(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+        print(json.dumps(measure(own_file), indent=1))

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -45,8 +46,19 @@ def run_mig_kit(*words: str, **environment: str) -> subprocess.CompletedProcess:
 
 @contextmanager
 def notebooks_in_this_process():
-    """While it lasts, `mig-kit run` executes notebooks here: a kernel takes ten seconds more."""
-    with patch.object(papermill, "execute_notebook", _execute_here):
+    """While it lasts, papermill executes notebooks here: a kernel takes ten seconds more.
+
+    So do the processes of 08; a thread trains instead.
+    """
+    with (patch.object(papermill, "execute_notebook", _execute_here), trainings_in_threads()):
+        yield
+
+
+@contextmanager
+def trainings_in_threads():
+    """While it lasts, `compare` trains in threads: a process first imports for ten seconds."""
+    with patch("mig_kit.shared_prefix.compare.ProcessPoolExecutor",
+               lambda workers, _: ThreadPoolExecutor(workers)):
         yield
 
 
@@ -87,6 +99,9 @@ def describe_files(folder: Path, pattern: str = "**/*") -> dict[Path, tuple[byte
 
 
 if __name__ == "__main__":
-    # python command_line.py NOTEBOOKS WORDS: `mig-kit words`, which runs the notebooks of a folder
-    with (patch.object(execute, "NOTEBOOKS", Path(sys.argv.pop(1))), notebooks_in_this_process()):
-        main()
+    # python command_line.py NOTEBOOKS OPTIONS: the recipe, and 08, with the notebooks of a folder
+    notebooks, *options = sys.argv[1:]
+    with patch.object(execute, "NOTEBOOKS", Path(notebooks)), notebooks_in_this_process():
+        for stages in ((), ("08",)):
+            cli(["run", *stages, *options], standalone_mode=False)
+            print("the end of", *stages or ["the recipe"], file=sys.stderr)

@@ -9,23 +9,21 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import command_line
-import nbformat
 import pytest
 import torch
 from command_line import output_of
 from filelock import FileLock
 from local_server import LocalServer
-from nbformat.v4 import new_code_cell
 from published import format_of
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
-from try_blocks import read_blocks
+from try_blocks import write_with_blocks
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import NOTEBOOKS
 from mig_kit.models import loading
 from mig_kit.pipeline import execute
 from mig_kit.pipeline.params import profile_params
-from mig_kit.pipeline.run_folders import STAGES
+from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.world.tasks import TASKS, make_sample
 from tiny_base.config import tiny_config
 
@@ -126,7 +124,7 @@ def random_folder(make_once, processor):
 
 @pytest.fixture(scope="session")
 def smoke_runs(make_once):
-    """A folder of runs with a smoke run, "smoke", 08 and 90 too; stderr.txt: what the recipe wrote.
+    """A folder of runs with a smoke run, "smoke", 08 too, and what they wrote in stderr.txt.
 
     Behind its own cells each notebook runs what it tells its reader to try. 00 has a kernel, the
     kit's own though Jupyter knows a python3 that is another's; the rest share a process.
@@ -138,21 +136,17 @@ def smoke_runs(make_once):
             {"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}))
         notebooks = root.with_name("notebooks")
         notebooks.mkdir(exist_ok=True)
-        for stage in STAGES:
-            notebook = nbformat.read(NOTEBOOKS / f"{stage}.ipynb", 4)
-            notebook.cells += map(new_code_cell, read_blocks(stage, "python"))
-            nbformat.write(notebook, notebooks / f"{stage}.ipynb")
+        write_with_blocks(notebooks, *RECIPE, "08_benchmark")
         words = ("--profile", "smoke", "--run-id", "smoke")
         with patch.object(execute, "NOTEBOOKS", notebooks):
             output_of("run", "00", *words, MIG_KIT_RUNS=str(root),
                       JUPYTER_PATH=str(root.with_name("jupyter")))
         path = os.pathsep.join([str(NOTEBOOKS), os.environ.get("PYTHONPATH", "")])
-        for name, *stages in (("stderr",), ("further", "08", "90")):
-            command = [sys.executable, command_line.__file__, notebooks, "run", *stages, *words]
-            with (root / f"{name}.txt").open("w") as errors:
-                process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=errors, env={
-                    **os.environ, "MIG_KIT_RUNS": str(root), "PYTHONPATH": path})
-            assert not process.returncode, (root / f"{name}.txt").read_text()[-3000:]
+        command = [sys.executable, command_line.__file__, notebooks, *words]
+        with (root / "stderr.txt").open("w") as errors:
+            process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=errors, env={
+                **os.environ, "MIG_KIT_RUNS": str(root), "PYTHONPATH": path})
+        assert not process.returncode, (root / "stderr.txt").read_text()[-3000:]
 
     return make_once("smoke-runs", run)
 

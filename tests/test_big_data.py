@@ -210,11 +210,10 @@ def test_a_store_copies_where_links_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_twice_the_questions_take_no_more_memory(tmp_path):
-    figures = []
-    for count in (100, 200):
-        own_file = big_data.make_data(tmp_path / str(count), count, 30)
-        figures.append(big_data.measure(own_file, tmp_path / str(count) / "out"))
-    for count, figure in zip((100, 200), figures):
+    """Read by one process, the larger file behind the smaller one."""
+    figures = big_data.measure(*(
+        big_data.make_data(tmp_path / str(count), count, 30) for count in (100, 200)))
+    for count, figure in zip((100, 200), figures, strict=True):
         assert figure["decodes"] == {"01": 30, "04": 0, "02, lengths": 0}
         assert sum(figure["sizes"].values()) == count
         assert figure["kept"] == figure["sizes"]["cot"] > 0

@@ -56,8 +56,9 @@ def test_a_place_that_can_hold_no_runs_is_one_sentence(runs, words, tmp_path):
     assert "which is no folder and cannot be one; set it to a folder for runs" in result.stderr
 
 
-def test_a_run_that_is_being_written_is_not_asked_about(tmp_path):
+def test_a_run_that_is_being_written_is_not_asked_about(tmp_path, monkeypatch):
     """Nor is the stage that runs called unfinished without a word of it."""
+    monkeypatch.setattr(run_folders.lock_run, "__defaults__", (0.2,))
     (tmp_path / "mine" / "01_synthesize").mkdir(parents=True)
     (tmp_path / "mine" / "01_synthesize" / "run.json").write_text('{"params": {}, "outputs": {}}')
     with FileLock(tmp_path / "mine" / "lock"):

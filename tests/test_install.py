@@ -102,7 +102,7 @@ def test_what_needs_no_extra_imports_none_and_nothing_of_linux_alone(modules):
     assert not import_without(modules, [*MODULES[modules], *OF_UNIX])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nothing_is_of_linux_alone():
     modules = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
                for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]

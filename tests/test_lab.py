@@ -1,15 +1,12 @@
 """The notebooks in JupyterLab, in headless Chromium: every cell run."""
 
-import os
 import shutil
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 
 import papermill
 import pytest
+from local_server import running_server
 
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.pipeline import run_folders
@@ -41,25 +38,12 @@ def lab(tmp_path_factory):
     for stage in run_folders.STAGES:
         prepare(stage, "lab", folder / f"{stage}.ipynb")
     (folder / "tiny_base").symlink_to(PROJECT_ROOT / "notebooks" / "tiny_base")  # for 90
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
-         "--ServerApp.port_retries=0", "--IdentityProvider.token=lab",
-         f"--ServerApp.root_dir={folder}", "--LabApp.news_url="],
-        env={**os.environ, "MIG_KIT_RUNS": str(root)}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    for _ in range(120):
-        try:
-            urllib.request.urlopen(f"{address}/api?token=lab", timeout=2)
-            break
-        except OSError:
-            time.sleep(0.5)
-    yield address, folder, root
-    server.terminate()
-    server.wait(20)
+    words = ("-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port_retries=0",
+             "--IdentityProvider.token=lab", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIG_KIT_RUNS", str(root))
+        with running_server(sys.executable, *words, "--port") as url:
+            yield url.removesuffix("/v1"), folder, root
 
 
 @pytest.fixture(scope="module")

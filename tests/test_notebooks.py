@@ -1,4 +1,4 @@
-"""Every notebook on smoke parameters, with what its reader is told to try; nbval runs one again."""
+"""Every notebook on smoke parameters, with what its reader is told to try."""
 
 import ast
 import json
@@ -10,15 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import papermill
 import pytest
 import yaml
-from command_line import describe_files, output_of
+from command_line import describe_files, notebooks_in_this_process, output_of
 from jupyter_server.services.contents.largefilemanager import LargeFileManager
-from nbformat.v4 import new_code_cell
 from traitlets.config.loader import PyFileConfigLoader
-from try_blocks import read_blocks
+from try_blocks import read_blocks, write_with_blocks
 
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT
 from mig_kit.pipeline import execute, run_folders
@@ -35,7 +33,7 @@ def runs(smoke_runs, tmp_path_factory):
 
 
 def test_every_stage_left_what_it_should_and_no_notebook_shows_a_warning(smoke_runs):
-    for stage in run_folders.STAGES:
+    for stage in (*RECIPE, "08_benchmark"):
         folder = smoke_runs / "smoke" / stage
         names = {path.name for path in folder.iterdir()}
         assert {"metrics.json", "run.json", f"{stage}.ipynb"} <= names
@@ -43,8 +41,9 @@ def test_every_stage_left_what_it_should_and_no_notebook_shows_a_warning(smoke_r
         assert record["versions"]["trl"]
         assert re.search(r"\w.* \d+ of \d+ cores$", record["machine"])
         assert stage in ("01_synthesize", "07_report") or record["hardware"]
-    texts = (smoke_runs / "stderr.txt").read_text().splitlines()
-    assert [text for text in texts if re.search(r"warning|\[transformers\]", text, re.I)] == []
+    texts, _, _ = (smoke_runs / "stderr.txt").read_text().partition("the end of the recipe\n")
+    assert [text for text in texts.splitlines()
+            if re.search(r"warning|\[transformers\]", text, re.I)] == []
     metrics = json.loads((smoke_runs / "smoke" / "06_evaluate" / "metrics.json").read_text())
     for system in ("base", "sft", "grpo"):
         for suite in ("mig_bench", "ood_grounding", "blink", "mmiu"):
@@ -59,6 +58,7 @@ def test_a_second_run_repeats_nothing(runs):
     assert output.count("up to date") == len(RECIPE) and "report:" in output
 
 
+@pytest.mark.nightly
 def test_nbval_runs_an_executed_notebook_again_and_nothing_changes(runs, tmp_path):
     """Parameters injected: its cells' asserts hold, and what has finished stays."""
     before = describe_files(runs / "smoke", "*/**/*")
@@ -71,33 +71,30 @@ def test_nbval_runs_an_executed_notebook_again_and_nothing_changes(runs, tmp_pat
     assert describe_files(runs / "smoke", "*/**/*") == before, "changed, or an attempt was left"
 
 
-def test_notebook_09_compares_runs(runs, tmp_path, monkeypatch):
+def execute_here(path, runs, tmp_path, monkeypatch, **values):
+    """Run a notebook in this process, on a folder of runs."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(runs))
+    with notebooks_in_this_process():
+        papermill.execute_notebook(path, tmp_path / "out.ipynb", values, cwd=tmp_path)
+
+
+def test_notebook_09_compares_runs(runs, tmp_path, monkeypatch, capsys):
     """With what its reader is told to try behind it."""
-    monkeypatch.setenv("MIG_KIT_RUNS", str(runs))
-    notebook = nbformat.read(NOTEBOOKS / "09_compare.ipynb", 4)
-    notebook.cells += map(new_code_cell, read_blocks("09_compare", "python"))
-    nbformat.write(notebook, tmp_path / "09.ipynb")
-    executed = papermill.execute_notebook(
-        tmp_path / "09.ipynb", tmp_path / "out.ipynb", {"groups": ["recipe=smoke"]},
-        progress_bar=False, kernel_manager_class=execute.ThisPython)
-    texts = [output.get("text", output.get("data", {}).get("text/plain", ""))
-             for cell in executed.cells for output in cell.get("outputs", ())]
-    assert any("another seed may move a score by more: recipe." in text for text in texts)
-    assert texts[-2:] == ["'4.0 (-8.7 to +16.7)'", "1.4"]
+    write_with_blocks(tmp_path, "09_compare")
+    execute_here(tmp_path / "09_compare.ipynb", runs, tmp_path, monkeypatch,
+                 groups=["recipe=smoke"])
+    text = capsys.readouterr().out
+    assert "another seed may move a score by more: recipe." in text
+    assert re.search(r"'4\.0 \(-8\.7 to \+16\.7\)'\nOut\[\d+\]: 1\.4\n$", text)
 
 
-def test_notebook_05b_learns_by_hand_what_the_trainer_computes(runs, tmp_path, monkeypatch):
-    """Few steps on the smoke run's model; its last cell asserts the trainer's gradient."""
-    monkeypatch.setenv("MIG_KIT_RUNS", str(runs))
-    few = {"run_id": "smoke", "n_questions": 4, "n_held_out": 2, "steps": 2, "n_prompts": 2,
-           "group_size": 4, "max_new_tokens": 24, "photo_side": 112}
-    executed = papermill.execute_notebook(
-        NOTEBOOKS / "05b_grpo_by_hand.ipynb", tmp_path / "out.ipynb", few, progress_bar=False,
-        kernel_manager_class=execute.ThisPython)
-    texts = [output.get("text", "") for cell in executed.cells
-             for output in cell.get("outputs", ())]
-    assert any(re.search(r"gradients differ by \d", text) for text in texts)
-    assert not any("shared_prefix" in cell.source for cell in executed.cells)
+def test_notebook_05b_learns_by_hand_what_the_trainer_computes(runs, tmp_path, monkeypatch, capsys):
+    """One step on the smoke run's model; its last cell asserts the trainer's gradient."""
+    path = NOTEBOOKS / "05b_grpo_by_hand.ipynb"
+    execute_here(path, runs, tmp_path, monkeypatch, run_id="smoke", n_questions=2, n_held_out=2,
+                 steps=1, n_prompts=1, group_size=4, max_new_tokens=12, photo_side=56)
+    assert re.search(r"gradients differ by \d", capsys.readouterr().out)
+    assert "shared_prefix" not in path.read_text()
 
 
 def test_the_readmes_papermill_command_is_a_branch_of_the_finished_run(runs, tmp_path, monkeypatch):
@@ -106,17 +103,21 @@ def test_the_readmes_papermill_command_is_a_branch_of_the_finished_run(runs, tmp
     (command,) = re.findall(r"^papermill .*", readme, re.MULTILINE)
     words = shlex.split(command, comments=True)
     small = yaml.safe_load((PROJECT_ROOT / "params" / "smoke" / "05_grpo.yaml").read_text())
-    told = dict(zip(words[4::3], words[5::3], strict=True))
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    told = dict(zip(words[4::3], map(yaml.safe_load, words[5::3]), strict=True))
     shutil.copytree(runs / "smoke", tmp_path / "default")
-    small |= {"per_device_train_batch_size": 16}  # of the recipe's 32, which groups of 16 divide
-    papermill.execute_notebook(
-        PROJECT_ROOT / words[1], tmp_path / words[2], small | {
-            name: yaml.safe_load(value) for name, value in told.items()},
-        progress_bar=False, kernel_manager_class=execute.ThisPython)
+    small |= {"per_device_train_batch_size": 16, "max_steps": 1}  # groups of 16 divide it
+    execute_here(PROJECT_ROOT / words[1], tmp_path, tmp_path, monkeypatch, **small | told)
     record = run_folders.load_record("05_grpo", told["run_id"])
-    assert record["params"]["num_generations"] == int(told["num_generations"])
+    assert record["params"]["num_generations"] == told["num_generations"]
     assert run_folders.load_branch(told["run_id"])["from"] == "default"
+
+
+@pytest.mark.nightly
+def test_notebook_90_makes_a_tiny_base(tmp_path, monkeypatch):
+    write_with_blocks(tmp_path, "90_tiny_base")
+    monkeypatch.setattr(execute, "NOTEBOOKS", tmp_path)
+    with notebooks_in_this_process():
+        output_of("run", "90", "--profile", "smoke", MIG_KIT_RUNS=str(tmp_path / "runs"))
 
 
 @pytest.mark.parametrize("stage", [*run_folders.STAGES, "09_compare"])

@@ -27,8 +27,7 @@ FROM_SMOKE = (*RUN, "05", "06", "07", "--from", "smoke")
 
 
 def variant_options(root):
-    return ("-p", "loss_type", "dr_grpo", "-p", "launcher",
-            "torchrun --standalone --nproc-per-node 2", "-p", "reward_weights", "{center: 0.5}",
+    return ("-p", "loss_type", "dr_grpo", "-p", "reward_weights", "{center: 0.5}",
             "-p", "rewards", f"[format, image, box, choice, {root / 'my_rewards.py'}:center]")
 
 

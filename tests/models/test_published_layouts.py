@@ -150,6 +150,9 @@ def change_limits(folder, **limits) -> None:
     path.write_text(json.dumps(settings))
 
 
+@pytest.mark.parametrize("family", [
+    pytest.param(name, marks=[pytest.mark.nightly] * (name not in ("qwen2_5_vl", "qwen3_vl")))
+    for name in FAMILIES])
 def test_ground_asks_with_the_folders_own_limits_or_those_of_options(published, family, ground,
                                                                      tmp_path):
     folder = shutil.copytree(published[family], tmp_path / "model")

@@ -254,14 +254,15 @@ else:
 """
 
 
-def test_two_writers_of_one_run(root):
+def test_two_writers_of_one_run(root, monkeypatch):
     """The second is let in when the first has finished or was killed."""
+    monkeypatch.setattr(run_folders.lock_run, "__defaults__", (0.2,))
     command = [sys.executable, "-c", BEGIN_IN_ANOTHER_PROCESS]
     environment = {**os.environ, "MIG_KIT_RUNS": str(root)}
     first = subprocess.Popen([*command, "stay"], env=environment, stdout=subprocess.PIPE, text=True)
     assert "begun\n" in iter(first.stdout.readline, "")
     with pytest.raises(UserError, match="'a' is being written by another process; wait"):
-        run_folders.lock_run(root / "a", patience=0.2)
+        run_folders.lock_run(root / "a")
     assert "running" in output_of("status", "a").splitlines()[1]
     store.begin_stage("00_preflight", {"run_id": "b"})  # another run is free
     begun = describe_files(root / "a" / "00_preflight.unfinished")

@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from command_line import trainings_in_threads
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from forced_completions import draw_completions, force_completions
 from launched import set_random_adapter
@@ -719,14 +721,18 @@ def test_the_guides_script_runs_as_it_stands(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_both_trainers_are_compared_on_a_users_table(tmp_path, capsys):
+@pytest.mark.parametrize("trainings", [
+    trainings_in_threads, pytest.param(nullcontext, marks=pytest.mark.nightly)])
+def test_both_trainers_are_compared_on_a_users_table(tmp_path, capsys, trainings):
+    """In threads; in processes, as people have them, at night."""
     table, base = tmp_path / "questions.jsonl", str(ROOT / "mig_kit/tiny_base")
     with pytest.raises(SystemExit):
         compare.main([str(table), "--model", base])
     assert "questions.jsonl is no file; give one of JSON lines" in capsys.readouterr().err
     picture(0).save(tmp_path / "0.png")
     table.write_text(json.dumps({"prompt": MESSAGES[0], "images": [str(tmp_path / "0.png")]}))
-    compare.main([str(table), "--model", base, "--group", "4", "--tokens", "6"])
+    with trainings():
+        compare.main([str(table), "--model", base, "--group", "4", "--tokens", "6"])
     _, *sides, last = capsys.readouterr().out.splitlines()
     assert [re.sub(r"[\d. ()]+", " ", side) for side in sides] == [
         "stock TRL MiB", "shared prompts MiB"]

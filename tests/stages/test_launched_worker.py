@@ -81,8 +81,9 @@ LEARN_TWICE = {"num_iterations": 2, "max_steps": 4, "epsilon": 0.01}
 
 @pytest.mark.parametrize(("stage", "launcher", "changes"), [
     ("05_grpo", launched.TORCHRUN, LEARN_TWICE),
-    ("02_sft", "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
-               "--mixed_precision no --dynamo_backend no --main_process_port 0", {})])
+    pytest.param("02_sft", "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
+                 "--mixed_precision no --dynamo_backend no --main_process_port 0", {},
+                 marks=pytest.mark.nightly)])
 def test_two_processes_train_as_one_does(stage, launcher, changes, launch, alone):
     folder, expected = launch(stage, launcher, **changes), alone(stage, **changes)
     check_same_training(folder, expected, 2)

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import own_questions
 import pytest
-from command_line import output_of
+from command_line import notebooks_in_this_process, output_of
 from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.sample import read_samples
@@ -131,7 +131,8 @@ def test_an_endpoint_writes_traces_for_own_data(own_file, tmp_path):
     options = ("--profile", "smoke", "--run-id", "t")
     overrides = ("-p", "teacher", "endpoint", "-p", "endpoint_url", server.url,
                  "-p", "endpoint_model", "m", "-p", "data", str(own_file))
-    output_of("run", "01", *options, *overrides, **environment)
+    with notebooks_in_this_process():
+        output_of("run", "01", *options, *overrides, **environment)
     metrics = json.loads((runs / "t/01_synthesize/metrics.json").read_text())
     traces, teacher = metrics["traces"], metrics["teacher"]
     assert server.total == teacher["calls"] == traces["total"]

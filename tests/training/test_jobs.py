@@ -174,8 +174,9 @@ def wait_until(is_so, what):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("victim", "sentence"), [
-    ("caller", ""), ("agent", "RuntimeError: the launched training ended with exit status -9"),
-    ("worker", "ended with exit status 1:")])
+    ("caller", ""), *(pytest.param(*case, marks=pytest.mark.nightly) for case in (
+        ("agent", "RuntimeError: the launched training ended with exit status -9"),
+        ("worker", "ended with exit status 1:")))])
 def test_whoever_of_torchrun_is_killed_leaves_no_process(tmp_path, victim, sentence):
     script, ids = tmp_path / "worker.py", tmp_path / "ids"
     script.write_text(WORKER)
