@@ -140,13 +140,6 @@ def test_a_stored_image_that_is_gone_or_changed_is_one_sentence(own, tmp_path):
     assert store.find_damaged(tmp_path / "out", record)
 
 
-def test_without_a_teacher_all_questions_go_to_rl_and_validation(own, tmp_path):
-    change, _ = own
-    sets, _ = sources.load_training_sets(change(teacher="none"), tmp_path / "out")
-    assert {name: len(rows) for name, rows in sets.items()}["cot"] == 0
-    assert len(sets["rl"]) + len(sets["val"]) == 30 and sets["val"]
-
-
 def test_replies_of_the_data_become_the_cold_start(own, tmp_path):
     change, folder = own
     lines = [json.loads(line) for line in (folder / "own.jsonl").read_text().splitlines()]

@@ -1,8 +1,6 @@
 """The filter of a model teacher's traces, by hand."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat, rescale_box
@@ -66,9 +64,3 @@ def test_each_drop_reason_of_a_model_teachers_trace():
     reply = f"<think>It shows one.</think><answer>{choice.letter}</answer>"
     trace = Trace(reply, "endpoint", "")
     assert filters.drop_reason_of_model_teacher(trace, choice, BOX_FORMAT) == ""
-
-
-@given(st.text(max_size=40))
-def test_any_text_is_judged(text):
-    assert filters.concludes_up_front(text) in (True, False)
-    assert filters.reveals_answer(text, SAMPLE, BOX_FORMAT) in (True, False)

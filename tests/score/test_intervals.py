@@ -117,13 +117,14 @@ def test_intervals_cover_the_truth_where_outcomes_in_a_list_correlate():
 
 
 def test_equal_replies_differ_by_exactly_0(tmp_path):
-    """Other replies with the same questions correct do not."""
+    """Whatever their order in the file; other replies with the same questions correct do not."""
     records = [{"images": [f"{row}.png"], "question": "Where?", "image": 1,
                 "box": [0, 0, 500, 500], "coordinates": "normalized_1000"} for row in range(20)]
     same, other = ([f"In image 1: [{start}, {start}, 500, {500 - row}]" for row in range(20)]
                    for start in (0, 1))
     for replies, interval in ((same, "+0.00 to +0.00"), (other, "-16.84 to +16.84")):
-        write_lines(tmp_path / "b.jsonl", prediction_lines(replies))
+        write_lines(tmp_path / "b.jsonl", [line | {"response": f"{line['response']} "}
+                                           for line in prediction_lines(replies)[::-1]])
         output = run_score(tmp_path, "own", "--compare", tmp_path / "b.jsonl", records=records,
                            replies=same).output
         assert f"+0.00 points ({interval}), paired" in output

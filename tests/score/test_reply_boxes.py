@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from mig_bench_records import DATA, needs_data
 
 from mig_kit.boxes import BoxFormat, Coordinates
-from mig_kit.prompts import format_answer
 from mig_kit.score import annotations, choice_parsers, official, protocols, reply_boxes
 from mig_kit.score.image_names import find_names
 from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes, parse_strict_answer
@@ -116,12 +115,6 @@ def test_a_box_one_unit_outside_is_cut_to_the_image(written, coordinates, iou):
     item = annotations.BenchmarkItem(0, "", "region", "", ("a",), (0, 0, 1, 1), target=1)
     reply = f"<answer>{written}</answer>"
     assert protocols.strict_iou(item, reply, coordinates, BoxFormat(), {})[0] == pytest.approx(iou)
-
-
-def test_the_kits_own_answers():
-    for image in range(1, 13):
-        reply = f"<think>image 3</think><answer>{format_answer(image, (1, 2, 30, 40))}</answer>"
-        assert parse_strict_answer(reply) == reply_boxes.StrictAnswer(image, (1, 2, 30, 40))
 
 
 @pytest.mark.parametrize("piece", [

@@ -78,13 +78,6 @@ def test_several_servers_share_the_work_and_what_is_drawn_is_kept(start_server, 
     assert len(stored_replies.load_replies(tmp_path / "replies.jsonl")) == 20
 
 
-def test_a_server_without_n_is_refused(start_server, draw, questions):
-    server = start_server(change=lambda body, answer: {
-        **answer, "choices": answer["choices"][:1]})
-    with pytest.raises(UserError, match="gave 1 of 3 replies; take one that has the API's field n"):
-        draw(server.url, questions[:2], replies=3)
-
-
 def test_other_prompt_ids_and_models_are_refused(start_server, draw):
     server = start_server(change=lambda body, answer: {
         **answer, "prompt_token_ids": answer["prompt_token_ids"][1:]})

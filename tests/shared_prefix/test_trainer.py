@@ -377,6 +377,8 @@ def test_vllm_is_given_one_image_token_for_each_image(random_folder, processor, 
     ({"use_adaptive_entropy": True}, "entropy_coef and use_adaptive_entropy need"),
     ({"neftune_noise_alpha": 5.0}, "noise on embeddings"), ({"top_k": 5}, "top_k"),
     ({"chat_template_kwargs": {"truncation": True}}, "chat_template_kwargs has truncation"),
+    ({"model_init_kwargs": {"attn_implementation": "flash_attention_2"}},  # before it is loaded
+     "flash_attention_2 cannot attend in groups; load"),
     ({"adapter": None}, "the vision tower is trained; freeze it"),
     ({"adapter": LoraConfig(target_modules="all-linear")},
      "adapters reach the vision tower; set target_mod"),
@@ -838,12 +840,6 @@ def test_one_wrong_thing_is_noticed_at_the_first_batch(random_folder, processor,
     monkeypatch.setattr(owner, name, lambda *arguments: change(right, *arguments))
     with pytest.raises(ValueError, match="not shared: .* at the first batch are"):
         trainer._generate(prompts)
-
-
-def test_flash_attention_is_named_before_a_model_is_loaded(tmp_path):
-    with pytest.raises(ValueError, match="flash_attention_2 cannot attend in groups; load"):
-        make_own("no/such-model", None, tmp_path, strict=True, model_init_kwargs={
-            "attn_implementation": "flash_attention_2"})
 
 
 @pytest.mark.slow

@@ -151,16 +151,6 @@ def test_replies_about_other_pictures_are_not_taken(own_task, evaluate, tmp_path
         eval_model.difference_rows({"white": result, "grey": evaluate(grey, "out 2")})
 
 
-def test_the_refusal_names_what_differs(tmp_path):
-    settings = {"max_pixels": 401408, "questions": "a" * 64, "prompts": "a" * 64}
-    eval_model.claim_folder(tmp_path / "out", settings)
-    eval_model.claim_folder(tmp_path / "out", settings)
-    sentence = r"evaluation: another max_pixels, questions \(401408, now 50000\); name another"
-    with pytest.raises(UserError, match=sentence):
-        eval_model.claim_folder(tmp_path / "out",
-                                settings | {"max_pixels": 50000, "questions": "b" * 64})
-
-
 def read_responses(out):
     return [json.loads(line)["response"]
             for line in (out / "predictions.jsonl").read_text().splitlines()]
