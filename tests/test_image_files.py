@@ -1,6 +1,5 @@
 """Image paths stay below their root; broken, turned and deep images."""
 
-import errno
 import os
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from mig_kit import image_files
-from mig_kit.image_files import BadImage, EncodedImage, LazyImages, open_rgb, read_size
+from mig_kit.image_files import BadImage, EncodedImage, open_rgb, read_size
 
 
 @pytest.mark.parametrize("name", [
@@ -40,17 +39,6 @@ def test_a_size_is_read_from_the_header_and_what_is_no_image_is_refused(tmp_path
         assert error.value.reason == reason
     assert [image_files.is_regular_file(path) for path in (tmp_path / "a.png", tmp_path)] == [
         True, False]
-
-
-def test_what_the_system_refuses_is_no_bad_image(tmp_path, monkeypatch):
-    Image.new("L", (30, 20)).save(tmp_path / "a.png")
-
-    def refuse(*arguments, **options):
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(PermissionError):
-        open_rgb(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -93,10 +81,3 @@ def test_what_is_transparent_is_white(tmp_path, mode, black, clear):
     opened = open_rgb(tmp_path / "a.png")
     assert opened.mode == "RGB"
     assert (opened.getpixel((5, 5)), opened.getpixel((35, 5))) == ((0, 0, 0), (255, 255, 255))
-
-
-def test_a_decoders_index_error_is_no_end_of_the_images(monkeypatch):
-    images = LazyImages((EncodedImage(b"", (8, 8)),) * 2)
-    monkeypatch.setattr(EncodedImage, "open", lambda image: [][0])
-    with pytest.raises(IndexError):
-        list(images)

@@ -25,7 +25,10 @@ class Launch(NamedTuple):
 
 def parse_launcher(launcher: str) -> Launch:
     """A launcher's words and processes; UserError, with the remedy, if it cannot be started."""
-    words = shlex.split(launcher)
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise UserError(f"launcher is \"{launcher}\": {error}; close it") from None
     program = shutil.which(words[0], path=search_path())
     if program is None:
         raise UserError(f"launcher starts with '{words[0]}', which is neither beside "

@@ -11,7 +11,6 @@ import pytest
 from local_server import running_server
 from teacher_server import TeacherServer, completion, question_text
 
-from mig_kit import filters
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.common import UserError
 from mig_kit.data import endpoint
@@ -98,19 +97,6 @@ def test_ten_failures_in_a_row_stop_the_run(tmp_path, answer, changes, sentence,
     with pytest.raises(UserError, match=sentence):
         request_traces(server, tmp_path / "c", make_samples(30), concurrency=1, **changes)
     assert total <= server.total <= total + 6, "one more call may have begun"
-
-
-def test_giving_up_is_counted_and_asked_again_next_time(tmp_path):
-    is_broken = [True]
-    server = TeacherServer(lambda nth, body: (500, b"") if is_broken[0] else (200, completion()))
-    path, samples = tmp_path / "c", make_samples(2)
-    traces = request_traces(server, path, samples)
-    assert server.total == 12 and all(trace.error for trace in traces)
-    reason = filters.drop_reason_of_model_teacher(traces[0], samples[0], BOX_FORMAT)
-    assert reason == "no reply" and endpoint.summarize_usage(path)["calls"] == 0
-    is_broken[0] = False
-    traces = request_traces(server, path, samples)
-    assert server.total == 14 and not any(trace.error for trace in traces)
 
 
 def test_a_refused_request_is_named_and_no_other_is_repeated(tmp_path):

@@ -5,7 +5,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
 from mig_kit.drawing import method_plots, palette, plots
-from mig_kit.drawing.palette import CORRECT, PREDICTED
+from mig_kit.drawing.palette import CORRECT
 
 
 @pytest.fixture(autouse=True)
@@ -42,35 +42,6 @@ def test_bars_are_grouped_and_named():
     named = plots.plot_bars([{"o": "kept", "n": 3}, {"o": "leak", "n": 1}], "o", "n", "t").axes[0]
     assert [text.get_text() for text in named.texts] == ["3", "1"]
     assert to_hex(named.patches[0].get_facecolor()) == CORRECT.lower()
-
-
-def texts(axes):
-    return [text.get_text() for text in axes.texts]
-
-
-def heights(axis):
-    return [bar.get_height() for bar in axis.patches]
-
-
-def colours(axis):
-    return [to_hex(bar.get_facecolor()).upper() for bar in axis.patches]
-
-
-def test_pass_rates_are_shares_of_a_task_and_the_bounds_stand_at_their_columns():
-    tasks, rates = ["hard"] * 4 + ["easy"] * 2, [0, 0, 0, 0.5, 1, 0.75]
-    axes = method_plots.plot_pass_rates(tasks, rates, 4, 0.1, 0.9).axes[0]
-    assert texts(axes) == ["75", "25", "50", "50"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["hard (4)", "easy (2)"]
-    assert [line.get_xdata()[0] for line in axes.lines] == [1, 4]
-
-
-def test_rewards_are_stacked_up_to_their_sum_beside_the_advantages():
-    figure = method_plots.plot_rewards({"format": [0.2, 0.1], "box": [0.5, 0.0]}, [1.5, -1.5])
-    left, right = figure.axes
-    tops = [bar.get_y() + bar.get_height() for bar in left.patches]
-    assert tops == pytest.approx([0.2, 0.1, 0.7, 0.1])
-    assert left.lines[0].get_ydata()[0] == pytest.approx(0.4), "the group's mean"
-    assert heights(right) == [1.5, -1.5] and colours(right) == [CORRECT, PREDICTED]
 
 
 def test_tokens_by_hand():

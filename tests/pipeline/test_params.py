@@ -64,6 +64,7 @@ REFUSED = [
     ("05", {"gradient_accumulation_steps": 3}, "to a multiple of their number, or launcher"),
     ("05", {"launcher": "torchrun --nnodes 3 --nproc-per-node 2"}, "must share the steps of an"),
     ("05", {"launcher": "torchrunn"}, "which is neither beside"),
+    ("05", {"launcher": "torchrun 'a"}, "No closing quotation"),
     ("05", {"server": "http://x", **NO_SHARING}, "a server needs share_prefix"),
     ("05", {"server": "http://u:secret@a/v1"}, "such as http://localhost:8000/v1"),
     ("05", {"rewards": []}, "list names of rewards, such as"),

@@ -96,19 +96,6 @@ def test_how_far_boxes_reach_is_said(files, numbers, words, sentence):
         assert sentence in output, output
 
 
-def test_command_writes_the_result(files):
-    result = run_score(files, "mig-bench", "--compare", str(files / "b.jsonl"),
-                       "--json", str(files / "out.json"))
-    assert result.exit_code == 0, result.output
-    written = json.loads((files / "out.json").read_text())
-    assert {"benchmark", "version", "protocol", "n", "tasks", "avg"} <= set(written)
-    assert written["n"] == 6
-    assert written["compare"]["difference"]["acc@0.5"]["value"] == 75
-    assert "| avg | 6 | 75.00 |" in result.output
-    assert "63.82" not in result.output, "published averages are of all items"
-    assert "not known to be all items" in result.output
-
-
 @pytest.mark.parametrize("words,changes,sentence", [
     (("mig",), {}, "the benchmarks are"),
     (("mig_bench", "--protocol", "substring"), {}, "its protocols are"),

@@ -209,13 +209,6 @@ def test_differences_that_say_little(runs, others, tasks, lists, cell):
     assert compare._cell(compare._difference_row("grpo", *sides, "b", scope)) == cell
 
 
-def test_a_question_a_task_says_little_about_others():
-    rows = [np.array([place]) for place in range(4)]
-    run = make_run("a", 0, 0, {"grpo": {"s": "1100"}})
-    score, = compare._score_rows([run], compare._Scope("s", rows, rows))
-    assert score["value"] == 50 and score["low"] < 30 and score["high"] > 70
-
-
 def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path):
     values = {name: write_run(tmp_path, name, seed, data_seed=data_seed) for name, seed, data_seed
               in (("a0", 5, 0), ("a1", 6, 1), ("b0", 6, 0), ("b1", 5, 1), ("c0", 5, 0),

@@ -13,7 +13,6 @@ from PIL import Image
 from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.commands import ask
 from mig_kit.common import UserError
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.prompts import format_answer
@@ -297,16 +296,6 @@ def test_a_runs_name_is_that_of_its_model(smoke_runs, monkeypatch):
     assert find_run_model("smoke/other") is find_run_model("some/model") is None
     with pytest.raises(UserError, match="there is no run and no folder 'smoek'; did you"):
         find_run_model("smoek")
-
-
-def test_another_box_format_than_the_models_own_is_said(monkeypatch, capsys):
-    model = RunModel("folder", BOX_FORMAT, {})
-    monkeypatch.setattr(ask, "find_run_model", lambda text: model)
-    assert ask.find_model("mine", {"coordinates": None}) == model
-    changed = ask.find_model("mine", {"coordinates": "normalized_1000", "max_pixels": None})
-    assert changed.box_format.coordinates == "normalized_1000"
-    first, second = capsys.readouterr().err.splitlines()
-    assert "its own" not in first and "(its own: images of 3136 to 401408" in second
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

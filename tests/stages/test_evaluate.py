@@ -85,16 +85,6 @@ def test_a_percentage_is_never_minus_zero():
     assert texts == ["+0.0", "+0.0", "+12.3", "-5.0"]
 
 
-def test_paired_difference_and_sampled_mean():
-    samples = [make_sample("diff", "val", index) for index in range(4)]
-    correct, empty = [reply_to(sample) for sample in samples], [""] * 4
-    before = empty[:3] + correct[3:]
-    after_drawn, before_drawn = [[reply, ""] for reply in correct], [["", ""]] * 4
-    gap = paired_difference(samples, correct, before, after_drawn, before_drawn, BOX_FORMAT)
-    assert gap["value"] == 75 and gap["sampled"] == 50
-    assert gap["ci95"][0] <= 75 <= gap["ci95"][1]
-
-
 def test_only_some_samples_have_drawn_replies(tmp_path):
     samples = two_tasks()
     with_drawn = {sample.id for sample in evaluate.first_per_task(samples, 1)}

@@ -82,8 +82,6 @@ BATCH = "def center(completions, solution, {}**columns):\n    return "
      "(len(completions) // 2)\n", [1, None]),
     ("from trl.rewards import get_soft_overlong_punishment\n"
      "center = get_soft_overlong_punishment(5, 4)\n", [-0.25, -1]),
-    ("class Judge:\n    def __call__(self, prompts, **columns):\n"
-     "        return [1] * len(prompts)\ncenter = Judge()\n", [1, 1]),
     ("import numpy\ndef center(completions, **columns):\n    groups = numpy.reshape("
      "[len(c[0]['content']) for c in completions], (-1, 2))\n"
      "    return (groups - groups.mean(1, keepdims=True)).ravel()\n", [-1, 1]),
@@ -91,12 +89,7 @@ BATCH = "def center(completions, solution, {}**columns):\n    return "
      "    return [2.5] * len(completions)\n", [2.5, 2.5]),
     ("import numpy, torch\ndef center(completions, **columns):\n    return [numpy.array(2), "
      "torch.tensor(4.5)] * (len(completions) // 2)\n", [2, 4.5]),
-    ("import torch\ndef center(completions, **columns):\n    return torch.full([len("
-     "completions)], 3.)\n", [3, 3]),
     ("def center(**columns):\n    return [len(rows) for rows in columns['images']]\n", None),
-    ("from functools import partial\ndef f(completions, by, **columns):\n    return [by] * len("
-     "completions)\n"
-     "center = partial(f, by=7)\n", [7, 7]),
     (BATCH.format("log_metric, trainer_state, ") + "[log_metric('a', trainer_state.max_steps) or 2"
      " for _ in completions]\n", [2, 2])])
 def test_a_reward_in_trls_form_gets_the_batch(load, samples, text, values):

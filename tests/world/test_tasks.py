@@ -70,11 +70,3 @@ def test_only_the_first_matches(attribute):
         match, *others = tasks.pick_match_and_others(rng, appearance, attribute, 4)
         assert match[attribute] == appearance[attribute] and match[:2] != appearance[:2]
         assert all(other[attribute] != appearance[attribute] for other in others)
-
-
-def test_notes_are_read_as_they_are_written():
-    star = Object("red", "star", "striped", (2.0, 2.0, 22.0, 22.0))
-    ring = Object("blue", "ring", "plain", (40.0, 2.0, 60.0, 22.0))
-    note = tasks.list_image_note(2, Scene(84, 84, (ring, star)))
-    assert note == "image 2: striped red star, blue ring."
-    assert names_in_note(note) == ["striped red star", "blue ring"]
