@@ -1,17 +1,14 @@
 """A random Qwen2.5-VL of some 200,000 parameters with the shipped tokenizer, and a smoke run."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import command_line
 import pytest
 import torch
-from command_line import output_of
 from filelock import FileLock
 from local_server import LocalServer
 from published import format_of
@@ -21,7 +18,6 @@ from try_blocks import write_with_blocks
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import NOTEBOOKS
 from mig_kit.models import loading
-from mig_kit.pipeline import execute
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.world.tasks import TASKS, make_sample
@@ -126,23 +122,15 @@ def random_folder(make_once, processor):
 def smoke_runs(make_once):
     """A folder of runs with a smoke run, "smoke", 08 too, and what they wrote in stderr.txt.
 
-    Behind its own cells each notebook runs what it tells its reader to try. 00 has a kernel, the
-    kit's own though Jupyter knows a python3 that is another's; the rest share a process.
+    Behind its own cells each notebook runs what it tells its reader to try, all in one process.
     """
     def run(root):
-        kernel = root.with_name("jupyter") / "kernels" / "python3" / "kernel.json"
-        kernel.parent.mkdir(parents=True, exist_ok=True)
-        kernel.write_text(json.dumps(
-            {"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}))
         notebooks = root.with_name("notebooks")
         notebooks.mkdir(exist_ok=True)
         write_with_blocks(notebooks, *RECIPE, "08_benchmark")
-        words = ("--profile", "smoke", "--run-id", "smoke")
-        with patch.object(execute, "NOTEBOOKS", notebooks):
-            output_of("run", "00", *words, MIG_KIT_RUNS=str(root),
-                      JUPYTER_PATH=str(root.with_name("jupyter")))
         path = os.pathsep.join([str(NOTEBOOKS), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, command_line.__file__, notebooks, *words]
+        command = [sys.executable, command_line.__file__, notebooks, "--profile", "smoke",
+                   "--run-id", "smoke"]
         with (root / "stderr.txt").open("w") as errors:
             process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=errors, env={
                 **os.environ, "MIG_KIT_RUNS": str(root), "PYTHONPATH": path})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 
 import nbformat
@@ -113,9 +114,9 @@ def test_nothing_is_of_linux_alone():
     ("commands.main", "papermill",
      "mig-kit: papermill is not installed; what this needs comes with: "
      "pip install 'mig-kit[notebooks]'"),
-    ("commands.main", "jinja2",
-     "mig-kit: jinja2 is not installed; what this needs comes with: "
-     "pip install 'mig-kit[eval]'"),
+    pytest.param("commands.main", "jinja2",
+                 "mig-kit: jinja2 is not installed; what this needs comes with: "
+                 "pip install 'mig-kit[eval]'", marks=pytest.mark.nightly),
     ("shared_prefix.trainer", "transformers",
      "ModuleNotFoundError: transformers is not installed; mig_kit.shared_prefix needs: "
      "pip install 'mig-kit[trainer]'")])
@@ -131,7 +132,15 @@ def test_a_missing_extra_is_named(code, lacking, sentence, tmp_path):
     assert process.stderr.strip().splitlines()[-1] == sentence
 
 
-@pytest.mark.slow
+def test_every_file_of_the_package_goes_into_a_wheel():
+    settings = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for path in PACKAGE.rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            name, patterns = str(path.relative_to(PACKAGE)), settings["package-data"]["mig_kit"]
+            assert any(fnmatch(name, pattern) for pattern in patterns), name
+
+
+@pytest.mark.nightly
 def test_a_wheel_works_outside_the_repository(tmp_path, monkeypatch):
     venv.create(tmp_path / "venv")  # it sees the packages of this one, pip among them
     packages = tmp_path / "venv" / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"

@@ -24,9 +24,15 @@ KILLS = int(os.environ.get("MIG_KIT_KILLS", "1"))
 
 
 def start(root, run_id, *stages, **options):
+    """Its kernels are the kit's own, though Jupyter knows a python3 that is another's."""
+    kernel = root.with_name("jupyter") / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True, exist_ok=True)
+    kernel.write_text(json.dumps(
+        {"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}))
     command = [*CLI, "run", *stages, "--profile", "smoke", "--run-id", run_id]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "MIG_KIT_RUNS": str(root)}, **options)
+                            env={**os.environ, "MIG_KIT_RUNS": str(root),
+                                 "JUPYTER_PATH": str(kernel.parents[2])}, **options)
 
 
 def finish(process):

@@ -162,13 +162,14 @@ ONE_STEP = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     {}, {"peft": False, "beta": 0.04, "loss_type": "grpo", **ONE_STEP},
-    {"num_iterations": 2, "max_steps": 4},
     {"gradient_checkpointing": True, "beta": 0.04, **ONE_STEP},
     {"multi_objective_aggregation": "normalize_then_sum"},
-    {"scale_rewards": "batch", "mask_truncated_completions": True},
     {"family": "qwen3_5", "beta": 0.04, "gradient_checkpointing": True, **ONE_STEP},
-    *({"family": family, "beta": 0.04, "router_aux_loss_coef": 0.0, **ONE_STEP}
-      for family in ("qwen3_vl_moe", "qwen3_5_moe"))], ids=str)
+    *(pytest.param(settings, marks=pytest.mark.nightly) for settings in (
+        {"num_iterations": 2, "max_steps": 4},  # test_losses.py has these updates
+        {"scale_rewards": "batch", "mask_truncated_completions": True},
+        *({"family": family, "beta": 0.04, "router_aux_loss_coef": 0.0, **ONE_STEP}
+          for family in ("qwen3_vl_moe", "qwen3_5_moe"))))], ids=str)
 def test_a_training_ends_and_logs_as_stock_trls(make_pair, settings):
     stock, own = make_pair(**settings)
     for trainer in (stock, own):
@@ -669,8 +670,9 @@ DIFFERENCES = "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"num_iterations": 2, "max_steps": 4},
-                                      {"steps_per_generation": 4}], ids=str)
+@pytest.mark.parametrize("settings", [
+    {"num_iterations": 2, "max_steps": 4},
+    pytest.param({"steps_per_generation": 4}, marks=pytest.mark.nightly)], ids=str)
 def test_a_decoder_that_rounds_otherwise_is_seen_in_the_log(make_pair, monkeypatch, settings):
     """The ratio of an update is 1 whatever drew its replies, so that no other figure tells."""
     def train():
