@@ -85,7 +85,7 @@ def test_notebook_09_compares_runs(runs, tmp_path, monkeypatch, capsys):
                  groups=["recipe=smoke"])
     text = capsys.readouterr().out
     assert "another seed may move a score by more: recipe." in text
-    assert re.search(r"'4\.0 \(-8\.7 to \+16\.7\)'\nOut\[\d+\]: 1\.4\n$", text)
+    assert re.search(r"'4\.0 \(-8\.7 to \+16\.7\)'\s+Out\[\d+\]: 1\.4\s+$", text)
 
 
 def test_notebook_05b_learns_by_hand_what_the_trainer_computes(runs, tmp_path, monkeypatch, capsys):
