@@ -229,8 +229,9 @@ def test_one_image_a_row_in_its_own_column(make_pair):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "checkpoints"), [
-    ("", True), ("qwen3_5", False), *(pytest.param(*case, marks=pytest.mark.nightly) for case in (
-        ("", False), ("qwen3_vl_moe", True), ("qwen3_5", True), ("qwen3_5_moe", False)))])
+    ("", True), *(pytest.param(*case, marks=pytest.mark.nightly) for case in (
+        ("", False), ("qwen3_vl_moe", True), ("qwen3_5", True), ("qwen3_5", False),
+        ("qwen3_5_moe", False)))])
 def test_rows_with_and_without_images_share_a_step(make_pair, family, checkpoints):
     """Each row's log-probabilities are those that it has when its group is alone."""
     _, own = make_pair(table=make_table(counts=(0, 1, 2, 6)), per_device_train_batch_size=16,

@@ -58,8 +58,9 @@ def make_trainer(load_policy, rows, stage_params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["", "qwen3_5", *(
-    pytest.param(family, marks=pytest.mark.nightly) for family in ("qwen3_vl", "qwen3_5_moe"))])
+@pytest.mark.parametrize("family", ["", *(
+    pytest.param(family, marks=pytest.mark.nightly)
+    for family in ("qwen3_vl", "qwen3_5", "qwen3_5_moe"))])
 @pytest.mark.filterwarnings("ignore:the experts of")
 def test_loss_falls_and_only_the_adapter_moves(tmp_path, relatives, random_folder, load_policy,
                                                stage_params, family):
