@@ -17,6 +17,7 @@ import psutil
 import pytest
 from command_line import CLI
 
+from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.run_folders import RECIPE
 
 pytestmark = pytest.mark.slow
@@ -67,14 +68,15 @@ def check_same_outputs(root, run_id, stage):
     assert outputs == expected
 
 
-def wait_for_kernel(process, patience=60):
+def wait_for_kernel(process, run, patience=60):
+    """The kernel, once it has begun its stage: its imports take longer than what is killed."""
     until = time.monotonic() + patience
     while time.monotonic() < until:
         for child in psutil.Process(process.pid).children(recursive=True):
-            if "ipykernel_launcher" in " ".join(child.cmdline()):
+            if "ipykernel_launcher" in " ".join(child.cmdline()) and run_folders.is_locked(run):
                 return child
         time.sleep(0.1)
-    raise AssertionError("no kernel was started")
+    raise AssertionError("no kernel has begun its stage")
 
 
 def see_nothing_finished(folder):
@@ -94,8 +96,9 @@ def test_a_killed_stage_ends_as_if_undisturbed(stage, undisturbed):
         for earlier in RECIPE[:RECIPE.index(stage)]:
             shutil.copytree(root / "whole" / earlier, root / run_id / earlier)
         process = start(root, run_id, stage)
+        wait_for_kernel(process, root / run_id)
         try:
-            process.wait(timeout=rng.uniform(0.3, 1.0) * seconds[stage])
+            process.wait(timeout=rng.uniform(0.1, 0.9) * seconds[stage])
         except subprocess.TimeoutExpired:
             kill(process)
         see_nothing_finished(root / run_id / stage)
@@ -109,7 +112,7 @@ def test_however_01_is_stopped_it_ends_as_if_undisturbed(undisturbed):
     root, seconds = undisturbed
     folder = root / "stopped" / "01_synthesize"
     process = start(root, "stopped", "01_synthesize")
-    kernel = wait_for_kernel(process)
+    kernel = wait_for_kernel(process, folder.parent)
     time.sleep(0.2 * seconds["01_synthesize"])
     kernel.kill()
     output = process.communicate(timeout=120)[0]
@@ -120,7 +123,7 @@ def test_however_01_is_stopped_it_ends_as_if_undisturbed(undisturbed):
     # a shell's background jobs ignore Ctrl-C
     process = start(root, "stopped", "01_synthesize", start_new_session=True,
                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    kernel = wait_for_kernel(process)
+    kernel = wait_for_kernel(process, folder.parent)
     time.sleep(0.2 * seconds["01_synthesize"])
     # as Ctrl-C in a terminal: to the command and its kernel alike
     os.killpg(process.pid, signal.SIGINT)
