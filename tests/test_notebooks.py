@@ -14,8 +14,6 @@ import papermill
 import pytest
 import yaml
 from command_line import describe_files, notebooks_in_this_process, output_of
-from jupyter_server.services.contents.largefilemanager import LargeFileManager
-from traitlets.config.loader import PyFileConfigLoader
 from try_blocks import read_blocks, write_with_blocks
 
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT
@@ -153,6 +151,9 @@ def run_command(command, root, *more):
 @pytest.mark.nightly
 def test_a_notebook_that_jupyterlab_opens_and_saves_is_as_git_holds_it(tmp_path):
     """`make lab` starts it with this configuration."""
+    from jupyter_server.services.contents.largefilemanager import LargeFileManager
+    from traitlets.config.loader import PyFileConfigLoader
+
     stage = "05_grpo"
     config = PyFileConfigLoader(str(PROJECT_ROOT / ".ci" / "jupyter_server_config.py"))
     path = shutil.copy(NOTEBOOKS / f"{stage}.ipynb", tmp_path)
