@@ -26,29 +26,18 @@ class ThisPython(AsyncKernelManager):
 
 
 class StageLines(logging.Handler):
-    """A log handler that prints a stage's start, some progress of its notebook, and its result."""
+    """Prints warnings of a stage's notebook, steps of its trainings and the first end of a bar."""
 
     def __init__(self):
         super().__init__()
-        self.started = 0.0
-        self.shown: set[str] = set()  # names of bars whose end is printed
-
-    def set(self, name: str, state: str, summary: str = "") -> None:
-        """A stage is now "running", "up to date", "done" or "failed"; summary: its result."""
-        if state == "running":
-            self.started = time.monotonic()
-            self.shown.clear()
-        minutes = (time.monotonic() - self.started) / 60
-        took = f" in {minutes:.1f} min" if state == "done" else ""
-        result = f"; {summary}" if summary else ""
-        print(f"{name}: {state}{took}{result}", flush=True)
+        self.shown = {"Loading weights"}  # names of bars that are not printed again
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a notebook's warnings, the steps of its trainings and the first end of a bar."""
+        """Print what of a message is to be shown."""
         for line in record.getMessage().split("\n"):
             line = line.rsplit("\r", 1)[-1].strip()  # a bar is printed over itself
             label = line.partition(":")[0]
-            is_end = "100%|" in line and label not in (*self.shown, "Loading weights")
+            is_end = "100%|" in line and label not in self.shown
             if is_end or line.startswith(("warning: ", "step ")):
                 print(f"  {line}", flush=True)
                 self.shown.add(label)
@@ -87,17 +76,17 @@ def run_plan(plan: PlannedRun, force: bool = False) -> None:
         check_plan(plan)
     if plan.source:
         start_branch(plan.source, plan.run_id, *plan.params)
-    lines = StageLines()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[lines], force=True)
     for stage, values in plan.params.items():
         if not force and store.is_done(stage, plan.run_id, values):
-            lines.set(stage, "up to date")
-        else:
-            _prepare(stage, plan, force)
-            lines.set(stage, "running")
-            _execute_notebook(stage, plan.run_id, values, lines)
-            record = run_folders.require_record(stage, plan.run_id, stage)
-            lines.set(stage, "done", record["summary"])
+            print(f"{stage}: up to date", flush=True)
+            continue
+        _prepare(stage, plan, force)
+        print(f"{stage}: running", flush=True)
+        start = time.monotonic()
+        _execute_notebook(stage, plan.run_id, values)
+        minutes = (time.monotonic() - start) / 60
+        summary = run_folders.require_record(stage, plan.run_id, stage)["summary"]
+        print(f"{stage}: done in {minutes:.1f} min{'; ' * bool(summary)}{summary}", flush=True)
 
 
 def _prepare(stage: str, plan: PlannedRun, force: bool) -> None:
@@ -112,12 +101,13 @@ def _prepare(stage: str, plan: PlannedRun, force: bool) -> None:
     run_folders.unlock_run(run)
 
 
-def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) -> None:
+def _execute_notebook(stage: str, run_id: str, params: dict) -> None:
     """Run a stage's notebook in a kernel of this Python; it goes into the finished folder last."""
     import papermill  # seconds, which wrong words need not wait for
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    logging.basicConfig(level=logging.INFO, handlers=[StageLines()], force=True)
     folder = run_folders.runs_root() / run_id / stage
     output = folder.with_name(f"{stage}.running.ipynb")
     try:
@@ -127,7 +117,7 @@ def _execute_notebook(stage: str, run_id: str, params: dict, lines: StageLines) 
                                    extra_arguments=["--log-level=CRITICAL"])
     except (PapermillExecutionError, DeadKernelError) as error:
         kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))
-        lines.set(stage, "failed", f"the notebook is {kept}")
+        print(f"{stage}: failed; the notebook is {kept}", flush=True)
         if isinstance(error, DeadKernelError):
             raise UserError(f"the kernel of {stage} died, often because memory ran out; give the "
                             "same command, which goes on where it stopped") from None

@@ -9,14 +9,10 @@ import yaml
 from pydantic import ValidationError
 
 from mig_kit.common import PROFILES, UserError, suggest_word
-from mig_kit.pipeline.stage_params import (
-    CONFIGS,
-    MODELS,
-    RUN_PARAMS,
-    RUN_PARAMS_STAGE,
-    stage_fields,
-)
+from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS, RUN_PARAMS_STAGE, stage_fields
 
+# TRL's config class of the stages that train
+CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
 # settings that TRL reads where a stage's own trainer goes another way, which does not read them
 UNREAD = {
     "02_sft": ("assistant_only_loss", "dataset_num_proc", "dataset_text_field", "eval_packing",
@@ -89,6 +85,15 @@ def validate_params(values: dict, stage: str) -> dict:
     return {name: values[name] for name in stage_fields(stage)}
 
 
+def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dict:
+    """All parameters of a stage: its profile's, then run id, profile and overrides it knows."""
+    values = profile_params(stage, profile)
+    known = {name: merge_mappings(values[name], value)
+             for name, value in {"run_id": run_id, "profile": profile, **overrides}.items()
+             if name in values}
+    return validate_params(values | known, stage)
+
+
 def _sentence(problem: dict, stage: str) -> str:
     """pydantic's error with the parameter's name in front; a validator's own sentence as it is."""
     name = ".".join(map(str, problem["loc"]))
@@ -109,8 +114,7 @@ def unknown_parameter_message(name: str, where: str, names) -> str:
 
 
 def _check_trl(settings: dict, stage: str, is_own_trainer: bool) -> None:
-    """UserError for a setting that TRL's config lacks, that is a parameter, or that has no effect.
-    """
+    """UserError for a setting that TRL's config lacks, or that has no effect here."""
     import trl  # seconds, which a command without such settings need not wait for
 
     for name in settings:

@@ -12,13 +12,7 @@ import yaml
 
 from mig_kit.common import PROJECT_ROOT, UserError
 from mig_kit.pipeline import run_folders
-from mig_kit.pipeline.params import (
-    merge_mappings,
-    needs_gpu,
-    profile_params,
-    unknown_parameter_message,
-    validate_params,
-)
+from mig_kit.pipeline.params import choose_params, needs_gpu, unknown_parameter_message
 from mig_kit.pipeline.stage_keys import MODEL_PARAMS
 from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS_STAGE, START_WORDS
 
@@ -57,23 +51,24 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
     profile = profile or recorded or "tiny"
     for stage in names:
         run_folders.require_own_stage(stage, run_id)
-    inherited = run_folders.load_branch(run_id).get("stages", ())
-    stages = names or [stage for stage in run_folders.RECIPE if stage not in inherited]
+    branch = run_folders.load_branch(run_id)
+    origin = source if source and not branch else run_id
+    stages = names or [stage for stage in run_folders.RECIPE
+                       if stage not in branch.get("stages", ())]
     values = parse_overrides(overrides, stages)
     params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
     synthesized = params.get(RUN_PARAMS_STAGE) or run_folders.finished_params(
-        RUN_PARAMS_STAGE, source or run_id)
+        RUN_PARAMS_STAGE, origin)
     if not names and synthesized.get("teacher") == "none":  # nothing to learn a cold start from
         for stage in run_folders.COLD_START:
             params.pop(stage, None)
-    data = params.get(RUN_PARAMS_STAGE, {}).get("data")
-    if data == "scenes" and "data" not in values and needs_gpu(profile):
+    if RUN_PARAMS_STAGE in params and synthesized["data"] == "scenes" and (
+            "data" not in values and needs_gpu(profile)):
         raise UserError(
             f"profile '{profile}' would train a full model on synthetic scenes; name the file of "
             "your data (-p data mine.jsonl), or say -p data scenes to train on them")
     if source:
         run_folders.check_branch(source, run_id, stages)
-    origin = run_id if run_folders.load_branch(run_id) or not source else source
     if any(run_folders.STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
         run_folders.require_record(RUN_PARAMS_STAGE, origin, min(params))
     check_run({stage: values for stage, values in params.items()
@@ -106,31 +101,19 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
 
 def locate_paths(name: str, value: object) -> object:
     """A value of `-p`; paths relative to the working directory become relative to the project."""
-    if isinstance(value, list):
-        return [locate_paths(name, item) for item in value]
-    if not isinstance(value, str) or not value:
-        return value
-    if name == "rewards":
-        return re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), value)
+    if name == "rewards" and isinstance(value, list):
+        return [re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), str(text))
+                for text in value]
     is_model = name in MODEL_PARAMS and value not in ("tiny", *START_WORDS)
     is_path = (name == "image_root" or name == "data" and value != "scenes"
                or is_model and Path(value).is_dir())
-    return relative_to_project(value) if is_path else value
+    return relative_to_project(value) if is_path and value else value
 
 
 def relative_to_project(text: str) -> str:
     """A path relative to the project; absolute outside it."""
     path = Path(os.path.abspath(text))
     return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
-
-
-def choose_params(stage: str, profile: str, run_id: str, overrides: dict) -> dict:
-    """All parameters of a stage: its profile's, then run id, profile and overrides it knows."""
-    values = profile_params(stage, profile)
-    known = {name: merge_mappings(values[name], value)
-             for name, value in {"run_id": run_id, "profile": profile, **overrides}.items()
-             if name in values}
-    return validate_params(values | known, stage)
 
 
 def check_run(planned: dict[str, dict], run_id: str) -> None:

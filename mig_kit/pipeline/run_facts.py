@@ -18,7 +18,8 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
             "accelerate", "papermill", "numpy", "pillow")
 EVALUATE = "06_evaluate"
 ASKED = ("eval_seed", "suites", "max_new_tokens", "dtype")  # of 06: what a model is asked, and how
-MODELS = {"base": "", "sft": "03_merge/merged", "grpo": "05_grpo/model"}
+# a model's name in a run -> the stage that makes it, and its folder there
+MODELS = {"base": ("", ""), "sft": ("03_merge", "merged"), "grpo": ("05_grpo", "model")}
 
 
 def run_params(run_id: str, needed_by: str) -> dict:
@@ -59,13 +60,13 @@ def find_run_model(text: str) -> RunModel | None:
                         f"{near or 'a model of the hub is USER/NAME'}")
     params = run_params(run_id, "a run's model")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    stage, _, name = MODELS[system or "grpo"].partition("/")
-    if system == "base":
-        folder = model_folder(params["base_model"])
-        folder = folder if folder.is_dir() else params["base_model"]
-    else:
+    stage, name = MODELS[system or "grpo"]
+    folder = model_folder(params["base_model"])
+    if stage:
         require_record(stage, run_id, f"the model {text}")
         folder = stage_folder(stage, run_id) / name
+    elif not folder.is_dir():
+        folder = params["base_model"]  # of the hub
     asked = {name: value for name, value in finished_params(EVALUATE, run_id).items()
              if name in ASKED}
     return RunModel(folder, box_format, asked, stage, run_id)

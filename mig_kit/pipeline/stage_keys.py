@@ -12,16 +12,8 @@ import re
 from functools import cache
 from pathlib import Path
 
-from mig_kit.common import (
-    NOTEBOOKS,
-    PACKAGE,
-    PROJECT_ROOT,
-    digest_json,
-    file_sha256,
-    iter_lines,
-    model_folder,
-    split_function_name,
-)
+from mig_kit import common
+from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT, digest_json, file_sha256
 from mig_kit.image_files import is_regular_file
 from mig_kit.pipeline.run_facts import run_params
 from mig_kit.pipeline.run_folders import STAGES, input_stages, require_record
@@ -58,7 +50,7 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
                      if file not in left_out} for name in input_stages(stage, run_id)}
     files = hash_named_files(params)
     images = files.pop("images", None)
-    files |= {name: file_sha256(split_function_name(name)[0])
+    files |= {name: file_sha256(common.split_function_name(name)[0])
               for name in params.get("rewards", ()) if ":" in name}
     files |= {name: model_fingerprint(params[name]) for name in MODEL_PARAMS if params.get(name)}
     params = {name: value for name, value in params.items() if name not in EXECUTION_PARAMS}
@@ -91,7 +83,7 @@ def describe_change(before: dict, now: dict, finished: str = "finished") -> str:
 
 def model_fingerprint(model: str) -> dict[str, str]:
     """File name -> digest, of a model folder's weights and settings; {} for a hub name."""
-    folder = model_folder(model)
+    folder = common.model_folder(model)
     files = [path for kind in MODEL_FILES for path in folder.glob(kind)]
     return {path.name: (str(file_stats(path)) if path.stat().st_size > LARGE_FILE
                         else file_sha256(path)) for path in sorted(files) if path.is_file()}
@@ -108,18 +100,18 @@ def hash_named_files(params: dict) -> dict:
     if path == PROJECT_ROOT / "scenes" or not path.is_file():
         return {}
     root = PROJECT_ROOT / params["image_root"] if params["image_root"] else path.parent
-    images = {}
-    for text in (text for line in iter_lines(path) for text in JSON_STRING.findall(line)):
-        name = text[1:-1].decode(errors="replace").removeprefix("file://")
-        if is_regular_file(root / name):
-            images[name] = file_stats(root / name)
+    names = {text[1:-1].decode(errors="replace").removeprefix("file://")
+             for line in common.iter_lines(path) for text in JSON_STRING.findall(line)}
+    images = {name: file_stats(root / name) for name in names if is_regular_file(root / name)}
     return {"data": file_sha256(path), "images": images}
 
 
 def describe_code(stage: str) -> dict:
-    """The code of a stage: {"code": module -> digest, "cells": a digest}."""
+    """The code of a stage: {"code": module -> digest, "cells": one of all but its parameters}."""
     left_out = (PLUMBING,) if stage in STAGES_OF_PICTURES else NOT_PART_OF_A_KEY
-    trees = [_parse("".join(cell["source"])) for cell in notebook_cells(stage)]
+    cells = json.loads((NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
+    trees = [_parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"
+             and "parameters" not in cell["metadata"].get("tags", ())]
     todo, digests = set().union(*map(_imported_modules, trees)), {}
     while todo:
         module = todo.pop()
@@ -128,13 +120,6 @@ def describe_code(stage: str) -> dict:
             digests[module], imported = _read_module(path, path.stat().st_mtime_ns)
             todo |= imported
     return {"code": digests, "cells": digest_json([ast.dump(tree) for tree in trees if tree.body])}
-
-
-def notebook_cells(stage: str) -> list[dict]:
-    """The code cells of a stage's notebook, without the one of its parameters."""
-    cells = json.loads((NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"
-            and "parameters" not in cell["metadata"].get("tags", ())]
 
 
 def _module_path(module: str) -> Path:

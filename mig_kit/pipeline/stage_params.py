@@ -24,10 +24,7 @@ RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
 EXECUTION_PARAMS = ("run_id", "device", "launcher", "server", "concurrency", "report_to")
-# TRL's config class of the stages that train
-CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
 START_WORDS = ("merged", "base")
-NEEDS_SFT = ("merged", "adapter")  # the second: of records of 0.2
 IMAGE_TOKEN = 784  # pixels
 
 Count, Positive = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]
@@ -147,7 +144,7 @@ class Synthesize(Seeded):
     val_per_task: Positive = param(10, "validation samples per task")
     data: str = param("scenes", "what is asked about: scenes (drawn), or a file of your questions")
     image_root: str = param("", "folder of their images; empty for the folder of the file")
-    data_shares: list[float] = param([0.75, 0.2, 0.05],
+    data_shares: list[Share] = param([0.75, 0.2, 0.05],
         "shares of cold start, RL and validation, divided by image", min_length=3, max_length=3)
     teacher: Teacher = param(
         "rules", "rules (reads scenes), endpoint (a model), own (key reply) or none (no 02)")
@@ -164,8 +161,7 @@ class Synthesize(Seeded):
     @model_validator(mode="after")
     def _can_be_made(self):
         BoxFormat(self.min_pixels, self.max_pixels, self.coordinates)  # else UserError
-        require(all(0 <= share <= 1 for share in self.data_shares)
-                and abs(sum(self.data_shares) - 1) < 1e-6,
+        require(abs(sum(self.data_shares) - 1) < 1e-6,
                 "data_shares, of cold start, RL and validation, must sum to 1; write three that "
                 "do, as [0.75, 0.2, 0.05]")
         is_own = self.data != "scenes"

@@ -5,8 +5,7 @@ differ, a bootstrap over lists of images, as in 06. Two groups are compared run 
 share seeds (`pair_runs`).
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from mig_kit import stats
 from mig_kit.common import UserError
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.run_folders import require_runs
-from mig_kit.pipeline.stage_params import NEEDS_SFT
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, list_notes, load_groups, pair_runs
@@ -118,17 +116,14 @@ def _by_run(values: list[np.ndarray]) -> np.ndarray:
     return 100 * np.mean([task.mean(1) for task in values], axis=0)
 
 
-def _row(figure: str, by_run: np.ndarray, over_questions: Callable[[], Sequence[float]],
-         others: Sequence[float] = ()) -> dict:
-    """A row of `compare_groups` without its group and suite.
-
-    Args:
-        by_run: of each run, percent or points. others: of runs that are no pairs of these.
-        over_questions: gives the interval in 0..1 where there is none over runs.
-    """
+def _row(figure: str, by_run: np.ndarray, groups: stats.Groups, others: Sequence[float] = (),
+         of_one_run: Sequence[float] = ()) -> dict:
+    """A row without group and suite, with `of_one_run` or `groups`' interval if runs give none."""
     (low, high), over = stats.mean_interval(by_run, others), "seeds"
     if not low < high:
-        (low, high), over = 100 * np.array(over_questions()), "questions"
+        over_questions = (stats.share_interval_by_list if figure in SYSTEMS
+                          else stats.gap_interval_by_list)
+        (low, high), over = of_one_run or 100 * np.array(over_questions(groups)), "questions"
     low, high = np.clip([low, high], 0 if figure.split()[0] in SYSTEMS else -100, 100).tolist()
     return {"figure": figure, "value": float(by_run.mean() - np.mean(others or [0])), "low": low,
             "high": high, "runs": len(by_run), "over": over,
@@ -139,17 +134,12 @@ def _score_rows(runs: list[EvaluatedRun], scope: _Scope) -> list[dict]:
     """Scores of all models, and differences within runs."""
     figures = {system: _values(runs, system, scope) for system in SYSTEMS
                if all(system in run.correct for run in runs)}
-    from_sft = all(run.start_from in NEEDS_SFT for run in runs)
+    from_sft = all(run.start_from == "merged" for run in runs)
     for after, before in evaluate.list_pairs(figures):
         if from_sft or (after, before) != ("grpo", "sft"):  # else RL knew nothing of the SFT model
             figures[f"{after}-{before}"] = [a - b for a, b in zip(figures[after], figures[before])]
-    rows = []
-    for figure, values in figures.items():
-        interval = (stats.share_interval_by_list if figure in SYSTEMS
-                    else stats.gap_interval_by_list)
-        groups = [(part.mean(0), lists) for part, lists in zip(values, scope.clusters)]
-        rows.append(_row(figure, _by_run(values), partial(interval, groups)))
-    return rows
+    return [_row(figure, _by_run(values), [*zip((part.mean(0) for part in values), scope.clusters)])
+            for figure, values in figures.items()]
 
 
 def _difference_row(system: str, runs: list[EvaluatedRun], others: list[EvaluatedRun],
@@ -161,21 +151,17 @@ def _difference_row(system: str, runs: list[EvaluatedRun], others: list[Evaluate
     groups = [(a.mean(0) - b.mean(0), lists)
               for a, b, lists in zip(values, other_values, scope.clusters)]
     by_run, by_other = _by_run(values), _by_run(other_values)
-    over_questions = partial(stats.gap_interval_by_list, groups)
     if pairs:
-        return _row(f"vs {reference}", by_run - by_other, over_questions)
-    return _row(f"vs {reference}", by_run, over_questions, by_other.tolist())
+        return _row(f"vs {reference}", by_run - by_other, groups)
+    return _row(f"vs {reference}", by_run, groups, by_other.tolist())
 
 
 def _reasoning_rows(runs: list[EvaluatedRun], suite: str, others: list[EvaluatedRun] | None,
                     reference: str) -> list[dict]:
-    """How true the reasoning is, by model; differences within runs, and to a group with its seeds.
-
-    A single run's figure has the interval of its 06, a difference of single runs none.
-    """
+    """How true the reasoning is; a single run has the interval of its 06, its differences none."""
     def read(members: Sequence[EvaluatedRun], system: str, name: str) -> np.ndarray:
-        parts = [run.reasoning.get(system, {}).get(suite, {}) for run in members]
-        return np.array([part.get(name) for part in parts], dtype=float)
+        return np.array([run.reasoning.get(system, {}).get(suite, {}).get(name)
+                         for run in members], dtype=float)
 
     rows = []
     for name in REASONING:
@@ -186,8 +172,7 @@ def _reasoning_rows(runs: list[EvaluatedRun], suite: str, others: list[Evaluated
             figures[f"vs {reference}"] = read(paired, "grpo", name) - read(partners, "grpo", name)
         for figure, by_run in figures.items():
             own = runs[0].reasoning.get(figure, {}).get(suite, {}).get(f"{name}_ci95")
-            interval = np.divide(own or [np.nan] * 2, 100)
-            row = _row(f"{figure} {name}", by_run, partial(np.copy, interval))
+            row = _row(f"{figure} {name}", by_run, [], of_one_run=own or [np.nan] * 2)
             rows += [row] * (not np.isnan([row["value"], row["low"]]).any())
     return rows
 

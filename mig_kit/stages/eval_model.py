@@ -102,17 +102,15 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
 
 
 def _compare_with_run(task: Task, samples: dict[str, Sequence[Sample]], run_id: str) -> dict:
-    """Of own data: {"held_out": whether these are a run's held-out questions, "trained": how many
-    of them 01 of the model's run gave to training}; {} for other suites.
-    """
+    """Of own data: are these held out, and how many did 01 of the model's run give to training?"""
     if task.suite != OWN:
         return {}
+    files = [stage_folder("01_synthesize", run_id) / f"{name}.parquet"
+             for name in ("cot", "rl") if run_id]
+    trained = {_question_key(sample) for file in files if file.is_file()
+               for sample in read_samples(file)}
+    count = sum(_question_key(sample) in trained for sample in samples[OWN])
     is_held_out = task.file.name == "val.parquet" and task.file.parent.name == "01_synthesize"
-    folder = stage_folder("01_synthesize", run_id) if run_id else None
-    trained = {_question_key(sample) for name in ("cot", "rl")
-               if folder and (folder / f"{name}.parquet").is_file()
-               for sample in read_samples(folder / f"{name}.parquet")}
-    count = sum(_question_key(sample) in trained for sample in samples[OWN]) if trained else 0
     return {"held_out": is_held_out and not count, "trained": count}
 
 
@@ -137,12 +135,11 @@ def _digest_model(folder: str | Path) -> str:
 def claim_folder(out: Path, settings: dict) -> None:
     """Write what the replies in `out` follow from; UserError where what is there differs."""
     path = out / "settings.json"
-    if not path.is_file():
-        for name in ("predictions.jsonl", "eval.json"):
-            if (out / name).exists():
-                raise UserError(f"{out / name} is of no mig-kit eval that could go on, and would "
-                                 "be overwritten; name another --out")
     before = json.loads(path.read_text()) if path.is_file() else settings
+    for name in ("predictions.jsonl", "eval.json"):
+        if (out / name).exists() and not path.is_file():
+            raise UserError(f"{out / name} is of no mig-kit eval that could go on, and would be "
+                            "overwritten; name another --out")
     if other := [name for name, value in settings.items() if before.get(name) != value]:
         values = f" ({before.get(other[0])}, now {settings[other[0]]})"
         moved = f", or, if the same model has moved there, correct {path}" * (other == ["server"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mig_kit import stats
 from mig_kit.boxes import BoxFormat, iou
 from mig_kit.common import UserError, model_folder
 from mig_kit.image_files import image_digests
@@ -22,15 +23,7 @@ from mig_kit.prompts import parse_reply, reply_boxes_in_original
 from mig_kit.rewards import is_correct, names_image, reply_iou
 from mig_kit.sample import Sample, TableRows, read_samples
 from mig_kit.score import calibration
-from mig_kit.stats import (
-    group_by_task,
-    macro_mean,
-    paired_gap_by_list,
-    pass_at_k,
-    ratio_interval,
-    share_interval_by_list,
-    to_percent,
-)
+from mig_kit.stats import macro_mean, to_percent
 from mig_kit.world import suites
 from mig_kit.world.claims import count_claims
 
@@ -48,23 +41,20 @@ def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample
 
 def draw_test_samples(params: Mapping) -> dict[str, list[Sample]]:
     """Suite -> its synthetic test samples, if its size in the parameters of 06 is not 0."""
-    return {name: suites.make_suite(name, "test", params["suites"].get(name, 0),
-                                    params["eval_seed"])
+    return {name: suites.make_suite(name, "test", params["suites"][name], params["eval_seed"])
             for name in suites.SUITES if params["suites"].get(name)}
 
 
 def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
     """Suite -> SHA-256 over all that its questions show and ask, and what answers them."""
-    digests = {}
-    for suite, suite_samples in samples.items():
-        digest = hashlib.sha256()
-        for sample in suite_samples:
+    digests = {suite: hashlib.sha256() for suite in samples}
+    for suite, part in samples.items():
+        for sample in part:
             # False: of 0.4, that not all boxes are asked for; records hold digests with it
             asked = (sample.id, sample.question, sample.targets, sample.reference, sample.options,
                      sample.letter, False, [image.hex() for image in image_digests(sample.images)])
-            digest.update(json.dumps(asked, default=float).encode())
-        digests[suite] = digest.hexdigest()
-    return digests
+            digests[suite].update(json.dumps(asked, default=float).encode())
+    return {suite: digest.hexdigest() for suite, digest in digests.items()}
 
 
 def has_own_data(run_id: str) -> bool:
@@ -112,7 +102,7 @@ def first_per_task(samples: Sequence[Sample], per_task: int) -> Sequence[Sample]
     """The first `per_task` samples of every task, in order; all for 0."""
     if not per_task:
         return samples
-    by_task = group_by_task((sample.task for sample in samples), np.arange(len(samples)))
+    by_task = stats.group_by_task((sample.task for sample in samples), np.arange(len(samples)))
     rows = sorted(row for rows in by_task.values() for row in rows[:per_task].tolist())
     if isinstance(samples, TableRows):
         return samples.select(rows)
@@ -126,7 +116,7 @@ def score_parts(samples: Sequence[Sample]) -> list[str]:
 
 def split_for_score(samples: Sequence[Sample], values: np.ndarray) -> list[np.ndarray]:
     """values (samples, ...) of each of `score_parts`, in order of appearance."""
-    return list(group_by_task(score_parts(samples), values).values())
+    return list(stats.group_by_task(score_parts(samples), values).values())
 
 
 def number_image_lists(samples: Sequence[Sample]) -> np.ndarray:
@@ -163,13 +153,13 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
     drawn_samples = [sample for sample, _ in with_drawn]
     drawn_values = np.array([[reply_is_correct(reply, sample, box_format) for reply in some]
                              for sample, some in with_drawn])
-    by_task = group_by_task((sample.task for sample in samples), np.arange(len(samples)))
+    by_task = stats.group_by_task((sample.task for sample in samples), np.arange(len(samples)))
     tasks = {task: _summarize_task({name: values[rows] for name, values in columns.items()})
              for task, rows in by_task.items()}
     groups = _group_with_lists(samples, columns["correct"])
     summary = {"n": len(samples), "score": to_percent(macro_mean([part for part, _ in groups])),
-               "ci95": _percents(share_interval_by_list(groups)), "sampled": None,
-               "n_sampled": len(drawn_samples), "tasks": tasks}
+               "ci95": list(map(to_percent, stats.share_interval_by_list(groups))),
+               "sampled": None, "n_sampled": len(drawn_samples), "tasks": tasks}
     if drawn_samples:
         summary |= _sampled_averages(split_for_score(drawn_samples, drawn_values))
     for name in ("format", "image"):
@@ -196,19 +186,11 @@ def summarize_reasoning(samples: list[Sample], replies: list[str], box_format: B
     for name, (part, total) in {
             "truth": (n_true, judged),
             "grounded": (correct * (judged > 0) * (n_true == judged), correct)}.items():
-        summary[name], summary[f"{name}_ci95"] = _summarize_ratio(part, total)
+        summary |= {name: None, f"{name}_ci95": None}
+        if total.any():
+            summary |= {name: to_percent(part.sum() / total.sum()),
+                        f"{name}_ci95": list(map(to_percent, stats.ratio_interval(part, total)))}
     return summary
-
-
-def _summarize_ratio(part: np.ndarray, total: np.ndarray) -> tuple[float, list[float]] | tuple:
-    """(sum(part) / sum(total), interval), percent; (None, None) if all totals are 0."""
-    if not total.any():
-        return None, None
-    return to_percent(part.sum() / total.sum()), _percents(ratio_interval(part, total))
-
-
-def _percents(interval: list[float]) -> list[float]:
-    return [to_percent(bound) for bound in interval]
 
 
 def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
@@ -216,7 +198,8 @@ def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
     overlap = columns["iou"]
     accuracies = {f"acc@{t}": to_percent((overlap >= t).mean()) for t in (0.3, 0.5, 0.7)}
     return {"n": len(overlap), **accuracies, "mean_iou": to_percent(overlap.mean()),
-            "ci95": _percents(share_interval_by_list([(columns["correct"], columns["lists"])])),
+            "ci95": list(map(to_percent, stats.share_interval_by_list(
+                [(columns["correct"], columns["lists"])]))),
             "format": to_percent(columns["format"].mean()),
             "image": to_percent(columns["image"].mean())}
 
@@ -224,31 +207,33 @@ def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
 def _sampled_averages(groups: list[np.ndarray]) -> dict:
     """{"sampled", "pass_at_k": {k: percent}}; groups: (samples, replies) of each task, 0 or 1."""
     total = groups[0].shape[1]
-    chances = {k: [np.array([pass_at_k(int(count), total, k) for count in rows.sum(1)])
+    chances = {k: [np.array([stats.pass_at_k(int(count), total, k) for count in rows.sum(1)])
                    for rows in groups] for k in (1, 2, 4, 8) if k <= total}
     return {"sampled": to_percent(macro_mean([rows.mean(1) for rows in groups])),
             "pass_at_k": {str(k): to_percent(macro_mean(parts)) for k, parts in chances.items()}}
 
 
-def paired_difference(samples: list[Sample], after: list[str], before: list[str],
-                      after_drawn: list[list[str]], before_drawn: list[list[str]],
+def paired_difference(samples: list[Sample], after: dict, before: dict,
                       box_format: BoxFormat) -> dict:
     """Paired difference of two systems in points: value, ci95 (greedy), sampled, sampled_ci95.
 
     Samples without drawn replies of either system are left out of the sampled figures.
+
+    after, before: their {"greedy", "drawn"} in `reply_files.suite_replies`.
     """
     def gap(rows: Sequence[int], after: list[list[str]], before: list[list[str]]) -> dict:
         part = [samples[row] for row in rows]
         gaps = np.subtract(*([np.mean([reply_is_correct(reply, sample, box_format)
                                        for reply in replies[row]])
                               for row, sample in zip(rows, part)] for replies in (after, before)))
-        return paired_gap_by_list(_group_with_lists(part, gaps), after == before)
+        return stats.paired_gap_by_list(_group_with_lists(part, gaps), after == before)
 
-    difference = gap(range(len(samples)), *([[reply] for reply in replies]
-                                            for replies in (after, before))) | {"sampled": None}
-    if rows := [row for row, both in enumerate(zip(after_drawn, before_drawn)) if all(both)]:
-        drawn = gap(rows, after_drawn, before_drawn)
-        difference |= {"sampled": drawn["value"], "sampled_ci95": drawn["ci95"]}
+    greedy = ([[reply] for reply in replies["greedy"]] for replies in (after, before))
+    difference = gap(range(len(samples)), *greedy) | {"sampled": None}
+    drawn = after["drawn"], before["drawn"]
+    if rows := [row for row, both in enumerate(zip(*drawn)) if all(both)]:
+        sampled = gap(rows, *drawn)
+        difference |= {"sampled": sampled["value"], "sampled_ci95": sampled["ci95"]}
     return difference
 
 
@@ -265,19 +250,16 @@ def compare_systems(samples: dict[str, list[Sample]], replies: dict,
                     pairs: list[tuple[str, str]], box_format: BoxFormat) -> dict:
     """"after-before" -> suite -> `paired_difference`, for every (after, before) pair of systems."""
     return {f"{after}-{before}": {
-        suite: paired_difference(
-            part, replies[after][suite]["greedy"], replies[before][suite]["greedy"],
-            replies[after][suite]["drawn"], replies[before][suite]["drawn"], box_format)
+        suite: paired_difference(part, replies[after][suite], replies[before][suite], box_format)
         for suite, part in samples.items()} for after, before in pairs}
 
 
 def calibrate_systems(samples: dict[str, list[Sample]], replies: dict,
                       box_format: BoxFormat) -> dict:
     """system -> suite -> `calibration.measure_refit`, of the questions for one box."""
-    return {system: {suite: calibrate_boxes(samples[suite], answers["greedy"], box_format)
-                     for suite, answers in by_suite.items()
-                     if any(_asks_for_one_box(sample) for sample in samples[suite])}
-            for system, by_suite in replies.items()}
+    with_boxes = [suite for suite, part in samples.items() if any(map(_asks_for_one_box, part))]
+    return {system: {suite: calibrate_boxes(samples[suite], by_suite[suite]["greedy"], box_format)
+                     for suite in with_boxes} for system, by_suite in replies.items()}
 
 
 def _asks_for_one_box(sample: Sample) -> bool:

@@ -5,7 +5,7 @@ answers were correct, and how the run was made.
 """
 
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,20 +99,19 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
     if is_recorded(run_id):
         return read_recorded(run_id)
     record = run_folders.load_record("06_evaluate", run_id)
+    params, folder = record["params"], run_folders.stage_folder("06_evaluate", run_id)
+    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     stages = {stage: run_folders.load_record(stage, run_id) or {} for stage in RECIPE[1:6]}
     trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
+    seed, has_sft = trained.get("seed", 0), run_folders.has_cold_start(run_id)
     curves = store.read_metrics(run_folders.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
-    params = record["params"]
-    has_sft = run_folders.has_cold_start(run_id)
-    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    correct = {system: {suite: _correctness(run_id, system, suite, part, box_format)
-                        for suite, part in samples.items()}
-               for system in SYSTEMS if has_sft or system != "sft"}
-    seed, folder = trained.get("seed", 0), run_folders.stage_folder("06_evaluate", run_id)
     return EvaluatedRun(
-        run_id, synthesized.get("seed", seed), seed, correct,
-        float(np.mean(lengths)) if lengths else float("nan"),
+        run_id, synthesized.get("seed", seed), seed,
+        {system: {suite: _correctness(folder / "replies", system, suite, part, box_format)
+                  for suite, part in samples.items()}
+         for system in SYSTEMS if has_sft or system != "sft"},
+        float(np.mean(lengths or [np.nan])),
         sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
         record.get("git", ""), record.get("machine", ""),
         record.get("versions", {}).get("mig-kit", ""), _sample_params(params),
@@ -123,9 +122,8 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
          for system, by_suite in store.read_metrics(folder)["systems"].items()})
 
 
-def _correctness(run_id: str, system: str, suite: str, samples: list[Sample],
+def _correctness(folder: Path, system: str, suite: str, samples: list[Sample],
                  box_format: BoxFormat) -> str:
-    folder = run_folders.stage_folder("06_evaluate", run_id) / "replies"
     replies = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
     return "".join(str(int(evaluate.reply_is_correct(replies[sample.id][0], sample, box_format)))
                    for sample in samples)
@@ -141,8 +139,6 @@ def record_run(run_id: str, folder: Path) -> Path:
 
     Raises as `load_groups`; UserError for own data, whose questions cannot be drawn again.
     """
-    if is_recorded(run_id):
-        raise UserError(f"{run_id} is a recorded run already; name a run")
     _, runs = load_groups({run_id: [run_id]})
     if evaluate.has_own_data(run_id):
         raise UserError(f"run '{run_id}' was scored on own data, whose questions are not in the "
@@ -158,14 +154,12 @@ def read_recorded(path: str) -> EvaluatedRun:
 
     Raises UserError.
     """
-    file = next((file for file in (Path(path), PROJECT_ROOT / path) if file.is_file()), None)
-    if file is None:
-        raise UserError(f"there is no recorded run {path}; name a run, or a file that "
-                        "evaluated_runs.record_run has written")
+    file = Path(path) if Path(path).is_file() else PROJECT_ROOT / path
     try:
         return TypeAdapter(EvaluatedRun).validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise UserError(f"{path} is no file of evaluated_runs.record_run; name another") from error
+    except (FileNotFoundError, ValidationError) as error:
+        raise UserError(f"{path} is no file of evaluated_runs.record_run; name a run, or another "
+                        "file") from error
 
 
 def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
@@ -173,9 +167,10 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
     changed = {}
     for stage in stages:
         params, defaults = run_folders.finished_params(stage, run_id), default_params(stage)
-        changed[stage] = {name: value for name, value in params.items()
-                          if name not in EXECUTION_PARAMS and value != defaults.get(name, value)}
-    return {stage: values for stage, values in changed.items() if values}
+        if values := {name: value for name, value in params.items()
+                      if name not in EXECUTION_PARAMS and value != defaults.get(name, value)}:
+            changed[stage] = values
+    return changed
 
 
 def pair_runs(runs: Sequence[EvaluatedRun],
@@ -185,15 +180,13 @@ def pair_runs(runs: Sequence[EvaluatedRun],
     Exactly one run of each group must have the seed. A single pair counts only if each group is
     one run.
     """
-    by_seed, others_by_seed = (_unique_by_seed(group) for group in (runs, others))
-    pairs = [(run, others_by_seed[seed]) for seed, run in by_seed.items() if seed in others_by_seed]
+    by_seed = defaultdict(lambda: ([], []))
+    for side, group in enumerate((runs, others)):
+        for run in group:
+            by_seed[run.data_seed][side].append(run)
+    pairs = [(mine[0], theirs[0]) for mine, theirs in by_seed.values()
+             if len(mine) == len(theirs) == 1]
     return pairs if len(pairs) > 1 or len(runs) == len(others) == 1 else []
-
-
-def _unique_by_seed(runs: Sequence[EvaluatedRun]) -> dict[int, EvaluatedRun]:
-    """Seed of 01 -> the run that has it, of the seeds that one run alone has."""
-    counts = Counter(run.data_seed for run in runs)
-    return {run.data_seed: run for run in runs if counts[run.data_seed] == 1}
 
 
 def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str) -> list[str]:

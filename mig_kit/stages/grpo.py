@@ -23,21 +23,10 @@ from mig_kit.models.processors import describe_other_format
 from mig_kit.prompts import chat_messages, reply_boxes_in_original
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
-from mig_kit.serving.served_rollouts import (
-    SAMPLING_CURVES,
-    SERVED_ADAPTERS,
-    ServedRollouts,
-    StopIfServerDiffers,
-)
+from mig_kit.serving import served_rollouts
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
-from mig_kit.training import resuming
-from mig_kit.training.recipe_trainer import (
-    KeepRollouts,
-    RecipeTrainer,
-    ResumableGRPOTrainer,
-    keep_global_state,
-)
+from mig_kit.training import recipe_trainer, resuming
 from mig_kit.training.reward_loading import Score, load_rewards, score_functions
 from mig_kit.world.claims import count_claims, read_claims
 from mig_kit.world.teacher import DETAILS, recognize_detail
@@ -127,7 +116,7 @@ def _make_rows(samples: Sequence[Sample], box_format: BoxFormat, with_images: bo
 
 
 def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path,
-                 params: SimpleNamespace, min_new_tokens: int = 0) -> GRPOTrainer:
+                 params: SimpleNamespace) -> GRPOTrainer:
     """The GRPO trainer over `samples`, with a new adapter on the policy; params: the stage's."""
     hardware = policy.hardware
     if hardware.device == "cpu":  # else sums over a group depend on which thread comes first
@@ -138,7 +127,6 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
     arguments = resuming.trainer_arguments(
         GRPOConfig, SimpleNamespace(**vars(params) | {"reward_weights": weights}), hardware, folder,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        generation_kwargs={"min_new_tokens": min_new_tokens},
         **{"pad_to_multiple_of": PAD_MULTIPLE} if params.share_prefix else {})
     # a resumed training draws new replies, so a checkpoint comes after a batch's last update
     iterations = params.num_iterations
@@ -150,27 +138,29 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
     logged = ("reward", *(f"rewards/{name}/mean" for name in rewards), "entropy")
     describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
                        weights=params.reward_weights)
+    callbacks = [resuming.ProgressLines(logged), StopIfNothingLearns(),
+                 # draws a few replies before the first update, too
+                 recipe_trainer.KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe)]
+    served = None
+    if params.server:
+        served = served_rollouts.ServedRollouts(policy.model.name_or_path, policy.box_format,
+                                                folder, params)
+        callbacks.append(served_rollouts.StopIfServerDiffers())
     common = {
         "model": policy.model, "args": config, "processing_class": policy.processor,
         "reward_funcs": reward_functions(scores, samples),
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
         "peft_config": resuming.lora_config(params.lora_r, lora_targets=params.lora_targets),
-        "callbacks": [resuming.ProgressLines(logged), StopIfNothingLearns(),
-                      # draws a few replies before the first update, too
-                      KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe)]}
+        "callbacks": callbacks}
     if params.share_prefix:
-        served = None
-        if params.server:
-            served = ServedRollouts(policy.model.name_or_path, policy.box_format, folder, params)
-            common["callbacks"].append(StopIfServerDiffers())
         # It computes what TRL computes and reads each prompt once per group. A step holds groups of
         # like lengths, where TRL mixes them; `bnpo` and `top_entropy_quantile`, which look at one
         # step at a time, depend on the number of processes.
-        trainer = RecipeTrainer(
+        trainer = recipe_trainer.RecipeTrainer(
             **common, samples=samples, box_format=policy.box_format,
             micro_completions=params.micro_replies, served=served)
     else:
-        trainer = ResumableGRPOTrainer(**common)  # stock TRL
+        trainer = recipe_trainer.ResumableGRPOTrainer(**common)  # stock TRL
     if hardware.device == "cuda":
         # TRL makes the adapter of a 4-bit model bfloat16, which rounds away three quarters of the
         # updates of A at the full profiles' learning rate. The tiny profile has larger updates.
@@ -181,7 +171,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
 
 
 def one_group_trainer(policy: loading.Policy, sample: Sample, folder: Path,
-                      params: SimpleNamespace) -> RecipeTrainer:
+                      params: SimpleNamespace) -> recipe_trainer.RecipeTrainer:
     """A trainer whose update is one prompt's group, for `recipe_trainer.draw_group` to look at.
 
     The loss is plain dapo, of replies that this process draws. Random states stay as they were.
@@ -191,7 +181,7 @@ def one_group_trainer(policy: loading.Policy, sample: Sample, folder: Path,
         "per_device_train_batch_size": params.num_generations, "gradient_accumulation_steps": 1,
         "loss_type": "dapo", "importance_sampling_level": "token", "num_iterations": 1,
         "mask_truncated_completions": False, "top_entropy_quantile": 1.0}
-    with keep_global_state():
+    with recipe_trainer.keep_global_state():
         trainer = grpo_trainer(policy, [sample], folder, SimpleNamespace(**vars(params) | plain))
     if params.gradient_checkpointing:  # as `train` would switch it on
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -228,7 +218,7 @@ def train(folder: Path, params: SimpleNamespace, kept: str, start: str) -> None:
     resuming.train_or_resume(trainer, folder)
     resuming.save_adapter(trainer, folder)
     if trainer.is_world_process_zero():  # the adapters that servers drew replies with
-        shutil.rmtree(folder / "checkpoints" / SERVED_ADAPTERS, ignore_errors=True)
+        shutil.rmtree(folder / "checkpoints" / served_rollouts.SERVED_ADAPTERS, ignore_errors=True)
 
 
 def training_curves(history: list[dict]) -> list[dict]:
@@ -244,18 +234,17 @@ def training_curves(history: list[dict]) -> list[dict]:
         elif updates and "loss" in row:
             updates[-1]["clip_ratio"] = row.get("clip_ratio/region_mean",
                                                 row.get("cispo_clip_ratio"))
-    names = {name for row in updates for name in row
-             if name.startswith("rewards/") and name.endswith("/mean")}
     # sorted, because a log that was read back after a kill has its names in another order
-    single = {name: name.split("/")[1] for name in sorted(names)}
-    further = {f"detail/{name}": name for name in (*DETAILS, "truth", "coverage")}
-    further["clip_ratio"] = "clip_ratio"
-    further = {name: short for name, short in (further | SAMPLING_CURVES).items()
-               if any(row.get(name) is not None for row in updates)}
-    curves = {"step": "step", "reward": "reward", **single, **CURVES, **further}
-    rows = [{short: row.get(name) for name, short in curves.items()} for row in updates]
-    return [{name: None if value != value else value for name, value in row.items()}
-            for row in rows]
+    names = sorted({name for row in updates for name in row})
+    single = {name: name.split("/")[1] for name in names
+              if name.startswith("rewards/") and name.endswith("/mean")}
+    further = {f"detail/{name}": name for name in (*DETAILS, "truth", "coverage")} | {
+        "clip_ratio": "clip_ratio"} | served_rollouts.SAMPLING_CURVES
+    logged = {name for row in updates for name, value in row.items() if value is not None}
+    curves = {"step": "step", "reward": "reward", **single, **CURVES,
+              **{name: short for name, short in further.items() if name in logged}}
+    return [{short: None if (value := row.get(name)) != value else value  # NaN is not itself
+             for name, short in curves.items()} for row in updates]
 
 
 def length_collapse_warning(rows: list[dict], span: int = 10, share: float = 0.8) -> str:

@@ -63,11 +63,12 @@ def show(page: list[NotebookNode], heading: str,
         heading: Markdown; it is left out with all its parts if these are empty.
         parts: (content, caption); a content is Markdown, rows of a table, a figure or a picture.
     """
-    shown = [(content, caption) for content, caption in parts
-             if content and (not isinstance(content, list) or table_html(content))]
-    outputs = [to_output(heading)] * bool(shown)
-    for content, caption in shown:
-        outputs += [to_output(content), *[to_output(f"<small>{caption}</small>")] * bool(caption)]
+    outputs = []
+    for content, caption in parts:
+        if content and (not isinstance(content, list) or table_html(content)):
+            captions = [to_output(f"<small>{caption}</small>")] if caption else []
+            outputs += [to_output(content), *captions]
+    outputs = [to_output(heading), *outputs] if outputs else []
     for output in outputs:
         publish_display_data(output.data, output.metadata)
     page += outputs

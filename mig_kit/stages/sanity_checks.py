@@ -101,7 +101,10 @@ class StopIfNothingLearns(TrainerCallback):
         self.rows.append(logs)
         if len(self.rows) == self.patience:
             self._stop_without_task_reward()
-            self._stop_without_spread()
+            if all(row["frac_reward_zero_std"] == 1 for row in self.rows):
+                raise UserError("all replies to a prompt earned the same in all of the first "
+                                f"{self.patience} steps, so nothing can be learnt; look at replies "
+                                "and rewards, or curate prompts with 04")
             self._stop_without_box_reward()
 
     def _stop_without_task_reward(self) -> None:
@@ -114,13 +117,6 @@ class StopIfNothingLearns(TrainerCallback):
             if names and not any(any(earned[name]) for name in names):
                 raise UserError(f"no reply earned anything for {', '.join(names)} in all of the "
                                 f"first {self.patience} steps: {RL_NEEDS}")
-
-    def _stop_without_spread(self) -> None:
-        if not all(row["frac_reward_zero_std"] == 1 for row in self.rows):
-            return
-        raise UserError("all replies to a prompt earned the same in all of the first "
-                        f"{self.patience} steps, so nothing can be learnt; look at replies and "
-                        "rewards, or curate prompts with 04")
 
     def _stop_without_box_reward(self) -> None:
         boxes, images = self._logged("box"), self._logged("image")

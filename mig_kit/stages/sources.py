@@ -11,9 +11,9 @@ from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST, BadImage, ImageSto
 from mig_kit.sample import SampleWriter, TableRows, Trace, read_samples
 from mig_kit.world import suites
 
-SET_NAMES = ("cot", "rl", "val")
 # the file of each set while 01 runs; the questions of cot.parquet await their traces
 FILE_OF_SET = {"cot": "questions.parquet", "rl": "rl.parquet", "val": "val.parquet"}
+SET_NAMES = tuple(FILE_OF_SET)
 REPORT_FILE = "left_out.txt"
 NAMES_FILE = "left_out_names.txt"  # questions that are left out, where there are any
 MORE_HELD_OUT = ("hold out more of a small set (the last of data_shares, as 0.3), or give more "
@@ -27,14 +27,12 @@ def load_training_sets(p: SimpleNamespace, folder: Path) -> tuple[dict[str, Tabl
     killed run completed is read from there. A question with a damaged image is left out and
     counted. UserError for a wrong line or a set that stays empty.
     """
-    report_file = folder / REPORT_FILE
-    files = [report_file, *(folder / file for file in FILE_OF_SET.values())]
-    if not all(file.is_file() for file in files):
+    report_file, files = folder / REPORT_FILE, [folder / file for file in FILE_OF_SET.values()]
+    if not all(file.is_file() for file in (report_file, *files)):
         folder.mkdir(parents=True, exist_ok=True)
         text = _write_drawn_sets(p, folder) if p.data == "scenes" else _write_real_sets(p, folder)
         write_atomically(report_file, lambda temporary: temporary.write_text(text))
-    sets = {name: read_samples(folder / file) for name, file in FILE_OF_SET.items()}
-    return sets, report_file.read_text()
+    return dict(zip(SET_NAMES, map(read_samples, files))), report_file.read_text()
 
 
 def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:
@@ -43,17 +41,14 @@ def _write_drawn_sets(p: SimpleNamespace, folder: Path) -> str:
         "rl": suites.iter_training_mix("rl", p.rl_per_task, p.rl_free_form_per_task, p.seed,
                                        p.rl_boxes_per_task, suites.CANDIDATE_WORLDS),
         "val": suites.iter_training_mix("val", p.val_per_task, 0, p.seed)}
-    with ExitStack() as stack:
-        for name, writer in _open_writers(folder, stack).items():
-            if name != "cot" or p.teacher != "none":
-                for sample in samples[name]:
-                    writer.write(sample, Trace("", "", "") if name == "cot" else None)
+    if p.teacher == "none":
+        samples["cot"] = ()
+    for name, part in samples.items():
+        trace = Trace("", "", "") if name == "cot" else None
+        with SampleWriter(folder / FILE_OF_SET[name], with_traces=bool(trace)) as writer:
+            for sample in part:
+                writer.write(sample, trace)
     return ""
-
-
-def _open_writers(folder: Path, stack: ExitStack) -> dict[str, SampleWriter]:
-    return {name: stack.enter_context(SampleWriter(folder / file, with_traces=name == "cot"))
-            for name, file in FILE_OF_SET.items()}
 
 
 def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
@@ -68,7 +63,8 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
     n_lines = own_data.require_correct_lines(path, root)
     with ExitStack() as stack:
         store = ImageStore(folder / IMAGE_FOLDER)
-        writers = _open_writers(folder, stack)
+        writers = {name: stack.enter_context(SampleWriter(folder / file, name == "cot"))
+                   for name, file in FILE_OF_SET.items()}
         bar = stack.enter_context(progress_bar(None, "store questions", total=n_lines))
         for line in own_data.iter_checked_lines(path, root):
             bar.update()
@@ -93,7 +89,10 @@ def _write_real_sets(p: SimpleNamespace, folder: Path) -> str:
         counts = {name: writer.n_written for name, writer in writers.items()}
         summary = (f"{n_lines} questions, {len(left_out)} of them left out: their images cannot be "
                    f"decoded{f' ({NAMES_FILE})' if left_out else ''}")
-        _require_questions(counts, p, summary)
+        needed = SET_NAMES if p.teacher != "none" else SET_NAMES[1:]
+        if empty := [name for name in needed if not counts[name]]:
+            raise UserError(f"no question fell to {' and '.join(empty)}, with data_shares "
+                            f"{p.data_shares}; {MORE_HELD_OUT}\n{summary}")
         if left_out:
             (folder / NAMES_FILE).write_text("".join(left_out))
         write_atomically(folder / IMAGE_MANIFEST,
@@ -112,15 +111,6 @@ def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:
     # half the widest 95 % interval of a share of n is 98 / sqrt(n) points
     points = min(50, round(98 / max(1, n_questions)**0.5))
     return f"{text}, which tell a score to about {points} points either way: {MORE_HELD_OUT}"
-
-
-def _require_questions(counts: dict[str, int], p: SimpleNamespace, summary: str) -> None:
-    """UserError if a set stays empty; without a teacher there is no cold-start set."""
-    needed = SET_NAMES if p.teacher != "none" else SET_NAMES[1:]
-    empty = [name for name in needed if not counts.get(name)]
-    if empty:
-        raise UserError(f"no question fell to {' and '.join(empty)}, with data_shares "
-                         f"{p.data_shares}; {MORE_HELD_OUT}\n{summary}")
 
 
 def choose_set(sha256: str, shares: list[float]) -> str:

@@ -21,14 +21,13 @@ from mig_kit.world.teacher import write_trace
 class RuleBasedTraces(Sequence):
     """The rule-based teacher's trace for every sample, written when it is looked at.
 
-    Each has its own random state. error_rate, jitter, mix: see `teacher.write_trace`.
+    Each has its own random state. error_rate, mix: see `teacher.write_trace`.
     """
 
     samples: Sequence[Sample]
     seed: int
     box_format: BoxFormat
     error_rate: float = 0.2
-    jitter: float = 0.7
     mix: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __len__(self) -> int:
@@ -39,7 +38,7 @@ class RuleBasedTraces(Sequence):
             return replace(self, samples=self.samples[index])
         sample = self.samples[index]
         return write_trace(sample, random.Random(f"{self.seed}/{sample.id}"), self.box_format,
-                           self.mix, self.error_rate, self.jitter)
+                           self.mix, self.error_rate)
 
 
 def read_own_traces(path: Path) -> TableRows:

@@ -8,8 +8,8 @@ from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.params import default_params
-from mig_kit.pipeline.run_folders import load_record
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, NEEDS_SFT
+from mig_kit.pipeline.run_folders import finished_params
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
@@ -31,17 +31,13 @@ def claim_rows(metrics: dict) -> list[dict]:
     """This run's differences beside the paper's, in points; [] with own data; metrics: of 06."""
     if any(OWN in by_suite for by_suite in metrics["deltas"].values()):
         return []
-    from_sft = metrics.get("start_from", "merged") in NEEDS_SFT
-    rows = []
-    for suite, comparison, delta, paper in CLAIMS:
-        if suite not in metrics["deltas"].get(delta, ()) or (delta == "grpo-sft" and not from_sft):
-            continue
-        difference = metrics["deltas"][delta][suite]
-        rows.append({"suite": suite_title(suite), "compared": comparison,
-                     "this run (95 %)": gap_text(difference),
-                     "at temperature 1": _signed(difference["sampled"]),
-                     "paper v2 (real benchmark, 7B)": f"{paper:+.2f}"})
-    return rows
+    from_sft = metrics.get("start_from", "merged") == "merged"
+    return [{"suite": suite_title(suite), "compared": comparison,
+             "this run (95 %)": gap_text(difference),
+             "at temperature 1": _signed(difference["sampled"]),
+             "paper v2 (real benchmark, 7B)": f"{paper:+.2f}"}
+            for suite, comparison, delta, paper in CLAIMS if from_sft or delta != "grpo-sft"
+            if (difference := metrics["deltas"].get(delta, {}).get(suite))]
 
 
 def score_rows(systems: dict, figure: str = "score") -> list[dict]:
@@ -149,15 +145,11 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
                    if record["run_id"] != run_id), "")
     rows = []
     for stage, record in records.items():
-        others = (load_record(stage, source) or {}).get("params") if source else None
-        if source and not others:
-            continue
-        others = others or default_params(stage)
+        others = finished_params(stage, source) if source else default_params(stage)
         rows += [{"stage": stage, "parameter": name, "this run": str(value),
                   f"run {source}" if source else "default": str(others[name])}
                  for name, value in record["params"].items()
-                 if name in others and value != others[name]
-                 and name not in EXECUTION_PARAMS]
+                 if value != others.get(name, value) and name not in EXECUTION_PARAMS]
     return rows
 
 
@@ -210,7 +202,7 @@ def describe_outcome(metrics: dict) -> str:
     suite = next(iter(systems["grpo"]))
     scores = " → ".join(f"{SYSTEM_LABELS[name]} {systems[name][suite]['score']:.1f}"
                         for name in ("base", "sft", "start", "grpo") if name in systems)
-    pair = ("grpo-sft" if metrics.get("start_from", "merged") in NEEDS_SFT else
+    pair = ("grpo-sft" if metrics.get("start_from", "merged") == "merged" else
             "grpo-start" if "start" in systems else "grpo-base")
     gap = deltas.get(pair, {}).get(suite)
     added = gap and f"; {pair.replace('grpo-', 'RL over ').replace('sft', 'SFT')}: {gap_text(gap)}"

@@ -10,7 +10,7 @@ from command_line import error_of, output_of
 
 from mig_kit.commands import main as cli_module
 from mig_kit.common import PROJECT_ROOT, UserError, progress_bar
-from mig_kit.pipeline import execute, params, plan
+from mig_kit.pipeline import execute, params
 
 
 def test_a_single_digit_names_a_stage():
@@ -22,8 +22,8 @@ def test_a_copied_profile_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
     shutil.copytree(PROJECT_ROOT / "params", tmp_path / "params")
     shutil.copytree(PROJECT_ROOT / "params" / "qwen2_5_vl_7b", tmp_path / "params" / "mine")
     monkeypatch.setattr(params, "PROFILES", tmp_path / "params")
-    assert plan.choose_params("00_preflight", "mine", "a", {})["profile"] == "mine"
-    values = plan.choose_params("05_grpo", "mine", "a", {"learning_rate": "1e-5"})
+    assert params.choose_params("00_preflight", "mine", "a", {})["profile"] == "mine"
+    values = params.choose_params("05_grpo", "mine", "a", {"learning_rate": "1e-5"})
     assert "profile" not in values and values["learning_rate"] == 1e-5
     assert values["num_generations"] == 8 and values["beta"] == 0.04
 
@@ -80,7 +80,7 @@ def test_a_notebook_whose_parameters_lost_their_tag_does_not_start(write_stage):
 
 
 def run_stage():
-    execute._execute_notebook("00_preflight", "a", {"seed": 1}, execute.StageLines())
+    execute._execute_notebook("00_preflight", "a", {"seed": 1})
 
 
 def test_a_killed_kernel_leaves_its_figures(write_stage, monkeypatch):

@@ -14,9 +14,9 @@ from command_line import describe_files, error_of, output_of
 
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, UserError
 from mig_kit.pipeline import params, reward_names, run_folders, stage_keys, store
-from mig_kit.pipeline.params import validate_params
-from mig_kit.pipeline.plan import choose_params, parse_overrides
-from mig_kit.pipeline.stage_params import CONFIGS, EXECUTION_PARAMS, MODELS
+from mig_kit.pipeline.params import CONFIGS, choose_params, validate_params
+from mig_kit.pipeline.plan import parse_overrides
+from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, MODELS
 from mig_kit.serving.served_rollouts import SAMPLING_CURVES
 from mig_kit.shared_prefix import obstacles, trainer
 from mig_kit.stages import grpo, sft

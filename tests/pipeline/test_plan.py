@@ -34,7 +34,7 @@ def no_kernels(monkeypatch):
     """Instead of notebooks, stages whose product is one of their parameters."""
     executed = []
 
-    def execute_notebook(stage, run_id, values, lines):
+    def execute_notebook(stage, run_id, values):
         executed.append((run_id, stage, values.get("seed")))
         begun, p = store.begin_stage(stage, values)
         (begun.folder / "x").write_text(str(getattr(p, "max_steps", "x")))

@@ -275,7 +275,7 @@ def test_csv_reads_back_and_markdown_rounds(nine_runs):
         ({"c": ["c"]}, "mig-kit run 06 --run-id c"),
         ({"a": ["empty.json"]}, "is no file of evaluated_runs.record_run"),
         ({"a": ["cut.json"]}, "is no file of evaluated_runs.record_run"),
-        ({"a": ["no.json"]}, "there is no recorded run .*; name a run"))),
+        ({"a": ["no.json"]}, "is no file of evaluated_runs.record_run; name a run, or another"))),
     (lambda: compare.compare_groups({"a": ["a"]}, "x"), "no group 'x' to compare with; the groups"),
     *((lambda words=words: compare.parse_groups(words), sentence) for words, sentence in (
         (["a", "b=a"], "each once"), (["=a"], "no group"), (["a="], "no group"), ([], "name runs"),

@@ -101,7 +101,8 @@ def test_only_some_samples_have_drawn_replies(tmp_path):
     assert (result["score"], result["sampled"], result["n_sampled"]) == (100, 50, 2)
     assert result["pass_at_k"] == {"1": 50, "2": 100}
     empty = [["", ""] if replies else [] for replies in drawn]
-    gap = paired_difference(samples, greedy, greedy, drawn, empty, BOX_FORMAT)
+    gap = paired_difference(samples, {"greedy": greedy, "drawn": drawn},
+                            {"greedy": greedy, "drawn": empty}, BOX_FORMAT)
     assert (gap["value"], gap["sampled"]) == (0, 50)
 
 
@@ -114,7 +115,8 @@ def test_samples_that_share_their_images_are_resampled_together():
         replies = [reply_to(sample) if is_right else "nothing"
                    for sample, is_right in zip(samples, correct)]
         low, high = summarize_suite(samples, replies, [[]] * 40, BoxFormat())["ci95"]
-        gap = paired_difference(samples, replies, nothing, [[]] * 40, [[]] * 40, BoxFormat())
+        gap = paired_difference(samples, *({"greedy": texts, "drawn": [[]] * 40}
+                                           for texts in (replies, nothing)), BoxFormat())
         assert gap["value"] == 50 and low < 50 < high
         widths.append((high - low, gap["ci95"][1] - gap["ci95"][0]))
     assert widths[1][0] > 1.5 * widths[0][0] and widths[1][1] > 1.5 * widths[0][1]
@@ -129,7 +131,8 @@ def test_own_data_is_scored_by_question_and_drawn_suites_by_task():
     by_question = evaluate.summarize_suite(own, replies, [[r] for r in replies], BOX_FORMAT)
     assert (by_task["score"], by_question["score"], by_question["sampled"]) == (50, 75, 75)
     assert by_question["tasks"].keys() == {"diff", "region"}
-    gap = evaluate.paired_difference(own, replies, ["?"] * 4, [[]] * 4, [[]] * 4, BOX_FORMAT)
+    gap = evaluate.paired_difference(own, *({"greedy": texts, "drawn": [[]] * 4}
+                                            for texts in (replies, ["?"] * 4)), BOX_FORMAT)
     assert gap["value"] == 75 and gap["ci95"][0] < 75 < gap["ci95"][1]
 
 

@@ -5,14 +5,15 @@ import os
 import random
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import NOTEBOOKS
 from mig_kit.models import loading
-from mig_kit.pipeline.stage_keys import notebook_cells
 from mig_kit.shared_prefix import logprobs, prompt_cache
 from mig_kit.stages import grpo
 from mig_kit.training import recipe_trainer
@@ -28,8 +29,8 @@ LOSSES = ("dapo", "grpo", "dr_grpo")
 
 def notebook_function(name, names):
     """A function that notebook 05 defines; names: the globals that it reads."""
-    source = next("".join(cell["source"]) for cell in notebook_cells("05_grpo")
-                  if f"def {name}(" in "".join(cell["source"]))
+    source = next(cell.source for cell in nbformat.read(NOTEBOOKS / "05_grpo.ipynb", 4).cells
+                  if cell.cell_type == "code" and f"def {name}(" in cell.source)
     exec(source, names)
     return names[name]
 
