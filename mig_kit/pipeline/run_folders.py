@@ -51,8 +51,7 @@ def validate_run_id(run_id: str) -> str:
 
 def list_runs() -> set[str]:
     """The names of all runs."""
-    root = runs_root()
-    return {path.name for path in root.iterdir() if path.is_dir()} if root.is_dir() else set()
+    return {path.name for path in runs_root().glob("*") if path.is_dir()}
 
 
 def require_runs(*run_ids: str) -> None:

@@ -8,7 +8,6 @@ finished stage work in NN_stage.shown, a copy that is deleted at their end.
 
 import atexit
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -41,15 +40,15 @@ def find_stale(run_id: str) -> dict[str, str]:
     """Stale stage -> "STAGE: why" of the first stage that makes it so, in a run and its source."""
     stale: dict[str, str] = {}
     for stage in run_folders.STAGES:
-        try:
-            if record := run_folders.load_record(stage, run_id):
+        if record := run_folders.load_record(stage, run_id):
+            try:
                 reason = describe_staleness(stage, run_id, recorded_params(stage, record))
-                causes = [f"{stage}: {reason}"] if reason else []
-                causes += [stale[name] for name in run_folders.input_stages(stage, run_id)
-                           if name in stale]
-                stale |= {stage: causes[0]} if causes else {}
-        except UserError as error:  # what it was made from is gone
-            stale[stage] = f"{stage}: {error}"
+            except UserError as error:  # what it was made from is gone
+                reason = str(error)
+            causes = [f"{stage}: {reason}"] if reason else [
+                stale[name] for name in run_folders.input_stages(stage, run_id) if name in stale]
+            if causes:
+                stale[stage] = causes[0]
     return stale
 
 
@@ -65,8 +64,8 @@ def require_fresh_inputs(stage: str, run_id: str) -> None:
 
 def stale_notes(stage: str, run_id: str) -> list[str]:
     """Sentences on why a stage's results are not those of the present code and parameters."""
-    reason = find_stale(run_id).get(stage, "")
-    return [f"{stage} of run '{run_id}' is stale ({reason})"] if reason else []
+    return [f"{stage} of run '{run_id}' is stale ({reason})"
+            for name, reason in find_stale(run_id).items() if name == stage]
 
 
 def recorded_params(stage: str, record: dict) -> dict:
@@ -101,7 +100,7 @@ def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path 
             return path
     images = folder / IMAGE_FOLDER
     listed = (folder / IMAGE_MANIFEST).read_text().split() if IMAGE_MANIFEST in outputs else ()
-    stored = set(os.listdir(images)) if images.is_dir() else set()
+    stored = {path.name for path in images.glob("*")}
     return next((images / name for name in listed if name not in stored), None)
 
 
@@ -150,11 +149,11 @@ def is_done(stage: str, run_id: str, params: dict) -> bool:
         return True
     state = "has finished" if record else "was stopped"
     number = stage[:2]
-    branch = (f"mig-kit run {number} --from {run_id} --run-id mine" if "02" <= number < "08" else
-              f"mig-kit run {number} --run-id mine")
+    source = f" --from {run_id}" if "02" <= number < "08" else ""
     raise UserError(f"{stage} of run '{run_id}' {state}, and stays as it is ({difference}); for "
-                    f"other results use another run ({branch}; in a notebook run_id = \"mine\"), "
-                    f"or mig-kit run {number} --run-id {run_id} --force, which replaces it")
+                    f"other results use another run (mig-kit run {number}{source} --run-id mine; "
+                    f"in a notebook run_id = \"mine\"), or mig-kit run {number} --run-id {run_id} "
+                    "--force, which replaces it")
 
 
 @dataclass

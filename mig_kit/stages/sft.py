@@ -50,14 +50,22 @@ def _messages(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
     return {"prompt": chat_messages(sample, box_format), "completion": completion}
 
 
-def sft_table(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat) -> Dataset:
-    """A row per sample: its number and `length`, about how many tokens it has; decodes no image."""
+def sft_table(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,
+              multiple: int = 1) -> Dataset:
+    """A row per sample: its number and `length`, about how many tokens it has; decodes no image.
+
+    Copies of the shortest row, marked `is_filler` for they carry no loss, fill it up to a multiple
+    of rows: accelerate would fill up the last processes' batches with rows that then teach twice.
+    """
     lengths = []
     for sample, reply in zip(samples, replies, strict=True):
         areas = (min(width * height, box_format.max_pixels) for width, height in sample.sizes)
         image_tokens = sum(areas) // 784
         lengths.append(image_tokens + (len(sample.question) + len(reply)) // 3)
-    return Dataset.from_dict({"row": range(len(lengths)), "length": lengths})
+    rows = list(range(len(lengths)))
+    rows += [min(rows, key=lengths.__getitem__)] * (-len(rows) % multiple)
+    return Dataset.from_dict({"row": rows, "length": [lengths[row] for row in rows],
+                              "is_filler": [place >= len(lengths) for place in range(len(rows))]})
 
 
 def load_qlora_policy(base: str | Path, hardware: loading.Hardware, box_format: BoxFormat,
@@ -68,28 +76,6 @@ def load_qlora_policy(base: str | Path, hardware: loading.Hardware, box_format: 
     policy.model = get_peft_model(policy.model, lora)
     loading.check_adapters(policy.model)
     return policy
-
-
-class FilledRows(torch.utils.data.Dataset):
-    """A table, filled up with rows without loss to a multiple of `multiple` rows.
-
-    accelerate would fill up the last processes' batches with rows that then teach twice.
-    """
-
-    def __init__(self, table: Dataset, multiple: int):
-        self.table, self.lengths = table, table["length"][:]
-        missing = -len(table) % multiple
-        self.shortest = min(range(len(table)), key=self.lengths.__getitem__)
-        self.lengths += [self.lengths[self.shortest]] * missing
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, row: int) -> dict:
-        """The row; behind the table the shortest one, marked `is_filler`."""
-        if row < len(self.table):
-            return self.table[row]
-        return {**self.table[self.shortest], "is_filler": True}
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
@@ -204,9 +190,9 @@ class CompletionLossTrainer(resuming.KeepAdapterDtype, SFTTrainer):
         batches = args.gradient_accumulation_steps * args.world_size
         if batches == 1:
             return super()._get_train_sampler(train_dataset)
-        batch, rows = args.per_device_train_batch_size, self.train_dataset
-        return LengthGroupedSampler(rows.lengths, batch * batches, args.data_seed,
-                                    len(rows) - len(rows.table), batch, args.world_size)
+        batch, table = args.per_device_train_batch_size, self.train_dataset
+        return LengthGroupedSampler(table["length"][:], batch * batches, args.data_seed,
+                                    sum(table["is_filler"]), batch, args.world_size)
 
 
 def sft_trainer(policy: loading.Policy, samples: Sequence[Sample], replies: Sequence[str],
@@ -222,14 +208,14 @@ def sft_trainer(policy: loading.Policy, samples: Sequence[Sample], replies: Sequ
     config = SFTConfig(**defaults | arguments)
     resuming.use_one_device(config)
     callbacks = [resuming.ProgressLines(("loss", "mean_token_accuracy")), StopIfNothingLearns()]
-    table, cache = sft_table(samples, replies, policy.box_format), make_cache(policy)
+    cache = make_cache(policy)
     cache.get(samples[:4])  # raises before anything is trained
-    trainer = CompletionLossTrainer(
+    rows_side_by_side = config.world_size * config.per_device_train_batch_size
+    table = sft_table(samples, replies, policy.box_format,
+                      rows_side_by_side if config.world_size > 1 else 1)
+    return CompletionLossTrainer(
         model=policy.model, args=config, train_dataset=table, callbacks=callbacks, cache=cache,
         samples=samples, replies=replies, processing_class=policy.processor)
-    rows_side_by_side = config.world_size * config.per_device_train_batch_size
-    trainer.train_dataset = FilledRows(table, rows_side_by_side if config.world_size > 1 else 1)
-    return trainer
 
 
 def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows, TableRows]:

@@ -6,7 +6,6 @@ The paper publishes neither its prompts nor its filter; ours is `filters.drop_re
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,28 +16,17 @@ from mig_kit.sample import Sample, SampleWriter, TableRows, Trace, read_replies
 from mig_kit.world.teacher import write_trace
 
 
-@dataclass(frozen=True)
-class RuleBasedTraces(Sequence):
-    """The rule-based teacher's trace for every sample, written when it is looked at.
+class RuleBasedTraces(list):
+    """The rule-based teacher's trace for every sample, each with a random state of its own.
 
-    Each has its own random state. error_rate, mix: see `teacher.write_trace`.
+    error_rate, jitter, mix: see `teacher.write_trace`.
     """
 
-    samples: Sequence[Sample]
-    seed: int
-    box_format: BoxFormat
-    error_rate: float = 0.2
-    mix: tuple[float, float, float] = (1.0, 1.0, 1.0)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return replace(self, samples=self.samples[index])
-        sample = self.samples[index]
-        return write_trace(sample, random.Random(f"{self.seed}/{sample.id}"), self.box_format,
-                           self.mix, self.error_rate)
+    def __init__(self, samples: Iterable[Sample], seed: int, box_format: BoxFormat,
+                 error_rate: float = 0.2, jitter: float = 0.7,
+                 mix: tuple[float, float, float] = (1.0, 1.0, 1.0)):
+        super().__init__(write_trace(sample, random.Random(f"{seed}/{sample.id}"), box_format, mix,
+                                     error_rate, jitter) for sample in samples)
 
 
 def read_own_traces(path: Path) -> TableRows:

@@ -176,12 +176,12 @@ def test_processes_get_like_lengths_side_by_side():
 
 def test_rows_are_filled_up_for_several_processes_with_rows_that_teach_nothing(
         tmp_path, make_trainer, rows):
-    table = sft.sft_table(*rows, BOX_FORMAT).select(range(18))
-    filled = sft.FilledRows(table, 8)
+    first = [part[:18] for part in rows]
+    table, filled = (sft.sft_table(*first, BOX_FORMAT, multiple) for multiple in (1, 8))
     assert len(filled) == 24 and filled[17] == table[17]
     shortest = min(range(18), key=table["length"][:].__getitem__)
     assert filled[18] == filled[23] == {**table[shortest], "is_filler": True}
-    sampler = sft.LengthGroupedSampler(filled.lengths, 8, seed=3, fillers=6)
+    sampler = sft.LengthGroupedSampler(filled["length"][:], 8, seed=3, fillers=6)
     one_process = sft.LengthGroupedSampler(table["length"][:], 8, seed=3)
     assert len(sampler) == 24 and list(sampler) == [*one_process, *range(18, 24)]
     trainer = make_trainer(tmp_path)
