@@ -35,6 +35,7 @@ from mig_kit.score.result import number_lists, summarize
 from mig_kit.serving import reply_files
 from mig_kit.serving.stored_replies import count_endings, describe_endings
 from mig_kit.stages import evaluate
+from mig_kit.stages.tables import interval_text
 from mig_kit.stats import group_by_task, paired_gap_by_list
 from mig_kit.world.suites import OWN, suite_title
 
@@ -266,15 +267,11 @@ def score_rows(results: Mapping[str, dict]) -> list[dict]:
 def _suite_cells(title: str, summary: dict) -> dict[str, str]:
     """The suite and its tasks, if it is a benchmark -> score, the suite's with its interval."""
     if "score" in summary:
-        return {title: _with_interval(summary["score"], summary["ci95"])}
+        return {title: interval_text(summary["score"], summary["ci95"])}
     average = summary["avg"]
     metric = next(key for key in average if key != "ci95")
-    return {f"{title}, {metric}": _with_interval(average[metric], average["ci95"]),
+    return {f"{title}, {metric}": interval_text(average[metric], average["ci95"]),
             **{f"  {task}": f"{values[metric]:.1f}" for task, values in summary["tasks"].items()}}
-
-
-def _with_interval(value: float, interval: Sequence[float]) -> str:
-    return f"{value:.1f} ({interval[0]:.1f} to {interval[1]:.1f})"
 
 
 def difference_rows(results: Mapping[str, dict]) -> list[dict]:
@@ -298,5 +295,5 @@ def difference_rows(results: Mapping[str, dict]) -> list[dict]:
                 gap = paired_gap_by_list(list(zip(*groups)))
                 rows.append({"compared": f"{name} - {other_name}", "protocol": protocol,
                              "suite": title_suite(suite, first),
-                             "points": _with_interval(gap["value"], gap["ci95"])})
+                             "points": interval_text(gap["value"], gap["ci95"])})
     return rows

@@ -127,6 +127,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
     arguments = resuming.trainer_arguments(
         GRPOConfig, SimpleNamespace(**vars(params) | {"reward_weights": weights}), hardware, folder,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        generation_kwargs={},  # refused in `trl`, because a server would not get them
         **{"pad_to_multiple_of": PAD_MULTIPLE} if params.share_prefix else {})
     # a resumed training draws new replies, so a checkpoint comes after a batch's last update
     iterations = params.num_iterations

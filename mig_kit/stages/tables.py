@@ -34,7 +34,8 @@ def claim_rows(metrics: dict) -> list[dict]:
     from_sft = metrics.get("start_from", "merged") == "merged"
     return [{"suite": suite_title(suite), "compared": comparison,
              "this run (95 %)": gap_text(difference),
-             "at temperature 1": _signed(difference["sampled"]),
+             "at temperature 1": None if (sampled := difference["sampled"]) is None else (
+                 f"{round(sampled, 1) + 0.0:+.1f}"),
              "paper v2 (real benchmark, 7B)": f"{paper:+.2f}"}
             for suite, comparison, delta, paper in CLAIMS if from_sft or delta != "grpo-sft"
             if (difference := metrics["deltas"].get(delta, {}).get(suite))]
@@ -108,11 +109,13 @@ def gap_text(gap: dict) -> str:
     """"+1.0 (-2.1 to +4.1)" of {"value", "ci95"}, after ▲ or ▼ if the interval leaves out 0."""
     low, high = gap["ci95"]
     mark = "▲ " if low > 0 else "▼ " if high < 0 else ""
-    return f"{mark}{_signed(gap['value'])} ({_signed(low)} to {_signed(high)})"
+    return mark + interval_text(gap["value"], gap["ci95"], "+")
 
 
-def _signed(points: float | None) -> str | None:
-    return None if points is None else f"{round(points, 1) + 0.0:+.1f}"  # never -0.0
+def interval_text(value: float, interval: Sequence[float], sign: str = "") -> str:
+    """"1.0 (-2.1 to 4.1)"; sign: "+" to write it, too. No zero has a minus."""
+    value, low, high = (f"{round(number, 1) + 0.0:{sign}.1f}" for number in (value, *interval))
+    return f"{value} ({low} to {high})"
 
 
 def pass_at_k_rows(systems: dict) -> list[dict]:
