@@ -31,10 +31,7 @@ _LOCKS: dict[Path, FileLock] = {}  # of the runs that this process writes
 
 
 def runs_root() -> Path:
-    """The folder of all runs: $MIG_KIT_RUNS (relative to the project), else the project's runs/.
-
-    Raises UserError if there is something else than a folder, or its path leads through a file.
-    """
+    """The folder of all runs: $MIG_KIT_RUNS, else runs/ of the project; UserError if it is none."""
     root = PROJECT_ROOT / (os.environ.get("MIG_KIT_RUNS") or "runs")
     if not next(path for path in (root, *root.parents) if path.exists()).is_dir():
         raise UserError(f"MIG_KIT_RUNS is {root}, which is no folder and cannot be one; set it to "

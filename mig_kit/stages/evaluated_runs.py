@@ -135,10 +135,7 @@ def is_recorded(name: str) -> bool:
 
 
 def record_run(run_id: str, folder: Path) -> Path:
-    """Write FOLDER/RUN_ID.json, a recorded run, and return its path.
-
-    Raises as `load_groups`; UserError for own data, whose questions cannot be drawn again.
-    """
+    """Write FOLDER/RUN_ID.json, a recorded run; UserError as `load_groups`, and for own data."""
     _, runs = load_groups({run_id: [run_id]})
     if evaluate.has_own_data(run_id):
         raise UserError(f"run '{run_id}' was scored on own data, whose questions are not in the "

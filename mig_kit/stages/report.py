@@ -178,10 +178,7 @@ def pick_gallery(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
 
 def draw_gallery(gallery: list[tuple[str, Sample, dict]], box_format: BoxFormat,
                  scores: dict[str, Score]) -> NotebookNode:
-    """An output that unfolds to a picture of each sample with its replies and rewards.
-
-    gallery: of `pick_gallery`. scores: of `reward_loading.score_functions`.
-    """
+    """An output that unfolds to pictures of `pick_gallery`'s samples, with replies and rewards."""
     parts = ["<details><summary>Show the questions</summary>"]
     for kind, sample, replies in gallery:
         labelled = {}

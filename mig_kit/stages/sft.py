@@ -38,9 +38,7 @@ def sft_row(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
 
 def completion_ids(sample: Sample, reply: str, processor: StillImageProcessor,
                    box_format: BoxFormat) -> torch.Tensor:
-    """Token ids, (tokens,), of a reply as the chat template writes it after the prompt; all of them
-    carry loss.
-    """
+    """Token ids, (tokens,), of a reply as the chat template writes it; all of them carry loss."""
     text = apply_chat_template(_messages(sample, reply, box_format), processor)["completion"]
     return torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 

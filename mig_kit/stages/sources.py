@@ -114,10 +114,7 @@ def describe_held_out(n_questions: int, p: SimpleNamespace) -> str:
 
 
 def choose_set(sha256: str, shares: list[float]) -> str:
-    """One of SET_NAMES, by the hash of a question's first image; other images may be shared.
-
-    shares: of cot, rl and val.
-    """
+    """One of SET_NAMES by the hash of a question's first image; shares: of cot, rl and val."""
     position = int(sha256[:16], 16) / 2**64
     if position < shares[0]:
         return "cot"

@@ -65,10 +65,7 @@ def _describe_drops(counts: dict) -> str:
 
 
 def count_drops(outcomes: list[tuple[str, str, str]]) -> dict:
-    """How many traces were kept, dropped per reason, and of which errors.
-
-    outcomes: (reason of `filters.drop_reason`, detail, error) of each trace.
-    """
+    """Traces kept, dropped by reason, and by error; outcomes: (reason, detail, error) of each."""
     reasons = Counter(reason for reason, _, _ in outcomes)
     names = [*DROP_REASONS, *sorted(reasons.keys() - {*DROP_REASONS, ""})]
     kept = [(detail, error) for reason, detail, error in outcomes if not reason]
