@@ -219,12 +219,10 @@ def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
     return inherited
 
 
-def start_branch(source: str, run_id: str, *stages: str) -> None:
-    """Let the run start from `source`, whose stages before `stages` it has by reference.
-
-    Does nothing if the run is that branch already; raises as `check_branch`.
-    """
+def start_branch(source: str, run_id: str, *stages: str) -> list[str]:
+    """Make the run a branch, if it is not yet; what it takes and raises is as in `check_branch`."""
     if inherited := check_branch(source, run_id, list(stages)):
         folder = runs_root() / run_id
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / BRANCH_FILE, {"from": source, "stages": inherited})
+    return inherited

@@ -258,8 +258,7 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     is_branch = bool(inputs) and not run.exists() and (root / DEFAULT_RUN).is_dir()
     check_run({stage: params}, DEFAULT_RUN if is_branch else run_id)
     if is_branch:
-        run_folders.start_branch(DEFAULT_RUN, run_id, stage)
-        earlier = run_folders.load_branch(run_id)["stages"]
+        earlier = run_folders.start_branch(DEFAULT_RUN, run_id, stage)
         print(f"run '{run_id}' is new: {earlier[0]} to {earlier[-1]} are those of run "
               f"'{DEFAULT_RUN}'")
     facts = stage_keys.stage_facts(stage, run_id, params)
