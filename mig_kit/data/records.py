@@ -8,14 +8,11 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
-import ijson
-
 from mig_kit.common import UserError, iter_lines
 
 NOT_IN_CSV = ("question", "letter", "id", "task", "reply", "coordinates")  # cells that are no JSON
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of a CSV's columns
 ADJACENT = re.compile(r"""['"]\s+['"]""")
-DEEPEST = 100  # brackets inside each other
 READ_FORMS = ("own data are JSON lines, a JSON list, parquet or CSV with the keys of "
               "notebooks/guide/own_data.md, which has two scripts for other formats (COCO; "
               "conversations)")
@@ -47,21 +44,22 @@ def entry_word(path: Path) -> str:
 
 
 def iter_entries(path: Path) -> Iterator[tuple[str, dict | Problem]]:
-    """("line 1", its record or what is wrong with it) of every entry, one in memory at a time.
+    """("line 1", its record or what is wrong with it) of every entry; only a list is read whole.
 
     Raises: UserError for a file of another kind, and where a list or table is cut.
     """
     word = entry_word(path)
-    read = _iter_json_lines if word == "line" else _iter_list if word == "record" else _iter_table
     try:
-        for number, record in enumerate(read(path), 1):
+        records = (json.loads(path.read_text("utf-8-sig")) if word == "record" else
+                   _iter_json_lines(path) if word == "line" else _iter_table(path))
+        for number, record in enumerate(records, 1):
             if not isinstance(record, dict | Problem):
                 record = Problem(f"the {word} is no JSON object; write one {{...}} per {word}")
             yield f"{word} {number}", record
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not in UTF-8 ({error}); save it so, in Excel as \"CSV UTF-8\""
                         ) from error
-    except (ValueError, OSError, csv.Error, ijson.JSONError) as error:
+    except (ValueError, RecursionError, OSError, csv.Error) as error:
         raise UserError(f"{path} is cut or broken ({str(error).splitlines()[0].strip()}); save it "
                         "again") from error
 
@@ -85,24 +83,6 @@ def _iter_json_lines(path: Path) -> Iterator[object]:
         except (ValueError, RecursionError):
             yield Problem("the line is no JSON object; write one {...} per line, not one over "
                           "several")
-
-
-def _iter_list(path: Path) -> Iterator[object]:
-    depth, item = 0, ijson.ObjectBuilder()
-    with path.open("rb") as file:
-        file.seek(len(BOM_UTF8) if file.read(3) == BOM_UTF8 else 0)
-        events = ijson.basic_parse(file, use_float=True)  # `items` keeps a path of all brackets
-        next(events)
-        for event, value in events:
-            depth += event.startswith("start_") - event.startswith("end_")
-            if depth > DEEPEST:
-                raise ValueError(f"more than {DEEPEST} brackets inside each other")
-            if depth < 0:
-                return
-            item.event(event, value)
-            if depth == 0:
-                yield item.value
-                item = ijson.ObjectBuilder()
 
 
 def _iter_table(path: Path) -> Iterator[dict | Problem]:
