@@ -53,12 +53,6 @@ class Findings:
             elif place < DRAWN:
                 self.drawn[place] = line
 
-    def describe_boxes(self) -> str:
-        """How many boxes leave their image, and how far the furthest reaches."""
-        reach, place = self.furthest
-        return (f"{self.n_outside} of {self.n_boxes} boxes leave their image; the furthest reaches "
-                f"{100 * reach:.0f} % of its image's width or height ({place})")
-
 
 def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, root: Path,
                say: Callable[[str], object]) -> Findings:
@@ -70,8 +64,7 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
     if out and (out.resolve() == file.resolve() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out {out} is FILE itself, or in no folder that exists; name another "
                         "file")
-    findings, rng = Findings(), random.Random(0)
-    waiting, n_lost = [], 0  # what is said of lines once an image is found
+    findings, rng, sentences, n_lost = Findings(), random.Random(0), [], 0
     temporary = out.with_name(f"{out.name}.tmp") if out else Path(os.devnull)
     try:
         with temporary.open("w", encoding="utf-8") as correct:
@@ -79,17 +72,15 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
                 findings.add(line, rng)
                 if not line.problems:
                     correct.write(json.dumps(line.record) + "\n")
-                elif findings.wrong.total() <= SHOWN:
-                    waiting.append(f"{line.place}: {'; '.join(map(str, line.problems))}")
+                elif len(sentences) < SHOWN:
+                    sentences.append(f"{line.place}: {'; '.join(map(str, line.problems))}")
                 reasons = {problem.reason for problem in line.problems}
                 n_lost += bool(reasons) and reasons <= {"missing image", "outside root"}
-                if n_lost < findings.n_lines:
-                    for text in waiting:
-                        say(text)
-                    waiting.clear()
-        if waiting:
+        if n_lost and n_lost == findings.n_lines:
             raise UserError(f"none of the images of {file} is in {root.resolve()}, which is where "
-                            f"--root says that they are, else FILE's folder ({waiting[0]})")
+                            f"--root says that they are, else FILE's folder ({sentences[0]})")
+        for sentence in sentences:
+            say(sentence)
         n_wrong = findings.wrong.total()
         n_correct = findings.n_lines - n_wrong
         if out and n_correct:  # an older file is not replaced by none
@@ -103,7 +94,9 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
     say(f"{findings.n_lines} {word}s, {n_correct} correct, {n_wrong} wrong{more}{written}")
     for reason, count in findings.wrong.most_common():
         say(f"  {count:>7}  {reason}")
-    say(findings.describe_boxes())
+    reach, place = findings.furthest
+    say(f"{findings.n_outside} of {findings.n_boxes} boxes leave their image; the furthest reaches "
+        f"{100 * reach:.0f} % of its image's width or height ({place})")
     return findings
 
 

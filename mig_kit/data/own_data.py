@@ -37,11 +37,6 @@ class Line:
     record: dict = field(default_factory=dict)  # as the file has it
     reaches: list[float] = field(default_factory=list)
 
-    @property
-    def is_damaged(self) -> bool:
-        """Whether nothing is wrong but that image files cannot be decoded."""
-        return {problem.reason for problem in self.problems} == {"unreadable image"}
-
 
 def iter_checked_lines(path: Path, root: Path, decodes: bool = False) -> Iterator[Line]:
     """Every line of the file; UserError for a file of another kind. See `check_records`."""
@@ -92,7 +87,7 @@ def require_correct_lines(path: Path, root: Path) -> int:
     total = sum(1 for _ in iter_lines(path)) if word == "line" else None
     for line in progress_bar(iter_checked_lines(path, root), "check lines", total=total, delay=2):
         n_lines += 1
-        if line.problems and not line.is_damaged:
+        if {problem.reason for problem in line.problems} - {"unreadable image"}:
             n_wrong += 1
             first = first or f"{line.place}: {line.problems[0]}"
     require_lines(path, n_lines)
