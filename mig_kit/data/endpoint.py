@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -105,6 +106,13 @@ def read_log(path: Path) -> dict[str, dict]:
     return entries
 
 
+def append_entry(file: BinaryIO, entry: dict) -> None:
+    """Write a finished call to an open log; it is on the disk when this returns."""
+    file.write((json.dumps(entry) + "\n").encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
                    box_format: BoxFormat) -> list[Trace]:
     """The teacher's trace for every sample, in order; its `error` says why there is no reply.
@@ -138,9 +146,7 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
         for entry in iter_results(work, iter_new_calls(), endpoint.concurrency):
             log[entry["key"]] = entry
             if "reply" in entry:
-                file.write((json.dumps(entry) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
+                append_entry(file, entry)
             failure = find_failure(entry)
             failures_in_a_row = failures_in_a_row + 1 if failure else 0
             if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:

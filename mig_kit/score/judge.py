@@ -4,13 +4,12 @@ Only unread replies are sent. The answers are kept in a file beside the predicti
 it comes, so none is asked twice, be it after a kill.
 """
 
-import json
-import os
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from mig_kit.common import UserError, digest_json, iter_lines, progress_bar
+from mig_kit.common import UserError, digest_json, progress_bar
+from mig_kit.data.endpoint import append_entry, read_log
 from mig_kit.openai_client import RequestFailed, ask, iter_results, open_client, parse_server
 from mig_kit.score.annotations import BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
@@ -54,11 +53,11 @@ def ask_judge(judge: Judge, unread: list[tuple[BenchmarkItem, str]]) -> list[str
     """
     prompts = [judge_prompt(item, reply) for item, reply in unread]
     keys = [digest_json([judge.model, prompt]) for prompt in prompts]
-    answers = _read_kept(judge.file)
+    answers = {key: entry["answer"] for key, entry in read_log(judge.file).items()}
     todo = {key: prompt for key, prompt in zip(keys, prompts) if key not in answers}
     url, = parse_server(judge.url)[:1]
     with closing(open_client(url, TIMEOUT, RETRIES)) as client, \
-            judge.file.open("a", encoding="utf-8") as file:
+            judge.file.open("ab") as file:
         def answer_of(pair: tuple[str, str]) -> tuple[str, str]:
             answer = ask(client, judge.model, pair[1], temperature=0)
             if not answer.strip():
@@ -68,27 +67,10 @@ def ask_judge(judge: Judge, unread: list[tuple[BenchmarkItem, str]]) -> list[str
         try:
             for key, answer in progress_bar(iter_results(answer_of, todo.items(), THREADS), "judge",
                                             total=len(todo), disable=not todo):
-                file.write(json.dumps({"key": key, "model": judge.model, "answer": answer}) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+                append_entry(file, {"key": key, "model": judge.model, "answer": answer})
                 answers[key] = answer
         except (RequestFailed, ValueError) as failure:
             raise UserError(f"the judge at {judge.url} does not answer ({failure}); give the same "
                             f"command again: what it has said is kept in {judge.file}") from None
     return [read_choice(answers[key], item.options + NONE, item.choices or item.usual_choices)[0]
             for key, (item, _) in zip(keys, unread, strict=True)]
-
-
-def _read_kept(file: Path) -> dict[str, str]:
-    """key -> answer of the file's lines; one that a kill has torn is closed, and asked again."""
-    answers = {}
-    for line in iter_lines(file) if file.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        answers[record["key"]] = record["answer"]
-    if file.exists() and not file.read_bytes().endswith(b"\n"):
-        with file.open("a") as end:
-            end.write("\n")
-    return answers
