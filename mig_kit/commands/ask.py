@@ -152,7 +152,7 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, q
     policy = loading.load_policy(run_model.folder, loading.choose_hardware(), box_format)
     sample = Sample("ground", "", "", "", tuple(opened), question)
     reply = reply_files.greedy_replies(policy, [sample], max_new_tokens)[0]
-    read_reply = read_freely(reply, sample)
+    read_reply = read_freely(reply, (), len(images))
     boxes = reply_boxes_in_original(sample, read_reply, box_format)
     click.echo(f"reasoning: {parse_reply(read_reply).thinking or '-'}")
     if not boxes:

@@ -14,12 +14,12 @@ FRAME, ORDER = click.Choice([name.value for name in Coordinates]), click.Choice(
 
 @click.command("score")
 @click.argument("benchmark", metavar="BENCHMARK")
-@click.option("--annotations", required=True, type=click.Path(),
+@click.option("--annotations", required=True, type=PATH,
               help="The benchmark's own annotation file.")
-@click.option("--predictions", required=True, type=click.Path(),
+@click.option("--predictions", required=True, type=PATH,
               help='JSONL of {"index": 0, "response": "text"}, COCO results, or the samples of '
                    "lmms-eval, a table of VLMEvalKit or BLINK's outputs; a file or a folder.")
-@click.option("--compare", type=click.Path(),
+@click.option("--compare", type=PATH,
               help="A second model's predictions: adds the paired difference.")
 @click.option("--protocol", default="", show_default=False,
               help="official (the default) or strict; for own data free_text (the default) or "
@@ -34,7 +34,7 @@ FRAME, ORDER = click.Choice([name.value for name in Coordinates]), click.Choice(
               help="Coordinates of the second model's boxes, if not those of the first.")
 @click.option("--compare-box-order", type=ORDER,
               help="Order of the second model's numbers, if not that of the first.")
-@click.option("--images", type=click.Path(),
+@click.option("--images", type=PATH,
               help="The folder of the images, where their sizes are needed.")
 @click.option("--min-pixels", default=3136, type=SIDE,
               help="The processor's lower limit of an image's area, for --coordinates absolute.")
@@ -53,25 +53,23 @@ FRAME, ORDER = click.Choice([name.value for name in Coordinates]), click.Choice(
 @click.option("--items", type=PATH,
               help="Write one line per question here: its value, the image and box that were read, "
                    "and why none was; with --compare also win, loss or tie.")
-def score_command(benchmark: str, annotations: str, predictions: str, compare: str | None,
+def score_command(benchmark: str, annotations: Path, predictions: Path, compare: Path | None,
                   compare_coordinates: str | None, compare_box_order: str | None, out: Path | None,
                   items: Path | None, judge: str | None, judge_model: str | None, min_pixels: int,
                   max_pixels: int, blind: bool, calibrate: bool, **rules) -> None:
     """Score predictions on BENCHMARK: mig_bench, lisa, revos, ref_l4, mc_bench, odinw, blink,
     mmiu, or own (questions of your own, in the form that mig-kit data check takes).
     """
-    from mig_kit.data.line_checks import parse_line
     from mig_kit.score import calibration, protocols
     from mig_kit.score.benchmarks import BENCHMARKS
     from mig_kit.score.blind import blind_summary
-    from mig_kit.score.records import read_records
     from mig_kit.score.result import paired_difference, summarize
     from mig_kit.score.score_table import score_markdown
 
     if bool(judge) != bool(judge_model):
         raise UserError("--judge URL and --judge-model NAME belong together; give both")
     rules["judge"] = (judge, judge_model) if judge else None
-    read = {Path(name).resolve() for name in (annotations, predictions, compare) if name}
+    read = {path.resolve() for path in (annotations, predictions, compare) if path}
     written = [path.resolve() for path in (out, items) if path]
     for target in written:
         if target.is_dir() or not target.parent.is_dir():
@@ -80,13 +78,8 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
             raise UserError(f"{target} is given twice, or lies in a folder that is read, and would "
                             "be overwritten; write to a file elsewhere")
     name, box_format = benchmark.lower().replace("-", "_"), BoxFormat(min_pixels, max_pixels)
-    if name == "own":
-        for number, line in enumerate(read_records(annotations), 1):
-            if problems := parse_line(line)[1]:
-                raise UserError(f"{annotations} line {number}: {problems[0]} (mig-kit data check "
-                                 f"{annotations} lists every line)")
     header, scored = protocols.score_files(name, annotations, predictions, box_format, **rules)
-    result = {**header, "predictions": Path(predictions).name, **summarize(scored)}
+    result = {**header, "predictions": predictions.name, **summarize(scored)}
     if judge_model:
         result["judge"] = judge_model
     if blind and scored.judged:
@@ -106,15 +99,15 @@ def score_command(benchmark: str, annotations: str, predictions: str, compare: s
         _, other = protocols.score_files(name, annotations, compare, box_format, **rules)
         summary = summarize(other)
         result["compare"] = {
-            "predictions": Path(compare).name,
+            "predictions": compare.name,
             **{part: summary[part] for part in ("tasks", "avg", "problems", "unread", "at_most")
                if part in summary},
             "difference": paired_difference(scored, other)}
         if calibrate:
             result["remarks"] += [
-                *calibration.calibration_notes(calibration.calibrate(other), Path(compare).name),
+                *calibration.calibration_notes(calibration.calibrate(other), compare.name),
                 calibration.split_difference(scored, other)]
-        result["remarks"] += [f"{Path(compare).name}: {remark}" for remark in other.remarks
+        result["remarks"] += [f"{compare.name}: {remark}" for remark in other.remarks
                               if remark not in scored.remarks]
     if items:
         write_json_lines(items, protocols.item_rows(scored, name, other))

@@ -3,28 +3,24 @@
 import json
 import re
 
-from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, rescale_box
+from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, iou, rescale_box
+from mig_kit.common import UserError
 from mig_kit.data.line_checks import parse_line
-from mig_kit.image_files import EncodedImage, LazyImages
 from mig_kit.prompts import LETTERS, parse_reply
-from mig_kit.rewards import is_correct, names_image
-from mig_kit.sample import Sample
 from mig_kit.score.annotations import Benchmark, BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
 from mig_kit.score.reply_boxes import UNREAD, parse_named_boxes
 from mig_kit.score.result import Verdict
 
-# An image of a thousand pixels a side is in 0 to 1000 what it is in pixels, so that nothing is
-# converted: boxes count as they are written.
-AS_WRITTEN = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
-UNIT_IMAGE = EncodedImage(b"", (1000, 1000))
-
 
 def read_own(records: list[dict]) -> Benchmark:
-    """The lines of an own-data file, which must be correct ones."""
-    lines = [parse_line(record)[0] for record in records]
+    """The lines of an own-data file; UserError for the first wrong one."""
     items = []
-    for index, line in enumerate(lines):
+    for index, record in enumerate(records):
+        line, problems = parse_line(record)
+        if problems:
+            raise UserError(f"annotations line {index + 1}: {problems[0]} (mig-kit data check "
+                            "FILE lists every line)")
         pairs = tuple((image, box) for _, image, box in line.places()
                       )[:None if line.reference is None else -1]
         options = tuple(line.options or ())
@@ -34,10 +30,10 @@ def read_own(records: list[dict]) -> Benchmark:
             first_box, Coordinates(line.coordinates or "pixels"), first_image, False,
             letter=line.letter or "", options=LETTERS[:len(options)], choices=options,
             targets=pairs))
-    return Benchmark("own", "", tuple(items), None)
+    return Benchmark(tuple(items))
 
 
-def read_freely(reply: str, sample: Sample) -> str:
+def read_freely(reply: str, options: tuple[str, ...], n_images: int) -> str:
     """The reply in the kit's answer format if it states a box or a letter, else unchanged.
 
     It is read as `strict` reads an <answer>, with or without one. A box without an image is in the
@@ -45,14 +41,12 @@ def read_freely(reply: str, sample: Sample) -> str:
     """
     if parse_reply(reply).well_formed:
         return reply
-    if sample.options:
-        letters = LETTERS[:len(sample.options)]
-        answer = read_choice(reply, letters, tuple(sample.options))[0]
+    if options:
+        answer = read_choice(reply, LETTERS[:len(options)], options)[0]
     else:
-        only_image = 1 if len(sample.images) == 1 else None
-        named = dict.fromkeys((image or only_image, box)
-                              for image, box in parse_named_boxes(reply))
-        image, box = next(iter(named)) if len(named) == 1 else (None, None)
+        only_image = 1 if n_images == 1 else None
+        named = {(image or only_image, box) for image, box in parse_named_boxes(reply)}
+        image, box = named.pop() if len(named) == 1 else (None, None)
         answer = json.dumps({"image": image, "box": box}) if image else ""
     text = re.sub("</?(?:think|answer)>", " ", reply).strip()
     return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply
@@ -65,22 +59,19 @@ def judge_own(item: BenchmarkItem, reply: str, protocol: str, coordinates: Coord
     protocol: strict reads the kit's answer format alone, free_text a reply that states its box or
         letter in another.
     """
-    def convert(image: int, box: Box) -> Box:
-        size = sizes.get(item.images[image - 1], (1, 1))
-        return rescale_box(box, *(coordinate_size(size, measure, box_format)
-                                  for measure in (item.coordinates, coordinates)))
-
-    sample = Sample(item.id, "own", item.task, "test",
-                    LazyImages((UNIT_IMAGE,) * len(item.images)), item.question,
-                    tuple((image, convert(image, box)) for image, box in item.targets),
-                    options=item.choices, letter=item.letter)
-    text = read_freely(reply, sample) if protocol == "free_text" else reply
-    answer = parse_reply(text)
-    is_read = answer.letter if item.letter else answer.box is not None
-    problem = "" if is_read else UNREAD
-    if is_read and not item.letter and not names_image(text, sample):
-        problem = "wrong image"
-    rule = "a statement" if is_read else ""
-    read = {"letter": item.letter, "read": answer.letter, "rule": rule} if item.letter else {
-        "image": answer.image, "box": answer.box, "rule": rule}
-    return Verdict(float(is_correct(text, sample, AS_WRITTEN)), problem, read)
+    answer = parse_reply(read_freely(reply, item.choices, len(item.images))
+                         if protocol == "free_text" else reply)
+    is_read = bool(answer.letter) if item.letter else answer.box is not None
+    rule, problem = ("a statement", "") if is_read else ("", UNREAD)
+    if item.letter:
+        return Verdict(float(answer.letter == item.letter), problem,
+                       {"letter": item.letter, "read": answer.letter, "rule": rule})
+    read = {"image": answer.image, "box": answer.box, "rule": rule}
+    targets = [box for image, box in item.targets if is_read and image == answer.image]
+    if not targets:
+        return Verdict(0.0, problem or "wrong image", read)
+    size = sizes.get(item.images[answer.image - 1], (1, 1))
+    frames = [coordinate_size(size, measure, box_format)
+              for measure in (item.coordinates, coordinates)]
+    overlap = max(iou(answer.box, rescale_box(box, *frames)) for box in targets)
+    return Verdict(float(overlap >= 0.5), "", read)

@@ -182,7 +182,8 @@ def judge_suites(samples: dict[str, Sequence[Sample]], replies: dict[str, dict],
     how many replies name no box or letter. replies: suite -> its part of `suite_replies`.
     """
     free = {suite: replies[suite] | {
-        "greedy": list(map(read_freely, replies[suite]["greedy"], part))}
+        "greedy": [read_freely(reply, sample.options, len(sample.images))
+                   for reply, sample in zip(replies[suite]["greedy"], part)]}
         for suite, part in samples.items()}
     by_protocol = {"strict": replies, "free_text": free}
     items = {suite: {"id": [sample.id for sample in part], "part": evaluate.score_parts(part),

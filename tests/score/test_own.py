@@ -30,6 +30,10 @@ REPLIES += ["In image 2, at [100, 100, 500, 500].", "[500, 500, 1000, 1000]", "N
             "Image 1: [0,0,500,500]. Image 2: [100,100,500,500].", "Image 1: [0,0,500,500]."]
 
 
+def read_freely(reply, sample):
+    return own.read_freely(reply, sample.options, len(sample.images))
+
+
 @pytest.fixture
 def folder(tmp_path):
     for name, size in SIZES.items():
@@ -52,7 +56,7 @@ def test_every_reply_is_judged_as_by_eval(folder, lines):
         assert item.id == sample.id and item.task == sample.task
         for reply in REPLIES:
             for protocol, text in (("strict", reply),
-                                   ("free_text", own.read_freely(reply, sample))):
+                                   ("free_text", read_freely(reply, sample))):
                 verdict = own.judge_own(item, reply, protocol, Coordinates.NORMALIZED_1000,
                                         box_format, SIZES)
                 assert verdict.value == is_correct(text, sample, box_format), reply
@@ -80,14 +84,14 @@ def test_text_without_the_answer_format_is_read():
     one_image = dataclasses.replace(single, images=single.images[:1])
     choice = make_suite("blink", "val", 1)[0]
     reply = "It is in the second image: [10, 20, 30, 40]."
-    answer = parse_reply(own.read_freely(reply, single))
+    answer = parse_reply(read_freely(reply, single))
     assert (answer.image, answer.box) == (2, (10, 20, 30, 40))
-    assert own.read_freely("At [10, 20, 30, 40].", single) == "At [10, 20, 30, 40]."
-    answer = parse_reply(own.read_freely("[1, 2, 30.5, 40]", one_image))
+    assert read_freely("At [10, 20, 30, 40].", single) == "At [10, 20, 30, 40]."
+    answer = parse_reply(read_freely("[1, 2, 30.5, 40]", one_image))
     assert (answer.image, answer.box) == (1, (1, 2, 30.5, 40))
-    assert own.read_freely("The answer is (A).", choice).endswith("<answer>A</answer>")
+    assert read_freely("The answer is (A).", choice).endswith("<answer>A</answer>")
     well_formed = f"<think>x</think><answer>{format_answer(1, (1, 2, 3, 4))}</answer>"
-    assert own.read_freely(well_formed, single) == well_formed
+    assert read_freely(well_formed, single) == well_formed
 
 
 @pytest.mark.parametrize("text", [
@@ -96,4 +100,4 @@ def test_text_without_the_answer_format_is_read():
     '[{"bbox_2d": [1, 2, 30, 40], "image": 1}, {"bbox_2d": [5, 6, 7, 8], "image": [1, 2]}]'])
 def test_what_is_not_clear_stays_as_it_is(text):
     """No box may get lost: the other one could then be the answer."""
-    assert own.read_freely(text, make_sample("refer_grounding", "val", 0)) == text
+    assert read_freely(text, make_sample("refer_grounding", "val", 0)) == text
