@@ -20,9 +20,6 @@ MIG_BENCH_TASKS = ("diff", "view_diff", "common_object", "object_tracking", "mul
                    "refer_grounding", "group_grounding", "reasoning", "correspondence")
 # task -> number of the target image, where it is the same in every question
 TARGETS = {"region": 1, "view_diff": 2, "refer_grounding": 2, "reasoning": 2, "correspondence": 2}
-# benchmark -> number of items -> version; a file with another number is a part of one
-VERSIONS = {"mig_bench": {4295: "original", 4276: "revised"}, "lisa": {200: "val", 779: "test"},
-            "ref_l4": {7231: "val", 38110: "test", 45341: "all"}, "blink": {1901: "val"}}
 # The answers of BLINK's Relative_Reflectance until September 2025, of which nearly all were wrong
 # (zeyofu/BLINK_Benchmark, issue 13): digest of idx and letter, in the order of idx.
 BLINK_OLD_ANSWERS = "7335556f929c0da9941f2c24fa161941f49d1cce764f52e93696b4ddeee3fc57"
@@ -71,11 +68,11 @@ class BenchmarkItem:
 class Benchmark:
     """An annotation file, read."""
 
-    name: str
-    version: str  # told by content
     items: tuple[BenchmarkItem, ...]
-    complete: bool | None  # whether it has every item of its release; None if unknown
+    version: str = ""  # told by content
     left_out: tuple[int, ...] = ()  # indices of records that have no answer to score
+    name: str = ""
+    complete: bool | None = None  # whether it has every item of its release; None if unknown
 
 
 def is_number(value) -> bool:
@@ -105,13 +102,6 @@ def _to_box(values, index: int, benchmark: str) -> Box:
     return tuple(map(float, values))
 
 
-def _benchmark(name: str, items: list[BenchmarkItem], version: str = "") -> Benchmark:
-    """The benchmark; its version, if not known, is told by the number of items."""
-    by_count = VERSIONS[name].get(len(items), "subset")
-    return Benchmark(name, version or by_count, tuple(items),
-                     by_count != "subset" and version in ("", by_count))
-
-
 def read_mig_bench(records: list[dict]) -> Benchmark:
     """MIG-Bench: `{task, images, question, answer: [x1,y1,x2,y2], additional_info, ...}`.
 
@@ -134,7 +124,7 @@ def read_mig_bench(records: list[dict]) -> Benchmark:
                             "is the file complete?")
         items.append(BenchmarkItem(index, "", task, question, tuple(images), box, coordinates,
                                    target, is_stated))
-    return _benchmark("mig_bench", items, "revised" if is_revised else "original")
+    return Benchmark(tuple(items), "revised" if is_revised else "original")
 
 
 def _mig_bench_target(task: str, question: str, info: str) -> tuple[int | None, bool]:
@@ -162,7 +152,7 @@ def read_lisa(records: list[dict]) -> Benchmark:
         box = _to_box(boxes[0], index, "LISA-grounding") if has_box else None
         items.append(BenchmarkItem(index, "", "lisa", question, (image,), box, Coordinates.PIXELS,
                                    target=1))
-    return _benchmark("lisa", items)
+    return Benchmark(tuple(items))
 
 
 def read_revos(records: list[dict]) -> Benchmark:
@@ -186,7 +176,7 @@ def read_revos(records: list[dict]) -> Benchmark:
                                    tuple(f"{video}#{place}" for place in frames), box,
                                    Coordinates.PIXELS, target=3,
                                    image_stated=bool(find_names(question)), video=str(video)))
-    return Benchmark("revos", "", tuple(items), None)
+    return Benchmark(tuple(items))
 
 
 def read_ref_l4(records: list[dict]) -> Benchmark:
@@ -203,7 +193,7 @@ def read_ref_l4(records: list[dict]) -> Benchmark:
             (x, y, x + width, y + height), Coordinates.PIXELS, target=1,
             size=size if all(type(side) is int for side in size) else None,
             category=str(record.get("ori_category_id", ""))))
-    return _benchmark("ref_l4", items)
+    return Benchmark(tuple(items))
 
 
 def read_blink(records: list[dict]) -> Benchmark:
@@ -234,13 +224,12 @@ def read_blink(records: list[dict]) -> Benchmark:
     items = [replace(item, usual_choices=BLINK_CHOICES.get(item.task.replace(" ", "_"), ()),
                      options=ascii_uppercase[:len(item.choices) or ascii_uppercase.index(
                          last_letters[item.task]) + 1]) for item in items]
-    benchmark = _benchmark("blink", items)
     answers = sorted((item.id, item.letter) for item in items
                      if item.id.startswith("val_Relative_Reflectance_"))
     if len(answers) != 134:  # its whole task, which alone tells the versions
-        return benchmark
+        return Benchmark(tuple(items))
     side = "until" if digest_json(answers) == BLINK_OLD_ANSWERS else "since"
-    return replace(benchmark, version=f"{benchmark.version}, answers {side} September 2025")
+    return Benchmark(tuple(items), f"answers {side} September 2025")
 
 
 def _text_list(values) -> tuple[str, ...]:
@@ -270,7 +259,7 @@ def read_mmiu(records: list[dict]) -> Benchmark:
     if not items:
         raise UserError("no item of the MMIU annotations has an output, the correct letter; give "
                         "the file that has them")
-    return Benchmark("mmiu", "", tuple(items), None, tuple(left_out))
+    return Benchmark(tuple(items), left_out=tuple(left_out))
 
 
 def _split_options(text: str) -> tuple[str, ...]:
@@ -285,18 +274,14 @@ def _split_options(text: str) -> tuple[str, ...]:
 
 def resolve_image_path(root: str | Path, name: str) -> Path:
     """The file below the root that a benchmark's image name means; BadImage if it leads out."""
-    path = resolve_under_root(Path(root), name)
     folder, _, place = name.rpartition("#")
-    if not folder or not place.isdecimal():
-        return path
-    video = resolve_under_root(Path(root), folder)
-    # sorted by the first number in their names
-    frames = sorted((frame for frame in video.glob("*") if frame.suffix in (".jpg", ".png")
-                     and re.search(r"\d", frame.name)),
-                    key=lambda frame: int(re.search(r"\d+", frame.name)[0]))
-    if int(place) >= len(frames):
-        return path
-    return resolve_under_root(Path(root), f"{folder}/{frames[int(place)].name}")
+    if folder and place.isdecimal():
+        # sorted by the first number in their names
+        frames = sorted((frame for frame in resolve_under_root(Path(root), folder).glob("*")
+                         if frame.suffix in (".jpg", ".png") and re.search(r"\d", frame.name)),
+                        key=lambda frame: int(re.search(r"\d+", frame.name)[0]))
+        name = f"{folder}/{frames[int(place)].name}" if int(place) < len(frames) else name
+    return resolve_under_root(Path(root), name)
 
 
 def read_image_sizes(names: Iterable[str], root: str | Path | None) -> dict[str, tuple[int, int]]:

@@ -4,7 +4,7 @@ A new one is a reader in annotations.py and a row here.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from mig_kit.common import UserError
@@ -29,6 +29,7 @@ class Rules:
             thousandths, "pixels" apart from the reply; "kit" where the rule is the kit's, "" where
             the answer is no box.
         read_letter: the letter of a reply, and the rule that reads it, under `official`.
+        versions: number of items -> its version; a file with another number is a part of one.
         n_items: how many its paper counts, where releases differ.
         note: on what the authors do beyond their rule.
     """
@@ -39,16 +40,19 @@ class Rules:
     is_macro: bool = False
     frame: str = ""
     read_letter: Callable | None = None
+    versions: dict[int, str] = field(default_factory=dict)
     n_items: int | None = None
     note: str = ""
 
 
 BENCHMARKS = {
-    "mig_bench": Rules(annotations.read_mig_bench, is_macro=True, frame="thousandths"),
-    "lisa": Rules(annotations.read_lisa, frame="pairs"),
+    "mig_bench": Rules(annotations.read_mig_bench, is_macro=True, frame="thousandths",
+                       versions={4295: "original", 4276: "revised"}),
+    "lisa": Rules(annotations.read_lisa, frame="pairs", versions={200: "val", 779: "test"}),
     "revos": Rules(annotations.read_revos, frame="pairs"),
-    "ref_l4": Rules(annotations.read_ref_l4, frame="pixels"),
-    "blink": Rules(annotations.read_blink, is_macro=True,
+    "ref_l4": Rules(annotations.read_ref_l4, frame="pixels",
+                    versions={7231: "val", 38110: "test", 45341: "all"}),
+    "blink": Rules(annotations.read_blink, is_macro=True, versions={1901: "val"},
                    read_letter=partial(read_item, is_blink=True), note=f"{ASKS}."),
     "mmiu": Rules(annotations.read_mmiu, is_macro=True, read_letter=read_item, n_items=11698, note=(
         f'{ASKS}, and count an empty choice as correct and leave out "GPT error".')),
@@ -67,7 +71,13 @@ def find_rules(name: str) -> Rules:
 
 
 def read_benchmark(name: str, records: list[dict]) -> Benchmark:
-    """A benchmark's annotation file, read; it is complete if it has as many items as the paper."""
+    """A benchmark's annotation file, read, with its version and whether it is complete."""
     rules = find_rules(name)
-    benchmark = rules.read(records)
-    return replace(benchmark, complete=True) if len(records) == rules.n_items else benchmark
+    benchmark = replace(rules.read(records), name=name)
+    if not rules.versions:
+        return replace(benchmark, complete=len(records) == rules.n_items or None)
+    release, version = rules.versions.get(len(benchmark.items), "subset"), benchmark.version
+    if version not in rules.versions.values():
+        version = ", ".join(filter(None, (release, version)))
+    is_complete = release != "subset" and version.startswith(release)
+    return replace(benchmark, version=version, complete=is_complete)

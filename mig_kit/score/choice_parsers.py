@@ -31,7 +31,7 @@ _NAMES = re.compile(r"(?<![\w'])(?<!^[B-Z][.:] )(?<!\b[B-Z]\) )([A-Z])(?![A-Za-z
 _COMPARES = re.compile(r"\b(?:than|compared (?:to|with)|while|whereas|unlike|over|versus)\s"
                        r"(?:the )?(?:\w+ )?\W{0,2}\Z|\n\s*[-*]\s+\W{0,3}\Z", re.IGNORECASE)
 _BREAKS_OFF = re.compile(r"\b[a-z]+\s*\Z")
-_LINE = re.compile(r"[\s*_>#-]*(?:\(([A-Z])\)|([A-Z])(?:[).:*]|(?=\s*$)))[\s*_.:]*(.{0,60})$")
+_LINE = re.compile(r"[\s*_>#-]*(?:\(([A-Z])\)|([A-Z])(?:[).:*]|(?=\s*$)))[\s*_.:]*.{0,60}$")
 _MARK = re.compile(r"\(([A-Z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*")
 _NAMED = re.compile(rf"[\"']([A-Z])[\"']|\b{_LABEL}\s+([A-Z])\b(?!')")
 _SENTENCE = re.compile(r"(?<!\d)[.!?](?=\s|$)\s*(?=\S)|\n+")
@@ -48,9 +48,7 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
     Returns: (letter, rule), or ("", "") for a reply that is not read.
     """
     block = last_answer_block(text)
-    final = shown_text(text) if block is None else block
-    if (value := _json_answer(final)) is not None:
-        final, is_blink = value, False
+    final = _json_answer(shown_text(text) if block is None else block)
     plain = unicodedata.normalize("NFKC", final)
     letter = is_blink and parse_blink_letter(final, valid)
     if letter and _letters(_MARK, final.split("\n\n")[-1], valid) <= {letter}:
@@ -74,12 +72,13 @@ def read_strictly(item: BenchmarkItem, response: str) -> tuple[str, str]:
     return (letter, "the last <answer>") if is_option else ("", "")
 
 
-def _json_answer(text: str) -> str | None:
+def _json_answer(text: str) -> str:
+    """The answer of a text's JSON object, or the text."""
     try:
         value = json.loads(text[text.index("{"):text.rindex("}") + 1])
     except (ValueError, RecursionError):
-        return None
-    return next((str(value[key]) for key in ("answer", "choice") if key in value), None)
+        return text
+    return next((str(value[key]) for key in ("answer", "choice") if key in value), text)
 
 
 def _letters(pattern: re.Pattern, text: str, valid: str) -> set[str]:
@@ -125,7 +124,7 @@ def _read_line(lines: list[str], valid: str) -> str:
     """The option that the first line is, with or without its words, unless the next is another."""
     here, beside = ([*map(_LINE.match, filter(str.strip, lines)), None, None])[:2]
     letter = here and (here[1] or here[2]) or " "
-    is_list = beside and letter not in beside.groups() or here and re.search(r"[A-Z][).:]", here[3])
+    is_list = beside and letter not in beside.groups()
     return letter if letter in valid and not is_list else ""
 
 
@@ -134,8 +133,7 @@ def _read_lines(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     first, last = _read_line(lines, valid), _read_line(lines[::-1], valid)
     if not (letter := last or first):
         return None
-    is_open = first not in ("", letter) or _letters(_MARK, lines[-1], valid) - {letter} or (
-        not last and _is_cut(text))
+    is_open = first not in ("", letter) or not last and _is_cut(text)
     return "" if is_open else letter
 
 

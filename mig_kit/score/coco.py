@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mig_kit.common import UserError
 from mig_kit.score.annotations import is_four_numbers, is_number
-from mig_kit.score.result import Scored
+from mig_kit.score.result import Scored, describe_reach
 
 
 def load_coco(annotations: dict, name: str) -> COCO:
@@ -74,18 +74,14 @@ def validate_detections(predictions: list[dict], coco: COCO, source: str) -> lis
             for entry in predictions]
 
 
-def describe_reach(coco: COCO, entries: list[dict]) -> tuple[str, ...]:
-    """A sentence: the largest number of the boxes, and how many leave their image; entries: of
-    `validate_detections`.
-    """
-    n_outside, largest = 0, max((value for entry in entries for value in entry["bbox"]), default=0)
+def _describe_reach(coco: COCO, entries: list[dict]) -> tuple[str, ...]:
+    """`describe_reach` of what `validate_detections` gives."""
+    boxes = []
     for entry in entries:
-        x, y, width, height = entry["bbox"]
-        image = coco.imgs[entry["image_id"]]
-        n_outside += (min(x, y) < 0 or x + width > (image.get("width") or math.inf)
-                      or y + height > (image.get("height") or math.inf))
-    return (f"The largest number of the boxes is {largest:g}; {n_outside:,} of {len(entries):,} "
-            "boxes leave their image, read as x, y, width, height in pixels.",) * bool(entries)
+        (x, y, width, height), image = entry["bbox"], coco.imgs[entry["image_id"]]
+        boxes.append((entry["bbox"], (x, y, x + width, y + height),
+                      [image.get(side) or math.inf for side in ("width", "height")]))
+    return describe_reach(boxes, "x, y, width, height in pixels")
 
 
 def measure_precision(coco: COCO, detections: list[dict],
@@ -132,7 +128,7 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
     tasks = [names[category] for category in sorted(coco.cats)
              for _ in coco.getAnnIds(catIds=[category])]
     return Scored(tuple(tasks), {}, True, aggregates=aggregates,
-                  remarks=describe_reach(coco, entries),
+                  remarks=_describe_reach(coco, entries),
                   detections=tuple(sorted(map(repr, entries))))
 
 
@@ -166,7 +162,7 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
         aggregates[task] = {"ap50": _weighted_ap50(coco, entries, images)}
     files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
     return Scored(tasks, {"accuracy": accuracy}, False, aggregates=aggregates,
-                  remarks=describe_reach(coco, entries),
+                  remarks=_describe_reach(coco, entries),
                   detections=tuple(sorted(map(repr, entries))),
                   lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
 

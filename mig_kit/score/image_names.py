@@ -27,11 +27,8 @@ class Name(NamedTuple):
     numbers: set[int]
 
 
-def _to_number(word: str) -> int:
-    return int(word) if word.isdecimal() else ORDINALS.index(word) + 1
-
-
 def find_names(text: str) -> list[Name]:
     """Every name of an image in a text, in order; the numbers are from 1."""
-    return [Name(*match.span(), set(map(_to_number, _NUMBER.findall(match[0]))))
+    return [Name(*match.span(), {int(word) if word.isdecimal() else ORDINALS.index(word) + 1
+                                 for word in _NUMBER.findall(match[0])})
             for match in _NAME.finditer(text.lower())]

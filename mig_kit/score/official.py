@@ -7,7 +7,6 @@ Each function names its source. Parsers take any string and never raise. Rules o
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
 
 import numpy as np
 
@@ -161,11 +160,9 @@ def script_iou(answer: Box, box: Box | None, added: float = 0.0) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-def read_official_box(item: BenchmarkItem) -> Callable[[str], Box | None]:
-    """The authors' parser for the item, told by what its answer is measured in."""
-    return {Coordinates.PIXELS: parse_normalized_pair,
-            Coordinates.NORMALIZED_1: parse_mig_bench_box,
-            Coordinates.NORMALIZED_1000: parse_revised_mig_bench_box}[item.coordinates]
+# what an item's answer is measured in -> its authors' parser
+PARSERS = {Coordinates.PIXELS: parse_normalized_pair, Coordinates.NORMALIZED_1: parse_mig_bench_box,
+           Coordinates.NORMALIZED_1000: parse_revised_mig_bench_box}
 
 
 def official_iou(item: BenchmarkItem, response: str) -> Verdict:
@@ -175,7 +172,7 @@ def official_iou(item: BenchmarkItem, response: str) -> Verdict:
     """
     if item.box is None:
         return Verdict(0.0, NO_BOX_ANNOTATED)
-    box = read_official_box(item)(response)
+    box = PARSERS[item.coordinates](response)
     if box is None:
         return Verdict(0.0, "no box found")
     limit = 1000 if item.coordinates == Coordinates.NORMALIZED_1000 else 1

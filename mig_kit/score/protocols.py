@@ -8,7 +8,7 @@ BLINK's and MMIU's authors ask another model which option a text means, it reads
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from mig_kit.score.choice_parsers import read_strictly
 from mig_kit.score.convert_boxes import BOX_ORDERS, rewrite_boxes, to_official_line
 from mig_kit.score.judge import NO_OPTION, NONE, Judge, ask_judge
 from mig_kit.score.own import judge_own
-from mig_kit.score.records import align_predictions, read_json, read_records
+from mig_kit.score.records import align_predictions, read_records
 from mig_kit.score.reply_boxes import BOX, UNREAD, parse_strict_answer
-from mig_kit.score.result import Scored, Verdict
+from mig_kit.score.result import Scored, Verdict, describe_reach
 
 NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
@@ -89,11 +89,10 @@ def _cut_to_image(box: Box, size: tuple[float, float], tolerance: float) -> Box 
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def judge_letter(item: BenchmarkItem, reply: str, read: Callable) -> Verdict:
-    """1 if the reply chooses the correct option; read: (item, reply) to (letter, rule)."""
-    letter, rule = read(item, reply)
-    return Verdict(float(letter == item.letter), "" if letter else UNREAD,
-                   {"letter": item.letter, "read": letter, "rule": rule})
+def judge_letter(item: BenchmarkItem, letter: str, rule: str) -> Verdict:
+    """1 for the correct letter; letter: "" if unread, NONE if no option is chosen."""
+    return Verdict(float(letter == item.letter), {"": UNREAD, NONE: NO_OPTION}.get(letter, ""),
+                   {"letter": item.letter, "read": letter.strip(NONE), "rule": rule})
 
 
 def judge_all(items: Sequence[BenchmarkItem], lines: list[dict | None],
@@ -122,26 +121,26 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     Raises: UserError for missing, doubled or unknown items, and what the protocol cannot use.
     """
     rules, is_official = BENCHMARKS[benchmark.name], protocol == "official"
+    coordinates, items, remarks = Coordinates(coordinates), benchmark.items, ()
     in_pixels = rules.frame == "pixels" and is_official  # by a rule that reads no text
-    field = "pred_bbox" if in_pixels and any("pred_bbox" in record for record in predictions
-                                             ) else "response"
-    items, remarks = benchmark.items, ()
-    lines = align_predictions(items, predictions, field, source, allow_missing, benchmark.left_out)
-    if field == "response" and (rules.read_letter or not is_official):
+    has_boxes = in_pixels and any("pred_bbox" in record for record in predictions)
+    lines = align_predictions(items, predictions, "pred_bbox" if has_boxes else "response", source,
+                              allow_missing, benchmark.left_out)
+    if not has_boxes and (rules.read_letter or not is_official):
         lines, remarks = _mark_cut_reasoning(lines)
     if rules.read_letter:
-        read = rules.read_letter if is_official else read_strictly
-        verdicts = judge_all(items, lines, partial(judge_letter, read=read))
-        if judge:
-            verdicts, judged = _read_by_judge(judge, items, lines, verdicts)
-            remarks += judged
-    elif field == "response":
+        verdicts, judged = _judge_letters(
+            items, lines, rules.read_letter if is_official else read_strictly, judge)
+        remarks += judged
+    elif not has_boxes:
         if box_order not in (None, "xyxy"):
             remarks += (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
             lines = [line and line | {"response": rewrite_boxes(
                 line["response"], BOX_ORDERS[box_order])} for line in lines]
-        sizes = _read_sizes(items, coordinates, images, is_official)
-        items = [replace(item, size=item.size or sizes.get(_target_image(item))) for item in items]
+        sizes = read_image_sizes((name for item in items for name in item.images if _needs_sizes(
+            item, coordinates, is_official)), images)
+        items = [replace(item, size=item.size or sizes.get(item.images[(item.target or 1) - 1]))
+                 for item in items]
         remarks += _describe_reach(items, lines, coordinates, box_format)
         if is_official and (in_pixels or coordinates != Coordinates.NORMALIZED_1000):
             remarks += (f"Boxes were read as {coordinates.description} and converted before the "
@@ -150,9 +149,10 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                 item, rules.frame, line,
                 [sizes.get(name, item.size or (1, 1)) for name in item.images], coordinates,
                 box_format) for item, line in zip(items, lines, strict=True)]
-        if not in_pixels:
-            verdicts = judge_all(items, lines, _box_rule(rules, protocol, coordinates, box_format,
-                                                         sizes))
+        strictly = partial(judge_own, protocol=protocol) if rules.frame == "kit" else strict_iou
+        verdicts = () if in_pixels else judge_all(
+            items, lines, official.official_iou if is_official else partial(
+                strictly, coordinates=coordinates, box_format=box_format, sizes=sizes))
     if in_pixels:
         verdicts = official.judge_boxes(items, lines, source)
     values = np.array([verdict.value for verdict in verdicts])
@@ -162,6 +162,20 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                   dict(problems), {"avg": averages} if averages else {},
                   tuple((item.video,) if item.video else item.images or (f"item {item.index}",)
                         for item in items), remarks, tuple(zip(items, verdicts, strict=True)))
+
+
+def _judge_letters(items: Sequence[BenchmarkItem], lines: list[dict | None], read: Callable,
+                   judge: Judge | None) -> tuple[list[Verdict], tuple]:
+    """The verdicts by a rule from (item, reply) to (letter, its name), and a judge's remark."""
+    verdicts = judge_all(items, lines, lambda item, reply: judge_letter(item, *read(item, reply)))
+    if not judge:
+        return verdicts, ()
+    unread = [place for place, verdict in enumerate(verdicts) if verdict.problem == UNREAD]
+    letters = ask_judge(judge, [(items[place], lines[place]["response"]) for place in unread])
+    for place, letter in zip(unread, letters, strict=True):
+        verdicts[place] = judge_letter(items[place], letter, f"the judge {judge.model}")
+    return verdicts, (f"The judge {judge.model} read {len(unread):,} replies that no rule read; "
+                      f"its answers are in {judge.file.name}.",)
 
 
 def _mark_cut_reasoning(lines: list[dict | None]) -> tuple[list[dict | None], tuple]:
@@ -178,39 +192,27 @@ def _mark_cut_reasoning(lines: list[dict | None]) -> tuple[list[dict | None], tu
         "unread.",)
 
 
-def _target_image(item: BenchmarkItem) -> str:
-    return item.images[(item.target or 1) - 1]
+def _needs_sizes(item: BenchmarkItem, coordinates: Coordinates, is_official: bool) -> bool:
+    """Whether boxes are converted by images' sizes; the authors' rules want pixels as shares."""
+    frames = {coordinates, item.coordinates}
+    is_converted = len(frames) > 1 and not frames <= NORMALIZED
+    return item.box is not None and item.size is None and (
+        is_converted or is_official and item.coordinates == Coordinates.PIXELS)
 
 
 def _describe_reach(items: Sequence[BenchmarkItem], lines: list[dict | None],
                     coordinates: Coordinates, box_format: BoxFormat) -> tuple[str, ...]:
-    """A sentence: the largest number of the replies' boxes, and how many leave their image."""
-    largest = n_boxes = n_outside = 0
+    """`describe_reach` of the first box of each reply."""
+    boxes = []
     for item, line in zip(items, lines, strict=True):
-        if not (match := BOX.search(line["response"]) if line else None):
-            continue
-        numbers = [float(number) for number in match.groups() if number]
-        size = item.size or ((1, 1) if coordinates in NORMALIZED else None)
-        limits = coordinate_size(size, coordinates, box_format) if size else (math.inf, math.inf)
-        n_boxes += 1
-        largest = max(largest, *numbers)
-        n_outside += min(numbers) < 0 or any(
-            number > limit for number, limit in zip(numbers, limits * 2))
+        if match := BOX.search(line["response"]) if line else None:
+            numbers = [float(number) for number in match.groups() if number]
+            size = item.size or ((1, 1) if coordinates in NORMALIZED else None)
+            limits = coordinate_size(size, coordinates, box_format) if size else (math.inf,) * 2
+            boxes.append((numbers, numbers, limits))
     resized = (f", resized to {box_format.min_pixels:,} to {box_format.max_pixels:,} pixels"
                if coordinates == Coordinates.ABSOLUTE else "")
-    return (f"The largest number of the boxes is {largest:g}; {n_outside:,} of {n_boxes:,} boxes "
-            f"leave their image, read as {Coordinates(coordinates).description}{resized}.",
-            ) if n_boxes else ()
-
-
-def _box_rule(rules: Rules, protocol: str, coordinates: Coordinates, box_format: BoxFormat,
-              sizes: Sizes) -> Callable[[BenchmarkItem, str], Verdict]:
-    """The rule of a benchmark with boxes under a protocol."""
-    if protocol == "official":
-        return official.official_iou
-    if rules.frame == "kit":
-        return lambda item, reply: judge_own(item, reply, protocol, coordinates, box_format, sizes)
-    return lambda item, reply: strict_iou(item, reply, coordinates, box_format, sizes)
+    return describe_reach(boxes, f"{coordinates.description}{resized}")
 
 
 def _metrics(rules: Rules, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -223,35 +225,6 @@ def _metrics(rules: Rules, values: np.ndarray) -> dict[str, np.ndarray]:
         return official.ref_l4_metrics(values)
     return {f"acc@{t}": (values >= t).astype(float) for t in (0.5, 0.3, 0.7)} | {
         "mean_iou": values}
-
-
-def _read_sizes(items: Iterable[BenchmarkItem], coordinates: Coordinates, images: str | None,
-                is_official: bool) -> Sizes:
-    """Sizes of the images whose boxes are converted, between 0..1 and 0..1000 none.
-
-    is_official: whether the authors' rule reads the replies, which wants pixels as shares.
-    """
-    def is_needed(item: BenchmarkItem) -> bool:
-        if is_official and item.coordinates == Coordinates.PIXELS:
-            return True
-        return coordinates != item.coordinates and not {coordinates, item.coordinates} <= NORMALIZED
-
-    return read_image_sizes((name for item in items if item.box and item.size is None
-                             and is_needed(item) for name in item.images), images)
-
-
-def _read_by_judge(judge: Judge, items: Sequence[BenchmarkItem], lines: list[dict | None],
-                   verdicts: list[Verdict]) -> tuple[list[Verdict], tuple]:
-    """The verdicts with the letters that the judge reads, and a remark."""
-    unread = [place for place, verdict in enumerate(verdicts) if verdict.problem == UNREAD]
-    letters = ask_judge(judge, [(items[place], lines[place]["response"]) for place in unread])
-    verdicts, problems = list(verdicts), {"": UNREAD, NONE: NO_OPTION}
-    for place, letter in zip(unread, letters, strict=True):
-        right = items[place].letter
-        verdicts[place] = Verdict(float(letter == right), problems.get(letter, ""), {
-            "letter": right, "read": letter.strip(NONE), "rule": f"the judge {judge.model}"})
-    return verdicts, (f"The judge {judge.model} read {len(unread):,} replies that no rule read; "
-                      f"its answers are in {judge.file.name}.",)
 
 
 def item_rows(scored: Scored, name: str, other: Scored | None = None) -> list[dict]:
@@ -278,37 +251,40 @@ def item_rows(scored: Scored, name: str, other: Scored | None = None) -> list[di
     return rows
 
 
-def score_files(name: str, annotations: str, predictions: str, box_format: BoxFormat,
-                protocol: str = "", coordinates: str = Coordinates.NORMALIZED_1000,
-                images: str | None = None, allow_missing: bool = False,
-                box_order: str | None = None, judge: tuple[str, str] | None = None,
-                ) -> tuple[dict, Scored]:
+def score_files(name: str, annotations: str | Path, predictions: str | Path, box_format: BoxFormat,
+                protocol: str = "", judge: tuple[str, str] | None = None,
+                **settings) -> tuple[dict, Scored]:
     """({"benchmark", "version", "complete", "protocol"}, Scored) from files.
 
-    protocol: "" for the benchmark's first. judge: a server's address and its model's name.
-    Other arguments and raises: see `score_predictions`;
-    also UserError for an unknown benchmark or protocol.
+    Args:
+        protocol: "" for the benchmark's first.
+        judge: a server's address and its model's name.
+        settings: further arguments of `score_predictions`.
+    Raises: as it; UserError for an unknown benchmark or protocol, or an option that it has not.
     """
-    rules, measure = find_rules(name), Coordinates(coordinates)
-    protocol, file = protocol or rules.protocols[0], Path(predictions)
+    rules, file = find_rules(name), Path(predictions)
+    protocol = protocol or rules.protocols[0]
     if protocol not in rules.protocols:
         raise UserError(f"{name} has no protocol '{protocol}'; its protocols are "
                         f"{', '.join(rules.protocols)}")
-    if not rules.frame and (box_order or measure != Coordinates.NORMALIZED_1000):
+    box_order = settings.get("box_order")
+    coordinates = settings.get("coordinates", Coordinates.NORMALIZED_1000)
+    if not rules.frame and (box_order or coordinates != Coordinates.NORMALIZED_1000):
         option = "--box-order" if box_order else f"--coordinates {coordinates}"
         raise UserError(f"{option} is for boxes in replies, which {name} has not; leave it out")
     if judge and not (rules.read_letter and protocol == "official"):
         raise UserError(f"--judge reads letters under the protocol official, which {name} under "
                         f"{protocol} has not; leave it out")
-    header = {"benchmark": name, "version": "", "complete": None, "protocol": protocol}
+    records = read_records(annotations)
     if rules.score_results:
-        scored = rules.score_results(read_json(annotations),
-                                     read_records(predictions, may_be_empty=True), file.name)
-        return header | {"complete": len(scored.tasks) == rules.n_items or None}, scored
-    benchmark = read_benchmark(name, read_records(annotations))
-    scored = score_predictions(
-        benchmark, read_records(predictions), file.name, box_format, protocol, measure, images,
-        allow_missing, box_order,
-        Judge(*judge, file.with_name(f"{file.name}.judge.jsonl")) if judge else None)
-    is_complete = False if "missing" in scored.problems else benchmark.complete
-    return header | {"version": benchmark.version, "complete": is_complete}, scored
+        scored = rules.score_results(records[0], read_records(file, may_be_empty=True), file.name)
+        version, is_complete = "", len(scored.tasks) == rules.n_items or None
+    else:
+        benchmark = read_benchmark(name, records)
+        settings["judge"] = judge and Judge(*judge, file.with_name(f"{file.name}.judge.jsonl"))
+        scored = score_predictions(benchmark, read_records(file), file.name, box_format, protocol,
+                                   **settings)
+        version = benchmark.version
+        is_complete = False if "missing" in scored.problems else benchmark.complete
+    return {"benchmark": name, "version": version, "complete": is_complete,
+            "protocol": protocol}, scored

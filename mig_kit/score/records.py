@@ -10,12 +10,12 @@ import json
 import re
 from pathlib import Path
 
-from mig_kit.common import UserError, iter_lines
+from mig_kit.common import UserError
 from mig_kit.score.annotations import BenchmarkItem
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TABLES = (".parquet", ".xlsx", ".tsv", ".csv")
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".json")
+SPACE = re.compile(r"\s*")
 REPLIES = ("resps", "filtered_resps", "full_prediction", "prediction")  # of other kits
 
 
@@ -27,22 +27,16 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     path = Path(path)
     if path.is_dir():
         return [record for file in _folder_files(path) for record in read_records(file)]
-    _require_file(path)
-    numbered = (dict(enumerate(_read_table(path), 1)) if path.suffix.lower() in TABLES
-                else _read_numbered(path))
-    for number, record in numbered.items():
+    if not path.is_file():
+        raise UserError(f"no file {path}; give the path of the file that was downloaded or written")
+    records = _read_table(path) if path.suffix.lower() in TABLES else _read_json(path)
+    for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise UserError(f"entry {number} of {path} is no JSON object; every entry must look "
                             "like {...}")
-    if not numbered and not may_be_empty:
+    if not records and not may_be_empty:
         raise UserError(f"{path} is empty; it needs one JSON object per item")
-    return list(numbered.values())
-
-
-def read_json(path: str | Path):
-    """The one JSON value of a file. Raises as read_records."""
-    _require_file(Path(path))
-    return _parse_json(Path(path).read_bytes(), f"{path}")
+    return records
 
 
 def _folder_files(folder: Path) -> list[Path]:
@@ -55,11 +49,6 @@ def _folder_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder} holds no {', '.join(FOLDER_SUFFIXES)} file; name the folder "
                         "that does")
     return [path for path in files if re.match("val|.*samples_", path.name)] or files
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"no file {path}; give the path of the file that was downloaded or written")
 
 
 def _read_table(path: Path) -> list[dict]:
@@ -87,32 +76,23 @@ def _read_table(path: Path) -> list[dict]:
     return rows
 
 
-def _read_numbered(path: Path) -> dict[int, object]:
-    """Line or place from 1 -> record of a file of JSON or JSON lines."""
-    with path.open("rb") as file:
-        opening = file.read(1 << 16).removeprefix(BYTE_ORDER_MARK).lstrip()
-    if opening.startswith(b"[") or opening and path.suffix.lower() == ".json":
-        try:
-            value = read_json(path)
-            if isinstance(value, dict):
-                value = value.get("val", [value])  # of BLINK's outputs
-            return dict(enumerate(value if isinstance(value, list) else [value], 1))
-        except UserError as error:
-            if "Extra data" not in str(error):  # which more lines are
-                raise
-    numbered = {}
-    for number, line in enumerate(iter_lines(path), 1):
-        if line.strip(BYTE_ORDER_MARK + b" \t"):
-            numbered[number] = _parse_json(line, f"line {number} of {path}")
-    return numbered
-
-
-def _parse_json(text: bytes, where: str):
+def _read_json(path: Path) -> list:
+    """The records of a file of JSON or JSON lines."""
+    decoder, values = json.JSONDecoder(), []
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        text = path.read_text("utf-8-sig")
+        place = SPACE.match(text).end()
+        while place < len(text):
+            value, place = decoder.raw_decode(text, place)
+            values.append(value)
+            place = SPACE.match(text, place).end()
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON in UTF-8 ({error}); write one JSON object per line, "
-                        "or one JSON list") from error
+        raise UserError(f"{path} is no JSON in UTF-8 ({error}); write one JSON object per line, or "
+                        "one JSON list") from error
+    value = values[0] if len(values) == 1 else values
+    if isinstance(value, dict):
+        value = value.get("val", value)  # of BLINK's outputs
+    return value if isinstance(value, list) else [value]
 
 
 def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], field: str,

@@ -36,8 +36,7 @@ _IMAGE_KEY = re.compile(r"(?:(?:target|answer)_)?(?:image|img|picture|photo|fram
                         r"(?:_?(?:id|idx|index|number|no))?", re.IGNORECASE)
 _BOX_KEY = re.compile(r"(?:b?box|bounding_box|coordinates)(?:_2d)?", re.IGNORECASE)
 _ASIDE = ("label", "confidence", "score")  # keys that say nothing about the image
-_SIDES = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"),
-          ("left", "top", "right", "bottom"))
+_SIDES = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"))
 
 NamedBox = tuple[int | None, Box]
 
@@ -132,16 +131,14 @@ def _require_single_keys(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _read_json(text: str) -> list[NamedBox]:
-    """The pairs of an object, a list of objects, or several objects; [] if one is of another form.
-    """
-    for candidate in (text, f"[{text}]"):
-        try:
-            value = json.loads(candidate, object_pairs_hook=_require_single_keys)
-        except (ValueError, RecursionError):
-            continue
-        named = [_read_object(entry) for entry in (value if isinstance(value, list) else [value])]
-        return [] if None in named else named
-    return []
+    """The pairs of one or several objects, or a list; [] if one is of another form."""
+    try:
+        values = json.loads(text if text.startswith("[") else f"[{text}]",
+                            object_pairs_hook=_require_single_keys)
+    except (ValueError, RecursionError):
+        return []
+    named = list(map(_read_object, values))
+    return [] if None in named else named
 
 
 def _read_object(value: object) -> NamedBox | None:

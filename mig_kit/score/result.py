@@ -54,10 +54,19 @@ def number_lists(scored: Scored) -> np.ndarray:
     return np.array([numbers[name] for name in names])
 
 
-def headline_average(scored: Scored) -> float:
-    """The average of the first metric, 0..1."""
-    values = next(iter(scored.metrics.values()))
-    return macro_mean([values[places] for places in averaged_groups(scored)])
+def describe_reach(boxes: list[tuple], frame: str) -> tuple[str, ...]:
+    """A sentence: the largest number of some boxes, and how many leave their image; () without any.
+
+    Args:
+        boxes: (numbers as written, the same as corners, width and height of the image) each.
+        frame: what the numbers are read as.
+    """
+    largest = max((number for numbers, *_ in boxes for number in numbers), default=0)
+    n_outside = sum(min(corners) < 0 or any(
+        side > limit for side, limit in zip(corners, [*limits, *limits]))
+        for _, corners, limits in boxes)
+    return (f"The largest number of the boxes is {largest:g}; {n_outside:,} of {len(boxes):,} "
+            f"boxes leave their image, read as {frame}.",) * bool(boxes)
 
 
 def unread_bound(scored: Scored) -> dict:

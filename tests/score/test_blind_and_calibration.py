@@ -20,8 +20,8 @@ from mig_bench_records import (
 
 from mig_kit.boxes import iou
 from mig_kit.common import PROJECT_ROOT
-from mig_kit.score import annotations, blind, calibration
-from mig_kit.score.benchmarks import BENCHMARKS
+from mig_kit.score import blind, calibration
+from mig_kit.score.benchmarks import BENCHMARKS, read_benchmark
 from mig_kit.score.records import read_records
 from mig_kit.score.result import averaged_groups, number_lists
 
@@ -110,7 +110,7 @@ def test_rows_by_brute_force(tmp_path, name, records):
 @needs_data
 def test_letters_of_blink_by_brute_force():
     records = read_records(BLINK_FILES[0])
-    scored = score_predictions(annotations.read_blink(records), records)
+    scored = score_predictions(read_benchmark("blink", records), records)
     letters = [item.letter for item, _ in scored.judged]
     values, lists = blind.blind_values(scored)[blind.LETTER], number_lists(scored)
     for row in range(0, len(letters), 37):
@@ -122,7 +122,7 @@ def test_letters_of_blink_by_brute_force():
 @needs_data
 @pytest.mark.parametrize("name,constant", [("revised_MIG_bench", 56.2), ("MIG_data", 48.8)])
 def test_a_constant_box_on_common_object(name, constant):
-    benchmark = annotations.read_mig_bench(read_records(MIG_FILE.with_name(f"{name}.json")))
+    benchmark = read_benchmark("mig_bench", read_records(MIG_FILE.with_name(f"{name}.json")))
     items = tuple(item for item in benchmark.items if item.task == "common_object")
     scored = score_predictions(replace(benchmark, items=items), [
         {"index": item.index, "response": ""} for item in items])
@@ -194,7 +194,7 @@ def test_models_without_a_shift_gain_nothing():
 def test_the_figures_of_the_page_are_what_the_code_measures():
     """Scores, points over blind and refits of three models' released replies, row by row."""
     folder = MIG_FILE.parent
-    benchmark = annotations.read_mig_bench(read_records(folder / "revised_MIG_bench.json"))
+    benchmark = read_benchmark("mig_bench", read_records(folder / "revised_MIG_bench.json"))
     scored = {name: score_predictions(benchmark, read_records(
         folder / f"revised_replies_{name}.jsonl")) for name in ("migician", "univg-r1", "qwen2_vl")}
     boxes, answers = calibration.boxes_as_read(scored["migician"])

@@ -11,7 +11,7 @@ from mig_bench_records import (
     score_predictions,
 )
 
-from mig_kit.score import annotations
+from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.choice_parsers import read_choice, read_item
 from mig_kit.score.official import parse_blink_letter
 from mig_kit.score.records import read_records
@@ -72,14 +72,14 @@ def test_what_is_not_said_explicitly_is_not_read(text, is_blink):
 def test_an_options_own_words(task, text, letter):
     records = [{"idx": f"val_{task}_{n}", "task": task, "answer": f"({answer})"}
                for n, answer in enumerate("AB")]
-    assert read_item(annotations.read_blink(records).items[0], text, True)[0] == letter
+    assert read_item(read_benchmark("blink", records).items[0], text, True)[0] == letter
 
 
 def test_an_items_own_choices_go_before_those_of_its_task():
     record = {"idx": "val_1", "task": "Spatial_Relation", "answer": "(A)"}
     with pytest.raises(ValueError, match="have idx 'val_1' twice"):
-        annotations.read_blink([record, record])
-    turned = annotations.read_blink([{**record, "choices": ["no", "yes"]}]).items[0]
+        read_benchmark("blink", [record, record])
+    turned = read_benchmark("blink", [{**record, "choices": ["no", "yes"]}]).items[0]
     assert read_item(turned, "no", True)[0] == "A"
 
 
@@ -103,7 +103,7 @@ def test_letters_in_new_wordings_are_right_or_unread(name):
 @pytest.mark.parametrize("path", BLINK_FILES, ids=lambda path: path.stem)
 def test_letters_agree_with_blinks_authors_and_theirs_give_the_published_scores(path):
     records, name = read_records(path), path.stem.removeprefix("val_")
-    benchmark = annotations.read_blink(records)
+    benchmark = read_benchmark("blink", records)
     lines = [{"id": record["idx"], "response": record["prediction"]} for record in records]
     accuracy = summarize(score_predictions(benchmark, lines))["avg"]["accuracy"]
     assert accuracy == pytest.approx(PUBLISHED_ACCURACY[name], abs=0.3)
@@ -120,11 +120,11 @@ def test_replies_that_do_not_close_their_reasoning_as_others_do_are_cut(protocol
     records = [{"idx": f"val_T_{n}", "task": "T", "answer": "(A)"} for n in range(4)]
     replies = ["Hm.</think><answer>A</answer>", "The answer is A", "The answer is A.", ""]
     lines = [{"index": n, "response": reply} for n, reply in enumerate(replies)]
-    scored = score_predictions(annotations.read_blink(records), lines, protocol)
+    scored = score_predictions(read_benchmark("blink", records), lines, protocol)
     assert scored.values.tolist() == [1, 0, 0, 0]
     assert scored.problems == {"unread": 2, "empty": 1}
     assert "2 replies do not close their reasoning, as others do: cut, so unread." in scored.remarks
-    others = score_predictions(annotations.read_blink(records), [
+    others = score_predictions(read_benchmark("blink", records), [
         line | {"response": line["response"].replace("</think>", "")} for line in lines], protocol)
     assert not others.remarks
 
@@ -133,9 +133,9 @@ def test_replies_that_do_not_close_their_reasoning_as_others_do_are_cut(protocol
 def test_blinks_two_versions_are_told_by_their_answers():
     """Relative_Reflectance was corrected in September 2025; ids and number stayed."""
     records = read_records(BLINK_FILES[0])
-    assert annotations.read_blink(records).version == "val, answers until September 2025"
+    assert read_benchmark("blink", records).version == "val, answers until September 2025"
     later = [record | {"answer": "(A)"} if record["task"] == "Relative_Reflectance" else record
              for record in records]
-    benchmark = annotations.read_blink(later)
+    benchmark = read_benchmark("blink", later)
     assert (benchmark.version, benchmark.complete) == ("val, answers since September 2025", True)
-    assert annotations.read_blink(records[:50]).version == "subset"
+    assert read_benchmark("blink", records[:50]).version == "subset"

@@ -13,7 +13,8 @@ from mig_bench_records import (
 )
 
 from mig_kit.common import UserError
-from mig_kit.score import annotations, choice_parsers, judge
+from mig_kit.score import choice_parsers, judge
+from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.records import read_records
 
 
@@ -46,7 +47,7 @@ def test_with_the_authors_letters_averages_are_the_published_ones(source, tmp_pa
     path = tmp_path / source.name
     path.write_bytes(source.read_bytes())
     records = read_records(path)
-    items = annotations.read_blink(records).items
+    items = read_benchmark("blink", records).items
     pairs = [(item, record["full_prediction"]) for item, record in zip(items, records)]
     authors = Authors({judge.judge_prompt(*pair): record["prediction"]
                        for pair, record in zip(pairs, records)})
@@ -70,7 +71,7 @@ def test_the_judges_own_words_are_read_as_replies_are(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [
         {"idx": f"val_T_{n}", "task": "T", "answer": "(B)", "full_prediction": f"Hm, {n}."}
         for n in range(len(forms))])
-    items = annotations.read_blink(read_records(path)).items
+    items = read_benchmark("blink", read_records(path)).items
     authors = Authors({judge.judge_prompt(item, f"Hm, {n}."): forms[n]
                        for n, item in enumerate(items)})
     kept = tmp_path / "p.jsonl.judge.jsonl"
@@ -102,7 +103,7 @@ def test_answers_that_came_before_a_failure_are_kept(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [
         {"idx": f"val_T_{n}", "task": "T", "answer": "(B)", "full_prediction": f"Hm, {n}."}
         for n in range(20)])
-    items = annotations.read_blink(read_records(path)).items
+    items = read_benchmark("blink", read_records(path)).items
     by_prompt = {judge.judge_prompt(item, f"Hm, {n}."): "B" for n, item in enumerate(items)}
     failing, whole = Authors(by_prompt, limit=5), Authors(by_prompt)
     refused = command(tmp_path, path, failing.server)

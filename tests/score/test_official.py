@@ -9,8 +9,9 @@ from mig_bench_records import DATA, needs_data, prediction_lines, save_image, sc
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.score import annotations, official, protocols
+from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.records import read_records
-from mig_kit.score.result import headline_average, summarize
+from mig_kit.score.result import summarize
 
 
 @pytest.mark.parametrize("text,box", [
@@ -56,7 +57,7 @@ def test_the_scripts_iou_by_hand(answer, box, expected):
 
 @needs_data
 def test_official_answers_score_themselves():
-    benchmark = annotations.read_mig_bench(read_records(DATA / "mig_bench" / "MIG_data.json"))
+    benchmark = read_benchmark("mig_bench", read_records(DATA / "mig_bench" / "MIG_data.json"))
     assert (benchmark.version, benchmark.complete) == ("original", True)
     assert len(benchmark.items) == 4295
     assert sum(item.target is None for item in benchmark.items) == 528
@@ -75,7 +76,11 @@ REVISED = DATA / "mig_bench"
 
 @functools.cache
 def read_revised():
-    return annotations.read_mig_bench(read_records(REVISED / "revised_MIG_bench.json"))
+    return read_benchmark("mig_bench", read_records(REVISED / "revised_MIG_bench.json"))
+
+
+def average(scored):
+    return round(summarize(scored)["avg"]["acc@0.5"], 2)
 
 
 @needs_data
@@ -84,13 +89,13 @@ def test_every_reply_of_qwen2_vl_has_the_iou_of_the_authors_script():
     records = read_records(REVISED / "revised_replies_qwen2_vl.jsonl")
     scored = score_predictions(read_revised(), records)
     assert scored.values == pytest.approx([record["iou"] for record in records], abs=1e-12)
-    assert round(100 * headline_average(scored), 2) == 30.02
+    assert average(scored) == 30.02
 
 
 @needs_data
 def test_migicians_replies_score_less_than_after_its_scripts_scaling():
     records = read_records(REVISED / "revised_replies_migician.jsonl")
-    assert round(100 * headline_average(score_predictions(read_revised(), records)), 2) == 55.34
+    assert average(score_predictions(read_revised(), records)) == 55.34
 
     def scale(match):
         x1, y1, x2, y2 = map(int, match.groups())
@@ -100,7 +105,7 @@ def test_migicians_replies_score_less_than_after_its_scripts_scaling():
     scaled = score_predictions(read_revised(), [{**record, "response": re.sub(
         r"\((\d+),(\d+)\),\((\d+),(\d+)\)", scale, record["response"])} for record in records])
     assert scaled.values == pytest.approx([record["iou"] for record in records], abs=0.01)
-    assert round(100 * headline_average(scaled), 2) == 63.37
+    assert average(scaled) == 63.37
 
 
 @needs_data
@@ -119,7 +124,7 @@ def test_lisa_by_hand(tmp_path):
     save_image(tmp_path / "a.jpg", (200, 100))
     record = {"image_path": "a.jpg", "instruction": "the cat",
               "boxes": [[20, 20, 60, 40], [0, 0, 9, 9]]}
-    benchmark = annotations.read_lisa([record] * 2)
+    benchmark = read_benchmark("lisa", [record] * 2)
     lines = prediction_lines(["<answer>(100,200),(300,400)</answer> (0,0),(1,1)",
                               "[100,200,300,400]"])
     scored = score_predictions(benchmark, lines, images=str(tmp_path))
@@ -133,7 +138,7 @@ def test_revos_answers_in_the_third_frame(tmp_path):
     for number in (1, 2, 10, 3):
         save_image(tmp_path / "v1" / f"{number}.jpg", (number * 100, 100))
     boxes = [[0, 0, 1, 1], [0, 0, 1, 1], [100.9, 20, 500, 60]]
-    benchmark = annotations.read_revos([
+    benchmark = read_benchmark("revos", [
         {"video_id": "v1", "frames": [0, 1, 3], "question": "q", "bbox_list": boxes}])
     # The files are sorted 1, 2, 3, 10: by number, not by name.
     assert annotations.resolve_image_path(tmp_path, "v1#3").name == "10.jpg"
@@ -148,20 +153,20 @@ def test_an_item_without_a_box_counts_0_as_in_the_authors_scripts(tmp_path):
                for boxes in ([[10, 10, 50, 50]], [], [None])]
     lines = prediction_lines(["<answer>(100,100),(500,500)</answer>"] * 3)
     for protocol in ("official", "strict"):
-        scored = score_predictions(annotations.read_lisa(records), lines, protocol,
+        scored = score_predictions(read_benchmark("lisa", records), lines, protocol,
                                    images=str(tmp_path))
         assert scored.values.tolist() == [pytest.approx(1, abs=1e-5), 0, 0]
         assert scored.problems == {official.NO_BOX_ANNOTATED: 2}
     video = {"video_id": "v", "frames": [0, 1, 2], "question": ""}
     for boxes in ([[0, 0, 1, 1]] * 2, [[0, 0, 1, 1]] * 2 + [None]):
-        assert annotations.read_revos([video | {"bbox_list": boxes}]).items[0].box is None
+        assert read_benchmark("revos", [video | {"bbox_list": boxes}]).items[0].box is None
 
 
 # Ref-L4.
 
 def test_ref_l4_by_hand():
     boxes = {"a": [0, 0, 100, 100], "b": [0, 0, 200, 200], "c": [10, 10, 300, 300]}
-    benchmark = annotations.read_ref_l4([{"id": name, "bbox": box} for name, box in boxes.items()])
+    benchmark = read_benchmark("ref_l4", [{"id": name, "bbox": box} for name, box in boxes.items()])
     lines = [{"id": "a", "pred_bbox": [0, 0, 100, 50], "format": "xyxy"},
              {"id": "b", "pred_bbox": [0, 0, 200, 160], "format": "xywh"},
              {"id": "c", "pred_bbox": [10, 10, 300, 300], "format": "xywh"}]
@@ -183,7 +188,7 @@ def test_ref_l4_class_averages():
                for number, (category, _) in enumerate(halves)]
     lines = [{"id": str(number), "pred_bbox": [0, 0, 100, 100 * share - 0.01], "format": "xyxy"}
              for number, (_, share) in enumerate(halves)]
-    average = summarize(score_predictions(annotations.read_ref_l4(records), lines))["avg"]
+    average = summarize(score_predictions(read_benchmark("ref_l4", records), lines))["avg"]
     assert average["class_acc@0.5"] == pytest.approx(200 / 3, abs=1e-9)
     shares = []
     for threshold in np.arange(0.5, 1, 0.05) + 1e-6:

@@ -49,7 +49,7 @@ def test_multiple_choice_protocols():
                for i, answer in enumerate(["(A)", "(B)", "(B)", "(A)"])]
     responses = ["(A)", "<answer>(B)</answer>", "Not (B) but (A), so I choose (A).", "(B)"]
     lines = [{"id": f"val_T_{i}", "response": text} for i, text in enumerate(responses)]
-    values = {protocol: score_predictions(annotations.read_blink(records), lines,
+    values = {protocol: score_predictions(read_benchmark("blink", records), lines,
                                           protocol).values.tolist()
               for protocol in BENCHMARKS["blink"].protocols}
     # by BLINK's own rule the "(B)" of the third stands by itself, but a conclusion goes first
@@ -57,7 +57,7 @@ def test_multiple_choice_protocols():
 
 
 def test_mmius_letters_options_and_completeness():
-    benchmark = annotations.read_mmiu([
+    benchmark = read_benchmark("mmiu", [
         {"task": "t", "options": "A: the U.S. B: two C: three", "output": "c"},
         {"task": "t", "output": None},
         {"task": "u", "options": "A: 1\nB: 2", "output": "B."}])
@@ -67,7 +67,7 @@ def test_mmius_letters_options_and_completeness():
     scored = score_predictions(benchmark, lines)
     assert summarize(scored)["avg"]["accuracy"] == 50
     with pytest.raises(ValueError, match="no item of the MMIU annotations has an output"):
-        annotations.read_mmiu([{"task": "order", "question": "Which?", "options": "A: one"}])
+        read_benchmark("mmiu", [{"task": "order", "question": "Which?", "options": "A: one"}])
     records = [{"task": "t", "output": "A"}] * 11698
     assert [read_benchmark("mmiu", part).complete for part in (records, records[1:])] == [
         True, None]
@@ -79,7 +79,7 @@ def test_mmius_letters_options_and_completeness():
     [{"index": f"{place}.0", "prediction": "A"} for place in range(3)],
     [{"doc_id": place, "resps": [["A"]]} for place in range(3)]])
 def test_mmius_items_without_an_answer_are_left_out_with_their_predictions(lines):
-    benchmark = annotations.read_mmiu([{"task": "a", "output": letter, "options": "A: x B: y"}
+    benchmark = read_benchmark("mmiu", [{"task": "a", "output": letter, "options": "A: x B: y"}
                                        for letter in ("A", None, "A")])
     replies = [line.get("response", "A") for line in lines]
     scored = score_predictions(benchmark, lines)
@@ -92,7 +92,7 @@ def test_mmius_items_without_an_answer_are_left_out_with_their_predictions(lines
 
 @pytest.fixture
 def benchmark():
-    return annotations.read_mig_bench(mig_records())
+    return read_benchmark("mig_bench", mig_records())
 
 
 def test_mig_bench_summary_by_hand(benchmark):
@@ -114,7 +114,7 @@ def test_mig_bench_summary_by_hand(benchmark):
 def test_the_revised_version_is_told_by_its_answers():
     records = [{**record, "answer": [round(1000 * v) for v in record["answer"]]}
                for record in mig_records()]
-    benchmark = annotations.read_mig_bench(records)
+    benchmark = read_benchmark("mig_bench", records)
     assert benchmark.version == "revised" and benchmark.items[0].coordinates == THOUSAND
     official = score_predictions(benchmark, LINES)
     assert official.values.tolist() == pytest.approx([1, 0.5, 0.5, 0.8, 0.25, 0])
@@ -143,7 +143,7 @@ def test_predictions_must_fit(benchmark, lines, sentence):
 
 def test_a_line_that_names_two_items_is_refused():
     records = [{"idx": f"val_{i}", "sub_task": "T", "answer": "(A)"} for i in range(2)]
-    benchmark = annotations.read_blink(records)
+    benchmark = read_benchmark("blink", records)
     crossed = [{"index": i, "id": f"val_{1 - i}", "response": "A"} for i in range(2)]
     with pytest.raises(ValueError, match="which are different items"):
         score_predictions(benchmark, crossed)
@@ -164,7 +164,7 @@ def test_images_are_confined_and_missing_ones_listed(tmp_path):
     with pytest.raises(ValueError, match="cannot identify image"):
         annotations.read_image_sizes(["0.jpg"], tmp_path)
     with pytest.raises(ValueError, match="has no box of four numbers"):
-        annotations.read_lisa([{"image_path": "a.png", "instruction": "", "boxes": [0, 0, 5, 5]}])
+        read_benchmark("lisa", [{"image_path": "a.png", "instruction": "", "boxes": [0, 0, 5, 5]}])
 
 
 # The table.

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from mig_bench_records import score_predictions, write_lines
 
-from mig_kit.score import annotations
+from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.records import align_predictions, read_records
 
 ANSWERS = ["(A)", "(B)", "(B)"]
@@ -19,7 +19,7 @@ BLINK = [{"idx": f"val_Jigsaw_{number}", "answer": answer, "choices": ["one", "t
 
 @pytest.fixture
 def benchmark():
-    return annotations.read_blink(BLINK)
+    return read_benchmark("blink", BLINK)
 
 
 def accuracy(benchmark, records, **settings):
@@ -83,7 +83,7 @@ def test_blinks_released_outputs_are_annotations_and_predictions(tmp_path):
                        for record, reply in zip(BLINK, ["(A)", "It is (B).", "(B)"])]}
     (tmp_path / "Jigsaw.json").write_text(json.dumps(outputs, indent=4))
     records = read_records(tmp_path / "Jigsaw.json")
-    benchmark = annotations.read_blink(records)
+    benchmark = read_benchmark("blink", records)
     assert {item.task for item in benchmark.items} == {"Jigsaw"}
     assert accuracy(benchmark, records) == [1, 1, 1]
 
@@ -98,7 +98,7 @@ def test_folders_of_parquet_by_subtask(tmp_path):
                                         tmp_path / task / f"{split}-00000-of-00001.parquet")
     records = read_records(tmp_path)
     assert "image_1" not in records[0]
-    items = annotations.read_blink(records).items
+    items = read_benchmark("blink", records).items
     assert [(item.id, item.letter) for item in items] == [("val_Counting_1", "B"),
                                                           ("val_Jigsaw_1", "A")]
 
@@ -127,7 +127,7 @@ def test_bad_logs_are_one_sentence(benchmark, records, sentence):
     ("a.json", b'{"val": []}', "is empty"),
     ("a.jsonl.gz", b"\x1f\x8b\x08", "is no JSON in UTF-8"),
     ("a.jsonl", '{"index"'.encode("utf-16-le"), "is no JSON in UTF-8"),
-    ("a.json", b'{"a": 1}\n{"b', "line 2 of"),
+    ("a.json", b'{"a": 1}\n{"b', "line 2 column"),
     ("a.parquet", b"PAR1", "no readable table"), ("a.xlsx", b"PK", "no readable table")])
 def test_broken_files_are_one_sentence(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)

@@ -12,6 +12,7 @@ from mig_bench_records import DATA, needs_data
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.score import annotations, choice_parsers, official, protocols, reply_boxes
+from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.image_names import find_names
 from mig_kit.score.reply_boxes import parse_named_box, parse_named_boxes, parse_strict_answer
 
@@ -99,7 +100,7 @@ def test_boxes_in_new_wordings_never_score_wrongly_and_never_fail_in_silence(nam
         case = json.loads(line)
         if case.get("form") == "x1,y1,w,h":  # which nothing tells from two corners
             continue
-        item = annotations.read_mig_bench([case["item"]]).items[0]
+        item = read_benchmark("mig_bench", [case["item"]]).items[0]
         is_strict = case.get("protocol", "strict") == "strict"
         reply = case["response"] if is_strict else f"<answer>{case['response']}</answer>"
         value, problem, _ = protocols.strict_iou(item, reply, THOUSAND, BoxFormat(), {})

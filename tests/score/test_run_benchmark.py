@@ -13,6 +13,7 @@ from mig_kit.image_files import EncodedImage, LazyImages
 from mig_kit.prompts import format_question
 from mig_kit.rewards import is_correct
 from mig_kit.score import annotations, benchmarks, protocols, run_benchmark
+from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.records import read_records
 from mig_kit.score.result import summarize
 from mig_kit.score.run_benchmark import to_sample
@@ -110,7 +111,7 @@ def test_every_official_item_becomes_a_sample():
     """Every seventh question, over one blank image in place of those nobody ships."""
     image = EncodedImage(b"", (560, 420))
     with_reference = 0
-    for item in annotations.read_mig_bench(read_records(MIG_FILE)).items[::7]:
+    for item in read_benchmark("mig_bench", read_records(MIG_FILE)).items[::7]:
         sample = to_sample(item, "mig_bench", LazyImages((image,) * len(item.images)))
         text = format_question(sample, BOX_FORMAT)
         assert sample.targets and "<|" not in text and "{ref}" not in text
