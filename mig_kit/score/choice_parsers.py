@@ -133,7 +133,8 @@ def _read_lines(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     first, last = _read_line(lines, valid), _read_line(lines[::-1], valid)
     if not (letter := last or first):
         return None
-    is_open = first not in ("", letter) or not last and _is_cut(text)
+    is_open = first not in ("", letter) or _letters(_MARK, lines[-1], valid) - {letter} or (
+        not last and _is_cut(text))
     return "" if is_open else letter
 
 

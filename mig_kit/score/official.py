@@ -6,7 +6,6 @@ Each function names its source. Parsers take any string and never raise. Rules o
 
 import math
 import re
-from collections import defaultdict
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from mig_kit.boxes import Box, Coordinates
 from mig_kit.common import UserError
 from mig_kit.score.annotations import BenchmarkItem, is_four_numbers
 from mig_kit.score.result import Verdict
+from mig_kit.stats import group_by_task, macro_mean
 
 # Boxes as the authors' scripts read them.
 _REAL = r"(\d+\.\d+)"
@@ -224,14 +224,12 @@ def ref_l4_metrics(values: np.ndarray) -> dict[str, np.ndarray]:
 
 def class_averages(items: list[BenchmarkItem], values: np.ndarray) -> dict[str, float]:
     """{"class_acc@0.5", "class_macc"}: unweighted means over classes, percent; {} without any."""
-    rows = defaultdict(list)
-    for row, item in enumerate(items):
-        rows[_object_class(item.category)].append(row)
-    if "" in rows:
+    by_class = group_by_task((_object_class(item.category) for item in items), values)
+    if "" in by_class:
         return {}
-    by_class = [values[places] for places in rows.values()]
-    means = [np.mean([np.mean(part > threshold) for part in by_class]) for threshold in THRESHOLDS]
-    return {"class_acc@0.5": 100 * float(means[0]), "class_macc": 100 * float(np.mean(means))}
+    means = [macro_mean([part > threshold for part in by_class.values()])
+             for threshold in THRESHOLDS]
+    return {"class_acc@0.5": 100 * means[0], "class_macc": 100 * float(np.mean(means))}
 
 
 def _object_class(category: str) -> str:
