@@ -68,7 +68,7 @@ def check_same_outputs(root, run_id, stage):
     assert outputs == expected
 
 
-def wait_for_kernel(process, run, patience=60):
+def wait_for_kernel(process, run, patience=120):
     """The kernel, once it has begun its stage: its imports take longer than what is killed."""
     until = time.monotonic() + patience
     while time.monotonic() < until:
