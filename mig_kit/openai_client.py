@@ -26,7 +26,7 @@ class RequestFailed(UserError):
     """A request that a server did not answer, in its words without the key; status: 0 for none."""
 
     def __init__(self, text: str, status: int):
-        super().__init__(redact(" ".join(text.split())[:400], read_api_key()))
+        super().__init__(redact(" ".join(text.split())[:400]))
         self.status = status
 
 
@@ -35,9 +35,9 @@ def read_api_key() -> str:
     return os.environ.get(KEY_VARIABLE, "").strip()
 
 
-def redact(text: str, key: str) -> str:
-    """The text without the key."""
-    return text.replace(key, "***") if key else text
+def redact(text: str) -> str:
+    """The text without the key of the environment."""
+    return text.replace(key, "***") if (key := read_api_key()) else text
 
 
 def parse_server(server: str) -> list[str]:
@@ -115,12 +115,10 @@ def read_choice(choice: dict, opened_tag: str = "") -> tuple[str, str]:
     message, reason = choice.get("message") or {}, choice.get("finish_reason") or ""
     if (error := choice.get("error")) or FAILED.search(str(reason)):
         raise ValueError(f"an error in place of a reply: {json.dumps(error or reason)[:200]}")
-    content, reasoning = _join(message.get("content")), next(
-        (text for key in ("reasoning_content", "reasoning", "reasoning_details")
-         if (text := _join(message.get(key)))), "")
+    fields = [message.get(key) for key in ("reasoning_content", "reasoning", "reasoning_details")]
+    content, reasoning = _join(message.get("content")), next(filter(None, map(_join, fields)), "")
     if isinstance(message.get("content"), list):
-        reasoning = reasoning or _join([part for part in message["content"]
-                                        if part.get("type") == "thinking"], "thinking")
+        reasoning = reasoning or _join(message["content"], "thinking")
     reason = "refusal" if message.get("refusal") and not content else str(reason)
     if message.get("content") is None and not (reasoning or reason):
         raise ValueError("an answer without a text")

@@ -109,13 +109,13 @@ def format_of(family: str) -> BoxFormat:
     return BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
 
 
-def save_model(model, processor, folder, base) -> None:
+def save_model(model, processor, folder, base, **options) -> None:
     """As a folder like `base`, by transformers' own `save_pretrained`."""
     model = unwrap_peft(model)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.hf_quantizer = None
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, safe_serialization=True, **options)
     copy_unchanged_files(base, folder)
     processor.save_image_settings(folder)
     apply_umask(folder)

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
-from published import CONFIGS, GENERATION, PREPROCESSORS
+from published import CONFIGS, GENERATION, PREPROCESSORS, published_name
 from safetensors.torch import save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
-from mig_kit.models import loading, merging
+from mig_kit.models import loading
+from mig_kit.models.model_folders import INDEX
 
 IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
        "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655,
@@ -52,14 +53,15 @@ def write_random_weights(folder: Path) -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    names, shards = merging.plan_shards(model, torch.bfloat16)
-    for file, saved_names in shards.filename_to_tensors.items():
-        shard = {saved: random_weight(saved, shapes[names[saved]]) for saved in saved_names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": {}, "weight_map": shards.tensor_to_filename}
-        (folder / merging.INDEX).write_text(json.dumps(index))
+    shapes = [(published_name(name, "qwen2_5_vl"), tensor.shape)
+              for name, tensor in model.state_dict().items() if name != "lm_head.weight"]
+    files = {}
+    for start in range(0, len(shapes), 100):
+        file = f"model-{start}.safetensors"
+        part = {name: random_weight(name, shape) for name, shape in shapes[start:start + 100]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
 def random_weight(name: str, shape: torch.Size) -> torch.Tensor:

@@ -22,7 +22,6 @@ from mig_kit.openai_client import (
     RequestFailed,
     iter_results,
     open_client,
-    read_api_key,
     read_choice,
     redact,
     request_completion,
@@ -170,7 +169,7 @@ def _request_reply(endpoint: Endpoint, client, messages: list[dict]) -> dict:
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         return {"failed": f"an answer without a reply ({error})"}
     usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
-    return {"reply": redact(reply, read_api_key()), "finish_reason": reason,
+    return {"reply": redact(reply), "finish_reason": reason,
             **{name: usage.get(name) for name in COUNTS}}
 
 

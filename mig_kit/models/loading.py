@@ -13,7 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, BitsAndBytesConfig
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import UserError, model_folder, release_memory
+from mig_kit.common import UserError, model_folder
 from mig_kit.models.model_folders import (
     FAMILIES,
     VisionLanguageModel,
@@ -55,40 +55,28 @@ class Hardware:
     reason: str
 
 
-def settle_vector_math() -> None:
-    """Let MKL choose the code of its vector functions now, on one thread."""
-    # If two threads make the first call at once, one of them now and then gets a cosine that is
-    # correct to four digits only: 22 of 1,030 fresh processes saw other image features.
-    torch.cos(torch.ones(8))
-
-
 def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
     """Decide device, dtype and attention once; `reason` is one sentence for the log.
 
     dtype: "auto" (bfloat16 on a GPU that has it, else float32), "float32" or "bfloat16". device:
     "auto" (a GPU if there is one), "cuda" (UserError if PyTorch sees none) or "cpu".
     """
-    settle_vector_math()
+    # MKL chooses the code of its vector functions at the first call. If two threads make it at
+    # once, one of them now and then gets a cosine that is correct to four digits only: 22 of 1,030
+    # fresh processes saw other image features.
+    torch.cos(torch.ones(8))  # on one thread
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"PyTorch {torch.__version__} sees no GPU, and device is 'cuda'; check the driver with "
             "nvidia-smi, or set device to cpu")
     if device != "cpu" and torch.cuda.is_available():
-        return _choose_on_gpu(dtype)
-    return _choose_on_cpu(dtype)
-
-
-def _choose_on_gpu(dtype: str) -> Hardware:
-    name = torch.cuda.get_device_name()
-    if dtype == "float32":
-        return Hardware("cuda", torch.float32, "sdpa", "a GPU, float32 by parameter")
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return Hardware("cuda", torch.bfloat16, "sdpa", f"{name}: weights in bfloat16")
-    reason = f"{name} has no bfloat16: float32 throughout, twice the memory and slower"
-    return Hardware("cuda", torch.float32, "sdpa", reason)
-
-
-def _choose_on_cpu(dtype: str) -> Hardware:
+        name = torch.cuda.get_device_name()
+        if dtype == "float32":
+            return Hardware("cuda", torch.float32, "sdpa", "a GPU, float32 by parameter")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Hardware("cuda", torch.bfloat16, "sdpa", f"{name}: weights in bfloat16")
+        reason = f"{name} has no bfloat16: float32 throughout, twice the memory and slower"
+        return Hardware("cuda", torch.float32, "sdpa", reason)
     if dtype == "bfloat16":
         return Hardware("cpu", torch.bfloat16, attention.NAME, "CPU, bfloat16 by parameter")
     # bfloat16 products are little faster for a model of some million parameters, even where a CPU
@@ -202,17 +190,9 @@ def load_policy(folder: str | Path, hardware: Hardware, box_format: BoxFormat,
 
 def load_four_bit_policy(base: str | Path, hardware: Hardware, box_format: BoxFormat) -> Policy:
     """The frozen 4-bit base, ready to carry an adapter."""
-    from peft import prepare_model_for_kbit_training
-
     policy = load_policy(base, hardware, box_format, four_bit=True)
-    # whether layers are checkpointed, the trainer's gradient_checkpointing says
-    model = prepare_model_for_kbit_training(policy.model, use_gradient_checkpointing=False)
-    run_tower_without_graph(model)
-    for parameter in model.parameters():  # PEFT has made what is not 4-bit float32
-        if parameter.dtype == torch.float32:
-            parameter.data = parameter.data.to(hardware.dtype)
-    policy.model = model
-    release_memory()  # of the copies in float32, gigabytes in a real model
+    policy.model.requires_grad_(False)
+    run_tower_without_graph(policy.model)
     return policy
 
 

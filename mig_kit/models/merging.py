@@ -1,14 +1,14 @@
-"""Merges an adapter into a model's weights file by file, so no whole model is ever in memory.
+"""Merges an adapter into a model's weights, one of the base's files in memory at a time.
 
-Each tensor is read from the base, rounded to NF4 if training saw it in 4 bits, merged and written.
+Each tensor is read from the base, rounded to NF4 if training saw it in 4 bits, merged and written
+to a file of the same name.
 """
 
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig
@@ -27,12 +27,11 @@ from mig_kit.models.model_folders import (
     INDEX,
     check_weights,
     copy_unchanged_files,
+    find_file,
     load_config,
     locate_tensors,
 )
 from mig_kit.models.processors import StillImageProcessor
-
-SHARD_BYTES = 2 * 2**30
 
 
 def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: Hardware,
@@ -54,32 +53,35 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     lora = load_adapter(adapter)
     check_adapter_fits(lora, model, base)
     check_adapter_base(adapter, base)
+    layers = {}  # name of a weight in the base's files -> its linear layer
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear:
+            weight = f"{name}.weight"  # older files have another name for it
+            saved_names = revert_weight_conversion(model, {weight: module.weight})
+            layers |= dict.fromkeys([weight, *saved_names], name)
+
+    def merge(saved_name: str, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(hardware.device, hardware.dtype)
+        name = layers.get(saved_name, "")
+        if four_bit and name and not name.startswith(tuple(FULL_PRECISION_MODULES)):
+            tensor = round_to_nf4(tensor)
+        if name in lora.matrices:
+            tensor = add_lora(tensor, lora, name)
+        return tensor.cpu().contiguous()
+
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     source = locate_tensors(base)
-    names, shards = plan_shards(model, hardware.dtype, source)
-    quantised = {f"{name}.weight" for name, module in model.named_modules()
-                 if four_bit and type(module) is torch.nn.Linear
-                 and not name.startswith(tuple(FULL_PRECISION_MODULES))}
-
-    def read(saved_name: str, name: str) -> torch.Tensor:
-        tensor = read_tensor(source, saved_name, name).to(hardware.device, hardware.dtype)
-        return round_to_nf4(tensor) if name in quantised else tensor
-
-    def merge(saved_name: str) -> torch.Tensor:
-        name = names[saved_name]
-        tensor, layer = read(saved_name, name), name.removesuffix(".weight")
-        return add_lora(tensor, lora, layer) if layer in lora.matrices else tensor
-
-    for file, saved_names in shards.filename_to_tensors.items():
-        shard = {name: merge(name).detach().cpu().contiguous() for name in saved_names}
-        save_file(shard, temporary / file, metadata={"format": "pt"})
-        del shard
+    for path in sorted({*source.values()}):
+        with safe_open(path, "pt") as file:
+            merged = {name: merge(name, file.get_tensor(name)) for name in file.keys()}
+        save_file(merged, temporary / path.name, metadata={"format": "pt"})
+        del merged
         release_memory()
-    if shards.is_sharded:
-        write_json(temporary / INDEX, {"metadata": shards.metadata,
-                                       "weight_map": shards.tensor_to_filename})
+    if find_file(base, INDEX):
+        files = {name: path.name for name, path in source.items()}
+        write_json(temporary / INDEX, {"metadata": {}, "weight_map": files})
     write_settings(model, base, temporary, hardware.dtype)
     processor.save_image_settings(temporary)
     apply_umask(temporary)
@@ -106,37 +108,6 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     return dequantize_4bit(packed, state).to(weight.dtype)
 
 
-def plan_shards(model: torch.nn.Module, dtype: torch.dtype,
-                source: Collection[str] = ()) -> tuple[dict[str, str], StateDictSplit]:
-    """Plans the files of a model, which may be on the meta device.
-
-    source: names in the base's files; experts that are fused there stay fused.
-    Returns: (name in a file -> name in the model, files of at most SHARD_BYTES).
-    """
-    is_tied = model.config.tie_word_embeddings
-    names, tensors = {}, {}
-    for name, tensor in model.state_dict().items():
-        if is_tied and name == "lm_head.weight":
-            continue
-        tensor = tensor.to("meta", dtype)
-        saved = revert_weight_conversion(model, {name: tensor})
-        if len(saved) > 1 and name in source:
-            saved = {name: tensor}
-        # a view would count as the whole tensor
-        tensors |= {saved_name: part.clone() for saved_name, part in saved.items()}
-        names |= dict.fromkeys(saved, name)
-    return names, split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
-
-
-def read_tensor(source: dict[str, Path], *names: str) -> torch.Tensor:
-    """The tensor under the first of `names` that `source` has; KeyError if it has none."""
-    for name in names:
-        if name in source:
-            with safe_open(source[name], "pt") as file:
-                return file.get_tensor(name)
-    raise KeyError(f"the base has no tensor {names[0]}; copy or download its weights again")
-
-
 def write_settings(model, base: str | Path, folder: Path, dtype: torch.dtype) -> None:
     """Write what a model folder holds beside weights and image settings."""
     config = model.config
@@ -152,7 +123,8 @@ def read_projection(base: str | Path, lora_targets: str) -> torch.Tensor:
     """First adapted projection of the language model's first layer, (outputs, inputs) float32."""
     tensors = locate_tensors(base)
     name = _first_projection([name.removesuffix(".weight") for name in tensors], lora_targets)
-    return read_tensor(tensors, f"{name}.weight").float()
+    with safe_open(tensors[f"{name}.weight"], "pt") as file:
+        return file.get_tensor(f"{name}.weight").float()
 
 
 def read_adapter(adapter: Path,

@@ -147,46 +147,44 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         images = Qwen2VLImageProcessorPil.from_pretrained(model, **limits)
+        template, old_file = tokenizer.chat_template, find_file(model, "chat_template.json")
+        if old_file and not find_file(model, "chat_template.jinja"):  # which the tokenizer reads
+            template = json.loads(old_file.read_text())["chat_template"]
     except Exception as error:  # what reads tokenizer.json raises nothing narrower
         raise UserError(f"tokenizer or image settings of {model}: {error}") from error
     processor = StillImageProcessor(
-        images, tokenizer, chat_template=load_chat_template(model) or tokenizer.chat_template,
-        stock_class=PROCESSOR_MAPPING_NAMES[family], coordinates=box_format.coordinates)
+        images, tokenizer, template, stock_class=PROCESSOR_MAPPING_NAMES[family],
+        coordinates=box_format.coordinates)
     check_chat_template(processor, box_format, model)
-    check_tokens(processor, config, model)
-    check_image_settings(images, config, model)
+    check_settings(processor, config, model)
     return processor
 
 
-def check_tokens(processor: StillImageProcessor, config, model: str | Path) -> None:
-    """UserError unless config.json and tokenizer agree on an image's tokens, and the tags of a
-    reply survive a decode.
+def check_settings(processor: StillImageProcessor, config, model: str | Path) -> None:
+    """UserError unless images are prepared as the model's vision tower was trained to read them,
+    config.json and tokenizer agree on tokens, and the tags of a reply survive a decode.
     """
-    tokenizer = processor.tokenizer
-    for name, token in (("image_token_id", processor.image_token),
-                        ("vision_start_token_id", "<|vision_start|>")):
-        number = tokenizer.convert_tokens_to_ids(token)
-        if getattr(config, name, number) != number:
-            raise UserError(f"{name} in config.json of {model} is {getattr(config, name)}, and "
-                            f"{token} is {number} in its tokenizer; set the one to the other")
+    tokenizer, vision = processor.tokenizer, config.vision_config
+    mean, std = COLOURS[config.model_type[:5]]
+    image, start = tokenizer.convert_tokens_to_ids([processor.image_token, "<|vision_start|>"])
+    expected = [
+        ("config.json", config, "its tokenizer has",
+         {"image_token_id": image, "vision_start_token_id": start}),
+        ("preprocessor_config.json", processor.image_processor,
+         "its family's vision tower reads images with",
+         {"do_resize": True, "patch_size": vision.patch_size,
+          "merge_size": vision.spatial_merge_size,
+          "temporal_patch_size": vision.temporal_patch_size, "do_rescale": True,
+          "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std})]
+    for file, settings, source, values in expected:
+        for name, value in values.items():
+            if not np.array_equal(getattr(settings, name, value), value):
+                raise UserError(f"{name} in {file} of {model} is {getattr(settings, name)}, and "
+                                f"{source} {value}; set it to that")
     ids = tokenizer(REPLY, add_special_tokens=False)["input_ids"]
     if (text := tokenizer.decode(ids, skip_special_tokens=True)) != REPLY:
         raise UserError(f"the tokenizer of {model} turns the reply {REPLY} into {text[:80]!r}; "
                         "take think and answer out of its special tokens")
-
-
-def check_image_settings(images, config, model: str | Path) -> None:
-    """UserError unless images are prepared as the model's vision tower was trained to read them."""
-    vision, (mean, std) = config.vision_config, COLOURS[config.model_type[:5]]
-    expected = {
-        "do_resize": True, "patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size,
-        "temporal_patch_size": vision.temporal_patch_size, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
-    for name, value in expected.items():
-        if not np.array_equal(getattr(images, name), value):
-            raise UserError(f"{name} in preprocessor_config.json of {model} is "
-                            f"{getattr(images, name)}, and its family's vision tower reads images "
-                            f"with {value}; set it to that")
 
 
 def read_box_format(model: str | Path) -> BoxFormat:
@@ -216,14 +214,6 @@ def describe_other_format(model: str | Path, box_format: BoxFormat) -> str:
         f"{model} was trained on {own.description}, and this run has {box_format.description}; "
         "set min_pixels, max_pixels and coordinates of 01 to the model's unless you want to change "
         "them")
-
-
-def load_chat_template(model: str | Path) -> str | None:
-    """The chat template beside the tokenizer of a folder or hub name, or None."""
-    if path := find_file(model, "chat_template.jinja"):
-        return path.read_text()
-    path = find_file(model, "chat_template.json")
-    return json.loads(path.read_text())["chat_template"] if path else None
 
 
 def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,
@@ -318,8 +308,7 @@ def check_image_grids(processor: StillImageProcessor, box_format: BoxFormat,
     patch = processor.image_processor.patch_size
     factor = patch * processor.image_processor.merge_size
     for number, ((_, rows, columns), size) in enumerate(zip(grids, sizes, strict=True), 1):
-        seen = columns * patch, rows * patch
-        computed = seen_size(size, box_format, factor)
+        seen, computed = (columns * patch, rows * patch), seen_size(size, box_format, factor)
         if seen != computed:
             raise UserError(
                 f"image {number} of {size[0]}x{size[1]} px reaches the model at "

@@ -82,33 +82,31 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
         cache: prompts of the same model that are already prepared.
     Returns: sample id -> its replies.
     """
-    ids, is_stored = [sample.id for sample in samples], load_replies(path).keys()
+    ids, stored = [sample.id for sample in samples], load_replies(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sampling = SamplingOptions(temperature, max_new_tokens=max_new_tokens)
     if isinstance(policy, ServedModel):
-        drawn = _ask_servers(policy, samples, ids, is_stored, replies, sampling)
+        drawn = _ask_servers(policy, samples, {*stored}, replies, sampling)
     else:
-        drawn = _draw_batches(policy, samples, ids, is_stored, replies, sampling, seed,
+        drawn = _draw_batches(policy, samples, ids, {*stored}, replies, sampling, seed,
                               cache or make_cache(policy))
-    n_stored = sum(name in is_stored for name in ids)
+    n_stored = sum(name in stored for name in ids)
     with path.open("a") as file, closing(drawn), \
             progress_bar(None, label, total=len(ids), initial=n_stored) as bar:
         for part in drawn:
             for name, (texts, reasons) in part.items():
                 file.write(format_row(name, texts, reasons))
+                stored[name] = texts
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(part))
-    stored = load_replies(path)
     return {name: stored[name] for name in ids}
 
 
-def _ask_servers(served: ServedModel, samples: Sequence[Sample], ids: list[str],
-                 is_stored: Set[str], replies: int,
+def _ask_servers(served: ServedModel, samples: Sequence[Sample], is_stored: Set[str], replies: int,
                  sampling: SamplingOptions) -> Iterator[dict[str, Drawn]]:
-    """Sample id -> replies, one sample at a time as servers answer; ids: of the samples."""
-    questions = (Question(samples[index], replies) for index, name in enumerate(ids)
-                 if name not in is_stored)
+    """Sample id -> replies, one sample at a time as servers answer."""
+    questions = (Question(sample, replies) for sample in samples if sample.id not in is_stored)
     for question, drawn in served.ask(questions, sampling):
         yield {question.sample.id: ([reply.text for reply in drawn],
                                     [reply.finish_reason for reply in drawn])}

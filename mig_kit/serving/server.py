@@ -6,7 +6,7 @@ cannot be repeated to the bit. What a server refuses is shown in its words.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -159,17 +159,18 @@ class ServedModel:
 
     def sampling_fields(self, sampling: SamplingOptions, with_logps: bool) -> dict:
         """The fields of a request that say how to draw; with_logps: ask for log-probabilities."""
-        fields = {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens}
+        options = asdict(sampling)
+        limits = {"max_tokens": options.pop("max_new_tokens")}
         if self.processor is None:
-            return fields
+            return limits | {"temperature": sampling.temperature}
+        limits["min_tokens"] = options.pop("min_new_tokens")
         # all of them, because a server reads a missing one from generation_config.json
         bias = {str(token): FORBIDDEN_BIAS for token in forbidden_token_ids(self.processor)}
-        fields |= {
-            "top_p": sampling.top_p, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
-            "presence_penalty": 0.0, "frequency_penalty": 0.0,
-            "min_tokens": sampling.min_new_tokens, "stop_token_ids": self.end_tokens,
-            "logit_bias": bias, "skip_special_tokens": True, "return_token_ids": True}
-        return fields | ({"logprobs": True} if with_logps else {})
+        return limits | {
+            "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+            "frequency_penalty": 0.0, **options, "stop_token_ids": self.end_tokens,
+            "logit_bias": bias, "skip_special_tokens": True, "return_token_ids": True,
+            **({"logprobs": True} if with_logps else {})}
 
     def parse_replies(self, answer: dict, count: int, with_logps: bool) -> list[ServedReply]:
         """The `count` replies of a chat completion; UserError if it lacks some."""

@@ -62,12 +62,6 @@ def describe_endings(endings: dict) -> str:
     return ", ".join(parts) or "-"
 
 
-def write_rollouts(folder: Path, rows: list[dict]) -> None:
-    """Write the rows to a stage folder, atomically, in the place of those that it holds."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(folder / ROLLOUTS, lambda temporary: temporary.write_text(text))
-
-
 def load_rollouts(folder: Path) -> list[dict]:
     """The rows that a stage folder holds, in order; [] if none were kept.
 

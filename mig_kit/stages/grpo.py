@@ -139,9 +139,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
     logged = ("reward", *(f"rewards/{name}/mean" for name in rewards), "entropy")
     describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
                        weights=params.reward_weights)
-    callbacks = [resuming.ProgressLines(logged), StopIfNothingLearns(),
-                 # draws a few replies before the first update, too
-                 recipe_trainer.KeepRollouts(policy, samples, folder, ROLLOUT_STEPS, describe)]
+    callbacks = [resuming.ProgressLines(logged), StopIfNothingLearns()]
     served = None
     if params.server:
         served = served_rollouts.ServedRollouts(policy.model.name_or_path, policy.box_format,
@@ -162,6 +160,8 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
             micro_completions=params.micro_replies, served=served)
     else:
         trainer = recipe_trainer.ResumableGRPOTrainer(**common)  # stock TRL
+    trainer.add_callback(recipe_trainer.KeepRollouts(  # draws before the first update, too
+        trainer, policy, samples, folder, ROLLOUT_STEPS, describe))
     if hardware.device == "cuda":
         # TRL makes the adapter of a 4-bit model bfloat16, which rounds away three quarters of the
         # updates of A at the full profiles' learning rate. The tiny profile has larger updates.

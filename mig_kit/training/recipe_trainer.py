@@ -19,13 +19,13 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import UserError
+from mig_kit.common import UserError, write_json_lines
 from mig_kit.models.loading import Policy
-from mig_kit.models.processors import check_image_grids, render_prompt
+from mig_kit.models.processors import check_image_grids
 from mig_kit.models.sample_prompts import make_cache, prompt_source
 from mig_kit.sample import Sample
 from mig_kit.serving.served_rollouts import ServedRollouts
-from mig_kit.serving.stored_replies import load_rollouts, write_rollouts
+from mig_kit.serving.stored_replies import ROLLOUTS, load_rollouts
 from mig_kit.shared_prefix.decoding import evaluation_mode
 from mig_kit.shared_prefix.generation import (
     draw_uniforms,
@@ -128,58 +128,43 @@ class KeepRollouts(TrainerCallback):
 
     They are drawn before the training's first rollout, every `every` updates and after the last,
     with the training's sampling options and always the same random numbers, and change nothing in
-    it. describe: makes the rest of a row from a reply and its sample.
+    it. Nothing is kept where the kit's decoder lacks one of these options.
+
+    describe: makes the rest of a row from a reply and its sample.
     """
 
-    def __init__(self, policy: Policy, samples: Sequence[Sample], folder: Path, every: int,
-                 describe: Callable[[str, Sample], dict]):
-        self.policy, self.folder, self.every, self.describe = policy, folder, every, describe
+    def __init__(self, trainer: GRPOTrainer, policy: Policy, samples: Sequence[Sample],
+                 folder: Path, every: int, describe: Callable[[str, Sample], dict]):
+        self.trainer, self.policy = trainer, policy
+        self.folder, self.every, self.describe = folder, every, describe
         self.samples = {index: samples[index] for index in pick_prompts(len(samples))}
         self.cache = make_cache(policy)  # not the trainer's
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Draw from the model as RL finds it."""
         if state.global_step == 0 and state.is_world_process_zero:
-            self._keep(0, model, args)
+            self._keep(0, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Draw if it is time."""
         is_due = state.global_step % self.every == 0 or state.global_step == state.max_steps
         if is_due and state.is_world_process_zero:
-            self._keep(state.global_step, model, args)
+            self._keep(state.global_step, model)
 
-    def _keep(self, step: int, model, args) -> None:
+    def _keep(self, step: int, model) -> None:
+        sampling, lacking = read_sampling_options(self.trainer.generation_config.to_dict())
+        if lacking:
+            return
+        prompts, processor = self.cache.get(list(self.samples.values())), self.policy.processor
+        uniforms = draw_uniforms(SEED, len(prompts), REPLIES, sampling.max_new_tokens)
         with evaluation_mode(model := extract_model_from_parallel(model)):
-            rollouts = self._draw(model, args)
-        decode = self.policy.processor.batch_decode
+            rollouts = generate_rollouts(model, processor, prompts, REPLIES, sampling, uniforms)
         # after a kill, a step that is drawn again replaces its rows and all later ones
         rows = [row for row in load_rollouts(self.folder) if row["step"] < step]
         for (index, sample), completions in zip(self.samples.items(), rollouts):
             rows += [{"step": step, "prompt": index, **self.describe(reply, sample)}
-                     for reply in decode(completions, skip_special_tokens=True)]
-        write_rollouts(self.folder, rows)
-
-    def _draw(self, model, args) -> Sequence[Sequence[Sequence[int]]]:
-        """Token ids of REPLIES completions to each prompt."""
-        policy, names = self.policy, ("temperature", "top_p", "top_k", "min_p",
-                                      "repetition_penalty")
-        settings = {name: getattr(args, name) for name in names} | {
-            "max_new_tokens": args.max_completion_length} | (args.generation_kwargs or {})
-        sampling, lacking = read_sampling_options(settings)
-        prompts = self.cache.get(list(self.samples.values()))
-        if not lacking:
-            uniforms = draw_uniforms(SEED, len(prompts), REPLIES, args.max_completion_length)
-            return generate_rollouts(model, policy.processor, prompts, REPLIES, sampling, uniforms)
-        # what the kit's decoder lacks: TRL draws by transformers, too
-        inputs = policy.processor(
-            text=[render_prompt(policy.processor, sample, policy.box_format)
-                  for sample in self.samples.values()], padding=True, return_tensors="pt",
-            images=[image for sample in self.samples.values() for image in sample.images])
-        with keep_global_state(), torch.no_grad():
-            torch.manual_seed(SEED)
-            output = model.generate(**inputs.to(model.device), do_sample=True, **settings,
-                                    num_return_sequences=REPLIES)
-        return output[:, inputs["input_ids"].shape[1]:].unflatten(0, (-1, REPLIES)).tolist()
+                     for reply in processor.batch_decode(completions, skip_special_tokens=True)]
+        write_json_lines(self.folder / ROLLOUTS, rows)
 
 
 @contextmanager

@@ -195,11 +195,8 @@ class ProgressLines(TrainerCallback):
         self.printed = state.global_step, time.monotonic()
         pace = (self.printed[1] - start) / (state.global_step - step)
         minutes = pace * (state.max_steps - state.global_step) / 60
-        figures = ", ".join(f"{_short_name(name)} {logs[name]:.3f}" for name in self.names
-                            if logs.get(name) is not None)
+        figures = ", ".join(
+            f"{name.removeprefix('rewards/').removesuffix('/mean')} {logs[name]:.3f}"
+            for name in self.names if logs.get(name) is not None)
         print(f"step {state.global_step}/{state.max_steps}: {figures}; {minutes:.1f} min left",
               flush=True)
-
-
-def _short_name(name: str) -> str:
-    return name.split("/")[-2] if "/" in name else name  # "rewards/box/mean" -> "box"

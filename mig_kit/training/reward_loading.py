@@ -109,17 +109,6 @@ def _show_reply(name: str, replies: Sequence[str]) -> Iterator[None]:
         raise
 
 
-def _check_value(name: str, value: object, sample: Sample) -> float | None:
-    if type(value).__module__ in ("torch", "numpy"):  # of no dimension
-        value = value.item()
-    if value is None:
-        return None
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise UserError(f"the reward '{name}' gave {value!r} for sample {sample.id}; return a "
-                        "finite number, or None where it does not apply")
-    return float(value)
-
-
 @dataclass(frozen=True)
 class Score:
     """A reward as 05 counts it: its value is checked, and lost if the penalty applies."""
@@ -133,7 +122,7 @@ class Score:
         """What one reply earns; None if the reward does not apply."""
         with _show_reply(self.name, [reply]):
             value = self.reward(reply, sample, self.box_format)
-        return self._penalise(_check_value(self.name, value, sample), reply, sample)
+        return self._check_value(value, reply, sample)
 
     def score_batch(self, replies: Sequence[str], samples: Sequence[Sample],
                     **given) -> list[float | None]:
@@ -154,15 +143,20 @@ class Score:
         if len(values) != len(replies):
             raise UserError(f"the reward '{self.name}' gave {len(values)} values for "
                             f"{len(replies)} completions")
-        # NaN is TRL's None
-        values = [None if value != value else _check_value(self.name, value, sample)
-                  for value, sample in zip(values, samples)]
-        return list(map(self._penalise, values, replies, samples))
+        values = [None if value != value else value for value in values]  # NaN is TRL's None
+        return list(map(self._check_value, values, replies, samples))
 
-    def _penalise(self, value: float | None, reply: str, sample: Sample) -> float | None:
-        is_lost = value is not None and self.is_penalised and not cites_only_existing_images(
-            reply, sample)
-        return 0.0 if is_lost else value
+    def _check_value(self, value: object, reply: str, sample: Sample) -> float | None:
+        """The value as a number, 0 if the penalty applies; UserError if it is none."""
+        if type(value).__module__ in ("torch", "numpy"):  # of no dimension
+            value = value.item()
+        if value is None:
+            return None
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise UserError(f"the reward '{self.name}' gave {value!r} for sample {sample.id}; "
+                            "return a finite number, or None where it does not apply")
+        is_lost = self.is_penalised and not cites_only_existing_images(reply, sample)
+        return 0.0 if is_lost else float(value)
 
 
 def _batch_columns(samples: Sequence[Sample], box_format: BoxFormat) -> dict[str, list]:

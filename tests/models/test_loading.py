@@ -130,7 +130,7 @@ OF_FILES = [
       for setting in ({"do_resize": False}, {"patch_size": 16}, {"merge_size": 1},
                       {"do_rescale": False}, {"image_mean": [0.5] * 3}, {"image_std": None})),
     (update("config.json", image_token_id=6),
-     "image_token_id in config.json of .* is 6, and <.image_pad.> is 5 in its tokenizer"),
+     "image_token_id in config.json of .* is 6, and its tokenizer has 5; set it to that"),
     (update("tokenizer_config.json", additional_special_tokens=["<answer>"]),
      "turns the reply .* take think and answer out of its special tokens")]
 # and when they are

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import write_json_lines
 from mig_kit.serving import reply_files, stored_replies
 from mig_kit.training import recipe_trainer
 from mig_kit.world.suites import iter_free_form
@@ -60,7 +61,7 @@ def test_the_first_prompt_with_a_box_is_shown(tmp_path, monkeypatch):
     assert stored_replies.draw_first_rollouts(tmp_path, BOX_FORMAT, samples) is None
     rows = [{"step": step, "prompt": prompt, "reply": "", "reward": 0.0, "correct": False,
              "boxes": []} for step in (0, 2) for prompt in (0, 1, 2)]
-    stored_replies.write_rollouts(tmp_path, rows)
+    write_json_lines(tmp_path / stored_replies.ROLLOUTS, rows)
     assert stored_replies.load_rollouts(tmp_path) == rows
     drawn = []
     monkeypatch.setattr(stored_replies.pictures, "draw_rollouts",

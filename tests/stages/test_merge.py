@@ -46,20 +46,19 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
 
 
 @pytest.mark.slow
-def test_shards_hold_the_same_model(tmp_path, random_folder, float32, monkeypatch):
+def test_the_files_of_a_divided_base_are_merged_as_one(tmp_path, random_folder, float32):
     lora = resuming.lora_config(4)
     policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
-    for name, parameter in policy.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.fill_(0.01)
+    set_random_adapter(policy.model)
     policy.model.save_pretrained(tmp_path / "adapter")
-    arguments = (random_folder, tmp_path / "adapter")
-    merging.write_merged_model(*arguments, tmp_path / "one", float32, policy.processor, True)
-    monkeypatch.setattr(merging, "SHARD_BYTES", 200_000)
-    merging.write_merged_model(*arguments, tmp_path / "many", float32, policy.processor, True)
-    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
-    one, many = (loading.load_model(tmp_path / name, float32).state_dict()
-                 for name in ("one", "many"))
+    save_model(loading.load_model(random_folder, float32), policy.processor, tmp_path / "base",
+               random_folder, max_shard_size=200_000)
+    assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 2
+    for base in (random_folder, tmp_path / "base"):
+        merging.write_merged_model(base, tmp_path / "adapter", tmp_path / f"{base.name} merged",
+                                   float32, policy.processor, four_bit=True)
+    one, many = (loading.load_model(tmp_path / f"{base.name} merged", float32).state_dict()
+                 for base in (random_folder, tmp_path / "base"))
     assert all(torch.equal(weight, many[name]) for name, weight in one.items())
 
 
