@@ -79,7 +79,7 @@ def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
     from mig_kit.models import loading
     from mig_kit.pipeline import run_facts, run_folders, store
     from mig_kit.sample import read_samples
-    from mig_kit.training.reward_loading import BatchReward, load_rewards
+    from mig_kit.training.reward_loading import load_rewards, takes_batch
 
     run_folders.require_runs(run_id)
     run_folders.require_record("04_rejection_sampling", run_id, "mig-kit data export")
@@ -89,7 +89,7 @@ def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
     params |= run_facts.run_params(run_id, "mig-kit data export")
     folder = run_folders.stage_folder("05_grpo", run_id)
     rewards = load_rewards(params["rewards"], folder if record else None)
-    if of_batch := [name for name in rewards if isinstance(rewards[name], BatchReward)]:
+    if of_batch := [name for name in rewards if takes_batch(rewards[name])]:
         raise UserError(f"the reward '{of_batch[0]}' judges whole batches, which other engines do "
                          "not give; write it as a function of reply, sample and box format")
     for note in store.stale_notes("04_rejection_sampling", run_id):

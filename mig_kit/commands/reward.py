@@ -26,11 +26,13 @@ def check(rewards: tuple[str, ...], file: Path, root: Path | None, profile: str)
     """
     from mig_kit.data.own_data import iter_samples
     from mig_kit.pipeline.params import profile_params
+    from mig_kit.pipeline.reward_names import check_rewards
     from mig_kit.training import reward_check, reward_loading
 
     box_format, params = profile_box_format(profile), profile_params("05_grpo", profile)
     # a file is named from where the command is given
     references = [f"{Path.cwd() / text}" if ":" in text else text for text in rewards]
+    check_rewards(references, {}, {})
     loaded = reward_loading.load_rewards(references, None)
     samples = list(iter_samples(file, root or file.parent, reward_check.MOST_READ))
     table = reward_check.tabulate_payments(loaded, samples, box_format, params["reward_weights"])

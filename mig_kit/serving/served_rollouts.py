@@ -82,10 +82,7 @@ class ServedRollouts:
             model = trainer.accelerator.unwrap_model(trainer.model)
             model.save_pretrained(saved, safe_serialization=True)
             apply_umask(saved)  # a server may be another user's
-            # servers cache prompts under the adapter's name, so after a kill new weights must not
-            # get an old name
-            name = f"{saved.name}-{file_sha256(saved / 'adapter_model.safetensors')[:8]}"
-            self._load(name, saved.resolve(), before)
+            name = self._load(saved)
             for old in folder.iterdir():
                 if old.name not in (saved.name, before.rpartition("-")[0]):
                     shutil.rmtree(old)  # not read any more
@@ -96,12 +93,11 @@ class ServedRollouts:
         """UserError if an adapter with large weights does not change a server's answer."""
         if not trainer.accelerator.is_main_process:
             return
-        folder, before = self.folder / "checkpoints" / SERVED_ADAPTERS / "canary", self.adapter
+        folder = self.folder / "checkpoints" / SERVED_ADAPTERS / "canary"
         if self.probe is None:
             self._save_canary(trainer, folder)
             self.probe = question
-        self.adapter = f"{folder.name}-{file_sha256(folder / 'adapter_model.safetensors')[:8]}"
-        self._load(self.adapter, folder.resolve(), before)
+        self.adapter = self._load(folder)
         for server in self.served.servers:
             without, with_canary = (self._first_token(server, name)
                                     for name in (self.model_name, self.adapter))
@@ -129,22 +125,26 @@ class ServedRollouts:
         sampling = SamplingOptions(temperature=0.0, max_new_tokens=1)
         return next(served.ask([self.probe], sampling, with_logps=True))[1][0]
 
-    def _load(self, name: str, path: Path, before: str) -> None:
-        """Load an adapter at every server, and unload the one before."""
+    def _load(self, folder: Path) -> str:
+        """Load a folder's adapter at every server, unload the one before, and return its name."""
+        # servers cache prompts under the name, so after a kill new weights must not get an old one
+        name = f"{folder.name}-{file_sha256(folder / 'adapter_model.safetensors')[:8]}"
         for server in self.served.servers:
             listed = list_models(server.client)
             try:
                 if name not in listed:  # a server may have outlived a killed stage
                     request_json(server.client, "/load_lora_adapter",
-                                 {"lora_name": name, "lora_path": str(path)})
-                if before in listed:  # unless the server was started again
-                    request_json(server.client, "/unload_lora_adapter", {"lora_name": before})
+                                 {"lora_name": name, "lora_path": str(folder.resolve())})
+                if self.adapter in listed:  # unless the server was started again
+                    request_json(server.client, "/unload_lora_adapter",
+                                 {"lora_name": self.adapter})
             except RequestFailed as failure:
                 raise UserError(
                     f"the server {server.url} does not take the adapter {name} ({failure}); vLLM "
                     "needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment, --enable-lora, "
                     f"--max-lora-rank {self.params.lora_r} or more and this machine's "
                     "disk") from None
+        return name
 
 
 class StopIfServerDiffers(TrainerCallback):

@@ -13,7 +13,7 @@ from mig_kit.common import UserError
 from mig_kit.prompts import LETTERS, correct_answer, format_answer
 from mig_kit.rewards import REWARDS, Reward
 from mig_kit.sample import Sample
-from mig_kit.training.reward_loading import BatchReward, Score, as_completions, score_functions
+from mig_kit.training.reward_loading import Score, as_completions, score_functions, takes_batch
 
 KINDS = ("right", "empty", "wrong image", "shifted", "other frame", "hedged", "long", "malformed")
 QUESTIONS = 24  # that replies are constructed for, some of each task
@@ -82,7 +82,7 @@ def tabulate_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box
     replies = [construct_replies(sample, box_format) for sample in questions]
     columns, parts = {}, []
     for name, score in score_functions(rewards, box_format, penalty).items():
-        is_of_batch = isinstance(score.reward, BatchReward)
+        is_of_batch = takes_batch(score.reward)
         columns[name] = _pay_all(score, questions, replies, group if is_of_batch else 1)
         if is_of_batch:
             columns[f"{name}, mixed"] = _pay_all(score, questions, replies, group, is_mixed=True)
@@ -120,7 +120,7 @@ def _pay_all(score: Score, questions: list[Sample], replies: list[dict[str, str]
 def _pay(score: Score, replies: list[str], sample: Sample) -> list[float]:
     """What the replies earn, as one batch; NaN for None. Their tokens are letters."""
     fields = {}
-    if isinstance(score.reward, BatchReward):
+    if takes_batch(score.reward):
         from transformers import TrainerState
 
         fields = {"completions": as_completions(replies), "trainer_state": TrainerState(),

@@ -39,23 +39,13 @@ def copy_reward_files(references: Sequence[str], folder: Path) -> None:
                          lambda temporary, path=path: shutil.copyfile(path, temporary))
 
 
-@dataclass(frozen=True)
-class BatchReward:
-    """A reward in TRL's form: a function of a whole batch."""
-
-    function: Callable
-
-    def __call__(self, reply: str, sample: Sample, box_format: BoxFormat) -> None:
-        """None, because one reply is no batch."""
-
-
 def load_rewards(references: Sequence[str], folder: Path | None) -> dict[str, Reward]:
-    """Name -> reward; functions in TRL's form become BatchRewards.
+    """Name -> reward.
 
     Args:
-        references: names of the kit's rewards, or "file.py:function".
+        references: names that `reward_names.check_rewards` accepts.
         folder: the stage's, which holds copies of the files; None to read the files.
-    Raises: UserError for a file without the function, and whatever the file raises.
+    Raises: whatever a file raises.
     """
     rewards = {}
     for text in references:
@@ -64,15 +54,14 @@ def load_rewards(references: Sequence[str], folder: Path | None) -> dict[str, Re
             continue
         path, name = split_function_name(text)
         module = _import_file(folder / FOLDER / path.name if folder else path, path)
-        reward = getattr(module, name, None)
-        if not callable(reward):
-            raise UserError(f"{path} has no function '{name}'")
-        rewards[name] = BatchReward(reward) if _has_trls_form(reward) else reward
+        rewards[name] = getattr(module, name)
     return rewards
 
 
-def _has_trls_form(reward: Callable) -> bool:
-    """Whether it takes TRL's arguments by name, and not the kit's three by position."""
+def takes_batch(reward: Callable) -> bool:
+    """Whether a reward has TRL's form, of a whole batch: it takes TRL's arguments by name, and not
+    the kit's three by position.
+    """
     parameters = inspect.signature(reward).parameters
     kinds = [parameter.kind for parameter in parameters.values()]
     kind = inspect.Parameter
@@ -119,31 +108,32 @@ class Score:
     is_penalised: bool = False
 
     def __call__(self, reply: str, sample: Sample) -> float | None:
-        """What one reply earns; None if the reward does not apply."""
-        with _show_reply(self.name, [reply]):
-            value = self.reward(reply, sample, self.box_format)
-        return self._check_value(value, reply, sample)
+        """What one reply earns; None if the reward does not apply, or judges whole batches."""
+        return None if takes_batch(self.reward) else self.score_batch([reply], [sample])[0]
 
     def score_batch(self, replies: Sequence[str], samples: Sequence[Sample],
                     **given) -> list[float | None]:
         """What each reply of a batch earns.
 
-        given: TRL's arguments, for a BatchReward, which also gets the columns question, sizes
-        ((width, height), pixels), targets ((image number, box), pixels of the original), options,
-        letter and solution (a correct answer as the model writes it).
+        given: TRL's arguments, for a reward in its form, which also gets the columns question,
+        sizes ((width, height), pixels), targets ((image number, box), pixels of the original),
+        options, letter and solution (a correct answer as the model writes it).
         """
-        if not isinstance(self.reward, BatchReward):
-            return list(map(self, replies, samples))
-        arguments = given | _batch_columns(samples, self.box_format)
-        with _show_reply(self.name, replies):
-            values = self.reward.function(**arguments)
-            if inspect.iscoroutine(values):
-                values = asyncio.run_coroutine_threadsafe(values, _event_loop()).result()
-        values = [*values]
+        values = []
+        if takes_batch(self.reward):
+            arguments = given | _batch_columns(samples, self.box_format)
+            with _show_reply(self.name, replies):
+                results = self.reward(**arguments)
+                if inspect.iscoroutine(results):
+                    results = asyncio.run_coroutine_threadsafe(results, _event_loop()).result()
+            values = [None if value != value else value for value in results]  # NaN is TRL's None
+        else:
+            for reply, sample in zip(replies, samples):
+                with _show_reply(self.name, [reply]):
+                    values.append(self.reward(reply, sample, self.box_format))
         if len(values) != len(replies):
             raise UserError(f"the reward '{self.name}' gave {len(values)} values for "
                             f"{len(replies)} completions")
-        values = [None if value != value else value for value in values]  # NaN is TRL's None
         return list(map(self._check_value, values, replies, samples))
 
     def _check_value(self, value: object, reply: str, sample: Sample) -> float | None:

@@ -1,5 +1,7 @@
 """The contract of a served reply: what is asked for, what is read, what is refused."""
 
+from dataclasses import make_dataclass
+
 import pytest
 
 from mig_kit.boxes import BoxFormat
@@ -25,7 +27,9 @@ def test_every_sampling_parameter_is_said(served):
     assert {name: fields[name] for name in expected} == expected
     assert fields["logit_bias"] == dict.fromkeys("3456", -100.0), "the vision tokens"
     assert "seed" not in fields, "vLLM's CPU engine dies of it"
-    assert "logprobs" not in served.sampling_fields(SamplingOptions(), with_logps=False)
+    more = make_dataclass("More", [("min_p", float, 0.2)], bases=(SamplingOptions,), frozen=True)
+    fields = served.sampling_fields(more(), with_logps=False)
+    assert fields["min_p"] == 0.2 and "logprobs" not in fields
 
 
 def test_replies_are_read_from_ids_where_there_are_any(served):

@@ -21,7 +21,7 @@ from mig_kit.training.reward_check import (
     construct_replies,
     tabulate_payments,
 )
-from mig_kit.training.reward_loading import BatchReward, load_rewards
+from mig_kit.training.reward_loading import load_rewards
 
 ABSOLUTE, THOUSAND = BoxFormat(), BoxFormat(coordinates="normalized_1000")
 SHIFTED = 0.7 ** 2 / (2 - 0.7 ** 2)  # IoU of a box and itself moved by 0.3 of both its sides
@@ -105,7 +105,7 @@ def test_a_reward_of_a_batch_is_shown_alone_and_mixed(samples):
         assert len(sizes) % 4 == 0
         return [float(size == max(sizes)) for size in sizes]
 
-    rewards = {"box": REWARDS["box"], "longest": BatchReward(longest)}
+    rewards = {"box": REWARDS["box"], "longest": longest}
     table = tabulate_payments(rewards, samples[:2], ABSOLUTE, {}, group=4)
     assert set(table["longest"]) == {1.0}, "alone every reply is the longest"
     assert table["longest, mixed"].to_dict() == {kind: float(kind == "long") for kind in KINDS}
@@ -149,3 +149,5 @@ def test_the_command(samples, tmp_path):
     assert re.search(r"right +1\.0 +1\.0\n", done.output) and "24 questions" in done.output
     done = CliRunner().invoke(check, [f"{tmp_path}/my.py:zero", *words])
     assert "pay the same for every reply" in str(done.exception)
+    done = CliRunner().invoke(check, [f"{tmp_path}/my.py:zer", *words])
+    assert "has no function 'zer'; it has f, zero" in str(done.exception)
