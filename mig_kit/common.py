@@ -51,11 +51,8 @@ def write_json_lines(path: Path, records: Iterable[dict]) -> None:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give a folder's *.safetensors, which only their owner reads, the rights of any new file."""
-    probe = folder / "rights.tmp"
-    probe.touch()
-    rights = probe.stat().st_mode & 0o777
-    probe.unlink()
+    """Give a folder's *.safetensors, which only their owner reads, the rights of its JSON files."""
+    rights = next(folder.glob("*.json")).stat().st_mode & 0o777
     for path in folder.glob("*.safetensors"):
         path.chmod(rights)
 
