@@ -164,8 +164,7 @@ class SampleWriter:
         self.file.close()
         if error_class is None:
             self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+        self.temporary.unlink(missing_ok=True)
 
 
 def write_samples(path: Path, samples: Iterable[Sample],

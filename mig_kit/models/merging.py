@@ -53,12 +53,16 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     lora = load_adapter(adapter)
     check_adapter_fits(lora, model, base)
     check_adapter_base(adapter, base)
+    source = locate_tensors(base)
     layers = {}  # name of a weight in the base's files -> its linear layer
     for name, module in model.named_modules():
         if type(module) is torch.nn.Linear:
             weight = f"{name}.weight"  # older files have another name for it
-            saved_names = revert_weight_conversion(model, {weight: module.weight})
-            layers |= dict.fromkeys([weight, *saved_names], name)
+            names = (weight, *revert_weight_conversion(model, {weight: module.weight}))
+            saved_name = next(filter(source.__contains__, names), "")
+            if not saved_name and name != "lm_head":  # which may be tied
+                raise KeyError(f"the files of {base} have no tensor {weight}")
+            layers[saved_name] = name
 
     def merge(saved_name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(hardware.device, hardware.dtype)
@@ -72,7 +76,6 @@ def write_merged_model(base: str | Path, adapter: Path, folder: Path, hardware: 
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    source = locate_tensors(base)
     for path in sorted({*source.values()}):
         with safe_open(path, "pt") as file:
             merged = {name: merge(name, file.get_tensor(name)) for name in file.keys()}

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -83,11 +83,6 @@ class StillImageProcessor(ImagePrompts):
             return reply.removeprefix(self.opened_tag)
         _, tag, rest = reply.partition("<think>")
         return rest.lstrip() if tag else f"</think>{reply}"  # without reasoning: close the block
-
-    def tokenize_replies(self, replies: Sequence[str]) -> list[list[int]]:
-        """Token ids with which a model writes each reply after its prompt, without an end token."""
-        texts = [self.cut_opened(reply) for reply in replies]
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As transformers' method, but text with a reply starts with the prompt asking for it."""

@@ -58,8 +58,9 @@ def reply_logps(model, processor: StillImageProcessor, samples: list[Sample], re
     for start in range(0, len(samples), PROMPTS_AT_ONCE):
         part = slice(start, start + PROMPTS_AT_ONCE)
         prompts = SampleCache(model, processor, box_format).get(samples[part])
-        completions = [torch.tensor([*row, processor.tokenizer.eos_token_id])
-                       for row in processor.tokenize_replies(replies[part])]
+        texts = [processor.cut_opened(reply) for reply in replies[part]]
+        rows = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        completions = [torch.tensor([*row, processor.tokenizer.eos_token_id]) for row in rows]
         lengths = list(map(len, completions))
         ids = pad_rows(completions, max(lengths)).to(device)
         mask = pad_rows([torch.ones_like(row) for row in completions], max(lengths)).to(device)
