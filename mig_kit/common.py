@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -48,6 +49,31 @@ def write_json_lines(path: Path, records: Iterable[dict]) -> None:
     """Write each record as a line of JSON, atomically."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def append_json_lines(file: TextIO, records: Iterable[dict]) -> None:
+    """Append each record as a line of JSON, and see that all are on the disk."""
+    file.writelines(json.dumps(record) + "\n" for record in records)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def load_json_lines(path: Path) -> list[dict]:
+    """The records of a file that `append_json_lines` fills; [] without one.
+
+    A last line that a kill has cut is dropped, also from the file; another broken one: UserError.
+    """
+    content, records = path.read_bytes() if path.is_file() else b"", []
+    *lines, cut = content.split(b"\n")
+    if cut:
+        os.truncate(path, len(content) - len(cut))
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is broken; delete that line, and what it held "
+                            "is asked again") from error
+    return records
 
 
 def apply_umask(folder: Path) -> None:

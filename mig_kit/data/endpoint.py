@@ -6,16 +6,14 @@ MIG_KIT_API_KEY alone.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, seen_size
-from mig_kit.common import UserError
+from mig_kit.common import UserError, append_json_lines, load_json_lines
 from mig_kit.image_files import image_digests, to_data_url
 from mig_kit.openai_client import (
     KEY_VARIABLE,
@@ -88,30 +86,6 @@ def call_key(sample: Sample, endpoint: Endpoint, box_format: BoxFormat) -> str:
     return digest.hexdigest()
 
 
-def read_log(path: Path) -> dict[str, dict]:
-    """Finished calls by key. A last line that a kill cut is dropped; UserError for another one."""
-    content = path.read_bytes() if path.is_file() else b""
-    *lines, cut = content.split(b"\n")
-    if cut:
-        os.truncate(path, len(content) - len(cut))
-    entries: dict[str, dict] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            entries[entry["key"]] = entry
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} line {number} is broken; delete that line, and its call is "
-                             "made again") from error
-    return entries
-
-
-def append_entry(file: BinaryIO, entry: dict) -> None:
-    """Write a finished call to an open log; it is on the disk when this returns."""
-    file.write((json.dumps(entry) + "\n").encode())
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
                    box_format: BoxFormat) -> list[Trace]:
     """The teacher's trace for every sample, in order; its `error` says why there is no reply.
@@ -125,8 +99,8 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     keys: list[str] = []
-    with path.open("ab") as file, open_client(endpoint.url) as client:
-        log, requested = read_log(path), set()
+    log, requested = {entry["key"]: entry for entry in load_json_lines(path)}, set()
+    with path.open("a") as file, open_client(endpoint.url) as client:
 
         def iter_new_calls() -> Iterator[tuple[str, Sample]]:
             for sample in samples:
@@ -145,7 +119,7 @@ def request_traces(samples: Iterable[Sample], endpoint: Endpoint, path: Path,
         for entry in iter_results(work, iter_new_calls(), endpoint.concurrency):
             log[entry["key"]] = entry
             if "reply" in entry:
-                append_entry(file, entry)
+                append_json_lines(file, [entry])
             failure = find_failure(entry)
             failures_in_a_row = failures_in_a_row + 1 if failure else 0
             if failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
@@ -183,7 +157,7 @@ def find_failure(entry: dict) -> str:
 
 def summarize_usage(path: Path) -> dict:
     """What the logged calls took; "without_counts": for how many the server gave no counts."""
-    entries = read_log(path).values()
+    entries = load_json_lines(path)
     return {"calls": len(entries),
             **{name: sum(entry.get(name) or 0 for entry in entries) for name in COUNTS},
             "without_counts": sum(entry["prompt_tokens"] is None for entry in entries)}

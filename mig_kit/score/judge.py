@@ -8,8 +8,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from mig_kit.common import UserError, digest_json, progress_bar
-from mig_kit.data.endpoint import append_entry, read_log
+from mig_kit.common import (
+    UserError,
+    append_json_lines,
+    digest_json,
+    load_json_lines,
+    progress_bar,
+)
 from mig_kit.openai_client import RequestFailed, ask, iter_results, open_client, parse_server
 from mig_kit.score.annotations import BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
@@ -53,11 +58,11 @@ def ask_judge(judge: Judge, unread: list[tuple[BenchmarkItem, str]]) -> list[str
     """
     prompts = [judge_prompt(item, reply) for item, reply in unread]
     keys = [digest_json([judge.model, prompt]) for prompt in prompts]
-    answers = {key: entry["answer"] for key, entry in read_log(judge.file).items()}
+    answers = {record["key"]: record["answer"] for record in load_json_lines(judge.file)}
     todo = {key: prompt for key, prompt in zip(keys, prompts) if key not in answers}
     url, = parse_server(judge.url)[:1]
     with closing(open_client(url, TIMEOUT, RETRIES)) as client, \
-            judge.file.open("ab") as file:
+            judge.file.open("a") as file:
         def answer_of(pair: tuple[str, str]) -> tuple[str, str]:
             answer = ask(client, judge.model, pair[1], temperature=0)
             if not answer.strip():
@@ -67,7 +72,7 @@ def ask_judge(judge: Judge, unread: list[tuple[BenchmarkItem, str]]) -> list[str
         try:
             for key, answer in progress_bar(iter_results(answer_of, todo.items(), THREADS), "judge",
                                             total=len(todo), disable=not todo):
-                append_entry(file, {"key": key, "model": judge.model, "answer": answer})
+                append_json_lines(file, [{"key": key, "model": judge.model, "answer": answer}])
                 answers[key] = answer
         except (RequestFailed, ValueError) as failure:
             raise UserError(f"the judge at {judge.url} does not answer ({failure}); give the same "

@@ -1,6 +1,5 @@
 """Replies of one or several models to many samples, in files that a killed stage resumes from."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -11,13 +10,13 @@ from types import SimpleNamespace
 import torch
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import progress_bar, release_memory
+from mig_kit.common import append_json_lines, progress_bar, release_memory
 from mig_kit.image_files import LazyImages
 from mig_kit.models.loading import Hardware, Policy, load_policy
 from mig_kit.models.sample_prompts import SampleCache, make_cache
 from mig_kit.sample import Sample
 from mig_kit.serving.server import Question, ServedModel, serve_model
-from mig_kit.serving.stored_replies import count_endings, format_row, load_replies
+from mig_kit.serving.stored_replies import count_endings, load_replies, reply_row
 from mig_kit.shared_prefix.decoding import fuse_decoding_weights, train_mode_for_4bit_layers
 from mig_kit.shared_prefix.generation import (
     SamplingOptions,
@@ -94,11 +93,8 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
     with path.open("a") as file, closing(drawn), \
             progress_bar(None, label, total=len(ids), initial=n_stored) as bar:
         for part in drawn:
-            for name, (texts, reasons) in part.items():
-                file.write(format_row(name, texts, reasons))
-                stored[name] = texts
-            file.flush()
-            os.fsync(file.fileno())
+            append_json_lines(file, [reply_row(name, *reply) for name, reply in part.items()])
+            stored |= {name: texts for name, (texts, _) in part.items()}
             bar.update(len(part))
     return {name: stored[name] for name in ids}
 

@@ -1,6 +1,5 @@
 """Replies in files, read without a model: of `reply_files`, and rollouts of `KeepRollouts`."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from PIL.Image import Image
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import write_atomically
+from mig_kit.common import load_json_lines
 from mig_kit.drawing import pictures
 from mig_kit.sample import Sample
 
@@ -16,25 +15,14 @@ ROLLOUTS = "rollouts.jsonl"
 
 
 def load_replies(path: Path) -> dict[str, list[str]]:
-    """Replies by sample id; a line that a kill has cut is dropped, also from the file."""
-    replies, whole = {}, []
-    stored = path.read_bytes() if path.is_file() else b""
-    for line in stored.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        replies[row["id"]] = row["replies"]
-        whole.append(line + b"\n")
-    if b"".join(whole) != stored:
-        write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(whole)))
-    return replies
+    """Replies by sample id, of a reply file; raises as `load_json_lines`."""
+    return {row["id"]: row["replies"] for row in load_json_lines(path)}
 
 
-def format_row(sample_id: str, replies: list[str], reasons: list[str]) -> str:
-    """A line of a reply file; reasons: finish_reasons, left out if all replies ended themselves."""
+def reply_row(sample_id: str, replies: list[str], reasons: list[str]) -> dict:
+    """A row of a reply file; reasons: finish_reasons, left out if all replies ended themselves."""
     others = {"finish_reasons": reasons} if {*reasons} - {"stop", ""} else {}
-    return json.dumps({"id": sample_id, "replies": replies, **others}) + "\n"
+    return {"id": sample_id, "replies": replies, **others}
 
 
 def count_endings(*paths: Path) -> dict:
@@ -44,8 +32,8 @@ def count_endings(*paths: Path) -> dict:
     others that hold no text}.
     """
     counts, empty = Counter(replies=0, cut=0), Counter()
-    for path in filter(Path.is_file, paths):
-        for row in map(json.loads, path.read_text().splitlines()):
+    for path in paths:
+        for row in load_json_lines(path):
             reasons = row.get("finish_reasons", ["stop"] * len(row["replies"]))
             for reply, reason in zip(row["replies"], reasons, strict=True):
                 counts.update(replies=1, cut=reason == "length")
@@ -68,8 +56,7 @@ def load_rollouts(folder: Path) -> list[dict]:
     A row is a reply: step (updates before it), prompt (the index of its sample) and what
     `grpo.describe_reply` gives.
     """
-    path = folder / ROLLOUTS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return load_json_lines(folder / ROLLOUTS)
 
 
 def draw_first_rollouts(folder: Path, box_format: BoxFormat,

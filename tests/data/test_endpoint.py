@@ -172,7 +172,7 @@ def test_killed_and_resumed_no_finished_call_is_repeated(tmp_path):
 
 def test_a_broken_log_is_named(tmp_path):
     server = TeacherServer(lambda nth, body: (200, completion()))
-    (tmp_path / "c").write_text("[]\n")
+    (tmp_path / "c").write_text("{]\n")
     with pytest.raises(UserError, match="line 1 is broken"):
         request_traces(server, tmp_path / "c", make_samples(1))
     assert server.total == 0
