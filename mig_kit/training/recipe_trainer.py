@@ -117,12 +117,6 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
                                 read_sampling_options(self.generation_config.to_dict())[0])
 
 
-def pick_prompts(n_samples: int) -> list[int]:
-    """Indices of PROMPTS samples, evenly spaced, because a table is often sorted by task."""
-    count = min(PROMPTS, n_samples)
-    return [n_samples * number // count for number in range(count)]
-
-
 class KeepRollouts(TrainerCallback):
     """Writes REPLIES replies to a few prompts to the stage's folder while a model is trained.
 
@@ -137,7 +131,9 @@ class KeepRollouts(TrainerCallback):
                  folder: Path, every: int, describe: Callable[[str, Sample], dict]):
         self.trainer, self.policy = trainer, policy
         self.folder, self.every, self.describe = folder, every, describe
-        self.samples = {index: samples[index] for index in pick_prompts(len(samples))}
+        count = min(PROMPTS, len(samples))  # evenly spaced, because a table is often sorted by task
+        places = [len(samples) * number // count for number in range(count)]
+        self.samples = {index: samples[index] for index in places}
         self.cache = make_cache(policy)  # not the trainer's
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

@@ -9,7 +9,6 @@ import torch
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import write_json_lines
 from mig_kit.serving import reply_files, stored_replies
-from mig_kit.training import recipe_trainer
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import make_sample
 
@@ -48,11 +47,6 @@ def test_an_error_in_a_thread_is_raised_and_ends_the_rest():
     with pytest.raises(KeyError, match="part 1"):
         list(reply_files.map_in_threads(fail_at_1, range(40), 2))
     assert len(done) < 39 and torch.get_num_threads() == cores
-
-
-def test_prompts_are_spread_over_the_table():
-    assert recipe_trainer.pick_prompts(100) == [0, 25, 50, 75]
-    assert recipe_trainer.pick_prompts(3) == [0, 1, 2]
 
 
 def test_the_first_prompt_with_a_box_is_shown(tmp_path, monkeypatch):
