@@ -29,7 +29,6 @@ from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
 BATCH_SIZE = 64  # prompts of a batch
 CPU_WORKERS = 2  # batches under way at a time on a CPU, each on its share of the cores
-Drawn = tuple[list[str], list[str]]  # replies to a sample, and why each of them ended
 
 
 @contextmanager
@@ -92,26 +91,26 @@ def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path
     n_stored = sum(name in stored for name in ids)
     with path.open("a") as file, closing(drawn), \
             progress_bar(None, label, total=len(ids), initial=n_stored) as bar:
-        for part in drawn:
-            append_json_lines(file, [reply_row(name, *reply) for name, reply in part.items()])
-            stored |= {name: texts for name, (texts, _) in part.items()}
-            bar.update(len(part))
+        for rows in drawn:
+            append_json_lines(file, rows)
+            stored |= {row["id"]: row["replies"] for row in rows}
+            bar.update(len(rows))
     return {name: stored[name] for name in ids}
 
 
 def _ask_servers(served: ServedModel, samples: Sequence[Sample], is_stored: Set[str], replies: int,
-                 sampling: SamplingOptions) -> Iterator[dict[str, Drawn]]:
-    """Sample id -> replies, one sample at a time as servers answer."""
+                 sampling: SamplingOptions) -> Iterator[list[dict]]:
+    """Rows of the file, one at a time as servers answer."""
     questions = (Question(sample, replies) for sample in samples if sample.id not in is_stored)
     for question, drawn in served.ask(questions, sampling):
-        yield {question.sample.id: ([reply.text for reply in drawn],
-                                    [reply.finish_reason for reply in drawn])}
+        yield [reply_row(question.sample.id, [reply.text for reply in drawn],
+                         [reply.finish_reason for reply in drawn])]
 
 
 def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_stored: Set[str],
                   replies: int, sampling: SamplingOptions, seed: int,
-                  cache: SampleCache) -> Iterator[dict[str, Drawn]]:
-    """Sample id -> replies, batch by batch, each batch with its own seed; ids: of the samples."""
+                  cache: SampleCache) -> Iterator[list[dict]]:
+    """Rows of the file, batch by batch, each batch with its own seed; ids: of the samples."""
     # Batches are cut before anything is skipped, so a resumed run draws what it would have drawn.
     todo = [(number, batch) for number, batch in enumerate(_cut_batches(samples))
             if not is_stored >= {ids[index] for index in batch}]
@@ -119,7 +118,7 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
     workers = CPU_WORKERS if policy.hardware.device == "cpu" else 1
     max_bytes = max_kv_bytes(policy.model.device) // workers
 
-    def draw(numbered_batch: tuple[int, list[int]]) -> dict[str, Drawn]:
+    def draw(numbered_batch: tuple[int, list[int]]) -> list[dict]:
         number, batch = numbered_batch
         with one_at_a_time:
             prompts = cache.get([samples[index] for index in batch])
@@ -131,11 +130,11 @@ def _draw_batches(policy: Policy, samples: Sequence[Sample], ids: list[str], is_
         if number % 8 == 7:
             release_memory()
         with one_at_a_time:
-            return {ids[index]: (
-                policy.processor.batch_decode(completions, skip_special_tokens=True),
+            return [reply_row(
+                ids[index], policy.processor.batch_decode(completions, skip_special_tokens=True),
                 ["stop" if {*completion[-1:]} & end_tokens else "length"
                  for completion in completions])
-                for index, completions in zip(batch, rollouts) if ids[index] not in is_stored}
+                for index, completions in zip(batch, rollouts) if ids[index] not in is_stored]
 
     end_tokens = {*end_token_ids(policy.model.generation_config, policy.processor)}
     fused_weights = fuse_decoding_weights(unwrap_peft(policy.model))
