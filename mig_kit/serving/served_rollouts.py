@@ -75,7 +75,7 @@ class ServedRollouts:
 
     def _sync(self, trainer) -> None:
         """Have all servers draw with this update's adapter, named step-<update>-<its hash>."""
-        version, before, name = trainer.state.global_step + 1, self.adapter, ""
+        version, name = trainer.state.global_step + 1, ""
         if trainer.accelerator.is_main_process:
             folder = self.folder / "checkpoints" / SERVED_ADAPTERS
             saved = folder / f"step-{version}"
@@ -84,7 +84,7 @@ class ServedRollouts:
             apply_umask(saved)  # a server may be another user's
             name = self._load(saved)
             for old in folder.iterdir():
-                if old.name not in (saved.name, before.rpartition("-")[0]):
+                if old.name not in (saved.name, self.adapter.rpartition("-")[0]):
                     shutil.rmtree(old)  # not read any more
         self.adapter = broadcast_object_list([name])[0]
         self.served.name, self.version = self.adapter, version
