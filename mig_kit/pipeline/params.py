@@ -30,16 +30,12 @@ def default_params(stage: str) -> dict:
             for name, field in stage_fields(stage).items()}
 
 
-def list_profiles() -> list[str]:
-    """The names of the profiles: tiny, and every folder of params/."""
-    return ["tiny", *sorted(path.name for path in PROFILES.iterdir() if path.is_dir())]
-
-
 def profile_params(stage: str, profile: str = "tiny") -> dict:
     """A stage's parameters in a profile, not validated; UserError for an unknown profile."""
-    if profile not in list_profiles():
+    profiles = ["tiny", *sorted(path.name for path in PROFILES.iterdir() if path.is_dir())]
+    if profile not in profiles:
         raise UserError(f"no profile '{profile}' in params/; the profiles are "
-                        f"{', '.join(list_profiles())}")
+                        f"{', '.join(profiles)}")
     values = _read_profile(PROFILES / profile / f"{stage}.yaml")
     return values | {name: merge_mappings(default, values.get(name, default))
                      for name, default in default_params(stage).items()}

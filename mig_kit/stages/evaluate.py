@@ -64,10 +64,8 @@ def has_own_data(run_id: str) -> bool:
 
 def find_rl_start(start_from: str) -> Path | None:
     """The folder that 05 started from, None for a run's model; UserError if it is gone."""
-    if start_from in START_WORDS:
-        return None
-    folder = model_folder(start_from)
-    if not folder.is_dir():
+    folder = None if start_from in START_WORDS else model_folder(start_from)
+    if folder and not folder.is_dir():
         raise UserError(f"RL started from {start_from}, which is gone, and 06 compares "
                         "with it; bring it back, or run 05 again from another model")
     return folder
