@@ -117,7 +117,9 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
     """
     coco = load_coco(annotations, "OdinW")
     entries = validate_detections(predictions, coco, source)
-    names = _category_names(coco)
+    counts = Counter(str(entry["name"]) for entry in coco.cats.values())
+    names = {category: str(entry["name"]) + f" (id {category})" * (counts[str(entry["name"])] > 1)
+             for category, entry in coco.cats.items()}
     precision = {names[category]: values
                  for category, values in measure_precision(coco, entries).items()}
     if not precision:
@@ -130,14 +132,6 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
     return Scored(tuple(tasks), {}, True, aggregates=aggregates,
                   remarks=_describe_reach(coco, entries),
                   detections=tuple(sorted(map(repr, entries))))
-
-
-def _category_names(coco: COCO) -> dict:
-    """Category id -> name, with the id if several share it."""
-    names = {category: str(entry["name"]) for category, entry in coco.cats.items()}
-    counts = Counter(names.values())
-    return {category: name if counts[name] == 1 else f"{name} (id {category})"
-            for category, name in names.items()}
 
 
 def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> Scored:

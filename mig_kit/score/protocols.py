@@ -128,40 +128,22 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                               allow_missing, benchmark.left_out)
     if not has_boxes and (rules.read_letter or not is_official):
         lines, remarks = _mark_cut_reasoning(lines)
-    if rules.read_letter:
-        verdicts, judged = _judge_letters(
+    if has_boxes:
+        verdicts, more = official.judge_boxes(items, lines, source), ()
+    elif rules.read_letter:
+        verdicts, more = _judge_letters(
             items, lines, rules.read_letter if is_official else read_strictly, judge)
-        remarks += judged
-    elif not has_boxes:
-        if box_order not in (None, "xyxy"):
-            remarks += (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
-            lines = [line and line | {"response": rewrite_boxes(
-                line["response"], BOX_ORDERS[box_order])} for line in lines]
-        sizes = read_image_sizes((name for item in items for name in item.images if _needs_sizes(
-            item, coordinates, is_official)), images)
-        items = [replace(item, size=item.size or sizes.get(item.images[(item.target or 1) - 1]))
-                 for item in items]
-        remarks += _describe_reach(items, lines, coordinates, box_format)
-        if is_official and (in_pixels or coordinates != Coordinates.NORMALIZED_1000):
-            remarks += (f"Boxes were read as {coordinates.description} and converted before the "
-                        "authors' rule read them; their own script does not convert.",)
-            lines = [line and to_official_line(
-                item, rules.frame, line,
-                [sizes.get(name, item.size or (1, 1)) for name in item.images], coordinates,
-                box_format) for item, line in zip(items, lines, strict=True)]
-        strictly = partial(judge_own, protocol=protocol) if rules.frame == "kit" else strict_iou
-        verdicts = () if in_pixels else judge_all(
-            items, lines, official.official_iou if is_official else partial(
-                strictly, coordinates=coordinates, box_format=box_format, sizes=sizes))
-    if in_pixels:
-        verdicts = official.judge_boxes(items, lines, source)
+    else:
+        items, verdicts, more = _judge_replies_with_boxes(
+            rules, items, lines, protocol, coordinates, box_format, images, box_order)
     values = np.array([verdict.value for verdict in verdicts])
     averages = official.class_averages(items, values) if in_pixels else {}
     problems = Counter(verdict.problem for verdict in verdicts if verdict.problem)
     return Scored(tuple(item.task for item in items), _metrics(rules, values), rules.is_macro,
                   dict(problems), {"avg": averages} if averages else {},
                   tuple((item.video,) if item.video else item.images or (f"item {item.index}",)
-                        for item in items), remarks, tuple(zip(items, verdicts, strict=True)))
+                        for item in items),
+                  remarks + more, tuple(zip(items, verdicts, strict=True)))
 
 
 def _judge_letters(items: Sequence[BenchmarkItem], lines: list[dict | None], read: Callable,
@@ -176,6 +158,36 @@ def _judge_letters(items: Sequence[BenchmarkItem], lines: list[dict | None], rea
         verdicts[place] = judge_letter(items[place], letter, f"the judge {judge.model}")
     return verdicts, (f"The judge {judge.model} read {len(unread):,} replies that no rule read; "
                       f"its answers are in {judge.file.name}.",)
+
+
+def _judge_replies_with_boxes(
+        rules: Rules, items: Sequence[BenchmarkItem], lines: list[dict | None], protocol: str,
+        coordinates: Coordinates, box_format: BoxFormat, images: str | None,
+        box_order: str | None) -> tuple[list[BenchmarkItem], list[Verdict], tuple]:
+    """The items with the sizes of their images, as far as needed, the verdicts, and remarks."""
+    is_official, remarks = protocol == "official", ()
+    if box_order not in (None, "xyxy"):
+        remarks += (f"Boxes were read as {box_order} and rewritten as x1, y1, x2, y2 first.",)
+        lines = [line and line | {"response": rewrite_boxes(
+            line["response"], BOX_ORDERS[box_order])} for line in lines]
+    sizes = read_image_sizes((name for item in items for name in item.images if _needs_sizes(
+        item, coordinates, is_official)), images)
+    items = [replace(item, size=item.size or sizes.get(item.images[(item.target or 1) - 1]))
+             for item in items]
+    remarks += _describe_reach(items, lines, coordinates, box_format)
+    if not is_official:
+        rule = partial(judge_own, protocol=protocol) if rules.frame == "kit" else strict_iou
+        return items, judge_all(items, lines, partial(
+            rule, coordinates=coordinates, box_format=box_format, sizes=sizes)), remarks
+    in_pixels = rules.frame == "pixels"
+    if in_pixels or coordinates != Coordinates.NORMALIZED_1000:
+        remarks += (f"Boxes were read as {coordinates.description} and converted before the "
+                    "authors' rule read them; their own script does not convert.",)
+        lines = [line and to_official_line(
+            item, rules.frame, line, [sizes.get(name, item.size or (1, 1)) for name in item.images],
+            coordinates, box_format) for item, line in zip(items, lines, strict=True)]
+    return items, (official.judge_boxes(items, lines, "") if in_pixels else
+                   judge_all(items, lines, official.official_iou)), remarks
 
 
 def _mark_cut_reasoning(lines: list[dict | None]) -> tuple[list[dict | None], tuple]:

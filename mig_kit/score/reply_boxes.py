@@ -51,17 +51,23 @@ class StrictAnswer:
 
 
 def parse_strict_answer(text: str) -> StrictAnswer:
-    """The one box that the last <answer>, or else a reply of JSON or with a family's marks, states.
-    """
+    """The one box that the last <answer>, else a reply of JSON or with a family's marks, states."""
     block, shown = last_answer_block(text), shown_text(text)
     if block is None and not _JSON.match(_unfence(shown)) and not _TAG.search(shown):
         return StrictAnswer(None, None, NO_ANSWER)
-    return _only(parse_named_boxes(text))
+    return parse_named_box(text)
 
 
 def parse_named_box(text: str) -> StrictAnswer:
     """The one box that the last <answer> or, without one, the whole reply states."""
-    return _only(parse_named_boxes(text))
+    named = parse_named_boxes(text)
+    if len(set(named)) != 1:
+        return StrictAnswer(None, None, SEVERAL if named else UNREAD)
+    image, box = named[0]
+    x1, y1, x2, y2 = box
+    if not all(map(math.isfinite, box)) or x1 >= x2 or y1 >= y2:
+        return StrictAnswer(image, None, NOT_A_BOX)
+    return StrictAnswer(image, box)
 
 
 def parse_named_boxes(text: str) -> list[NamedBox]:
@@ -75,16 +81,6 @@ def parse_named_boxes(text: str) -> list[NamedBox]:
         return _read_json(final)
     named = [_read_statement(line) for line in final.split("\n") if line.strip()]
     return [] if None in named else named
-
-
-def _only(named: list[NamedBox]) -> StrictAnswer:
-    if len(set(named)) != 1:
-        return StrictAnswer(None, None, SEVERAL if named else UNREAD)
-    image, box = named[0]
-    x1, y1, x2, y2 = box
-    if not all(map(math.isfinite, box)) or x1 >= x2 or y1 >= y2:
-        return StrictAnswer(image, None, NOT_A_BOX)
-    return StrictAnswer(image, box)
 
 
 def _unfence(text: str) -> str:
