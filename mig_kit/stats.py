@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy.stats import beta, norm, ttest_1samp, ttest_ind
+from scipy.stats import beta, norm
 from scipy.stats import t as student_t
 
 RESAMPLES = 1000
@@ -54,11 +54,15 @@ def mean_interval(values: Sequence[float], others: Sequence[float] = ()) -> list
     others: the mean's difference to theirs, with unequal variances (Welch). NaN for a single value
     on a side, and for values that do not differ.
     """
-    sides = [side for side in (values, others) if len(side)]
+    sides = [np.asarray(side, dtype=float) for side in (values, others) if len(side)]
     if any(len(side) < 2 for side in sides) or not any(map(np.ptp, sides)):
         return [float("nan")] * 2
-    test = ttest_ind(*sides, equal_var=False) if len(others) else ttest_1samp(values, 0)
-    return [float(bound) for bound in test.confidence_interval()]
+    errors = [side.var(ddof=1) / len(side) for side in sides]
+    degrees = sum(errors) ** 2 / sum(error ** 2 / (len(side) - 1)
+                                     for error, side in zip(errors, sides))
+    half = float(student_t.ppf(0.975, degrees) * sum(errors) ** 0.5)
+    value = float(sides[0].mean() - sum(side.mean() for side in sides[1:]))
+    return [value - half, value + half]
 
 
 def ratio_interval(parts: np.ndarray, totals: np.ndarray) -> list[float]:
