@@ -56,7 +56,6 @@ def test_a_second_run_repeats_nothing(runs):
     assert output.count("up to date") == len(RECIPE) and "report:" in output
 
 
-@pytest.mark.nightly
 def test_nbval_runs_an_executed_notebook_again_and_nothing_changes(runs, tmp_path):
     """Parameters injected: its cells' asserts hold, and what has finished stays."""
     before = describe_files(runs / "smoke", "*/**/*")
