@@ -124,13 +124,6 @@ def number_image_lists(samples: Sequence[Sample]) -> np.ndarray:
                      for sample in samples])
 
 
-def _group_with_lists(samples: Sequence[Sample],
-                      values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(values, lists of images) of each part of `split_for_score`."""
-    return list(zip(split_for_score(samples, values),
-                    split_for_score(samples, number_image_lists(samples))))
-
-
 def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[str]],
                     box_format: BoxFormat) -> dict:
     """One system's scores on one suite, in percent.
@@ -154,7 +147,7 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
     by_task = stats.group_by_task((sample.task for sample in samples), np.arange(len(samples)))
     tasks = {task: _summarize_task({name: values[rows] for name, values in columns.items()})
              for task, rows in by_task.items()}
-    groups = _group_with_lists(samples, columns["correct"])
+    groups = list(zip(*(split_for_score(samples, columns[name]) for name in ("correct", "lists"))))
     summary = {"n": len(samples), "score": to_percent(macro_mean([part for part, _ in groups])),
                "ci95": list(map(to_percent, stats.share_interval_by_list(groups))),
                "sampled": None, "n_sampled": len(drawn_samples), "tasks": tasks}
@@ -224,7 +217,9 @@ def paired_difference(samples: list[Sample], after: dict, before: dict,
         gaps = np.subtract(*([np.mean([reply_is_correct(reply, sample, box_format)
                                        for reply in replies[row]])
                               for row, sample in zip(rows, part)] for replies in (after, before)))
-        return stats.paired_gap_by_list(_group_with_lists(part, gaps), after == before)
+        groups = zip(*(split_for_score(part, values)
+                       for values in (gaps, number_image_lists(part))))
+        return stats.paired_gap_by_list(list(groups), after == before)
 
     greedy = ([[reply] for reply in replies["greedy"]] for replies in (after, before))
     difference = gap(range(len(samples)), *greedy) | {"sampled": None}

@@ -130,16 +130,13 @@ class CompletionLossTrainer(resuming.KeepAdapterDtype, SFTTrainer):
 
     def collate(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """row: (rows,); labels: (rows, tokens) of completions, -100 for padding and fillers."""
-        completions = [self._completion(example["row"]) for example in examples]
+        for row in {example["row"] for example in examples} - self.completions.keys():
+            self.completions[row] = completion_ids(self.samples[row], self.replies[row],
+                                                   self.cache.processor, self.cache.box_format)
+        completions = [self.completions[example["row"]] for example in examples]
         labels = pad_rows(completions, max(map(len, completions)), -100)
         labels[[bool(example.get("is_filler")) for example in examples]] = -100
         return {"row": torch.tensor([example["row"] for example in examples]), "labels": labels}
-
-    def _completion(self, row: int) -> torch.Tensor:
-        if row not in self.completions:
-            self.completions[row] = completion_ids(self.samples[row], self.replies[row],
-                                                   self.cache.processor, self.cache.box_format)
-        return self.completions[row]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over num_items_in_batch tokens, those of all parts of the update."""
