@@ -155,7 +155,11 @@ def lock_run(run: Path, patience: float = 5.0) -> None:
     """
     if run in _LOCKS:
         return
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder of run '{run.name}' cannot be made ({error}); set "
+                        "MIG_KIT_RUNS to a folder that can be written") from error
     lock = FileLock(run / "lock", thread_local=False)
     try:
         lock.acquire(timeout=patience)
