@@ -14,7 +14,9 @@ from mig_kit.boxes import Box
 from mig_kit.common import UserError
 from mig_kit.image_files import EncodedImage, LazyImages, encode_image
 
-ROWS_PER_GROUP = 64  # that are written at a time, so that a table's length does not matter
+# A table is written in groups of rows, so that its length does not matter.
+ROWS_PER_GROUP = 64
+BYTES_PER_GROUP = 2**22  # of embedded images
 REMEDY = "delete it and run its stage again with --force"
 
 
@@ -136,7 +138,7 @@ class SampleWriter:
         self.schema = table_schema(with_traces)
         self.file = parquet.ParquetWriter(self.temporary, self.schema)
         self.rows: list[dict] = []
-        self.n_written = 0
+        self.n_bytes = self.n_written = 0
 
     def write(self, sample: Sample, trace: Trace | None = None) -> None:
         """Add a row."""
@@ -144,8 +146,9 @@ class SampleWriter:
         if trace is not None:
             row |= {"reply": trace.text, "detail": trace.detail, "error": trace.error}
         self.rows.append(row)
+        self.n_bytes += sum(len(image["bytes"] or b"") for image in row["images"])
         self.n_written += 1
-        if len(self.rows) == ROWS_PER_GROUP:
+        if len(self.rows) >= ROWS_PER_GROUP or self.n_bytes >= BYTES_PER_GROUP:
             self._write_group()
 
     def _write_group(self) -> None:
@@ -153,7 +156,7 @@ class SampleWriter:
 
         if self.rows:
             self.file.write_table(Table.from_pylist(self.rows, schema=self.schema))
-        self.rows = []
+        self.rows, self.n_bytes = [], 0
 
     def __enter__(self) -> "SampleWriter":
         return self

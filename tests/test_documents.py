@@ -103,6 +103,15 @@ def test_the_readmes_figures_of_speed_and_size():
     assert f"{count / 1e6:.0f} million" == "5 million" and "five million" in README
 
 
+def test_the_readmes_released_replies_are_those_of_their_page():
+    page = TEXTS["notebooks/guide/what_is_a_point.md"]
+    rows = re.findall(r"\| (\S+ 7B|\S+7B)[^|]*\| (\d+\.\d+) \| (\S+) \| (\+\S+ \(.*?\)) \|", README)
+    assert len(rows) == 3
+    for model, score, constant, refit in rows:
+        assert re.search(rf"\| {model}[^|]*\| {score} \|[^\n]*{re.escape(refit)}", page)
+        assert f"| {constant} |" in page
+
+
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
