@@ -21,7 +21,7 @@ from mig_bench_records import (
 from mig_kit.boxes import iou
 from mig_kit.common import PROJECT_ROOT
 from mig_kit.score import blind, calibration
-from mig_kit.score.benchmarks import BENCHMARKS, read_benchmark
+from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.records import read_records
 from mig_kit.score.result import averaged_groups, number_lists
 
@@ -92,8 +92,7 @@ def test_rows_by_brute_force(tmp_path, name, records):
     """The constant of each question is refitted here one question at a time."""
     for number in range(30):
         save_image(tmp_path / f"{number}.png", (640, 480))
-    read = BENCHMARKS[name].read
-    scored = score_predictions(read(records), [
+    scored = score_predictions(read_benchmark(name, records), [
         {"index": row, "id": str(row), "response": "x", "pred_bbox": [0, 0, 1, 1],
          "format": "xyxy"} if name != "own" else {"index": row, "response": "x"}
         for row in range(60)], "free_text" if name == "own" else "official", images=str(tmp_path))

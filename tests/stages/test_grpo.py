@@ -155,7 +155,7 @@ def test_rewards_in_trls_form_are_those_of_stock_trl(tmp_path, make_trainer, sha
     rows = make_trainer(tmp_path / "stock", share_prefix=False).train_dataset
     rows = [rows[row["sample"]] for row in inputs]
     loaded = reward_loading.load_rewards(references, tmp_path)
-    trainer.reward_funcs = [loaded[name].function for name in names]
+    trainer.reward_funcs = [loaded[name] for name in names]
     prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
     expected = stock(trainer, rows, prompts, completions, ids)
     assert torch.equal(rewards.nan_to_num(-9), expected.nan_to_num(-9))

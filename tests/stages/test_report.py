@@ -147,9 +147,9 @@ def test_the_gallery_shows_every_task_of_a_suite():
 def test_replies_are_read_by_system_and_sample(tmp_path):
     samples = make_suite("mmiu", "test", 1)
     for system in ("base", "grpo", "other"):
-        lines = [json.dumps({"id": sample.id, "replies": [f"{system} {sample.task}"]})
+        lines = [json.dumps({"id": sample.id, "replies": [f"{system} {sample.task}"]}) + "\n"
                  for sample in samples]
-        (tmp_path / f"{system}_mmiu_greedy.jsonl").write_text("\n".join(lines))
+        (tmp_path / f"{system}_mmiu_greedy.jsonl").write_text("".join(lines))
     replies = report.load_greedy_replies(tmp_path, "mmiu", samples, ("grpo", "base"))
     assert list(replies) == ["base", "grpo"]
     assert replies["base"][samples[0].id] == f"base {samples[0].task}"
