@@ -52,6 +52,7 @@ def folder(smoke_runs, relatives, tmp_path_factory):
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (90, 70), "white").save(folder / name)
     own_questions.write_questions(folder / "images", 60)
+    shutil.copytree(folder / "images", folder, dirs_exist_ok=True)  # where no --root is given
     (folder / "replies.jsonl").write_text(PREDICTIONS)
     (folder / "my_rewards.py").write_text(CENTER)
     (folder / "Qwen").mkdir()
