@@ -18,9 +18,10 @@ from test_documents import TEXTS, read_blocks
 from mig_kit.common import PACKAGE
 
 pytestmark = pytest.mark.nightly
-# installs, opens JupyterLab, needs a server (test_vllm.py has one), or runs in another test
+# installs, opens JupyterLab, needs a server (test_vllm.py has one), runs in another test, or
+# compares with a run without 06, which is asked the recipe's questions and not the smoke run's
 ELSEWHERE = re.compile(r"^(git|make|source|\.venv|vllm|export|VLLM|papermill|mig-kit data import) ?"
-                       r"|endpoint|-p server|BENCHMARK|\.\.\.")
+                       r"|endpoint|-p server|BENCHMARK|\.\.\.|--compare long")
 PREDICTIONS = "".join(
     f'{{"index": {index}, "response": "<think>a</think><answer>(1,2),(3,4)</answer>"}}\n'
     for index in range(3))
