@@ -15,9 +15,9 @@ from mig_kit.pipeline.run_folders import runs_root
 OF_A_PROFILE = ("teacher", "data_shares", "start_from")  # what a whole run takes from another's
 
 
-def shorten(given: list[str]) -> list[str]:
+def shorten(command: list[str]) -> list[str]:
     """The words of a command on a page, for a model of the smoke run and few questions."""
-    words = list(given)
+    words = list(command)
     if words[0] == "eval":
         # a smoke run's 06 asks other questions than the recipe's, which "tiny" is asked
         return ["default/base" if word == "tiny" else word for word in words] + ["--limit", "2"]

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +35,7 @@ def read_lines(page: str) -> list[str]:
 
 
 PAGES = [page for page in TEXTS if page != "README.md" and read_lines(page)]
-CENTER = next(block for block in re.findall(
-    r"```python\n(.*?)```", TEXTS["notebooks/guide/variants.md"], re.DOTALL) if "center" in block)
+(CENTER,) = read_blocks(TEXTS["notebooks/guide/variants.md"], "python")
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +43,13 @@ def folder(smoke_runs, relatives, tmp_path_factory):
     """Where the pages' files lie: a finished run "default", own data, annotations, models."""
     folder = tmp_path_factory.mktemp("pages")
     shutil.copytree(smoke_runs / "smoke", folder / "runs" / "default")
-    write_benchmarks(folder)
+    own_questions.write_questions(folder / "images", 60)
+    write_benchmarks(folder / "images")
+    shutil.copytree(folder / "images", folder, dirs_exist_ok=True)  # where no --root is given
     for name in ("MIG_data.json", "revised_MIG_bench.json"):
         shutil.copy(folder / "mig_bench.json", folder / name)
-    (folder / "images").mkdir()
-    write_benchmarks(folder / "images")
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (90, 70), "white").save(folder / name)
-    own_questions.write_questions(folder / "images", 60)
-    shutil.copytree(folder / "images", folder, dirs_exist_ok=True)  # where no --root is given
     (folder / "replies.jsonl").write_text(PREDICTIONS)
     (folder / "my_rewards.py").write_text(CENTER)
     (folder / "Qwen").mkdir()
@@ -64,7 +60,7 @@ def folder(smoke_runs, relatives, tmp_path_factory):
     script = folder / "bin" / "mig-kit"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\nexec {sys.executable} {page_shell.__file__} "$@"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    script.chmod(0o755)
     run_lines(folder, read_lines("README.md"))
     shutil.copytree(folder / "runs/mine", folder / "runs/other")
     shutil.copytree(smoke_runs / "smoke", folder / "real_runs" / "mine")

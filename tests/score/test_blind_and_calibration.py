@@ -219,9 +219,9 @@ def test_the_figures_of_the_page_are_what_the_code_measures():
             assert f"| {label} | {before} | 11.0 | {cells[0]} |" in readme
     figures = [f"{float(value):.1f}" for value in re.findall(
         r"[+-](\d+\.\d+)", calibration.split_difference(scored["univg-r1"], scored["migician"]))]
-    whole, low, high, part, part_low, part_high, rest, rest_low, rest_high = figures
+    difference, low, high, part, part_low, part_high, rest, rest_low, rest_high = figures
     text = page.replace("\n", " ")
-    assert f"{whole} points ({low} to {high})" in text
+    assert f"{difference} points ({low} to {high})" in text
     assert f"**{part} ({part_low} to {part_high}) are calibration**" in text
     assert f"and {rest} ({rest_low} to {rest_high}) are not" in text
 
