@@ -81,6 +81,15 @@ def list_source_commands(item: Item) -> list[str]:
             for command in recipe.commands if read_option(command, "--run-id") in missing]
 
 
+def add_force(command: str) -> str:
+    """A command with --force where the run that it starts from is stale.
+
+    That run's record has the digest of the code as it is now: what has changed computes nothing.
+    """
+    is_stale = "--from" in command and store.find_stale(read_option(command, "--from"))
+    return f"{command} --force" if is_stale else command
+
+
 def run_command(command: str, **environment: str) -> None:
     """Run a line of the list with this Python; CalledProcessError where it fails."""
     script = Path(sys.executable).with_name("mig-kit")
@@ -126,7 +135,7 @@ def make_record(item: Item, smoke: str) -> None:
     is_whole = not (run_folders.runs_root() / run_id).exists()
     before = processor_seconds()
     for command in item.commands:
-        run_command(command)
+        run_command(add_force(command))
     # of a run that was begun before, only a part was seen
     spent = round(processor_seconds() - before) if is_whole else None
     path = (record_evaluation(run_id, item.seed, PROJECT_ROOT / read_option(last, "--out"))

@@ -131,3 +131,6 @@ def test_a_fresh_clone_makes_the_run_that_an_arm_starts_from(name, source, tmp_p
     (tmp_path / source / "06_evaluate").mkdir(parents=True)
     (tmp_path / source / "06_evaluate" / "run.json").write_text("{}")
     assert evidence.list_source_commands(item) == []
+    monkeypatch.setattr(evidence.store, "find_stale", {source: {"05_grpo": "grpo"}}.get)
+    assert evidence.add_force(item.commands[0]) == f"{item.commands[0]} --force"
+    assert evidence.add_force("mig-kit eval --model kl-1/grpo") == "mig-kit eval --model kl-1/grpo"
