@@ -11,7 +11,8 @@ from mig_kit.common import UserError
 from mig_kit.score import annotations, coco
 from mig_kit.score.annotations import Benchmark
 from mig_kit.score.choice_parsers import read_item
-from mig_kit.score.own import read_own
+from mig_kit.score.own import read_own, read_own_file
+from mig_kit.score.records import read_records
 
 ASKS = "The authors ask another model which option a text means"
 
@@ -22,6 +23,7 @@ class Rules:
 
     Args:
         read: its reader; None for one whose predictions are COCO results.
+        read_file: the records that `read` takes, of its file.
         score_results: of COCO results.
         protocols: the first is the default.
         is_macro: the headline is the mean over tasks; else every item counts the same.
@@ -35,6 +37,7 @@ class Rules:
     """
 
     read: Callable[[list[dict]], Benchmark] | None = None
+    read_file: Callable[[str], list[dict]] = read_records
     score_results: Callable | None = None
     protocols: tuple[str, ...] = ("official", "strict")
     is_macro: bool = False
@@ -58,7 +61,7 @@ BENCHMARKS = {
         f'{ASKS}, and count an empty choice as correct and leave out "GPT error".')),
     "mc_bench": Rules(score_results=coco.score_mc_bench, protocols=("official",), n_items=2000),
     "odinw": Rules(score_results=coco.score_odinw, protocols=("official",)),
-    "own": Rules(read_own, protocols=("free_text", "strict"), frame="kit")}
+    "own": Rules(read_own, read_own_file, protocols=("free_text", "strict"), frame="kit")}
 # asked by `mig-kit eval`: not what wants every box of an image, with a score
 RUNNABLE = tuple(name for name, rules in BENCHMARKS.items() if rules.read and rules.frame != "kit")
 

@@ -2,15 +2,30 @@
 
 import json
 import re
+from pathlib import Path
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, iou, rescale_box
 from mig_kit.common import UserError
 from mig_kit.data.line_checks import parse_line
+from mig_kit.data.records import READ_FORMS, Problem, iter_entries
 from mig_kit.prompts import LETTERS, parse_reply
 from mig_kit.score.annotations import Benchmark, BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
+from mig_kit.score.records import require_file
 from mig_kit.score.reply_boxes import UNREAD, parse_named_boxes
 from mig_kit.score.result import Verdict
+
+
+def read_own_file(path: str | Path) -> list[dict]:
+    """The entries of a file as `mig-kit data check` reads it; UserError for what is none."""
+    records = []
+    for place, record in iter_entries(require_file(path)):
+        if isinstance(record, Problem):
+            raise UserError(f"{path}, {place}: {record}")
+        records.append(record)
+    if not records:
+        raise UserError(f"{path} is empty; {READ_FORMS}")
+    return records
 
 
 def read_own(records: list[dict]) -> Benchmark:

@@ -287,7 +287,7 @@ def score_files(name: str, annotations: str | Path, predictions: str | Path, box
     if judge and not (rules.read_letter and protocol == "official"):
         raise UserError(f"--judge reads letters under the protocol official, which {name} under "
                         f"{protocol} has not; leave it out")
-    records = read_records(annotations)
+    records = rules.read_file(annotations)
     if rules.score_results:
         scored = rules.score_results(records[0], read_records(file, may_be_empty=True), file.name)
         version, is_complete = "", len(scored.tasks) == rules.n_items or None

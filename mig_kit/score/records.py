@@ -27,8 +27,7 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     path = Path(path)
     if path.is_dir():
         return [record for file in _folder_files(path) for record in read_records(file)]
-    if not path.is_file():
-        raise UserError(f"no file {path}; give the path of the file that was downloaded or written")
+    require_file(path)
     records = _read_table(path) if path.suffix.lower() in TABLES else _read_json(path)
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
@@ -37,6 +36,13 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     if not records and not may_be_empty:
         raise UserError(f"{path} is empty; it needs one JSON object per item")
     return records
+
+
+def require_file(path: str | Path) -> Path:
+    """The path; UserError if there is no such file."""
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}; give the path of the file that was downloaded or written")
+    return Path(path)
 
 
 def _folder_files(folder: Path) -> list[Path]:

@@ -1,7 +1,10 @@
 """`mig-kit score own`: any system's replies to one's own questions, and replies in any text."""
 
 import dataclasses
+from functools import partial
+from pathlib import Path
 
+import pandas
 import pytest
 from mig_bench_records import run_score, write_lines
 from PIL import Image
@@ -62,9 +65,15 @@ def test_every_reply_is_judged_as_by_eval(folder, lines):
                 assert verdict.value == is_correct(text, sample, box_format), reply
 
 
-def test_own_data_is_an_annotation_file(folder):
-    write_lines(folder / "mine.jsonl", [{**line, "reference": None} for line in LINES])
-    files = {"annotations": "mine.jsonl", "predictions": "p.jsonl"}
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.csv", "mine.parquet"])
+def test_own_data_is_an_annotation_file(folder, name):
+    """In every form that `mig-kit data check` takes."""
+    lines = [{**line, "reference": None} for line in LINES]
+    table = pandas.DataFrame(lines)
+    write = {".jsonl": lambda path: write_lines(path, lines), ".parquet": table.to_parquet,
+             ".csv": partial(table.to_csv, index=False)}
+    write[Path(name).suffix](folder / name)
+    files = {"annotations": name, "predictions": "p.jsonl"}
     write_lines(folder / "p.jsonl", [
         {"index": 0, "response": "In image 2: [40, 30, 200, 150]"},
         {"id": "line-2", "response": "[100, 50, 200, 100]"}, {"index": 2, "response": "B"}])
@@ -74,9 +83,11 @@ def test_own_data_is_an_annotation_file(folder):
     strict = run_score(folder, "own", "--images", folder, "--protocol", "strict", **files)
     assert "3 of 3 replies unread (100.0 %): 0.0, at most 100.0." in strict.output
     assert "pass --images FOLDER" in str(run_score(folder, "own", **files).exception)
-    write_lines(folder / "mine.jsonl", [LINES[0], {**LINES[1], "imag": 1}])
-    sentence = str(run_score(folder, "own", **files).exception)
-    assert "line 2: 'imag': Extra inputs are not permitted (mig-kit data check " in sentence
+    files["annotations"] = "wrong.jsonl"
+    for wrong, part in (({**LINES[1], "imag": 1}, "line 2: 'imag': Extra inputs are not permitted"),
+                        ([], "line 2: the line is no JSON object")):
+        write_lines(folder / "wrong.jsonl", [LINES[0], wrong])
+        assert part in str(run_score(folder, "own", **files).exception)
 
 
 def test_text_without_the_answer_format_is_read():
