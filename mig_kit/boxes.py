@@ -70,6 +70,8 @@ def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: in
                  factor: int = 28) -> tuple[int, int]:
     """(width, height) at which the model sees an image, as Qwen-VL's image processors compute it.
 
+    Nothing is resized here; the model's processor does it (`models.processors.load_processor`).
+
     Args:
         factor: both sides are multiples of it: 28 pixels, and 32 for Qwen3-VL (patch x merge).
     Raises: ValueError for an aspect ratio over 200.

@@ -5,6 +5,7 @@ Three intervals of 95 %: a bootstrap over lists of images (`share_interval_by_li
 its place where few lists differ, and Student's t over seeds (`mean_interval`).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -180,8 +181,12 @@ def _resample_means(groups: Groups) -> np.ndarray:
     return np.concatenate(means)
 
 
+def interval_text(value: float, ci95: Sequence[float], sign: str = "") -> str:
+    """"1.0 (-2.1 to 4.1)"; sign: "+" to write it, too. No zero has a minus."""
+    value, low, high = (f"{round(number, 1) + 0.0:{sign}.1f}" for number in (value, *ci95))
+    return f"{value} ({low} to {high})"
+
+
 def pass_at_k(correct: int, total: int, k: int) -> float:
     """Chance that k of `total` replies hold one of the `correct` (arXiv 2107.03374, eq. 1)."""
-    if total - correct < k:
-        return 1.0
-    return 1.0 - float(np.prod(1.0 - k / np.arange(total - correct + 1, total + 1)))
+    return 1.0 - math.comb(total - correct, k) / math.comb(total, k)

@@ -41,7 +41,8 @@ def with_run_params(stage: str, run_id: str, params: dict) -> dict:
 def stage_facts(stage: str, run_id: str, params: dict) -> dict:
     """What a stage's results follow from: kind -> name -> value or digest.
 
-    A finished stage is stale where `describe_change` has something to say about the two.
+    A finished stage is stale where `describe_change` has something to say about the two, or an
+    output is damaged, or a stage that it reads is stale (`store.find_stale`).
     """
     params = with_run_params(stage, run_id, params)
     left_out = () if stage in STAGES_OF_PICTURES else NOT_PRODUCTS

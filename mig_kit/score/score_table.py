@@ -7,6 +7,7 @@ import yaml
 
 from mig_kit.score.annotations import MIG_BENCH_TASKS
 from mig_kit.score.benchmarks import BENCHMARKS
+from mig_kit.stats import interval_text
 
 
 @cache
@@ -36,7 +37,7 @@ def score_markdown(result: dict) -> str:
         known = [row["avg"] if name == "avg" else row["tasks"].get(name) for row in published]
         lines.append([name, str(values["n"]), _number(values.get(headline)),
                       *[interval] * has_interval,
-                      *([_with_interval(blind["over"][name])] if blind else ()),
+                      *([interval_text(**blind["over"][name], sign="+")] if blind else ()),
                       *(_number(values.get(metric)) for metric in others), *map(_number, known)])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return "\n".join([table, "", *table_notes(result, rows)])
@@ -44,10 +45,6 @@ def score_markdown(result: dict) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _with_interval(gap: dict) -> str:
-    return f"{gap['value']:+.1f} ({' to '.join(f'{bound:+.1f}' for bound in gap['ci95'])})"
 
 
 def _signed(value: float) -> str:

@@ -16,7 +16,7 @@ from mig_kit.models.loading import Hardware, Policy, load_policy
 from mig_kit.models.sample_prompts import SampleCache, make_cache
 from mig_kit.sample import Sample
 from mig_kit.serving.server import Question, ServedModel, serve_model
-from mig_kit.serving.stored_replies import count_endings, load_replies, reply_row
+from mig_kit.serving.stored_replies import count_endings, load_replies, reply_file, reply_row
 from mig_kit.shared_prefix.decoding import fuse_decoding_weights, train_mode_for_4bit_layers
 from mig_kit.shared_prefix.generation import (
     SamplingOptions,
@@ -53,19 +53,10 @@ def describe_source(params: SimpleNamespace) -> str:
 def greedy_replies(policy: Policy, samples: Sequence[Sample],
                    max_new_tokens: int = 128) -> list[str]:
     """One greedy reply to every sample."""
-    return [reply for (reply,) in draw_replies(policy, samples, 1, 0.0, max_new_tokens)]
-
-
-def draw_replies(policy: Policy, samples: Sequence[Sample], count: int, temperature: float,
-                 max_new_tokens: int) -> list[list[str]]:
-    """`count` replies to every sample, the same ones at every call; no random state changes."""
-    prompts = make_cache(policy).get(samples)
-    uniforms = draw_uniforms(0, len(samples), count, max_new_tokens) if temperature else None
     rollouts = generate_rollouts(
-        train_mode_for_4bit_layers(policy.model.eval()), policy.processor, prompts, count,
-        SamplingOptions(temperature, max_new_tokens=max_new_tokens), uniforms)
-    return [policy.processor.batch_decode(rollout, skip_special_tokens=True)
-            for rollout in rollouts]
+        train_mode_for_4bit_layers(policy.model.eval()), policy.processor,
+        make_cache(policy).get(samples), 1, SamplingOptions(0.0, max_new_tokens=max_new_tokens))
+    return policy.processor.batch_decode([ids for (ids,) in rollouts], skip_special_tokens=True)
 
 
 def sample_replies(policy: Policy | ServedModel, samples: Sequence[Sample], path: Path, *,
@@ -210,11 +201,6 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
                                               folder, params)
             policy = None  # frees the system before the next
     return replies
-
-
-def reply_file(folder: Path, system: str, suite: str, kind: str) -> Path:
-    """Where a system's replies to a suite are stored; kind: greedy, or drawn at temperature 1."""
-    return folder / f"{system}_{suite}_{kind}.jsonl"
 
 
 def count_endings_by_system(replies: dict, folder: Path) -> dict:

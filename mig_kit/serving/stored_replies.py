@@ -14,6 +14,11 @@ from mig_kit.sample import Sample
 ROLLOUTS = "rollouts.jsonl"
 
 
+def reply_file(folder: Path, system: str, suite: str, kind: str = "greedy") -> Path:
+    """Where a system's replies to a suite are stored; kind: greedy, or drawn at temperature 1."""
+    return folder / f"{system}_{suite}_{kind}.jsonl"
+
+
 def load_replies(path: Path) -> dict[str, list[str]]:
     """Replies by sample id, of a reply file; raises as `load_json_lines`."""
     return {row["id"]: row["replies"] for row in load_json_lines(path)}

@@ -50,7 +50,6 @@ class Decoder:
                               if has_experts(layer.mlp)}
         self.heads = self.language.config.num_attention_heads
         self.kv_heads = self.language.config.num_key_value_heads
-        self.heads_per_key = self.heads // self.kv_heads
         self.step = 0
 
         device = prefixes.mask.device

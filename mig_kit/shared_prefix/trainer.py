@@ -231,11 +231,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _tokenize_as_stock(self, prompts: list, numbers: Sequence[int]) -> tuple:
         """Ids of prompts, their images, and further inputs as tensors, as TRL has them."""
-        ids, images, fields = self._tokenize_by_trl(prompts, numbers)
+        ids, images, fields = self._tokenize_to_compare(prompts, numbers)
         return ids, images, {name: torch.as_tensor(np.array(value), device=self.accelerator.device)
                              for name, value in fields.items()}
 
-    def _tokenize_by_trl(self, prompts: list, numbers: Sequence[int]) -> tuple:
+    def _tokenize_to_compare(self, prompts: list, numbers: Sequence[int]) -> tuple:
         return super()._tokenize_prompts(prompts)
 
     def _stock_inputs(self, numbers: Sequence[int]) -> tuple[list[list[int]], list | None, dict]:

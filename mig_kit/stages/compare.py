@@ -18,7 +18,7 @@ from mig_kit.pipeline.run_folders import require_runs
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, list_notes, load_groups, pair_runs
-from mig_kit.stages.tables import CLAIMS, interval_text
+from mig_kit.stages.tables import CLAIMS
 from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
 METHOD = ("Intervals: Student's t over the runs of a group; where there is one, or runs do not "
@@ -214,7 +214,7 @@ def _widen(table: pd.DataFrame, index: list[str], columns: str = "title") -> pd.
 
 def _cell(row: dict) -> str:
     sign = "" if row["figure"].split()[0] in SYSTEMS else "+"
-    return interval_text(row["value"], (row["low"], row["high"]), sign)
+    return stats.interval_text(row["value"], (row["low"], row["high"]), sign)
 
 
 def _claims_frame(table: pd.DataFrame) -> pd.DataFrame:

@@ -33,10 +33,9 @@ from mig_kit.score.benchmarks import BENCHMARKS, RUNNABLE
 from mig_kit.score.own import read_freely
 from mig_kit.score.result import number_lists, summarize
 from mig_kit.serving import reply_files
-from mig_kit.serving.stored_replies import count_endings, describe_endings
+from mig_kit.serving.stored_replies import count_endings, describe_endings, reply_file
 from mig_kit.stages import evaluate
-from mig_kit.stages.tables import interval_text
-from mig_kit.stats import group_by_task, paired_gap_by_list
+from mig_kit.stats import group_by_task, interval_text, paired_gap_by_list
 from mig_kit.world.suites import OWN, suite_title
 
 OWN_FILE = "own data (a file)"  # in tables, of questions that may be trained ones
@@ -93,7 +92,7 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     judged, lines = (judge_benchmark(benchmark, samples, replies, task.root, box_format)
                      if benchmark else judge_suites(samples, replies, box_format))
     write_json_lines(out / "predictions.jsonl", lines)
-    files = [reply_files.reply_file(out / "replies", MODEL, suite, "greedy") for suite in samples]
+    files = [reply_file(out / "replies", MODEL, suite) for suite in samples]
     result = {"model": str(model.folder), "adapter": described, "questions": questions,
               **_compare_with_run(task, samples, model.run_id),
               "endings": count_endings(*files),
@@ -296,5 +295,5 @@ def difference_rows(results: Mapping[str, dict]) -> list[dict]:
                 gap = paired_gap_by_list(list(zip(*groups)))
                 rows.append({"compared": f"{name} - {other_name}", "protocol": protocol,
                              "suite": title_suite(suite, first),
-                             "points": interval_text(gap["value"], gap["ci95"])})
+                             "points": interval_text(**gap)})
     return rows

@@ -20,7 +20,7 @@ from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.sample import Sample
-from mig_kit.serving.stored_replies import load_replies
+from mig_kit.serving.stored_replies import load_replies, reply_file
 from mig_kit.stages import evaluate
 from mig_kit.world.suites import suite_title
 
@@ -124,7 +124,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
 
 def _correctness(folder: Path, system: str, suite: str, samples: list[Sample],
                  box_format: BoxFormat) -> str:
-    replies = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
+    replies = load_replies(reply_file(folder, system, suite))
     return "".join(str(int(evaluate.reply_is_correct(replies[sample.id][0], sample, box_format)))
                    for sample in samples)
 

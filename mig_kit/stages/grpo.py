@@ -1,5 +1,7 @@
 """Stage 05: rule-based RL with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
 
+Advantages and loss are TRL's (`training.recipe_trainer` says where); here are model, data, rewards.
+
 The paper publishes no group size, rates or KL weight. The tiny profile's are ours, the full
 profiles' are VLM-R1's and MG-Thinker's. The loss averages over the tokens of an update (TRL's
 `loss_type` dapo), not first over each reply as in the GRPO paper (arXiv 2402.03300).

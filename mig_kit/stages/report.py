@@ -24,7 +24,7 @@ from mig_kit.image_files import encode_image, to_data_url
 from mig_kit.prompts import parse_reply, reply_boxes_in_original
 from mig_kit.rewards import is_correct, reply_iou
 from mig_kit.sample import Sample
-from mig_kit.serving.stored_replies import load_replies
+from mig_kit.serving.stored_replies import load_replies, reply_file
 from mig_kit.training.reward_loading import Score
 from mig_kit.world.suites import is_on_target, list_object_boxes, suite_title
 
@@ -115,7 +115,7 @@ def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
     """System -> sample id -> greedy reply; {} without samples. folder: "replies" of 06."""
     replies = {}
     for system in [name for name in SYSTEMS if samples and name in systems]:
-        stored = load_replies(folder / f"{system}_{suite}_greedy.jsonl")
+        stored = load_replies(reply_file(folder, system, suite))
         replies[system] = {sample.id: stored[sample.id][0] for sample in samples}
     return replies
 

@@ -13,7 +13,7 @@ from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
-from mig_kit.stats import group_by_task, paired_gap_by_list
+from mig_kit.stats import group_by_task, interval_text, paired_gap_by_list
 from mig_kit.world.suites import OWN, suite_title, task_title
 
 # Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
@@ -109,13 +109,7 @@ def gap_text(gap: dict) -> str:
     """"+1.0 (-2.1 to +4.1)" of {"value", "ci95"}, after ▲ or ▼ if the interval leaves out 0."""
     low, high = gap["ci95"]
     mark = "▲ " if low > 0 else "▼ " if high < 0 else ""
-    return mark + interval_text(gap["value"], gap["ci95"], "+")
-
-
-def interval_text(value: float, interval: Sequence[float], sign: str = "") -> str:
-    """"1.0 (-2.1 to 4.1)"; sign: "+" to write it, too. No zero has a minus."""
-    value, low, high = (f"{round(number, 1) + 0.0:{sign}.1f}" for number in (value, *interval))
-    return f"{value} ({low} to {high})"
+    return mark + interval_text(**gap, sign="+")
 
 
 def pass_at_k_rows(systems: dict) -> list[dict]:

@@ -84,7 +84,7 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         make_source = partial(prompt_source, self.processing_class, self.box_format)
         return [(number, make_source(self.samples[number])) for number in numbers]
 
-    def _tokenize_by_trl(self, prompts: list, numbers: Sequence[int]) -> tuple:
+    def _tokenize_to_compare(self, prompts: list, numbers: Sequence[int]) -> tuple:
         return self._stock_inputs(numbers)
 
     def _stop_sharing(self, reason: str) -> None:
