@@ -109,7 +109,7 @@ def gap_text(gap: dict) -> str:
     """"+1.0 (-2.1 to +4.1)" of {"value", "ci95"}, after ▲ or ▼ if the interval leaves out 0."""
     low, high = gap["ci95"]
     mark = "▲ " if low > 0 else "▼ " if high < 0 else ""
-    return mark + interval_text(**gap, sign="+")
+    return mark + interval_text(gap["value"], gap["ci95"], "+")
 
 
 def pass_at_k_rows(systems: dict) -> list[dict]:
