@@ -13,19 +13,10 @@ from safetensors.torch import load_file, save_file
 from mig_kit.boxes import BoxFormat, Coordinates, seen_size
 from mig_kit.common import UserError
 from mig_kit.models import loading, sample_prompts
-from mig_kit.prompts import chat_messages
 from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
 
 NORMALIZED = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
-
-
-def make_batch(processor, samples):
-    texts = [processor.apply_chat_template(chat_messages(sample, BoxFormat()), tokenize=False,
-                                           add_generation_prompt=True)
-             for sample in samples]
-    images = [list(sample.images) for sample in samples]
-    return processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
 @pytest.mark.parametrize(("lora_targets", "names"), [
@@ -198,7 +189,7 @@ def test_no_graph_in_the_frozen_tower(random_model, processor, samples):
     tower = random_model.model.visual
     tower.patch_embed.register_forward_hook(lambda *arguments: arguments[-1].requires_grad_(True))
     loading.run_tower_without_graph(random_model)
-    batch = make_batch(processor, samples[:1])
+    batch = processor.image_processor(list(samples[0].images), return_tensors="pt")
     features = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
     assert not features.pooler_output.requires_grad and torch.is_grad_enabled()
 
@@ -225,7 +216,9 @@ def test_relatives_load_in_normalized_coordinates_only(family, projections, rela
     model = loading.load_model(folder, float32, four_bit=True)
     adapted = loading.check_adapters(get_peft_model(model, resuming.lora_config(4)))
     assert len(adapted) == projections
-    assert type(model.model.visual).__module__.endswith(family)
+    tower = model.model.visual
+    assert not any(isinstance(part, bitsandbytes.nn.Linear4bit) for part in tower.modules())
+    assert type(tower).__module__.endswith(family)
 
 
 @pytest.mark.parametrize("base_model", ["tiny", "Qwen/Qwen2.5-VL-7B-Instruct"])
