@@ -32,11 +32,6 @@ def check(path, root):
     return [list(map(str, line.problems)) for line in own_data.iter_checked_lines(path, root, True)]
 
 
-def problems_of(root, row):
-    """What is said of a line, "" if it is correct."""
-    return "; ".join(check(write_lines(root, row), root)[0])
-
-
 def call(*words):
     """(exit code, everything that a command of `mig-kit data` says)."""
     result = CliRunner().invoke(data, [str(word) for word in words])

@@ -229,11 +229,6 @@ def test_resume_in_the_second_pass_gives_the_same_adapter(tmp_path, make_trainer
         assert torch.equal(parameter, expected[name]), name
 
 
-def test_loss_is_on_the_reply_only(tmp_path, make_trainer, rows, processor):
-    batch = make_trainer(tmp_path).collate([{"row": 0}])
-    assert processor.tokenizer.decode(batch["labels"][0]) == rows[1][0] + "<|im_end|>\n"
-
-
 def test_learning_warning_by_hand():
     def warn(*losses):
         return sft.learning_warning([{"loss": loss} for loss in losses])
