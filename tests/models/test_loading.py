@@ -103,9 +103,7 @@ OF_FILES = [
     (write(TEMPLATE, None), "the chat template of .*model: Cannot use"),
     *((write(TEMPLATE, text), sentence) for text, sentence in (
         (b"{% for", "the chat template of .*model: .*end of template"),
-        (b"{% if %}", "the chat template of .*: Expected an expression"),
         (b"{{ messages[0].role }}", "leaves images or their numbers out, changes the order"),
-        (b"{{ raise_exception('no') }}", "the chat template of .*: no"),
         (b"{{ messages.__class__.__mro__ }}",  # which its sandbox blocks
          "the chat template of .*: access to attribute '__class__' of"),
         (lambda text: text.replace("part['text']", "part['text'].replace('Image 1:', '')"),
@@ -128,7 +126,6 @@ OF_FILES = [
 OF_WEIGHTS = [
     (with_value("layers.1.post_attention_layernorm", float("nan")),
      "not finite: .*layers.1.post_attention_layernorm.weight holds NaN"),
-    (with_value("visual.merger", float("inf")), "not finite: .*visual.merger"),
     (with_value("layers.1.mlp.down_proj", 1e30), "numbers beyond 1e.06"),
     (without("visual"), "lack .* tensors, the first is model.visual"),
     (without("model.norm.", "language_model.norm."),
