@@ -239,7 +239,3 @@ def test_a_shift_is_called_one(tmp_path):
     part = result["calibration"]["acc"]["0.5"]
     assert part["value"] > 10 and part["ci95"][0] > 0 and part["after"] > 95
     assert "a systematic shift of boxes: frame, resize or padding" in output
-    refused = run_score(tmp_path, "blink", "--calibrate", records=[
-        {"idx": "val_T_1", "task": "T", "answer": "(A)"}], replies=["A"])
-    assert "--calibrate is for mig_bench, lisa and revos" in str(refused.exception) or "idx" in str(
-        refused.exception)
