@@ -69,11 +69,9 @@ ANSWER = "<answer>x</answer>"
 
 
 @pytest.mark.parametrize(("message", "reason", "text", "error"), [
-    ({"content": ANSWER, "reasoning_content": "so"}, "stop", f"<think>so</think>{ANSWER}", ""),
     ({"content": f"<think>a</think>{ANSWER}"}, "length", f"<think>a</think>{ANSWER}", ""),
     ({"content": None, "reasoning": "so"}, "length", "<think>so",
      "no whole reply (finish_reason length)"),
-    ({"content": None}, "length", "", "no whole reply (finish_reason length)"),
     ({}, "content_filter: X", "", "no whole reply (finish_reason content_filter: X)"),
     ({"content": None, "refusal": "No."}, "stop", "", "no whole reply (finish_reason refusal)"),
     ({"content": " "}, "stop", "", "no whole reply (finish_reason stop)")])

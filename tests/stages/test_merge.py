@@ -15,13 +15,19 @@ from mig_kit.world.tasks import make_sample
 BOX_FORMAT = BoxFormat()
 
 
-@pytest.mark.slow
-def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, monkeypatch):
-    lora = resuming.lora_config(4)
-    policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
+@pytest.fixture
+def policy(tmp_path, random_folder, float32):
+    """The random model in 4 bit with an adapter, which is saved in tmp_path/adapter."""
+    policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, resuming.lora_config(4), 0)
     set_random_adapter(policy.model)
+    policy.model.save_pretrained(tmp_path / "adapter")
+    return policy
+
+
+@pytest.mark.slow
+def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, policy,
+                                              monkeypatch):
     adapter, folder = tmp_path / "adapter", tmp_path / "merged"
-    policy.model.save_pretrained(adapter)
     merging.write_merged_model(random_folder, adapter, folder, float32, policy.processor,
                                four_bit=True)
     merged = merge.merge_in_memory(random_folder, adapter, float32)
@@ -46,11 +52,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
 
 
 @pytest.mark.slow
-def test_the_files_of_a_divided_base_are_merged_as_one(tmp_path, random_folder, float32):
-    lora = resuming.lora_config(4)
-    policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
-    set_random_adapter(policy.model)
-    policy.model.save_pretrained(tmp_path / "adapter")
+def test_the_files_of_a_divided_base_are_merged_as_one(tmp_path, random_folder, float32, policy):
     save_model(loading.load_model(random_folder, float32), policy.processor, tmp_path / "base",
                random_folder, max_shard_size=200_000)
     assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 2
