@@ -49,8 +49,8 @@ def test_own_data_is_divided_by_image(params, own_file, tmp_path):
     p = params(data=str(own_file), data_shares=[0.5, 0.3, 0.2])
     sets, text = sources.load_training_sets(p, tmp_path / "out")
     assert text.startswith("60 questions, 0 of them left out: ")
-    assert re.search(r"\n47 questions to train, 13 held out, which tell a score to about 27 points "
-                     r"either way: hold out more of a small set .*\n0 of the 26 "
+    assert re.search(r"\n46 questions to train, 14 held out, which tell a score to about 26 points "
+                     r"either way: hold out more of a small set .*\n0 of the 45 "
                      "held-out images are also in training", text)
     assert count_samples(sets) == 60 and 20 < len(sets["cot"]) < 40
     firsts = [{sample.images.encoded[0].sha256 for sample in sets[name]}
