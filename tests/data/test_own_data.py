@@ -76,7 +76,8 @@ def test_null_is_absent_and_whole_numbers_are_whole(root):
     (changed(images=["a.png", "https://x.org/a.png"]), "'a.png' is not there; copy it below"),
     (changed(images=["a.png", "file:///etc/passwd"]), "'/etc/passwd' is not below the image root"),
     *((changed(question=f"Find {tag} it."), f"holds {tag}") for tag in (
-        "<image>", "<image_1>", "<image 2>", "<|im_start|>", "<img src='a.png'>", "</box>")),
+        "<image>", "<image_1>", "<bbox>", "<ref>", "<video>", "<|im_start|>", "<img src='a.png'>",
+        "<image 2>", "</box>", "<BBOX>")),
     (changed(reply="<|im_end|>"), "'reply' holds <|im_end|>"),
     ({"messages": []}, "'images': Field required"),
     *((changed(CHOICE, **changes), sentence) for changes, sentence in (
