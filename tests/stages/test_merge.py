@@ -93,14 +93,3 @@ def test_few_prompts_at_a_time_have_the_same_log_probabilities(random_model, pro
     at_once = torch.cat(sample_prompts.reply_logps(*arguments))
     assert torch.allclose(few_at_a_time, at_once, atol=1e-5)
 
-
-@pytest.mark.slow
-def test_what_is_saved_does_not_depend_on_the_last_call(tmp_path, random_model):
-    """A tokenizer that has padded a batch writes that into its file."""
-    fresh, used = (loading.load_processor(loading.TINY_BASE, BOX_FORMAT) for _ in range(2))
-    used.tokenizer(["a", "a longer line"], padding=True, truncation=True, max_length=8)
-    save_model(random_model, fresh, tmp_path / "fresh", loading.TINY_BASE)
-    save_model(random_model, used, tmp_path / "used", loading.TINY_BASE)
-    for name in sorted(path.name for path in (tmp_path / "fresh").iterdir()):
-        fresh_file, used_file = (tmp_path / folder / name for folder in ("fresh", "used"))
-        assert fresh_file.read_bytes() == used_file.read_bytes(), name
