@@ -10,52 +10,48 @@ from mig_kit.pipeline import stage_keys
 from mig_kit.pipeline.run_folders import RECIPE
 
 
-@pytest.fixture(scope="module")
-def copied_project(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("project")
-    shutil.copytree(PACKAGE, folder / "mig_kit",
-                    ignore=shutil.ignore_patterns("tiny_base", "__pycache__"))
-    shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns("guide"))
-    return folder
-
-
-@pytest.fixture
-def project(copied_project, monkeypatch):
-    """The copy, whose code is looked at; what a test changes in it is put back."""
-    monkeypatch.setattr(stage_keys, "PACKAGE", copied_project / "mig_kit")
-    monkeypatch.setattr(stage_keys, "NOTEBOOKS", copied_project / "notebooks")
-    yield copied_project
-    for folder, original in (("mig_kit", PACKAGE), ("notebooks", NOTEBOOKS)):
-        for path in (copied_project / folder).rglob("*.*"):
-            source = original / path.relative_to(copied_project / folder)
-            if path.is_file() and path.stat().st_mtime_ns != source.stat().st_mtime_ns:
-                shutil.copy2(source, path)
-
-
 def code_of_stages():
     return {stage: stage_keys.describe_code(stage) for stage in RECIPE}
 
 
 @pytest.fixture(scope="module")
-def unchanged_code():
-    return code_of_stages()
+def project(tmp_path_factory):
+    """A copy of the project, whose code is looked at."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(PACKAGE, folder / "mig_kit",
+                    ignore=shutil.ignore_patterns("tiny_base", "__pycache__"))
+    shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns("guide"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_keys, "PACKAGE", folder / "mig_kit")
+        patch.setattr(stage_keys, "NOTEBOOKS", folder / "notebooks")
+        yield folder
 
 
-@pytest.fixture
-def stale_after(unchanged_code, project):
-    """Call it with a change of the project: the numbers of the stages whose code is now another."""
-    def compare(change, *arguments) -> set[str]:
-        change(project, *arguments)
+@pytest.fixture(scope="module")
+def stale_after(project):
+    """Call it with files and a change of their text, which it takes back: the numbers of the stages
+    whose code is then another.
+    """
+    unchanged_code = code_of_stages()
+
+    def compare(pattern, change) -> set[str]:
+        before = {path: path.read_text() for path in project.glob(pattern)}
+        for path, text in before.items():
+            path.write_text(change(text))
         code = code_of_stages()
+        for path, text in before.items():
+            path.write_text(text)
         return {stage[:2] for stage in RECIPE if code[stage] != unchanged_code[stage]}
 
     return compare
 
 
-def change_text(project, path, old, new):
-    file = project / path
-    assert old in file.read_text(), f"{path} has no {old}"
-    file.write_text(file.read_text().replace(old, new, 1))
+def replace_text(old, new):
+    def change(text):
+        assert old in text, old
+        return text.replace(old, new, 1)
+
+    return change
 
 
 # what a researcher changes, and the number of every stage that uses it
@@ -67,25 +63,24 @@ def change_text(project, path, old, new):
     ("stages/sft.py", "completion_only", "02"), ("stages/sanity_checks.py", "0.9", ""),
     ("pipeline/store.py", "started.json", "")])
 def test_a_changed_module_makes_exactly_its_users_stale(stale_after, path, text, stages):
-    stale = stale_after(change_text, f"mig_kit/{path}", text, f"{text[:-1]}5")
+    stale = stale_after(f"mig_kit/{path}", replace_text(text, f"{text[:-1]}5"))
     assert stale == set(stages.split())
 
 
 def test_docstrings_comments_and_layout_do_not_count(stale_after):
-    def change_words(project):
-        for path in (project / "mig_kit").rglob("*.py"):
-            text = re.sub(r'(:\n +""")', r"\1Other words. ", path.read_text())
-            path.write_text("# a comment\n\n" + text.replace("\ndef ", "\n# a comment\n\ndef "))
-        assert "Other words" in (project / "mig_kit" / "stages" / "sft.py").read_text()
+    def change_words(text):
+        text = re.sub(r'(:\n +""")', r"\1Other words. ", text)
+        return "# a comment\n\n" + text.replace("\ndef ", "\n# a comment\n\ndef ")
 
-    assert stale_after(change_words) == set()
+    assert "Other words" in change_words((PACKAGE / "stages" / "sft.py").read_text())
+    assert stale_after("mig_kit/**/*.py", change_words) == set()
 
 
 @pytest.mark.parametrize(("old", "new", "stages"), [
     ('"stage, p =', '"# why\\n", "stage, p =', ""), ("## 1.", "## One.", ""),
     ("lora_r: int = 83", "lora_r: int = 16", ""), ("samples[:64]", "samples[:32]", "02")])
 def test_code_of_a_notebook_counts_but_no_text_comment_or_default(stale_after, old, new, stages):
-    stale = stale_after(change_text, "notebooks/02_sft.ipynb", old, new)
+    stale = stale_after("notebooks/02_sft.ipynb", replace_text(old, new))
     assert stale == set(stages.split())
 
 
