@@ -25,26 +25,6 @@ UNTOUCHED = ("generation_config.json", "special_tokens_map.json", "tokenizer.jso
              "tokenizer_config.json", "chat_template.json")
 
 
-@pytest.fixture(scope="module")
-def merged(published, tmp_path_factory, float32):
-    """Call it with a model_type for its published folder with an adapter merged in, and PEFT's."""
-    root = tmp_path_factory.mktemp("merged")
-
-    def merge(family):
-        policy = loading.load_policy(published[family], float32, format_of(family))
-        adapter, folder = root / f"{family} adapter", root / family
-        model = get_peft_model(policy.model, resuming.lora_config(4))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.1)
-        model.save_pretrained(adapter)
-        merging.write_merged_model(published[family], adapter, folder, float32, policy.processor,
-                                   four_bit=False)
-        return folder, model
-
-    return merge
-
-
 def read(folder: Path, name: str) -> dict:
     return json.loads((folder / name).read_text())
 
@@ -60,22 +40,30 @@ def assert_names_the_stock_classes(folder: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", STOCK)
-def test_a_merged_model_is_the_same_model_to_stock_transformers(merged, published, family):
+def test_a_merged_model_is_the_same_model_to_stock_transformers(published, family, float32,
+                                                                tmp_path):
     """It names its family's classes, and keeps its base's files and layout of tensors."""
-    folder, adapted = merged(family)
+    base, adapter, folder = published[family], tmp_path / "adapter", tmp_path / "merged"
+    policy = loading.load_policy(base, float32, format_of(family))
+    adapted = get_peft_model(policy.model, resuming.lora_config(4))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    adapted.save_pretrained(adapter)
+    merging.write_merged_model(base, adapter, folder, float32, policy.processor, four_bit=False)
     assert_names_the_stock_classes(folder, family)
     names = UNTOUCHED + (("video_preprocessor_config.json",) if family == "qwen3_vl" else ())
     for name in names:
-        assert (folder / name).read_bytes() == (published[family] / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (base / name).read_bytes(), name
     assert not (folder / "chat_template.jinja").exists()
-    sizes, base_sizes = ({name: tensor.shape for name, tensor in load_file(file).items()}
-                         for file in (folder / "model.safetensors",
-                                      published[family] / "model.safetensors"))
+    sizes, base_sizes = (
+        {name: tensor.shape for name, tensor in load_file(path / "model.safetensors").items()}
+        for path in (folder, base))
     assert sizes == base_sizes
     assert AutoConfig.from_pretrained(folder).model_type == family
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = '<answer>{"image": 2, "box": [12,30,26,44]}</answer><|im_end|>'
-    base_tokenizer = AutoTokenizer.from_pretrained(published[family])
+    base_tokenizer = AutoTokenizer.from_pretrained(base)
     assert tokenizer(text)["input_ids"] == base_tokenizer(text)["input_ids"]
 
     sample = make_sample("diff", "val", 0)
