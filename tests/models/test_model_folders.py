@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from published import RELATIVES, format_of
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mig_kit.models import loading, merging
@@ -60,12 +60,6 @@ def test_a_merged_model_is_the_same_model_to_stock_transformers(published, famil
         {name: tensor.shape for name, tensor in load_file(path / "model.safetensors").items()}
         for path in (folder, base))
     assert sizes == base_sizes
-    assert AutoConfig.from_pretrained(folder).model_type == family
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = '<answer>{"image": 2, "box": [12,30,26,44]}</answer><|im_end|>'
-    base_tokenizer = AutoTokenizer.from_pretrained(base)
-    assert tokenizer(text)["input_ids"] == base_tokenizer(text)["input_ids"]
-
     sample = make_sample("diff", "val", 0)
     processor = loading.load_processor(folder, format_of(family))
     messages = chat_messages(sample, format_of(family))
