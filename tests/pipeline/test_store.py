@@ -194,7 +194,11 @@ def test_what_makes_another_key_of_a_stage(root, leave):
     for weights in "12":
         (root / "model" / "model.safetensors").write_text(weights)
         keys.add(key_of("06_evaluate"))
-    assert len(keys) == 6
+    own_reward = root / "my_rewards.py"
+    for value in (1.0, 0.5):
+        own_reward.write_text(f"def center(reply, sample, box_format):\n    return {value}\n")
+        keys.add(key_of("05_grpo", rewards=["format", f"{own_reward}:center"]))
+    assert len(keys) == 8
 
 
 def test_how_a_stage_runs_is_recorded_and_makes_nothing_stale(root, leave):
