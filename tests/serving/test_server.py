@@ -37,11 +37,11 @@ def start_server(random_folder, float32):
 @pytest.fixture
 def draw(random_folder, float32, tmp_path, questions):
     """Call it with a server, "" for the local loop, for the replies that it draws."""
-    def draw_replies(server, questions=questions, folder=tmp_path, model=random_folder, **changes):
+    def draw_replies(server, questions=questions, folder=tmp_path, model=random_folder):
         params = SimpleNamespace(server=server, concurrency=3)
         with reply_files.open_policy(model, "sft", float32, BOX_FORMAT, params) as policy:
             return reply_files.sample_replies(policy, questions, folder / "replies.jsonl",
-                                              **(DRAW | changes))
+                                              **DRAW)
 
     return draw_replies
 
