@@ -2,11 +2,14 @@
 what a request says, and what is read of an answer.
 """
 
+import base64
+import io
 from dataclasses import make_dataclass
 from types import SimpleNamespace
 
 import pytest
 from local_server import IS_JSON, LocalServer
+from PIL import Image
 from rollout_server import RolloutServer
 
 from mig_kit.boxes import BoxFormat
@@ -18,7 +21,7 @@ from mig_kit.serving.server import ServedModel, ServedReply, check_prompt_ids
 from mig_kit.shared_prefix.generation import SamplingOptions
 from mig_kit.world.tasks import TASKS, make_sample
 
-BOX_FORMAT = BoxFormat(max_pixels=28 * 28 * 6)  # so that images are sent smaller than they are
+BOX_FORMAT = BoxFormat()
 DRAW = {"replies": 1, "temperature": 0.0, "max_new_tokens": 8, "seed": 0}
 
 
@@ -44,6 +47,17 @@ def draw(random_folder, float32, tmp_path, questions):
                                               **DRAW)
 
     return draw_replies
+
+
+def test_images_arrive_as_the_model_sees_them(processor):
+    sample = make_sample("diff", "val", 0)
+    served = ServedModel("m", [], 1, processor, BoxFormat(max_pixels=28 * 28 * 6), [2])
+    parts = [part for part in served.messages(sample)[0]["content"] if "image_url" in part]
+    for part, image in zip(parts, sample.images, strict=True):
+        data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+        seen = Image.open(io.BytesIO(data))
+        assert seen.size != image.size and seen.size[0] * seen.size[1] <= 28 * 28 * 6
+        assert seen.size[0] % 28 == seen.size[1] % 28 == 0
 
 
 def test_served_replies_equal_the_local_loops(start_server, draw, questions, tmp_path):
