@@ -34,21 +34,8 @@ def test_a_correct_file_and_its_samples_in_all_coordinates(root):
     assert len(list(own_data.iter_samples(path, root, limit=2))) == 2
 
 
-def test_null_is_absent_and_whole_numbers_are_whole(root):
-    """As pandas and datasets write rows of several kinds."""
-    columns = dict.fromkeys(("image", "box", "boxes", "options", "letter", "reference",
-                             "coordinates", "reply", "id"))
-    path = write_lines(root, columns | GOOD | {"image": 2.0}, columns | CHOICE)
-    assert check(path, root) == [[], []]
-    first, second = own_data.iter_samples(path, root)
-    assert first.targets[0].image == 2 and type(first.targets[0].image) is int
-    assert second.letter == "B"
-    row = columns | {"images": ["a.png"], "question": "Find it."}
-    ((problem, *_),) = check(write_lines(root, row), root)
-    assert "this line has none" in problem
-
-
 @pytest.mark.parametrize("row, sentence", [
+    (changed(image=None, box=None), "this line has none"),
     (b"", "no JSON object"), (b"{", "no JSON object"), (b"\xff{}", "no JSON object"),
     (b"[" * 20000, "no JSON object"), (b"3", "no JSON object"),
     (changed(box=...), "give one of 'box', 'boxes' and 'options'"),
