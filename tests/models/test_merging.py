@@ -82,15 +82,6 @@ def test_an_adapter_of_the_kit_goes_on_the_weights_that_it_was_trained_on(
     adapters.check_adapter_base(adapter, other)  # of another trainer nothing is known
 
 
-def test_a_weight_in_4_bit_takes_sixteen_values_of_each_block():
-    torch.manual_seed(0)
-    weight = torch.randn(64, 64, dtype=torch.bfloat16)
-    rounded = merging.round_to_nf4(weight)
-    assert rounded.dtype == weight.dtype and rounded.shape == weight.shape
-    assert all(len(row.unique()) <= 16 for row in rounded), "a row is a block"
-    assert 0 < (rounded - weight).abs().mean() < 0.15
-
-
 def test_adapters_and_tensors_are_found_or_refused(tmp_path):
     with pytest.raises(UserError, match="holds no adapter: Can't find 'adapter_config.json'"):
         adapters.load_adapter(tmp_path)

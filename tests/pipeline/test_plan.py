@@ -9,7 +9,7 @@ from command_line import describe_files, error_of, output_of
 
 from mig_kit.commands.main import cli
 from mig_kit.common import PROJECT_ROOT, UserError, digest_json, write_json
-from mig_kit.pipeline import execute, plan, run_facts, run_folders, stage_keys, status, store
+from mig_kit.pipeline import execute, plan, run_facts, run_folders, stage_keys, store
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.stages import evaluated_runs
 
@@ -117,17 +117,6 @@ def test_what_a_command_refuses_writes_nothing(root, leave, words, sentence):
     before = describe_files(root)
     assert sentence in error_of(*words)
     assert describe_files(root) == before and not (root / "new").exists()
-
-
-def test_a_source_that_was_made_again_makes_the_branch_stale(root, leave):
-    run_folders.start_branch("a", "b", "05_grpo")
-    stage = finish_stage("b", "05_grpo", "b")
-    leave("03_merge", "a")
-    assert store.find_stale("b") == {}, "the same products again"
-    leave("03_merge", "a", "2")
-    assert "; stale, 05_grpo: 03_merge has changed" in "\n".join(status.run_lines("b"))
-    with pytest.raises(UserError, match="stays as it is .03_merge has changed"):
-        store.is_done("05_grpo", "b", stage.params)
 
 
 def test_a_source_that_is_gone_is_one_sentence(root):
