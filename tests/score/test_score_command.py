@@ -148,13 +148,3 @@ def test_what_the_unread_replies_of_both_could_change_is_said(files):
     assert ("accuracy, replies.jsonl minus b.jsonl: between -75.00 and +0.00 points, whatever the "
             "unread replies say (2 and 1).") in output
 
-
-def test_replies_that_hold_no_answer_are_counted_apart(files):
-    replies = ["", '<tool_call>{"bbox_2d": [0, 0, 1000, 1000]}</tool_call>',
-               "<answer>images 1 and 2: [0, 0, 1000, 1000]</answer>",
-               '<answer>{"x": 0, "y": 0, "width": 1000, "height": 1000}</answer>']
-    output = run_score(files, "mig_bench", "--protocol", "strict",
-                       records=mig_records()[4:5] * 4, replies=replies).output
-    for sentence in ("Replies, empty: 1.", "Replies, no <answer> block: 1.",
-                     "Replies, unread: 2.", "| avg | 4 | 0.00 |"):
-        assert sentence in output

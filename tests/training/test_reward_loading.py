@@ -71,8 +71,6 @@ BATCH = "def center(completions, solution, {}**columns):\n    return "
 
 @pytest.mark.parametrize(("text", "values"), [
     (BATCH.format("") + "[len(text[0]['content']) for text in completions]\n", [1, 3]),
-    ("def center(completions, **columns):\n    sizes = [len(c[0]['content']) for c in completions]"
-     "\n    return [float(size == min(sizes)) for size in sizes]\n", [1, 0]),
     ("def center(prompts, completions, **columns):\n    return [1, float('nan')] * "
      "(len(completions) // 2)\n", [1, None]),
     ("from trl.rewards import get_soft_overlong_punishment\n"
