@@ -11,13 +11,12 @@ import shutil
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import output_of
 from PIL import Image
 from published import format_of, save_model
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat, Coordinates, iou, seen_size
-from mig_kit.commands.main import cli
 from mig_kit.models import loading, processors, sample_prompts
 from mig_kit.sample import Sample, Target
 from mig_kit.serving import reply_files
@@ -126,12 +125,11 @@ def ground(family, photo_files, tmp_path, monkeypatch):
         arguments = ["--model", folder, "--out", tmp_path / "out.png", *options]
         for path in photo_files:
             arguments += ["--image", path]
-        command = ["ground", *map(str, arguments), "Where is it?"]
-        result = CliRunner().invoke(cli, command, catch_exceptions=False)
-        assert "image: 2" in result.output
-        box = re.search(r"box: (\d+), (\d+), (\d+), (\d+)", result.output).groups()
+        output = output_of("ground", *map(str, arguments), "Where is it?")
+        assert "image: 2" in output
+        box = re.search(r"box: (\d+), (\d+), (\d+), (\d+)", output).groups()
         assert iou(tuple(map(float, box)), BOXES[1]) > 0.985
-        return result.output
+        return output
 
     monkeypatch.setattr(reply_files, "generate_rollouts", answer)
     return call

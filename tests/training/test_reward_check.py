@@ -4,11 +4,10 @@ import json
 import re
 
 import pytest
-from click.testing import CliRunner
+from command_line import error_of, output_of
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, iou
-from mig_kit.commands.reward import check
 from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline.params import profile_params
 from mig_kit.prompts import parse_reply
@@ -135,11 +134,9 @@ def test_the_command(samples, tmp_path):
         "def f(completions, solution, **columns):\n"
         "    return [float(s in c[0]['content']) for c, s in zip(completions, solution)]\n"
         "def zero(reply, sample, box_format):\n    return 0\n")
-    words = ("--data", str(tmp_path / "mine.jsonl"))
-    done = CliRunner().invoke(check, [f"{tmp_path}/my.py:f", *words])
-    assert done.exit_code == 0, done.output
-    assert re.search(r"right +1\.0 +1\.0\n", done.output) and "24 questions" in done.output
-    done = CliRunner().invoke(check, [f"{tmp_path}/my.py:zero", *words])
-    assert "pay the same for every reply" in str(done.exception)
-    done = CliRunner().invoke(check, [f"{tmp_path}/my.py:zer", *words])
-    assert "has no function 'zer'; it has f, zero" in str(done.exception)
+    words = ("reward", "check", "--data", str(tmp_path / "mine.jsonl"))
+    output = output_of(*words, f"{tmp_path}/my.py:f")
+    assert re.search(r"right +1\.0 +1\.0\n", output) and "24 questions" in output
+    for name, sentence in (("zero", "pay the same for every reply"),
+                           ("zer", "has no function 'zer'; it has f, zero")):
+        assert sentence in error_of(*words, f"{tmp_path}/my.py:{name}")
