@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 import torch
-from command_line import output_of
+from command_line import run_mig_kit
 from PIL import Image
 from published import format_of, save_model
 
@@ -125,7 +125,8 @@ def ground(family, photo_files, tmp_path, monkeypatch):
         arguments = ["--model", folder, "--out", tmp_path / "out.png", *options]
         for path in photo_files:
             arguments += ["--image", path]
-        output = output_of("ground", *map(str, arguments), "Where is it?")
+        result = run_mig_kit("ground", *map(str, arguments), "Where is it?")
+        output = result.stdout + result.stderr
         assert "image: 2" in output
         box = re.search(r"box: (\d+), (\d+), (\d+), (\d+)", output).groups()
         assert iou(tuple(map(float, box)), BOXES[1]) > 0.985
