@@ -9,16 +9,14 @@ import shutil
 
 import pytest
 import torch
-from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.common import apply_umask
-from mig_kit.models import loading, merging
+from mig_kit.models import loading
 from mig_kit.models.model_folders import copy_unchanged_files
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
-from mig_kit.training import resuming
 
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711]}
@@ -119,18 +117,6 @@ def save_model(model, processor, folder, base, **options) -> None:
     copy_unchanged_files(base, folder)
     processor.save_image_settings(folder)
     apply_umask(folder)
-
-
-def merge_new_adapter(base, folder, policy) -> None:
-    """Write `base` to `folder` as 03 writes a merged model; the adapter changes next to nothing."""
-    adapter = folder.with_name(f"{folder.name}_adapter")
-    model = get_peft_model(policy.model, resuming.lora_config(4))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.fill_(1e-6)
-    model.save_pretrained(adapter)
-    merging.write_merged_model(base, adapter, folder, policy.hardware, policy.processor,
-                               four_bit=False)
 
 
 def write(path, values: dict) -> None:

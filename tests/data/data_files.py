@@ -2,10 +2,8 @@
 
 import json
 
-from click.testing import CliRunner
+from command_line import run_mig_kit
 
-from mig_kit.commands.data import data
-from mig_kit.common import UserError
 from mig_kit.data import own_data
 
 GOOD = {"images": ["a.png", "b.png"], "question": "Find the cup of image 1.", "image": 2,
@@ -32,15 +30,7 @@ def check(path, root):
     return [list(map(str, line.problems)) for line in own_data.iter_checked_lines(path, root, True)]
 
 
-def problems_of(root, row):
-    """What is said of a line, "" if it is correct."""
-    return "; ".join(check(write_lines(root, row), root)[0])
-
-
 def call(*words):
     """(exit code, everything that a command of `mig-kit data` says)."""
-    result = CliRunner().invoke(data, [str(word) for word in words])
-    assert result.exception is None or isinstance(result.exception, UserError | SystemExit), (
-        result.exception)
-    is_error = isinstance(result.exception, UserError)
-    return result.exit_code, result.output + str(result.exception) * is_error
+    result = run_mig_kit("data", *map(str, words))
+    return result.returncode, (result.stdout + result.stderr.removeprefix("mig-kit: ")).rstrip()

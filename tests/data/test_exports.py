@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_line import run_mig_kit
 from data_files import CHOICE, GOOD, call, changed, write_lines
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -138,9 +137,9 @@ def test_what_cannot_be_exported_is_one_sentence(questions, root, tmp_path):
                           ("out", "an update takes 16 prompts")):
         with pytest.raises(UserError, match=sentence):
             export("verl", samples, tmp_path / out)
-    done = run_mig_kit("data", "export", "verl", "a run", "--out", str(tmp_path / "out"))
-    assert done.returncode == 1 and "no run 'a run'" in done.stderr
-    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+    code, said = call("export", "verl", "a run", "--out", tmp_path / "out")
+    assert code == 1 and "no run 'a run'" in said and "\n" not in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -13,19 +13,10 @@ from safetensors.torch import load_file, save_file
 from mig_kit.boxes import BoxFormat, Coordinates, seen_size
 from mig_kit.common import UserError
 from mig_kit.models import loading, sample_prompts
-from mig_kit.prompts import chat_messages
 from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
 
 NORMALIZED = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
-
-
-def make_batch(processor, samples):
-    texts = [processor.apply_chat_template(chat_messages(sample, BoxFormat()), tokenize=False,
-                                           add_generation_prompt=True)
-             for sample in samples]
-    images = [list(sample.images) for sample in samples]
-    return processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
 @pytest.mark.parametrize(("lora_targets", "names"), [
@@ -38,13 +29,6 @@ def test_lora_lands_on_what_is_asked_for(lora_targets, names, random_model):
     elsewhere = LoraConfig(r=4, target_modules=["q_proj", "gate_proj"])
     with pytest.raises(UserError, match="outside the language model"):
         loading.check_adapters(get_peft_model(model.unload(), elsewhere))
-
-
-def test_four_bit_skips_the_tower_and_the_head(random_folder, float32):
-    model = loading.load_model(random_folder, float32, four_bit=True)
-    packed = [name for name, module in model.named_modules()
-              if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    assert len(packed) == 14 and all("language_model" in name for name in packed)
 
 
 def write(name, content):
@@ -112,9 +96,7 @@ OF_FILES = [
     (write(TEMPLATE, None), "the chat template of .*model: Cannot use"),
     *((write(TEMPLATE, text), sentence) for text, sentence in (
         (b"{% for", "the chat template of .*model: .*end of template"),
-        (b"{% if %}", "the chat template of .*: Expected an expression"),
         (b"{{ messages[0].role }}", "leaves images or their numbers out, changes the order"),
-        (b"{{ raise_exception('no') }}", "the chat template of .*: no"),
         (b"{{ messages.__class__.__mro__ }}",  # which its sandbox blocks
          "the chat template of .*: access to attribute '__class__' of"),
         (lambda text: text.replace("part['text']", "part['text'].replace('Image 1:', '')"),
@@ -137,7 +119,6 @@ OF_FILES = [
 OF_WEIGHTS = [
     (with_value("layers.1.post_attention_layernorm", float("nan")),
      "not finite: .*layers.1.post_attention_layernorm.weight holds NaN"),
-    (with_value("visual.merger", float("inf")), "not finite: .*visual.merger"),
     (with_value("layers.1.mlp.down_proj", 1e30), "numbers beyond 1e.06"),
     (without("visual"), "lack .* tensors, the first is model.visual"),
     (without("model.norm.", "language_model.norm."),
@@ -198,7 +179,7 @@ def test_no_graph_in_the_frozen_tower(random_model, processor, samples):
     tower = random_model.model.visual
     tower.patch_embed.register_forward_hook(lambda *arguments: arguments[-1].requires_grad_(True))
     loading.run_tower_without_graph(random_model)
-    batch = make_batch(processor, samples[:1])
+    batch = processor.image_processor(list(samples[0].images), return_tensors="pt")
     features = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
     assert not features.pooler_output.requires_grad and torch.is_grad_enabled()
 
@@ -225,7 +206,10 @@ def test_relatives_load_in_normalized_coordinates_only(family, projections, rela
     model = loading.load_model(folder, float32, four_bit=True)
     adapted = loading.check_adapters(get_peft_model(model, resuming.lora_config(4)))
     assert len(adapted) == projections
-    assert type(model.model.visual).__module__.endswith(family)
+    tower, head = model.model.visual, model.lm_head
+    full = [*tower.modules(), *head.modules()]
+    assert not any(isinstance(part, bitsandbytes.nn.Linear4bit) for part in full)
+    assert type(tower).__module__.endswith(family)
 
 
 @pytest.mark.parametrize("base_model", ["tiny", "Qwen/Qwen2.5-VL-7B-Instruct"])

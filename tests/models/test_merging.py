@@ -7,21 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from published import RELATIVES
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.common import UserError
 from mig_kit.models import adapters, loading, merging
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 from mig_kit.training import resuming
-
-
-def test_a_folder_without_an_adapter_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no adapter: Can't find 'adapter_config.json'"):
-        adapters.load_adapter(tmp_path)
-
 
 LANGUAGE = r".*language_model.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # changes to a LoraConfig -> what the refusal names, "" where the merge equals stock PEFT's
@@ -90,40 +82,9 @@ def test_an_adapter_of_the_kit_goes_on_the_weights_that_it_was_trained_on(
     adapters.check_adapter_base(adapter, other)  # of another trainer nothing is known
 
 
-@pytest.mark.parametrize("family", RELATIVES)
-def test_a_relative_with_an_adapter_is_merged_into_its_published_layout(published, family, float32,
-                                                                       tmp_path):
-    base = published[family]
-    policy = loading.load_policy(base, float32, BoxFormat(coordinates=Coordinates.NORMALIZED_1000))
-    model = get_peft_model(policy.model, resuming.lora_config(4))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
-    model.save_pretrained(tmp_path / "adapter")
-    merging.write_merged_model(base, tmp_path / "adapter", tmp_path / "merged", float32,
-                               policy.processor, four_bit=False)
-    folders = (base, tmp_path / "merged")
-    sizes = [{name: tensor.shape
-              for name, tensor in load_file(folder / "model.safetensors").items()}
-             for folder in folders]
-    assert sizes[0] == sizes[1]
-    merged, ids = loading.load_model(tmp_path / "merged", float32), torch.arange(20, 60)[None]
-    with torch.no_grad():
-        expected, plain = model(input_ids=ids).logits, model.unload()(input_ids=ids).logits
-        logits = merged(input_ids=ids).logits
-    assert torch.allclose(logits, expected, atol=1e-5) and not torch.allclose(plain, expected)
-
-
-def test_a_weight_in_4_bit_takes_sixteen_values_of_each_block():
-    torch.manual_seed(0)
-    weight = torch.randn(64, 64, dtype=torch.bfloat16)
-    rounded = merging.round_to_nf4(weight)
-    assert rounded.dtype == weight.dtype and rounded.shape == weight.shape
-    assert all(len(row.unique()) <= 16 for row in rounded), "a row is a block"
-    assert 0 < (rounded - weight).abs().mean() < 0.15
-
-
-def test_tensors_are_found_by_their_index_or_refused(tmp_path):
+def test_adapters_and_tensors_are_found_or_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no adapter: Can't find 'adapter_config.json'"):
+        adapters.load_adapter(tmp_path)
     with pytest.raises(UserError, match="has neither model.safetensors nor"):
         merging.locate_tensors(tmp_path)
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")

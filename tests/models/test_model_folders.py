@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from published import RELATIVES, format_of, merge_new_adapter
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from published import RELATIVES, format_of
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit.models import loading
+from mig_kit.models import loading, merging
 from mig_kit.prompts import chat_messages
 from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
@@ -22,17 +23,6 @@ STOCK = dict.fromkeys(("qwen3_vl", *RELATIVES), "Qwen3VLProcessor") | {
     "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
 UNTOUCHED = ("generation_config.json", "special_tokens_map.json", "tokenizer.json",
              "tokenizer_config.json", "chat_template.json")
-
-
-@pytest.fixture(scope="module")
-def saved(published, tmp_path_factory, float32):
-    """A folder by model_type: a published one, and an adapter that was not trained, merged."""
-    root, folders = tmp_path_factory.mktemp("saved"), {}
-    for family, base in published.items():
-        policy = loading.load_policy(base, float32, format_of(family))
-        folders[family] = root / family
-        merge_new_adapter(base, folders[family], policy)
-    return folders
 
 
 def read(folder: Path, name: str) -> dict:
@@ -50,48 +40,39 @@ def assert_names_the_stock_classes(folder: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", STOCK)
-def test_a_saved_model_is_the_same_model_to_stock_transformers(saved, published, family, float32):
-    """It names its family's classes and keeps its base's files."""
-    assert_names_the_stock_classes(saved[family], family)
+def test_a_merged_model_is_the_same_model_to_stock_transformers(published, family, float32,
+                                                                tmp_path):
+    """It names its family's classes, and keeps its base's files and layout of tensors."""
+    base, adapter, folder = published[family], tmp_path / "adapter", tmp_path / "merged"
+    policy = loading.load_policy(base, float32, format_of(family))
+    adapted = get_peft_model(policy.model, resuming.lora_config(4))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    adapted.save_pretrained(adapter)
+    merging.write_merged_model(base, adapter, folder, float32, policy.processor, four_bit=False)
+    assert_names_the_stock_classes(folder, family)
     names = UNTOUCHED + (("video_preprocessor_config.json",) if family == "qwen3_vl" else ())
     for name in names:
-        assert (saved[family] / name).read_bytes() == (published[family] / name).read_bytes(), name
-    assert not (saved[family] / "chat_template.jinja").exists()
-    config = AutoConfig.from_pretrained(saved[family])
-    assert config.model_type == family
-    tokenizer = AutoTokenizer.from_pretrained(saved[family])
-    text = '<answer>{"image": 2, "box": [12,30,26,44]}</answer><|im_end|>'
-    base_tokenizer = AutoTokenizer.from_pretrained(published[family])
-    assert tokenizer(text)["input_ids"] == base_tokenizer(text)["input_ids"]
-
-    policy = loading.load_policy(saved[family], float32, format_of(family))
+        assert (folder / name).read_bytes() == (base / name).read_bytes(), name
+    assert not (folder / "chat_template.jinja").exists()
+    sizes, base_sizes = (
+        {name: tensor.shape for name, tensor in load_file(path / "model.safetensors").items()}
+        for path in (folder, base))
+    assert sizes == base_sizes
     sample = make_sample("diff", "val", 0)
-    messages = chat_messages(sample, policy.box_format)
-    text = policy.processor.apply_chat_template(messages, tokenize=False)
-    batch = policy.processor(text=[text], images=[list(sample.images)], return_tensors="pt")
-    images = Qwen2VLImageProcessorPil.from_pretrained(saved[family])
+    processor = loading.load_processor(folder, format_of(family))
+    messages = chat_messages(sample, format_of(family))
+    text = processor.apply_chat_template(messages, tokenize=False)
+    batch = processor(text=[text], images=[list(sample.images)], return_tensors="pt")
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder)
     pixels = images(list(sample.images), return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, batch["pixel_values"])
-    stock = AutoModelForImageTextToText.from_pretrained(saved[family], dtype=torch.float32)
+    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        difference = stock(**batch).logits - policy.model(**batch).logits
-    assert difference.abs().max() < 1e-5
-
-
-def test_a_trainers_checkpoint_and_its_adapter_open(random_folder, random_model, processor,
-                                                    tmp_path):
-    model = get_peft_model(random_model, resuming.lora_config(4))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter.data, std=0.1)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(str(tmp_path))
-    assert_names_the_stock_classes(tmp_path, "qwen2_5_vl")
-    stock = AutoModelForImageTextToText.from_pretrained(random_folder, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(stock, tmp_path)
-    ids = torch.arange(20, 40)[None]
-    with torch.no_grad():
-        assert torch.allclose(adapted(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+        logits, expected = stock(**batch).logits, adapted(**batch).logits
+        plain = adapted.unload()(**batch).logits
+    assert (logits - expected).abs().max() < 1e-5 and not torch.allclose(plain, expected)
 
 
 @pytest.mark.parametrize(("base", "run"), [

@@ -11,13 +11,12 @@ import shutil
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import run_mig_kit
 from PIL import Image
 from published import format_of, save_model
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat, Coordinates, iou, seen_size
-from mig_kit.commands.main import cli
 from mig_kit.models import loading, processors, sample_prompts
 from mig_kit.sample import Sample, Target
 from mig_kit.serving import reply_files
@@ -126,28 +125,15 @@ def ground(family, photo_files, tmp_path, monkeypatch):
         arguments = ["--model", folder, "--out", tmp_path / "out.png", *options]
         for path in photo_files:
             arguments += ["--image", path]
-        command = ["ground", *map(str, arguments), "Where is it?"]
-        result = CliRunner().invoke(cli, command, catch_exceptions=False)
-        assert "image: 2" in result.output
-        box = re.search(r"box: (\d+), (\d+), (\d+), (\d+)", result.output).groups()
+        result = run_mig_kit("ground", *map(str, arguments), "Where is it?")
+        output = result.stdout + result.stderr
+        assert "image: 2" in output
+        box = re.search(r"box: (\d+), (\d+), (\d+), (\d+)", output).groups()
         assert iou(tuple(map(float, box)), BOXES[1]) > 0.985
-        return result.output
+        return output
 
     monkeypatch.setattr(reply_files, "generate_rollouts", answer)
     return call
-
-
-def change_limits(folder, **limits) -> None:
-    """Set limits of a published folder, each under the name that its layout has for it."""
-    path = folder / "preprocessor_config.json"
-    settings = json.loads(path.read_text())
-    for name, value in limits.items():
-        edge = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}[name]
-        if name in settings:
-            settings[name] = value
-        else:
-            settings["size"][edge] = value
-    path.write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize("family", [
@@ -156,7 +142,9 @@ def change_limits(folder, **limits) -> None:
 def test_ground_asks_with_the_folders_own_limits_or_those_of_options(published, family, ground,
                                                                      tmp_path):
     folder = shutil.copytree(published[family], tmp_path / "model")
-    change_limits(folder, min_pixels=3136, max_pixels=200704)
+    path = folder / "preprocessor_config.json"
+    limits = {"min_pixels": 3136, "max_pixels": 200704}
+    path.write_text(json.dumps(json.loads(path.read_text()) | limits))
     output = ground(folder)
     coordinates = format_of(family).coordinates
     assert f"asked with images of 3136 to 200704 pixels and {coordinates} boxes\n" in output
@@ -164,23 +152,6 @@ def test_ground_asks_with_the_folders_own_limits_or_those_of_options(published, 
     own = {28: "3136 to 12845056", 32: "65536 to 16777216"}[FACTORS[family]]
     assert "asked with images of 3136 to 401408 pixels and" in output
     assert f"(its own: images of {own} pixels and {coordinates} boxes)" in output
-
-
-@pytest.mark.parametrize("layout", [
-    {"min_pixels": 4000, "max_pixels": 50000}, {"size": {"shortest_edge": 4000,
-                                                         "longest_edge": 50000}},
-    {"min_pixels": 4000, "max_pixels": 50000, "size": {"shortest_edge": 9, "longest_edge": 99}}])
-def test_limits_are_read_from_every_layout(published, tmp_path, layout):
-    folder = shutil.copytree(published["qwen2_5_vl"], tmp_path / "model")
-    path = folder / "preprocessor_config.json"
-    settings = {name: value for name, value in json.loads(path.read_text()).items()
-                if name not in ("min_pixels", "max_pixels")}
-    path.write_text(json.dumps(settings | layout))
-    assert processors.read_box_format(folder) == BoxFormat(4000, 50000)
-    path.unlink()  # transformers 5 writes them elsewhere
-    (folder / "processor_config.json").write_text(
-        json.dumps({"image_processor": settings | layout}))
-    assert processors.read_box_format(folder) == BoxFormat(4000, 50000)
 
 
 @pytest.mark.parametrize("text", ['{"min_pixels": 0}', '{"max_pixels": "many"}', "[", "[]",

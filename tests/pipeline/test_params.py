@@ -13,7 +13,7 @@ import trl
 from command_line import describe_files, error_of, output_of
 
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, UserError
-from mig_kit.pipeline import params, reward_names, run_folders, stage_keys, store
+from mig_kit.pipeline import params, reward_names, run_folders, store
 from mig_kit.pipeline.params import CONFIGS, choose_params, validate_params
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS, MODELS
@@ -117,18 +117,6 @@ def test_the_names_are_those_of_the_curves():
     assert names <= set(reward_names.NAMES_OF_CURVES)
     assert set(EXECUTION_PARAMS) <= {name for model in MODELS.values()
                                      for name in model.model_fields}
-
-
-def test_the_file_of_a_reward_is_part_of_what_makes_05_stale(reward_files, monkeypatch):
-    monkeypatch.setattr(stage_keys, "with_run_params", lambda stage, run_id, params: params)
-    monkeypatch.setattr(stage_keys, "require_record", lambda *_: {"outputs": {}})
-    own_file = reward_files["FILE"]
-    values = {"rewards": ["format", f"{own_file}:center"], "reward_weights": {"center": 0.5}}
-    values = validate_params(values, "05_grpo")
-    key = stage_keys.stage_facts("05_grpo", "run", values)
-    assert stage_keys.stage_facts("05_grpo", "run", values) == key
-    own_file.write_text(own_file.read_text().replace("1.0", "0.5"))
-    assert stage_keys.stage_facts("05_grpo", "run", values) != key
 
 
 def test_a_cell_and_the_command_refuse_it_alike_and_touch_nothing(root, leave):

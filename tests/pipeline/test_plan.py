@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from command_line import describe_files, error_of, output_of
 
 from mig_kit.commands.main import cli
-from mig_kit.common import UserError, digest_json, write_json
-from mig_kit.pipeline import execute, plan, run_facts, run_folders, stage_keys, status, store
+from mig_kit.common import PROJECT_ROOT, UserError, digest_json, write_json
+from mig_kit.pipeline import execute, plan, run_facts, run_folders, stage_keys, store
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.stages import evaluated_runs
 
@@ -92,7 +92,11 @@ def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
     assert (planned.source, list(planned.params)) == ("", ["06_evaluate"])
 
 
+SIZES = "{mig_bench: 0, ood_grounding: 0, blink: 0, mmiu: 0}"
+
+
 @pytest.mark.parametrize(("words", "sentence"), [
+    (("run", "06", "--run-id", "a", "-p", "suites", SIZES), "all suites are 0, so there is"),
     (("run", "05", "--from", "a", "--run-id", "a"), "'a' is 'a' or starts from it; use another"),
     (("run", "05", "--from", "z", "--run-id", "new"), "no run 'z' in "),
     (("run", "05", "--from", "../a", "--run-id", "new"), "run_id is '../a'; use letters"),
@@ -107,23 +111,12 @@ def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
     (("run", "04", "05", "--run-id", "b"),
      "04_rejection_sampling of run 'b' is that of run 'a'; run it there, or start another branch: "
      "mig-kit run 04 --from a --run-id NAME")])
-def test_what_cannot_be_a_branch_is_refused_and_nothing_written(root, leave, words, sentence):
+def test_what_a_command_refuses_writes_nothing(root, leave, words, sentence):
     run_folders.start_branch("a", "b", "05_grpo")
     leave("02_sft", "c")
     before = describe_files(root)
     assert sentence in error_of(*words)
     assert describe_files(root) == before and not (root / "new").exists()
-
-
-def test_a_source_that_was_made_again_makes_the_branch_stale(root, leave):
-    run_folders.start_branch("a", "b", "05_grpo")
-    stage = finish_stage("b", "05_grpo", "b")
-    leave("03_merge", "a")
-    assert store.find_stale("b") == {}, "the same products again"
-    leave("03_merge", "a", "2")
-    assert "; stale, 05_grpo: 03_merge has changed" in "\n".join(status.run_lines("b"))
-    with pytest.raises(UserError, match="stays as it is .03_merge has changed"):
-        store.is_done("05_grpo", "b", stage.params)
 
 
 def test_a_source_that_is_gone_is_one_sentence(root):
@@ -195,26 +188,30 @@ def test_a_run_keeps_the_profile_that_it_began_with(root, leave, no_kernels):
 
 def test_what_is_stale_is_refused_and_said_wherever_it_is_read(root, no_kernels, monkeypatch):
     output_of("run", "05", "06", "--run-id", "a")
-    facts = stage_keys.describe_code
+    facts, module = stage_keys.describe_code, "mig_kit.stages.rejection_sampling"
+    assert module in facts("04_rejection_sampling")["code"]
 
     def changed_04(stage):
         code = facts(stage)
-        return {**code, "cells": "2"} if stage == "04_rejection_sampling" else code
+        if stage != "04_rejection_sampling":
+            return code
+        return {**code, "code": {**code["code"], module: "2"}, "cells": "2"}
 
     monkeypatch.setattr(stage_keys, "describe_code", changed_04)
     lines = {line.split()[0]: line for line in output_of("status", "a").splitlines()[1:]}
-    assert "; stale, 04_rejection_sampling: a cell of its" in lines["04_rejection_sampling"]
+    reason = "04_rejection_sampling: rejection_sampling has changed; a cell of its notebook has ch"
+    assert f"; stale, {reason}" in lines["04_rejection_sampling"]
     assert "; stale, 04_" in lines["05_grpo"] and "; stale, 04_" in lines["06_evaluate"]
     assert "stale" not in lines["03_merge"]
     words = ["run", "05", "--from", "a", "--run-id", "b"]
     sentence = error_of(*words)
-    assert "05_grpo would build on what is stale in run 'a' (04_rejection_sampling: a" in sentence
+    assert f"05_grpo would build on what is stale in run 'a' ({reason}" in sentence
     assert not (root / "b").exists()
     with pytest.raises(UserError, match="05_grpo would build on what is stale in run 'c'"):
         run_folders.start_branch("a", "c", "05_grpo")
         store.begin_stage("05_grpo", {"run_id": "c"})
     output_of(*words, "--force")
-    assert "; stale, 04_rejection_sampling: a cell" in output_of("status", "b")
+    assert f"; stale, {reason}" in output_of("status", "b")
     assert "05_grpo of run 'b' is stale (04_" in " ".join(store.stale_notes("05_grpo", "b"))
     monkeypatch.setattr(stage_keys, "describe_code", facts)
     assert "stale" not in output_of("status", "b"), "04 is what it was"
@@ -229,3 +226,62 @@ def test_rm_asks_and_keeps_what_branches_start_from(root):
     assert (root / "b").is_dir()
     assert "removed: run 'b'" in CliRunner().invoke(cli, ["rm", "b"], input="y\n").output
     assert not (root / "b").exists() and (root / "a").is_dir()
+
+
+OWN = (("data", str(PROJECT_ROOT / "README.md")), ("teacher", "none"), ("start_from", "base"))
+
+
+def planned_stages(names, overrides, run_id="new"):
+    planned = plan.plan_run(names, "tiny", run_id, "", overrides)
+    return [stage[:2] for stage in planned.params]
+
+
+def test_without_a_teacher_02_and_03_are_left_out_and_rl_starts_from_the_base(root, leave):
+    assert planned_stages([], OWN) == ["00", "01", "04", "05", "06", "07"]
+    assert planned_stages([], ()) == [f"0{n}" for n in range(8)]
+    assert planned_stages(["01_synthesize"], OWN[:2]) == ["01"]
+    with pytest.raises(UserError, match="set start_from to base, for RL alone, or teacher to own"):
+        planned_stages([], OWN[:2])
+    leave("01_synthesize", "new", teacher="none")
+    assert planned_stages(["05_grpo", "06_evaluate"], OWN[2:]) == ["05", "06"]
+    for stage, sentence in (("02_sft", "'none', so there is no cold-start set to learn from"),
+                            ("05_grpo", "set start_from to base")):
+        with pytest.raises(UserError, match=sentence):
+            planned_stages([stage], ())
+    leave("04_rejection_sampling", "new")
+    run_folders.start_branch("new", "branch", "05_grpo")
+    for run_id in ("new", "branch"):
+        assert not run_folders.has_cold_start(run_id)
+        assert [run_folders.input_stages(stage, run_id) for stage in RECIPE[3:7]] == [
+            ("02_sft",), ("01_synthesize",), ("04_rejection_sampling",),
+            ("01_synthesize", "05_grpo")]
+    assert planned_stages([], OWN[2:], "branch") == ["00", "05", "06", "07"]
+
+
+def test_too_few_prompts_are_known_after_04(root):
+    (root / "a" / "04_rejection_sampling" / "metrics.json").write_text('{"kept": 15}')
+    sentence = "04 keeps 15; lower gradient_accumulation_steps"
+    assert sentence in error_of("run", "05", "--run-id", "a")
+    with pytest.raises(UserError, match=sentence):
+        store.begin_stage("05_grpo", {"run_id": "a"})
+    assert not (root / "a" / "05_grpo").exists()
+    run_folders.start_branch("a", "b", "05_grpo")
+    with pytest.raises(UserError, match=sentence):
+        planned_stages(["05_grpo"], (), "b")
+
+
+def test_paths_are_relative_to_where_the_command_is_given(tmp_path, monkeypatch):
+    for folder in ("model", "merged"):  # the second is a word of start_from all the same
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    hub_name = "Qwen/Qwen2.5-VL-3B-Instruct"
+    for name, value, path in (
+            ("data", "own.jsonl", f"{tmp_path}/own.jsonl"), ("data", "/x/a.jsonl", "/x/a.jsonl"),
+            ("data", "scenes", "scenes"), ("image_root", "../images", f"{tmp_path.parent}/images"),
+            ("image_root", "", ""), ("base_model", "model", f"{tmp_path}/model"),
+            ("base_model", hub_name, hub_name), ("start_from", "merged", "merged")):
+        assert plan.locate_paths(name, value) == path
+    monkeypatch.chdir(PROJECT_ROOT / "tests")
+    words = (("data", "x.jsonl"), ("rewards", "[box, mine.py:center]"))
+    assert plan.parse_overrides(words, ["01_synthesize", "05_grpo"]) == {
+        "data": "tests/x.jsonl", "rewards": ["box", "tests/mine.py:center"]}

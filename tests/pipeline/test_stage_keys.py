@@ -1,35 +1,19 @@
-"""A stage is stale when a module that it uses has changed, and only then."""
+"""A stage is stale when a module that it uses has changed, or an image of its data, and only then.
+"""
 
+import json
 import re
 import shutil
 
 import pytest
+from PIL import Image
 
-from mig_kit.common import NOTEBOOKS, PACKAGE
-from mig_kit.pipeline import stage_keys
+from mig_kit.common import NOTEBOOKS, PACKAGE, UserError
+from mig_kit.image_files import ImageStore
+from mig_kit.pipeline import stage_keys, store
+from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_folders import RECIPE
-
-
-@pytest.fixture(scope="module")
-def copied_project(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("project")
-    shutil.copytree(PACKAGE, folder / "mig_kit",
-                    ignore=shutil.ignore_patterns("tiny_base", "__pycache__"))
-    shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns("guide"))
-    return folder
-
-
-@pytest.fixture
-def project(copied_project, monkeypatch):
-    """The copy, whose code is looked at; what a test changes in it is put back."""
-    monkeypatch.setattr(stage_keys, "PACKAGE", copied_project / "mig_kit")
-    monkeypatch.setattr(stage_keys, "NOTEBOOKS", copied_project / "notebooks")
-    yield copied_project
-    for folder, original in (("mig_kit", PACKAGE), ("notebooks", NOTEBOOKS)):
-        for path in (copied_project / folder).rglob("*.*"):
-            source = original / path.relative_to(copied_project / folder)
-            if path.is_file() and path.stat().st_mtime_ns != source.stat().st_mtime_ns:
-                shutil.copy2(source, path)
+from mig_kit.stages import sources
 
 
 def code_of_stages():
@@ -37,25 +21,43 @@ def code_of_stages():
 
 
 @pytest.fixture(scope="module")
-def unchanged_code():
-    return code_of_stages()
+def project(tmp_path_factory):
+    """A copy of the project, whose code is looked at."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(PACKAGE, folder / "mig_kit",
+                    ignore=shutil.ignore_patterns("tiny_base", "__pycache__"))
+    shutil.copytree(NOTEBOOKS, folder / "notebooks", ignore=shutil.ignore_patterns("guide"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_keys, "PACKAGE", folder / "mig_kit")
+        patch.setattr(stage_keys, "NOTEBOOKS", folder / "notebooks")
+        yield folder
 
 
-@pytest.fixture
-def stale_after(unchanged_code, project):
-    """Call it with a change of the project: the numbers of the stages whose code is now another."""
-    def compare(change, *arguments) -> set[str]:
-        change(project, *arguments)
+@pytest.fixture(scope="module")
+def stale_after(project):
+    """Call it with files and a change of their text, which it takes back: the numbers of the stages
+    whose code is then another.
+    """
+    unchanged_code = code_of_stages()
+
+    def compare(pattern, change) -> set[str]:
+        before = {path: path.read_text() for path in project.glob(pattern)}
+        for path, text in before.items():
+            path.write_text(change(text))
         code = code_of_stages()
+        for path, text in before.items():
+            path.write_text(text)
         return {stage[:2] for stage in RECIPE if code[stage] != unchanged_code[stage]}
 
     return compare
 
 
-def change_text(project, path, old, new):
-    file = project / path
-    assert old in file.read_text(), f"{path} has no {old}"
-    file.write_text(file.read_text().replace(old, new, 1))
+def replace_text(old, new):
+    def change(text):
+        assert old in text, old
+        return text.replace(old, new, 1)
+
+    return change
 
 
 # what a researcher changes, and the number of every stage that uses it
@@ -67,25 +69,24 @@ def change_text(project, path, old, new):
     ("stages/sft.py", "completion_only", "02"), ("stages/sanity_checks.py", "0.9", ""),
     ("pipeline/store.py", "started.json", "")])
 def test_a_changed_module_makes_exactly_its_users_stale(stale_after, path, text, stages):
-    stale = stale_after(change_text, f"mig_kit/{path}", text, f"{text[:-1]}5")
+    stale = stale_after(f"mig_kit/{path}", replace_text(text, f"{text[:-1]}5"))
     assert stale == set(stages.split())
 
 
 def test_docstrings_comments_and_layout_do_not_count(stale_after):
-    def change_words(project):
-        for path in (project / "mig_kit").rglob("*.py"):
-            text = re.sub(r'(:\n +""")', r"\1Other words. ", path.read_text())
-            path.write_text("# a comment\n\n" + text.replace("\ndef ", "\n# a comment\n\ndef "))
-        assert "Other words" in (project / "mig_kit" / "stages" / "sft.py").read_text()
+    def change_words(text):
+        text = re.sub(r'(:\n +""")', r"\1Other words. ", text)
+        return "# a comment\n\n" + text.replace("\ndef ", "\n# a comment\n\ndef ")
 
-    assert stale_after(change_words) == set()
+    assert "Other words" in change_words((PACKAGE / "stages" / "sft.py").read_text())
+    assert stale_after("mig_kit/**/*.py", change_words) == set()
 
 
 @pytest.mark.parametrize(("old", "new", "stages"), [
     ('"stage, p =', '"# why\\n", "stage, p =', ""), ("## 1.", "## One.", ""),
     ("lora_r: int = 83", "lora_r: int = 16", ""), ("samples[:64]", "samples[:32]", "02")])
 def test_code_of_a_notebook_counts_but_no_text_comment_or_default(stale_after, old, new, stages):
-    stale = stale_after(change_text, "notebooks/02_sft.ipynb", old, new)
+    stale = stale_after("notebooks/02_sft.ipynb", replace_text(old, new))
     assert stale == set(stages.split())
 
 
@@ -93,3 +94,64 @@ def test_what_is_not_part_of_a_key_exists():
     for name in stage_keys.NOT_PART_OF_A_KEY:
         path = PACKAGE.joinpath(*name.split(".")[1:-1])
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{name} was renamed"
+
+
+def export(folder, colour):
+    """Six questions, each about a picture of this colour; new files under the old names."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(6):
+        path = folder / "images" / f"{number}.png"
+        Image.new("RGB", (140, 112 + number), colour).save(path.with_suffix(".new"), format="PNG")
+        path.with_suffix(".new").replace(path)
+        lines.append({"images": [f"images/{path.name}"], "question": "Find it.", "image": 1,
+                      "box": [20, 30, 51, 61], "coordinates": "pixels"})
+    (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Parameters of 01 for questions about red pictures; runs lie in tmp_path/runs."""
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "runs"))
+    export(tmp_path / "data", "red")
+    return profile_params("01_synthesize") | {
+        "run_id": "a", "data": str(tmp_path / "data/mine.jsonl"), "teacher": "none",
+        "data_shares": [0.0, 0.5, 0.5]}
+
+
+def synthesize(params):
+    """The colours of the images that 01 stores."""
+    stage, p = store.begin_stage("01_synthesize", params)
+    sets, _ = sources.load_training_sets(p, stage.folder)
+    colours = {sample.images[0].getpixel((0, 0)) for rows in sets.values() for sample in rows}
+    stage.finish({})
+    return colours
+
+
+def test_images_exported_again_under_their_names_are_another_run(own, tmp_path):
+    assert synthesize(own) == {(255, 0, 0)}
+    assert store.is_done("01_synthesize", "a", own)
+    export(tmp_path / "data", "blue")
+    with pytest.raises(UserError, match="stays as it is .images of data have changed"):
+        store.is_done("01_synthesize", "a", own)
+    assert synthesize(own | {"run_id": "b"}) == {(0, 0, 255)}
+
+
+def test_images_that_are_gone_once_they_are_stored_change_nothing(own, tmp_path):
+    synthesize(own)
+    Image.new("RGB", (9, 9)).save(tmp_path / "data/images/other.png")  # no question names it
+    assert store.is_done("01_synthesize", "a", own)
+    shutil.rmtree(tmp_path / "data/images")
+    assert store.is_done("01_synthesize", "a", own), "01 has stored what it needs"
+
+
+def test_a_stored_link_whose_source_was_overwritten_is_not_taken_for_the_old_image(tmp_path):
+    """Killed, exported over in place, and an old picture comes back under another name."""
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    Image.new("RGB", (9, 8), "red").save(first)
+    red = first.read_bytes()
+    stored = ImageStore(tmp_path / "images").add(first)
+    Image.new("RGB", (9, 8), "blue").save(first)  # in place: the link changes, too
+    second.write_bytes(red)
+    again = ImageStore(tmp_path / "images").add(second)
+    assert again == stored and again.open().getpixel((0, 0)) == (255, 0, 0)

@@ -1,6 +1,7 @@
 """A judge reads what no rule reads: held by a server that answers as BLINK's authors' model did."""
 
 import json
+import re
 
 import pytest
 from local_server import IS_JSON, LocalServer
@@ -65,53 +66,41 @@ def test_with_the_authors_letters_averages_are_the_published_ones(source, tmp_pa
     assert len(authors.asked) == len(unread), "nothing is asked twice"
 
 
+def write_unread(folder, count):
+    """A file of replies that no rule reads, and the judge's prompt about each."""
+    path = write_lines(folder / "p.jsonl", [
+        {"idx": f"val_T_{n}", "task": "T", "answer": "(B)", "full_prediction": f"Hm, {n}."}
+        for n in range(count)])
+    items = read_benchmark("blink", read_records(path)).items
+    return path, [judge.judge_prompt(item, f"Hm, {n}.") for n, item in enumerate(items)]
+
+
 def test_the_judges_own_words_are_read_as_replies_are(tmp_path):
     """Each of its forms says B but the last two: no option, and nothing that is read."""
     forms = ["Answer: B", "(B) the second image", "<think>A or B?</think>B", "**B**", "Z", "A or B"]
-    path = write_lines(tmp_path / "p.jsonl", [
-        {"idx": f"val_T_{n}", "task": "T", "answer": "(B)", "full_prediction": f"Hm, {n}."}
-        for n in range(len(forms))])
-    items = read_benchmark("blink", read_records(path)).items
-    authors = Authors({judge.judge_prompt(item, f"Hm, {n}."): forms[n]
-                       for n, item in enumerate(items)})
-    kept = tmp_path / "p.jsonl.judge.jsonl"
-    try:
-        for _ in range(2):
-            output = command(tmp_path, path, authors.server).output
-            assert "| avg | 6 | 66.67 |" in output
-            assert f"Replies, {judge.NO_OPTION}: 1." in output and "Replies, unread: 1." in output
-            kept.write_bytes(kept.read_bytes()[:-20])  # a kill within the last line
-        assert len(authors.asked) == 7, "the torn answer alone is asked again"
-    finally:
-        authors.server.stop()
+    path, prompts = write_unread(tmp_path, len(forms))
+    authors, kept = Authors(dict(zip(prompts, forms))), tmp_path / "p.jsonl.judge.jsonl"
+    for _ in range(2):
+        output = command(tmp_path, path, authors.server).output
+        assert "| avg | 6 | 66.67 |" in output
+        assert f"Replies, {judge.NO_OPTION}: 1." in output and "Replies, unread: 1." in output
+        kept.write_bytes(kept.read_bytes()[:-20])  # a kill within the last line
+    assert len(authors.asked) == 7, "the torn answer alone is asked again"
 
 
-@pytest.mark.parametrize("choices", [[], [{"message": {"content": None}, "finish_reason": "stop"}]])
-def test_a_judge_without_words_ends_in_a_sentence(tmp_path, choices):
-    path = write_lines(tmp_path / "p.jsonl", [
-        {"idx": "val_T_1", "task": "T", "answer": "(B)", "full_prediction": "Hm."}])
-    server = LocalServer(lambda *_: (200, {"choices": choices}, IS_JSON))
-    try:
-        refused = command(tmp_path, path, server)
-    finally:
-        server.stop()
-    assert isinstance(refused.exception, UserError)
-    assert "does not answer" in str(refused.exception) and "same command" in str(refused.exception)
+def test_a_judge_without_words_ends_in_a_sentence(tmp_path):
+    path, (prompt,) = write_unread(tmp_path, 1)
+    refused = command(tmp_path, path, Authors({prompt: None}).server)
+    assert "does not answer (an answer without a text)" in str(refused.exception)
 
 
 def test_answers_that_came_before_a_failure_are_kept(tmp_path):
-    path = write_lines(tmp_path / "p.jsonl", [
-        {"idx": f"val_T_{n}", "task": "T", "answer": "(B)", "full_prediction": f"Hm, {n}."}
-        for n in range(20)])
-    items = read_benchmark("blink", read_records(path)).items
-    by_prompt = {judge.judge_prompt(item, f"Hm, {n}."): "B" for n, item in enumerate(items)}
-    failing, whole = Authors(by_prompt, limit=5), Authors(by_prompt)
+    path, prompts = write_unread(tmp_path, 20)
+    failing, whole = (Authors(dict.fromkeys(prompts, "B"), limit) for limit in (5, 20))
     refused = command(tmp_path, path, failing.server)
-    assert "does not answer (HTTP 400: " in str(refused.exception)
+    assert isinstance(refused.exception, UserError)
+    assert re.search(r"does not answer \(HTTP 400: .*same command", str(refused.exception))
     kept = len((tmp_path / "p.jsonl.judge.jsonl").read_text().splitlines())
     result = command(tmp_path, path, whole.server)
     assert "| avg | 20 | 100.00 |" in result.output and "unread" not in result.output
     assert 1 <= kept == 20 - len(whole.asked)
-    alone = run_score(tmp_path, "blink", "--judge", "http://x/v1", annotations="p.jsonl",
-                      predictions="p.jsonl")
-    assert "belong together" in str(alone.exception)

@@ -70,6 +70,7 @@ def test_documented_outputs_of_released_families_are_read(text):
     '{"label": "picture B", "bbox_2d": [10,20,30,40]}',
     '{"label": "not in image 2", "bbox_2d": [10,20,30,40]}',
     '{"image": [1, 2], "box": [10,20,30,40]}', '{"image": true, "box": [10,20,30,40]}',
+    '{"x": 10, "y": 20, "width": 20, "height": 20}',
     '{"image": 2, "box": [10,20,30]}', "image 2 from the end: [10,20,30,40]", "[10,20,30,40,50]",
     "[10,20,30,40] [1,2,3,4]", "image 1: [1,2,3,4]\nimage 2: [10,20,30,40]",
     "image 2: (30,40),(10,20)"])
@@ -81,7 +82,8 @@ def test_what_says_more_or_less_is_not(text):
 def test_no_answer_block_is_needed_around_json_alone():
     block = '```json\n[{"bbox_2d": [10, 20, 30, 40]}]\n```'
     assert parse_strict_answer(f"<think>[1,2,3,4]</think>{block}").box == BOX
-    assert parse_strict_answer("[10,20,30,40]").problem == reply_boxes.NO_ANSWER
+    for text in ("[10,20,30,40]", '<tool_call>{"bbox_2d": [10, 20, 30, 40]}</tool_call>'):
+        assert parse_strict_answer(text).problem == reply_boxes.NO_ANSWER
     assert parse_strict_answer(f"It is {block}").problem == reply_boxes.NO_ANSWER
     assert parse_strict_answer("<think>The answer is <answer>[10,20,30,40]</answer>").box is None
 

@@ -86,7 +86,9 @@ def test_boxes_in_other_forms_are_converted_too(root, form, passes):
     ("blink", {"choices": None}, "1 items .* have no 2 to 8 options"),
     ("blink", {"images": None}, "name no images"),
     ("lisa", {"image_path": "../x.png"}, "below the image root"),
-    ("lisa", {"image_path": "x.png"}, r"1 of 1 images are missing .*x\.png")])
+    ("lisa", {"image_path": "x.png"}, r"1 of 1 images are missing .*x\.png"),
+    ("lisa", {"image_path": "lisa.json"}, "cannot identify image"),
+    ("lisa", {"boxes": [0, 0, 5, 5]}, "has no box of four numbers")])
 def test_what_is_missing_is_said_before_any_model_is_loaded(root, name, change, sentence):
     (root / f"{name}.json").write_text(json.dumps([RECORDS[name][0] | change]))
     with pytest.raises(ValueError, match=sentence):
@@ -96,8 +98,9 @@ def test_what_is_missing_is_said_before_any_model_is_loaded(root, name, change, 
 def test_frames_are_no_links_out_of_the_root(root):
     (root / "video" / "000.jpg").unlink()
     (root / "video" / "000.jpg").symlink_to("/etc/hostname")
-    with pytest.raises(image_files.BadImage, match="is not below the image root"):
-        annotations.resolve_image_path(root, "video#0")
+    for name in ("video#0", "../../video#0"):
+        with pytest.raises(image_files.BadImage, match="below the image root"):
+            annotations.resolve_image_path(root, name)
 
 
 def test_a_limit_is_per_task(root):

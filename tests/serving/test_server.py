@@ -1,7 +1,10 @@
-"""Servers that draw replies: a double over the kit's own loop, and ones that drop what they get."""
+"""Servers that draw replies: a double over the kit's own loop, and ones that drop what they get;
+what a request says, and what is read of an answer.
+"""
 
 import base64
 import io
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +17,8 @@ from mig_kit.common import UserError
 from mig_kit.models import loading
 from mig_kit.models.model_folders import ServedName
 from mig_kit.serving import reply_files, stored_replies
-from mig_kit.serving.server import ServedModel, check_prompt_ids
+from mig_kit.serving.server import ServedModel, ServedReply, check_prompt_ids
+from mig_kit.shared_prefix.generation import SamplingOptions
 from mig_kit.world.tasks import TASKS, make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -36,11 +40,11 @@ def start_server(random_folder, float32):
 @pytest.fixture
 def draw(random_folder, float32, tmp_path, questions):
     """Call it with a server, "" for the local loop, for the replies that it draws."""
-    def draw_replies(server, questions=questions, folder=tmp_path, model=random_folder, **changes):
+    def draw_replies(server, questions=questions, folder=tmp_path, model=random_folder):
         params = SimpleNamespace(server=server, concurrency=3)
         with reply_files.open_policy(model, "sft", float32, BOX_FORMAT, params) as policy:
             return reply_files.sample_replies(policy, questions, folder / "replies.jsonl",
-                                              **(DRAW | changes))
+                                              **DRAW)
 
     return draw_replies
 
@@ -91,8 +95,7 @@ def test_other_prompt_ids_and_models_are_refused(start_server, draw):
 
 
 @pytest.mark.parametrize(("status", "lists_models", "sentence"), [
-    (401, True, "answered HTTP 401: no such key"), (404, True, "answered HTTP 404: no such key"),
-    (401, False, "lists no models: HTTP 401: no such key"),
+    (401, True, "answered HTTP 401: no such key"),
     (404, False, "lists no models: HTTP 404: no such key"),
     (307, True, "answered HTTP 307: a redirect to http://b/")])
 def test_what_a_server_refuses_is_shown_in_its_words(draw, questions, status, lists_models,
@@ -151,33 +154,83 @@ def test_answers_of_other_servers_are_read(ask_stranger, questions, message, rea
     assert endings["cut"] == len(questions) * (reason in CUTS) and not endings["empty"]
 
 
-@pytest.mark.parametrize(("name", "is_taken"), [
-    ("odd", True), ("odd@main", True), ("Odd:7b", True), ("another", False), (None, True)])
-def test_another_models_answers_are_not_taken(ask_stranger, questions, name, is_taken):
-    def answer(images, letters):
-        return {"content": "A"}, "stop", 300 * images
-
-    if is_taken:
-        assert len(ask_stranger(answer, questions, name)[0]) == len(questions)
-        return
-    with pytest.raises(UserError, match="answered as 'another', not as 'odd': it holds another"):
-        ask_stranger(answer, questions, name)
+def count_by_image(images, letters):
+    return 300 * images
 
 
-@pytest.mark.parametrize(("count", "sentence"), [
-    (lambda images, letters: 4096, "counts 4096 tokens for a prompt of 6 images, and 4096 witho"),
-    (lambda images, letters: letters // 4, "drops images or cuts prompts; have it load its visi"),
-    (lambda images, letters: letters // 4 + 200, "drops images or cuts prompts"),
-    (lambda images, letters: letters // 4 + 200 * min(images, 2), "drops images or cuts prompts"),
-    (lambda images, letters: 0, ""), (lambda images, letters: 60 * images + letters // 4, "")])
-def test_a_server_that_cuts_prompts_or_drops_images_gives_no_reply(ask_stranger, questions, count,
-                                                                   sentence, tmp_path):
+@pytest.mark.parametrize(("name", "count", "sentence"), [
+    *((name, count_by_image, "") for name in ("odd", "odd@main", "Odd:7b", None)),
+    ("odd", lambda images, letters: 0, ""),
+    ("odd", lambda images, letters: 60 * images + letters // 4, ""),
+    ("another", count_by_image, "answered as 'another', not as 'odd': it holds another"),
+    *(("odd", count, sentence) for count, sentence in (
+        (lambda *_: 4096, "counts 4096 tokens for a prompt of 6 images, and 4096 without"),
+        (lambda images, letters: letters // 4, "cuts prompts; have it load its vision part"),
+        (lambda images, letters: letters // 4 + 200, "drops images or cuts prompts"),
+        (lambda images, letters: letters // 4 + 200 * min(images, 2), "drops images or cuts")))])
+def test_a_stranger_gives_replies_or_answers_otherwise_than_it_was_asked(
+        ask_stranger, questions, name, count, sentence, tmp_path):
+    """It may add to its model's name; one that drops images or cuts prompts gives no reply."""
     def answer(images, letters):
         return {"content": "A"}, "stop", count(images, letters)
 
     if not sentence:
-        assert len(ask_stranger(answer, questions)[0]) == len(questions)
+        assert len(ask_stranger(answer, questions, name)[0]) == len(questions)
         return
     with pytest.raises(UserError, match=sentence):
-        ask_stranger(answer, questions)
+        ask_stranger(answer, questions, name)
     assert not (tmp_path / "replies.jsonl").read_text()
+
+
+@pytest.fixture
+def served(processor):
+    return ServedModel("m", [], 1, processor, BOX_FORMAT, [2])
+
+
+def choice(text="", ids=None, logps=None) -> dict:
+    content = None if logps is None else {"content": [{"logprob": logp} for logp in logps]}
+    return {"message": {"content": text}, "token_ids": ids, "logprobs": content}
+
+
+def test_every_sampling_parameter_is_said(served):
+    fields = served.sampling_fields(SamplingOptions(0.7, 0.9, 33, 2), with_logps=True)
+    expected = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 33, "min_tokens": 2, "top_k": -1,
+                "min_p": 0.0, "repetition_penalty": 1.0, "stop_token_ids": [2], "logprobs": True}
+    assert {name: fields[name] for name in expected} == expected
+    assert fields["logit_bias"] == dict.fromkeys("3456", -100.0), "the vision tokens"
+    assert "seed" not in fields, "vLLM's CPU engine dies of it"
+    more = make_dataclass("More", [("min_p", float, 0.2)], bases=(SamplingOptions,), frozen=True)
+    fields = served.sampling_fields(more(), with_logps=False)
+    assert fields["min_p"] == 0.2 and "logprobs" not in fields
+
+
+def test_replies_are_read_from_ids_where_there_are_any(served):
+    ids = served.processor.tokenizer.encode("Find it.") + [2]
+    answer = {"choices": [choice("as the server has it", ids), choice("text alone")]}
+    assert served.parse_replies(answer, 2, with_logps=False) == [
+        ServedReply("Find it.", ids), ServedReply("text alone")]
+    logps = [-0.5] * len(ids)
+    assert served.parse_replies({"choices": [choice("", ids, logps)]}, 1, with_logps=True) == [
+        ServedReply("Find it.", ids, logps)]
+
+
+@pytest.mark.parametrize(("message", "text"), [
+    ({"content": "so</think>x"}, "<think>\nso</think>x"),
+    ({"content": "<think>so</think>x"}, "<think>so</think>x"),
+    ({"reasoning_content": "so", "content": "x"}, "<think>so</think>x"),
+    ({"reasoning": "so", "content": None}, "<think>so")])
+def test_a_reply_begins_with_what_its_prompt_has_opened(served, monkeypatch, message, text):
+    monkeypatch.setattr(served.processor, "opened_tag", "<think>\n")
+    answer = {"choices": [{"message": message}]}
+    assert served.parse_replies(answer, 1, with_logps=False) == [ServedReply(text)]
+
+
+@pytest.mark.parametrize(("answer", "with_logps", "sentence"), [
+    ({"choices": [{}]}, False, "cannot be read .an answer without a text"),
+    ({"choices": []}, False, "0 of 1"),
+    ({"choices": [{**choice("a"), "finish_reason": "abort"}]}, False, "in place of .*abort"),
+    ({"choices": [choice("a")]}, True, "return_token_ids and logprobs, such as vLLM"),
+    ({"choices": [choice("a", [7, 2], [-1.0])]}, True, "2 token ids with 1 log-probabilities")])
+def test_other_answers_are_refused(served, answer, with_logps, sentence):
+    with pytest.raises(UserError, match=sentence):
+        served.parse_replies(answer, 1, with_logps)

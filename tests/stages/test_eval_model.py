@@ -150,11 +150,6 @@ def test_replies_about_other_pictures_are_not_taken(own_task, evaluate, tmp_path
         eval_model.difference_rows({"white": result, "grey": evaluate(grey, "out 2")})
 
 
-def read_responses(out):
-    return [json.loads(line)["response"]
-            for line in (out / "predictions.jsonl").read_text().splitlines()]
-
-
 def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, random_folder, evaluate,
                                                                   tmp_path):
     """Its image settings lie in processor_config.json, which transformers 5 writes."""
@@ -166,8 +161,9 @@ def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, rand
          "image_processor": settings | {"image_processor_type": "Qwen2VLImageProcessor"}}))
     for folder in (random_folder, stock):
         evaluate(own_task, f"of {folder.name}", folder)
-    assert read_responses(tmp_path / "of stock") == read_responses(
-        tmp_path / f"of {random_folder.name}")
+    ours, theirs = ((tmp_path / f"of {folder.name}" / "predictions.jsonl").read_text()
+                    for folder in (random_folder, stock))
+    assert ours == theirs
 
 
 ANSWER = f"<answer>{format_answer(1, (11, 33, 333, 667))}</answer>"
@@ -294,8 +290,6 @@ def test_a_runs_name_is_that_of_its_model(smoke_runs, monkeypatch):
     folder = find_run_model("smoke").folder
     assert folder.name == "model" and find_run_model(str(folder)) is None, "a model's own folder"
     assert find_run_model("smoke/other") is find_run_model("some/model") is None
-    with pytest.raises(UserError, match="there is no run and no folder 'smoek'; did you"):
-        find_run_model("smoek")
 
 
 @pytest.mark.parametrize(("words", "sentence"), [

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import accelerate
+import bitsandbytes
 import pytest
 import torch
 from benchmark_files import correct_reply
@@ -20,7 +22,7 @@ from mig_kit.models import loading
 from mig_kit.prompts import correct_answer
 from mig_kit.rewards import REWARDS
 from mig_kit.serving import stored_replies
-from mig_kit.shared_prefix import obstacles
+from mig_kit.shared_prefix import generation, obstacles
 from mig_kit.shared_prefix import trainer as trainer_module
 from mig_kit.stages import grpo
 from mig_kit.training import recipe_trainer, resuming, reward_loading
@@ -38,10 +40,10 @@ SETTINGS = {
 
 @pytest.fixture
 def make_trainer(random_folder, float32, stage_params):
-    def make(folder, hardware=float32, **changes):
+    def make(folder, hardware=float32, load=loading.load_policy, **changes):
         samples = [make_sample(task, "rl", i) for task in TASKS for i in range(2)]
         samples += list(iter_free_form("rl", 1))[:7]  # 27 in all: no pass ends with a step
-        policy = loading.load_policy(random_folder, hardware, BOX_FORMAT)
+        policy = load(random_folder, hardware, BOX_FORMAT)
         torch.manual_seed(0)
         params = stage_params("05_grpo", **(SETTINGS | changes))
         return grpo.grpo_trainer(policy, samples, folder, params)
@@ -60,19 +62,16 @@ def test_rewards_apply_where_they_mean_something():
     assert {name: scores[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize(("penalty", "format_score", "image_score"), [
-    ("none", 1.0, 1.0), ("format", 0.0, 1.0), ("all", 0.0, 0.0)])
-def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, image_score):
+@pytest.mark.parametrize(("penalty", "format_score", "is_all_lost"), [
+    ("none", 1, False), ("format", 0, False), ("all", 0, True)])
+def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, is_all_lost):
     sample = make_sample("diff", "rl", 0)
     answer = f"<answer>{correct_answer(sample, BOX_FORMAT)}</answer>"
-    completions = as_completions([f"<think>image {n}: a.</think>{answer}" for n in (2, 3)])
     scores = reward_loading.score_functions(REWARDS, BOX_FORMAT, penalty)
-    functions = grpo.reward_functions(scores, [sample])
-    scores = {reward.__name__: reward(completions=completions, sample=[0, 0])
-              for reward in functions}
-    assert scores["format"] == [1.0, format_score] and scores["image"] == [1.0, image_score]
-    assert scores["box"][0] > 0 and (scores["box"][1] > 0) == (image_score > 0)
-    assert scores["choice"] == [None, None]
+    sound, unsound = ([scores[name](f"<think>image {n}: a.</think>{answer}", sample)
+                       for name in ("format", "image", "box")] for n in (2, 3))
+    assert sound[:2] == [1, 1] and sound[2] > 0.9
+    assert unsound == ([0, 0, 0] if is_all_lost else [format_score, *sound[1:]])
 
 
 def test_shares_of_what_replies_write_down():
@@ -163,7 +162,8 @@ def test_rewards_in_trls_form_are_those_of_stock_trl(tmp_path, make_trainer, sha
 
 
 @pytest.mark.slow
-def test_rollouts_are_kept_and_change_nothing(tmp_path, make_trainer, monkeypatch):
+def test_rollouts_are_kept_and_change_nothing_nor_does_a_kill_after_the_last_step(
+        tmp_path, make_trainer, monkeypatch):
     trainers = []
     for steps in (99, 1):
         monkeypatch.setattr(grpo, "ROLLOUT_STEPS", steps)
@@ -179,6 +179,11 @@ def test_rollouts_are_kept_and_change_nothing(tmp_path, make_trainer, monkeypatc
     assert {row["step"] for row in stored_replies.load_rollouts(tmp_path / "99")} == {0, 2}
     curves = grpo.training_curves(trainers[1].state.log_history)
     assert all(row["method"] + row["finding"] + row["evidence"] == 1 for row in curves)
+    resumed = make_trainer(tmp_path / "1")
+    resuming.train_or_resume(resumed, tmp_path / "1")
+    assert resumed.state.global_step == 2
+    check_same_training(trainers[1], resumed)
+    assert grpo.training_curves(resumed.state.log_history) == curves and len(curves) == 2
 
 
 def test_no_rollouts_are_kept_whose_options_the_decoder_lacks(tmp_path, make_trainer):
@@ -217,14 +222,6 @@ def test_every_parameter_that_trl_knows_reaches_it(tmp_path, make_trainer, stage
     assert args.reward_weights == [params.reward_weights[name] for name in params.rewards]
     args = make_trainer(tmp_path / "c", rewards=["choice", "format"]).args
     assert args.reward_weights == [1.3, 0.2]
-
-
-def test_a_parameter_that_the_kit_sets_itself_is_refused(tmp_path, random_policy, stage_params):
-    params = stage_params("05_grpo", **SETTINGS)
-    params.logging_steps = 3
-    samples = [make_sample("diff", "rl", index) for index in range(2)]
-    with pytest.raises(ValueError, match="the kit sets logging_steps itself"):
-        grpo.grpo_trainer(random_policy, samples, tmp_path, params)
 
 
 @pytest.mark.slow
@@ -300,19 +297,6 @@ def check_same_training(expected, trainer):
 
 
 @pytest.mark.slow
-def test_killed_after_the_last_step_takes_no_step_more(tmp_path, make_trainer):
-    uninterrupted = make_trainer(tmp_path)
-    uninterrupted.train()
-    resumed = make_trainer(tmp_path)
-    resuming.train_or_resume(resumed, tmp_path)
-    assert resumed.state.global_step == 2
-    check_same_training(uninterrupted, resumed)
-    curves, expected = (grpo.training_curves(trainer.state.log_history)
-                        for trainer in (resumed, uninterrupted))
-    assert curves == expected and len(curves) == 2
-
-
-@pytest.mark.slow
 def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, make_trainer,
                                                                    monkeypatch, first_gradients):
     def random_rewards(trainer, inputs, *arguments):
@@ -348,10 +332,13 @@ def test_an_update_in_parts_has_the_same_gradient_and_whole_groups(tmp_path, mak
         assert torch.allclose(gradient, in_parts[name], atol=tolerance), name
 
 
-def test_processes_share_the_steps_of_an_update(tmp_path, make_trainer, monkeypatch):
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"trl": {"logging_steps": 3}}, "the kit sets logging_steps itself"),
+    ({"gradient_accumulation_steps": 3}, "2 processes cannot share 3 steps")])
+def test_what_a_trainer_is_not_made_of(tmp_path, make_trainer, monkeypatch, changes, sentence):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes cannot share 3 steps"):
-        make_trainer(tmp_path, gradient_accumulation_steps=3)
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer(tmp_path, **changes)
 
 
 @pytest.mark.slow
@@ -402,3 +389,39 @@ def test_a_model_whose_prompts_cannot_be_shared_is_one_sentence(tmp_path, make_t
     monkeypatch.setattr(obstacles, "FAMILIES", ("another",))
     with pytest.raises(ValueError, match="qwen2_5_vl is none of another, or set share_prefix to f"):
         make_trainer(tmp_path)
+
+
+def test_where_rl_starts(tmp_path, random_folder, capsys):
+    """A folder whose model saw images otherwise is said, where the kit saved it."""
+    folder = shutil.copytree(random_folder, tmp_path / "trained")
+
+    def resolve(start_from):
+        params = SimpleNamespace(start_from=start_from, base_model=str(random_folder),
+                                 **vars(BOX_FORMAT))
+        return grpo.resolve_start(params, tmp_path)
+
+    assert [resolve("merged"), resolve("base"), resolve(str(folder))] == [
+        tmp_path, random_folder, folder]
+    (folder / "mig_kit.json").write_text('{"coordinates": "normalized_1000"}')
+    assert capsys.readouterr().out == "", "what a publisher allows is no way to be trained"
+    resolve(str(folder))
+    assert capsys.readouterr().out.startswith(f"warning: {folder} was trained on images of ")
+
+
+@pytest.mark.slow
+def test_rollouts_leave_4_bit_weights_alone(tmp_path, make_trainer, monkeypatch):
+    trainer = make_trainer(tmp_path, load=loading.load_four_bit_policy)
+    layers = [module for module in trainer.model.modules()
+              if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    before = [layer.weight.data.clone() for layer in layers]
+    in_train_mode = []
+
+    def record_modes(model, *arguments):
+        in_train_mode.append((model.training, {layer.training for layer in layers}))
+        return generation.draw_completions(model, *arguments)
+
+    monkeypatch.setattr(trainer_module, "draw_completions", record_modes)
+    numbers, *_ = trainer._tokenize_prompts([trainer.train_dataset[0]["prompt"]] * 4)
+    trainer._draw_completions([number for number, in numbers], 4)
+    assert in_train_mode == [(False, {True})]
+    assert all(torch.equal(layer.weight.data, packed) for layer, packed in zip(layers, before))

@@ -155,4 +155,4 @@ def test_a_process_that_fails_says_why_in_the_stage_folder(tmp_path, monkeypatch
     with pytest.raises(UserError):
         launched_worker.main()
     error = json.loads((tmp_path / jobs.ERROR_FILE).read_text())
-    assert error["is_user_error"] and error["text"].startswith("there is no ")
+    assert error["is_user_error"] and "job.json; the stage's notebook" in error["text"]

@@ -15,13 +15,19 @@ from mig_kit.world.tasks import make_sample
 BOX_FORMAT = BoxFormat()
 
 
-@pytest.mark.slow
-def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, monkeypatch):
-    lora = resuming.lora_config(4)
-    policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
+@pytest.fixture
+def policy(tmp_path, random_folder, float32):
+    """The random model in 4 bit with an adapter, which is saved in tmp_path/adapter."""
+    policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, resuming.lora_config(4), 0)
     set_random_adapter(policy.model)
+    policy.model.save_pretrained(tmp_path / "adapter")
+    return policy
+
+
+@pytest.mark.slow
+def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, policy,
+                                              monkeypatch):
     adapter, folder = tmp_path / "adapter", tmp_path / "merged"
-    policy.model.save_pretrained(adapter)
     merging.write_merged_model(random_folder, adapter, folder, float32, policy.processor,
                                four_bit=True)
     merged = merge.merge_in_memory(random_folder, adapter, float32)
@@ -46,11 +52,7 @@ def test_saved_merge_equals_what_training_saw(tmp_path, random_folder, float32, 
 
 
 @pytest.mark.slow
-def test_the_files_of_a_divided_base_are_merged_as_one(tmp_path, random_folder, float32):
-    lora = resuming.lora_config(4)
-    policy = sft.load_qlora_policy(random_folder, float32, BOX_FORMAT, lora, 0)
-    set_random_adapter(policy.model)
-    policy.model.save_pretrained(tmp_path / "adapter")
+def test_the_files_of_a_divided_base_are_merged_as_one(tmp_path, random_folder, float32, policy):
     save_model(loading.load_model(random_folder, float32), policy.processor, tmp_path / "base",
                random_folder, max_shard_size=200_000)
     assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 2
@@ -91,14 +93,3 @@ def test_few_prompts_at_a_time_have_the_same_log_probabilities(random_model, pro
     at_once = torch.cat(sample_prompts.reply_logps(*arguments))
     assert torch.allclose(few_at_a_time, at_once, atol=1e-5)
 
-
-@pytest.mark.slow
-def test_what_is_saved_does_not_depend_on_the_last_call(tmp_path, random_model):
-    """A tokenizer that has padded a batch writes that into its file."""
-    fresh, used = (loading.load_processor(loading.TINY_BASE, BOX_FORMAT) for _ in range(2))
-    used.tokenizer(["a", "a longer line"], padding=True, truncation=True, max_length=8)
-    save_model(random_model, fresh, tmp_path / "fresh", loading.TINY_BASE)
-    save_model(random_model, used, tmp_path / "used", loading.TINY_BASE)
-    for name in sorted(path.name for path in (tmp_path / "fresh").iterdir()):
-        fresh_file, used_file = (tmp_path / folder / name for folder in ("fresh", "used"))
-        assert fresh_file.read_bytes() == used_file.read_bytes(), name

@@ -37,7 +37,6 @@ def test_a_page_has_its_parts_with_captions_and_alternative_texts():
 
 
 @pytest.mark.parametrize(("rows", "has", "lacks"), [
-    ([{"a": "<b>.py", "b": 14.54}], "&lt;b&gt;.py", "<b>"),
     ([{"a": "x", "b": 14.54, "c": None}], "<td>14.5</td>", "<th>c</th>"),
     ([{"a": "x", "b": "y"}, {"a": "together"}], "<td>together</td>", "nan")])
 def test_cells_of_a_table(rows, has, lacks):

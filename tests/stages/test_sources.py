@@ -14,7 +14,7 @@ from mig_kit.sample import read_samples
 from mig_kit.stages import sources
 from mig_kit.world import suites
 from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
-from mig_kit.world.tasks import TASKS, make_sample
+from mig_kit.world.tasks import TASKS
 
 SMALL = {"cot_per_task": 6, "free_form_per_task": 2, "rl_per_task": 4, "rl_free_form_per_task": 2,
          "rl_boxes_per_task": 2, "val_per_task": 2}
@@ -27,18 +27,7 @@ def params(stage_params):
 
 @pytest.fixture
 def own_file(tmp_path):
-    rows = []
-    for i in range(60):
-        sample = make_sample("refer_grounding", "cot", i)
-        names = [f"{i}_{k}.png" for k in range(len(sample.images))]
-        for name, image in zip(names, sample.images):
-            image.save(tmp_path / name)
-        target = sample.targets[0]
-        rows.append({"images": names, "question": sample.question, "image": target.image,
-                     "box": list(target.box), "coordinates": "pixels", "task": "refer_grounding"})
-    path = tmp_path / "own.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return own_questions.write_questions(tmp_path / "q", 60)
 
 
 def count_samples(sets):
@@ -60,8 +49,8 @@ def test_own_data_is_divided_by_image(params, own_file, tmp_path):
     p = params(data=str(own_file), data_shares=[0.5, 0.3, 0.2])
     sets, text = sources.load_training_sets(p, tmp_path / "out")
     assert text.startswith("60 questions, 0 of them left out: ")
-    assert re.search(r"\n47 questions to train, 13 held out, which tell a score to about 27 points "
-                     r"either way: hold out more of a small set .*\n0 of the 26 "
+    assert re.search(r"\n46 questions to train, 14 held out, which tell a score to about 26 points "
+                     r"either way: hold out more of a small set .*\n0 of the 45 "
                      "held-out images are also in training", text)
     assert count_samples(sets) == 60 and 20 < len(sets["cot"]) < 40
     firsts = [{sample.images.encoded[0].sha256 for sample in sets[name]}
@@ -101,7 +90,7 @@ def test_turned_photos_are_stored_as_they_are_and_read_upright(params, tmp_path)
 def test_images_that_are_in_training_too_are_counted(params, own_file, tmp_path):
     rows = list(map(json.loads, own_file.read_text().splitlines()))
     for row in rows:
-        row["images"].append("0_1.png")
+        row["images"].append("0001_1.jpg")
     own_file.write_text("\n".join(map(json.dumps, rows)))
     p = params(data=str(own_file), teacher="none")
     _, text = sources.load_training_sets(p, tmp_path / "out")

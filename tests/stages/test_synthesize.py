@@ -7,7 +7,6 @@ from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.prompts import format_answer, format_box
 from mig_kit.sample import read_replies, read_samples, write_samples
 from mig_kit.stages import synthesize
-from mig_kit.world.free_form import BOX_FORMS, FREE_FORM
 from mig_kit.world.suites import iter_free_form
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -37,13 +36,15 @@ def test_each_drop_reason(task):
 
 def test_the_teacher_errs_at_its_rate_and_the_filter_notices():
     samples = [make_sample(task, "cot", i) for task in TASKS for i in range(40)]
+    samples += iter_free_form("cot", 40)
     traces = synthesize.RuleBasedTraces(samples, 0, BOX_FORMAT, error_rate=0.25)
     assert 0.18 < sum(bool(trace.error) for trace in traces) / len(traces) < 0.32
     reasons = [filters.drop_reason(trace.text, sample, BOX_FORMAT)
                for trace, sample in zip(traces, samples)]
-    for trace, reason in zip(traces, reasons):
+    for sample, trace, reason in zip(samples, traces, reasons):
         if trace.error in ("wrong image", "leaked answer", "broken format"):
             assert reason, trace
+        assert not sample.options or bool(reason) == bool(trace.error), trace
     of_flawless = [reason for trace, reason in zip(traces, reasons) if not trace.error]
     assert of_flawless.count("") / len(of_flawless) > 0.97
     outcomes = [(reason, trace.detail, trace.error) for reason, trace in zip(reasons, traces)]
@@ -81,15 +82,6 @@ def test_drop_reasons_of_multiple_choice():
         assert drop_reason("so", wrong, sample) == "choice"
         assert drop_reason(f"{sample.letter}. so", sample.letter, sample) == "leak"
         assert drop_reason("so", '{"image": 1, "box": [1,2,3,4]}', sample) == "format"
-
-
-def test_a_multiple_choice_trace_is_dropped_if_the_teacher_erred():
-    samples = list(iter_free_form("cot", 40))
-    traces = synthesize.RuleBasedTraces(samples, 0, BOX_FORMAT, error_rate=0.3)
-    pairs = [(trace.error, filters.drop_reason(trace.text, sample, BOX_FORMAT))
-             for trace, sample in zip(traces, samples) if sample.options]
-    assert len(pairs) == 40 * (len(FREE_FORM) - len(BOX_FORMS))
-    assert all(bool(reason) == bool(error) for error, reason in pairs)
 
 
 def test_the_data_card_states_source_coordinates_and_drops():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
-from mig_kit.common import UserError, write_json
+from mig_kit.common import UserError
 from mig_kit.pipeline import processes
 from mig_kit.training import jobs
 
@@ -82,6 +82,9 @@ def test_a_job_runs_alike_here_and_launched(launcher, tmp_path, monkeypatch, cap
     output = capsys.readouterr().out
     if launcher:
         assert f"bin/python -m saving {tmp_path}" in output and "05_grpo 7\n" in output
+    # cells that are run again show it and train nothing
+    assert jobs.run_job(pytest.fail, "05_grpo", tmp_path, params).global_step == 3
+    assert "this training has ended, and is taken from disk: 3 updates" in capsys.readouterr().out
 
 
 def test_what_another_launcher_has_set_is_refused(tmp_path, monkeypatch):
@@ -90,8 +93,6 @@ def test_what_another_launcher_has_set_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="WORLD_SIZE is 2 .* trains alone; unset it"):
         jobs.run_job(save_state, "05_grpo", tmp_path, params)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match="job.json; the stage's notebook writes it"):
-        jobs.read_job(tmp_path)
 
 
 def test_a_failure_is_told_by_the_process_that_failed_first(tmp_path):
@@ -121,23 +122,6 @@ def test_processes_share_the_cores_unless_it_is_said_how(tmp_path, monkeypatch, 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     jobs.run_command(command, tmp_path, 2)
     assert "\nhas 3\n" in capsys.readouterr().out
-
-
-def test_a_training_that_has_ended_is_taken_from_disk(tmp_path, capsys):
-    """So a notebook whose cells are run again shows it and trains nothing."""
-    trained = []
-
-    def train(folder, params):
-        trained.append(1)
-        checkpoint = folder / "checkpoints" / "checkpoint-3"
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        write_json(checkpoint / "trainer_state.json", {"global_step": 3, "max_steps": 3})
-
-    params = SimpleNamespace(launcher="", gradient_accumulation_steps=1)
-    for _ in range(2):
-        assert jobs.run_job(train, "02_sft", tmp_path, params).global_step == 3
-    assert trained == [1]
-    assert "this training has ended, and is taken from disk: 3 updates" in capsys.readouterr().out
 
 
 # leaves its process id and stays

@@ -1,14 +1,13 @@
-"""What rewards pay for constructed replies: by hand, and the three rules that refuse one."""
+"""What rewards pay for constructed replies: by hand, and what is refused."""
 
 import json
 import re
 
 import pytest
-from click.testing import CliRunner
+from command_line import error_of, output_of
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, iou
-from mig_kit.commands.reward import check
 from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline.params import profile_params
 from mig_kit.prompts import parse_reply
@@ -79,22 +78,14 @@ def test_a_reward_in_another_frame_is_seen(samples):
     assert table["mine"]["empty"] == 1 > table["mine"]["right"] > table["mine"]["long"]
 
 
-@pytest.mark.parametrize(("reward", "error", "sentence"), [
-    (lambda *_: 0.0, UserError, "the rewards mine pay the same for every reply"),
-    (lambda reply, sample, _: float(sample.id == "q3"), UserError, "pay the same for every reply"),
-    (lambda *_: float("nan"), UserError, "the reward 'mine' gave nan for sample"),
-    (lambda *_: 1 / 0, ZeroDivisionError, "")])
-def test_three_rules_refuse(samples, reward, error, sentence):
-    with pytest.raises(error, match=sentence):
-        tabulate_payments({"mine": reward}, samples, ABSOLUTE, {})
-
-
 def test_a_part_may_be_the_same_for_all_and_its_weight_counts(samples):
     rewards = REWARDS | {"mine": lambda *_: 0.5}
     table = tabulate_payments(rewards, samples, ABSOLUTE, {"mine": 2.0})
     assert set(table["mine"]) == {0.5} and table[SUM]["empty"] == 1
-    with pytest.raises(UserError, match="pay the same"):
-        tabulate_payments({"box": REWARDS["box"]}, samples, ABSOLUTE, {"box": 0.0})
+    for refused, weight in ((REWARDS["box"], 0.0),
+                            (lambda reply, sample, _: float(sample.id == "q3"), 1.0)):
+        with pytest.raises(UserError, match="the rewards mine pay the same for every reply"):
+            tabulate_payments({"mine": refused}, samples, ABSOLUTE, {"mine": weight})
     with pytest.raises(UserError, match="add one that is about these questions"):
         tabulate_payments({"choice": REWARDS["choice"]}, samples, ABSOLUTE, {})
 
@@ -143,11 +134,9 @@ def test_the_command(samples, tmp_path):
         "def f(completions, solution, **columns):\n"
         "    return [float(s in c[0]['content']) for c, s in zip(completions, solution)]\n"
         "def zero(reply, sample, box_format):\n    return 0\n")
-    words = ("--data", str(tmp_path / "mine.jsonl"))
-    done = CliRunner().invoke(check, [f"{tmp_path}/my.py:f", *words])
-    assert done.exit_code == 0, done.output
-    assert re.search(r"right +1\.0 +1\.0\n", done.output) and "24 questions" in done.output
-    done = CliRunner().invoke(check, [f"{tmp_path}/my.py:zero", *words])
-    assert "pay the same for every reply" in str(done.exception)
-    done = CliRunner().invoke(check, [f"{tmp_path}/my.py:zer", *words])
-    assert "has no function 'zer'; it has f, zero" in str(done.exception)
+    words = ("reward", "check", "--data", str(tmp_path / "mine.jsonl"))
+    output = output_of(*words, f"{tmp_path}/my.py:f")
+    assert re.search(r"right +1\.0 +1\.0\n", output) and "24 questions" in output
+    for name, sentence in (("zero", "pay the same for every reply"),
+                           ("zer", "has no function 'zer'; it has f, zero")):
+        assert sentence in error_of(*words, f"{tmp_path}/my.py:{name}")
