@@ -154,6 +154,23 @@ def test_ground_asks_with_the_folders_own_limits_or_those_of_options(published, 
     assert f"(its own: images of {own} pixels and {coordinates} boxes)" in output
 
 
+@pytest.mark.parametrize("layout", [
+    {"min_pixels": 4000, "max_pixels": 50000}, {"size": {"shortest_edge": 4000,
+                                                         "longest_edge": 50000}},
+    {"min_pixels": 4000, "max_pixels": 50000, "size": {"shortest_edge": 9, "longest_edge": 99}}])
+def test_limits_are_read_from_every_layout(published, tmp_path, layout):
+    folder = shutil.copytree(published["qwen2_5_vl"], tmp_path / "model")
+    path = folder / "preprocessor_config.json"
+    settings = {name: value for name, value in json.loads(path.read_text()).items()
+                if name not in ("min_pixels", "max_pixels")}
+    path.write_text(json.dumps(settings | layout))
+    assert processors.read_box_format(folder) == BoxFormat(4000, 50000)
+    path.unlink()  # transformers 5 writes them elsewhere
+    (folder / "processor_config.json").write_text(
+        json.dumps({"image_processor": settings | layout}))
+    assert processors.read_box_format(folder) == BoxFormat(4000, 50000)
+
+
 @pytest.mark.parametrize("text", ['{"min_pixels": 0}', '{"max_pixels": "many"}', "[", "[]",
                                   '{"size": {"shortest_edge": 3136}}'])
 def test_limits_that_cannot_be_used_are_one_sentence(published, tmp_path, text):
