@@ -1,5 +1,5 @@
-"""What the shared-prefix trainer cannot do as stock TRL does, each with its remedy, and a check of
-the rest: shared passes against TRL's own method, and the decoder against shared passes.
+"""What the shared-prefix trainer cannot do as stock TRL does, and a check of the rest: shared
+passes against TRL's own method, and the decoder against shared passes.
 """
 
 import os
@@ -117,6 +117,8 @@ def find_sampling_obstacle(trainer: GRPOTrainer) -> str:
     _, lacking = read_sampling_options(model.generation_config.to_dict(), config.to_dict())
     if (config.suppress_tokens or []) not in ([], [model.config.image_token_id]):
         lacking.append("suppress_tokens")
+    as_trl = {"do_sample": True, "eos_token_id": trainer.eos_token_ids}
+    lacking += [name for name, value in as_trl.items() if getattr(config, name) != value]
     if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
         lacking.append("sliding windows of attention")
     if trainer.use_transformers_continuous_batching:

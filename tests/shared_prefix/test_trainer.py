@@ -378,6 +378,8 @@ def test_vllm_is_given_one_image_token_for_each_image(random_folder, processor, 
     ({"entropy_coef": 0.01}, "entropy_coef and use_adaptive_entropy need"),
     ({"use_adaptive_entropy": True}, "entropy_coef and use_adaptive_entropy need"),
     ({"neftune_noise_alpha": 5.0}, "noise on embeddings"), ({"top_k": 5}, "top_k"),
+    ({"generation_kwargs": {"do_sample": False}}, "do_sample"),
+    ({"generation_kwargs": {"eos_token_id": [2, 282]}}, "eos_token_id"),
     ({"chat_template_kwargs": {"truncation": True}}, "chat_template_kwargs has truncation"),
     ({"model_init_kwargs": {"attn_implementation": "flash_attention_2"}},  # before it is loaded
      "flash_attention_2 cannot attend in groups; load"),
