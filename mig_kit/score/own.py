@@ -12,7 +12,7 @@ from mig_kit.prompts import LETTERS, parse_reply
 from mig_kit.score.annotations import Benchmark, BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
 from mig_kit.score.records import require_file
-from mig_kit.score.reply_boxes import UNREAD, parse_named_boxes
+from mig_kit.score.reply_boxes import UNREAD, box_problem, parse_named_boxes
 from mig_kit.score.result import Verdict
 
 
@@ -82,9 +82,10 @@ def judge_own(item: BenchmarkItem, reply: str, protocol: str, coordinates: Coord
         return Verdict(float(answer.letter == item.letter), problem,
                        {"letter": item.letter, "read": answer.letter, "rule": rule})
     read = {"image": answer.image, "box": answer.box, "rule": rule}
-    targets = [box for image, box in item.targets if is_read and image == answer.image]
-    if not targets:
-        return Verdict(0.0, problem or "wrong image", read)
+    targets = [box for image, box in item.targets if image == answer.image]
+    if problem := problem or ("" if targets else "wrong image") or box_problem(
+            answer.box, coordinates):
+        return Verdict(0.0, problem, read)
     size = sizes.get(item.images[answer.image - 1], (1, 1))
     frames = [coordinate_size(size, measure, box_format)
               for measure in (item.coordinates, coordinates)]

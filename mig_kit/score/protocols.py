@@ -25,13 +25,12 @@ from mig_kit.score.convert_boxes import BOX_ORDERS, rewrite_boxes, to_official_l
 from mig_kit.score.judge import NO_OPTION, NONE, Judge, ask_judge
 from mig_kit.score.own import judge_own
 from mig_kit.score.records import align_predictions, read_records
-from mig_kit.score.reply_boxes import BOX, UNREAD, parse_strict_answer
+from mig_kit.score.reply_boxes import BOX, UNREAD, box_problem, parse_strict_answer
 from mig_kit.score.result import Scored, Verdict, describe_reach
 
 NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
 ROUNDING = {Coordinates.NORMALIZED_1: 0.001 + 1e-9}  # how far outside a box is cut; else 1
 PROSE = re.compile(r"[a-z]+ [a-z]+ [a-z]+", re.IGNORECASE)  # as reasoning is, no letter or box
-WITHIN_ONE = "box within 0 to 1, where larger numbers were expected"
 
 Sizes = dict[str, tuple[int, int]]  # image name -> (width, height), pixels
 
@@ -62,14 +61,13 @@ def strict_iou(item: BenchmarkItem, response: str, coordinates: Coordinates,
     read = {"image": answer.image, "box": answer.box, "rule": "a statement" if answer.box else ""}
     if item.box is None:
         return Verdict(0.0, official.NO_BOX_ANNOTATED, read)
-    if problem := answer.problem or image_problem(item, answer.image):
+    if problem := answer.problem or image_problem(item, answer.image) or box_problem(
+            answer.box, coordinates):
         return Verdict(0.0, problem, read)
     size = sizes.get(item.images[(answer.image or item.target or 1) - 1],
                      item.size or (math.inf, math.inf))  # without one nothing is converted
     image_size, target_size = (coordinate_size(size, measure, box_format)
                                for measure in (coordinates, item.coordinates))
-    if coordinates != Coordinates.NORMALIZED_1 and 0 <= min(answer.box) <= max(answer.box) <= 1:
-        return Verdict(0.0, WITHIN_ONE, read)
     is_same = coordinates == item.coordinates
     annotated = item.box if is_same else rescale_box(item.box, target_size, image_size)
     limits = tuple(map(max, image_size, annotated[2:]))  # two annotated boxes reach outside

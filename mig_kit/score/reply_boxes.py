@@ -10,13 +10,14 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from mig_kit.boxes import Box
+from mig_kit.boxes import Box, Coordinates
 from mig_kit.score.choice_parsers import DENIES
 from mig_kit.score.image_names import NOUN, ORDINALS, find_names
 from mig_kit.score.official import FENCE, last_answer_block, shown_text
 
 NO_ANSWER, UNREAD, SEVERAL = "no <answer> block", "unread", "several boxes"
 NOT_A_BOX = "not a box: needs x1 < x2 and y1 < y2"
+WITHIN_ONE = "box within 0 to 1, where larger numbers were expected"
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _POINT = rf"\s*({_NUMBER})\s*,\s*({_NUMBER})\s*"
@@ -64,10 +65,17 @@ def parse_named_box(text: str) -> StrictAnswer:
     if len(set(named)) != 1:
         return StrictAnswer(None, None, SEVERAL if named else UNREAD)
     image, box = named[0]
+    problem = box_problem(box)
+    return StrictAnswer(image, None if problem else box, problem)
+
+
+def box_problem(box: Box, coordinates: Coordinates = Coordinates.NORMALIZED_1) -> str:
+    """Why four numbers are no box, or none in these coordinates; or ""."""
     x1, y1, x2, y2 = box
     if not all(map(math.isfinite, box)) or x1 >= x2 or y1 >= y2:
-        return StrictAnswer(image, None, NOT_A_BOX)
-    return StrictAnswer(image, box)
+        return NOT_A_BOX
+    is_within_one = coordinates != Coordinates.NORMALIZED_1 and 0 <= min(box) <= max(box) <= 1
+    return WITHIN_ONE if is_within_one else ""
 
 
 def parse_named_boxes(text: str) -> list[NamedBox]:

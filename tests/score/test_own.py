@@ -13,7 +13,7 @@ from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.data import own_data
 from mig_kit.prompts import format_answer, parse_reply
 from mig_kit.rewards import is_correct
-from mig_kit.score import own
+from mig_kit.score import own, reply_boxes
 from mig_kit.world.suites import make_suite
 from mig_kit.world.tasks import make_sample
 
@@ -63,6 +63,17 @@ def test_every_reply_is_judged_as_by_eval(folder, lines):
                 verdict = own.judge_own(item, reply, protocol, Coordinates.NORMALIZED_1000,
                                         box_format, SIZES)
                 assert verdict.value == is_correct(text, sample, box_format), reply
+
+
+@pytest.mark.parametrize("protocol", ["strict", "free_text"])
+@pytest.mark.parametrize("box, problem", [
+    ([500, 100, 100, 500], reply_boxes.NOT_A_BOX), ([100, 500, 500, 500], reply_boxes.NOT_A_BOX),
+    ([0.1, 0.1, 0.5, 0.5], reply_boxes.WITHIN_ONE), ([600, 600, 900, 900], "")])
+def test_numbers_that_are_no_box_are_called_so(box, problem, protocol):
+    reply = f'<think>t</think><answer>{{"image": 2, "box": {box}}}</answer>'
+    verdict = own.judge_own(own.read_own(LINES).items[0], reply, protocol,
+                            Coordinates.NORMALIZED_1000, BoxFormat(), SIZES)
+    assert (verdict.value, verdict.problem) == (0, problem)
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.csv", "mine.parquet"])
