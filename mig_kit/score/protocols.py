@@ -25,7 +25,7 @@ from mig_kit.score.convert_boxes import BOX_ORDERS, rewrite_boxes, to_official_l
 from mig_kit.score.judge import NO_OPTION, NONE, Judge, ask_judge
 from mig_kit.score.own import judge_own
 from mig_kit.score.records import align_predictions, read_records
-from mig_kit.score.reply_boxes import BOX, UNREAD, box_problem, parse_strict_answer
+from mig_kit.score.reply_boxes import UNREAD, box_problem, parse_strict_answer
 from mig_kit.score.result import Scored, Verdict, describe_reach
 
 NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
@@ -172,11 +172,12 @@ def _judge_replies_with_boxes(
         item, coordinates, is_official)), images)
     items = [replace(item, size=item.size or sizes.get(item.images[(item.target or 1) - 1]))
              for item in items]
-    remarks += _describe_reach(items, lines, coordinates, box_format)
     if not is_official:
         rule = partial(judge_own, protocol=protocol) if rules.frame == "kit" else strict_iou
-        return items, judge_all(items, lines, partial(
-            rule, coordinates=coordinates, box_format=box_format, sizes=sizes)), remarks
+        verdicts = judge_all(items, lines, partial(
+            rule, coordinates=coordinates, box_format=box_format, sizes=sizes))
+        return items, verdicts, remarks + _describe_reach(items, verdicts, coordinates, box_format,
+                                                          sizes)
     in_pixels = rules.frame == "pixels"
     if in_pixels or coordinates != Coordinates.NORMALIZED_1000:
         remarks += (f"Boxes were read as {coordinates.description} and converted before the "
@@ -184,8 +185,10 @@ def _judge_replies_with_boxes(
         lines = [line and to_official_line(
             item, rules.frame, line, [sizes.get(name, item.size or (1, 1)) for name in item.images],
             coordinates, box_format) for item, line in zip(items, lines, strict=True)]
-    return items, (official.judge_boxes(items, lines, "") if in_pixels else
-                   judge_all(items, lines, official.official_iou)), remarks
+    verdicts = (official.judge_boxes(items, lines, "") if in_pixels else
+                judge_all(items, lines, official.official_iou))
+    return items, verdicts, remarks + _describe_reach(
+        items, verdicts, Coordinates.PIXELS if in_pixels else None, box_format, sizes)
 
 
 def _mark_cut_reasoning(lines: list[dict | None]) -> tuple[list[dict | None], tuple]:
@@ -210,19 +213,23 @@ def _needs_sizes(item: BenchmarkItem, coordinates: Coordinates, is_official: boo
         is_converted or is_official and item.coordinates == Coordinates.PIXELS)
 
 
-def _describe_reach(items: Sequence[BenchmarkItem], lines: list[dict | None],
-                    coordinates: Coordinates, box_format: BoxFormat) -> tuple[str, ...]:
-    """`describe_reach` of the first box of each reply."""
-    boxes = []
-    for item, line in zip(items, lines, strict=True):
-        if match := BOX.search(line["response"]) if line else None:
-            numbers = [float(number) for number in match.groups() if number]
-            size = item.size or ((1, 1) if coordinates in NORMALIZED else None)
-            limits = coordinate_size(size, coordinates, box_format) if size else (math.inf,) * 2
-            boxes.append((numbers, numbers, limits))
+def _describe_reach(items: Sequence[BenchmarkItem], verdicts: list[Verdict],
+                    coordinates: Coordinates | None, box_format: BoxFormat,
+                    sizes: Sizes) -> tuple[str, ...]:
+    """`describe_reach` of the boxes that were read; coordinates: theirs, None for the authors'."""
+    boxes, frame = [], coordinates or Coordinates.NORMALIZED_1000
+    for item, verdict in zip(items, verdicts, strict=True):
+        if any(box := verdict.read.get("box") or ()):
+            if not coordinates and item.coordinates != frame:  # their scripts divide by 1000
+                box = rescale_box(box, (1, 1), (1000, 1000))
+            number = verdict.read.get("image") or item.target or 1
+            size = next(map(sizes.get, item.images[number - 1:number]), None) or item.size or (
+                (1, 1) if frame in NORMALIZED else None)
+            limits = coordinate_size(size, frame, box_format) if size else (math.inf,) * 2
+            boxes.append((box, box, limits))
     resized = (f", resized to {box_format.min_pixels:,} to {box_format.max_pixels:,} pixels"
-               if coordinates == Coordinates.ABSOLUTE else "")
-    return describe_reach(boxes, f"{coordinates.description}{resized}")
+               if frame == Coordinates.ABSOLUTE else "")
+    return describe_reach(boxes, f"{frame.description}{resized}")
 
 
 def _metrics(rules: Rules, values: np.ndarray) -> dict[str, np.ndarray]:

@@ -77,21 +77,24 @@ def test_items_say_what_became_of_each_question(files):
     assert (unread["box"], unread["problem"], unread["result"]) == (None, "unread", "loss")
 
 
-@pytest.mark.parametrize("numbers, words, sentence", [
-    ((.1, .6, .3, .9), (), "largest number of the boxes is 0.9; 0 of 3 boxes leave their image, "
-                           "read as 0 to 1000"),
-    ((64, 48, 1100, 144), (), "largest number of the boxes is 1100; 3 of 3 boxes leave"),
-    ((64, 48, 639, 481), ("--coordinates", "pixels"), "number of the boxes is 639; 3 of 3 boxes"),
-    ((0.1, 0.2, 0.3, 1), ("--coordinates", "normalized_1"), "of the boxes is 1; 0 of 3 boxes")])
-def test_how_far_boxes_reach_is_said(files, numbers, words, sentence):
+@pytest.mark.parametrize("numbers, words, sentences", [
+    ((64, 48, 1100, 144), (), {
+        "strict": "is 1100; 3 of 3 boxes leave their image, read as 0 to 1000",
+        "official": "is 1100; 3 of 3 boxes leave their image, read as 0 to 1000"}),
+    ((64, 48, 639, 481), ("--coordinates", "pixels"), {
+        "strict": "is 639; 3 of 3 boxes", "official": "is 1002; 3 of 3 boxes"}),
+    ((0.1, 0.2, 0.3, 1), ("--coordinates", "normalized_1"), {
+        "strict": "is 1; 0 of 3 boxes", "official": "is 1000; 0 of 3 boxes"})])
+def test_how_far_the_boxes_that_were_read_reach_is_said(files, numbers, words, sentences):
+    """By the authors' rule in its 0 to 1000."""
     record = mig_records()[4] | {"answer": [.1, .6, .3, .9]}
     for name in record["images"]:
         Image.new("RGB", (640, 480)).save(files / name)
-    for protocol in ("strict", "official"):
+    for protocol, opening in (("strict", "<think>[0, 0, 9000, 9]</think>"), ("official", "")):
         output = run_score(files, "mig_bench", "--protocol", protocol, "--images", str(files),
                            *words, records=[record] * 3,
-                           replies=[f"<answer>{list(numbers)}</answer>"] * 3).output
-        assert sentence in output, output
+                           replies=[f"{opening}<answer>{list(numbers)}</answer>"] * 3).output
+        assert f"The largest number of the boxes {sentences[protocol]}" in output, output
 
 
 @pytest.mark.parametrize("words,changes,sentence", [
