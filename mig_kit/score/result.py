@@ -55,7 +55,8 @@ def number_lists(scored: Scored) -> np.ndarray:
 
 
 def describe_reach(boxes: list[tuple], frame: str) -> tuple[str, ...]:
-    """A sentence: the largest number of some boxes, and how many leave their image; () without any.
+    """A sentence: the largest number of some boxes, how many leave their image, and how many are
+    inverted or empty; () without any.
 
     Args:
         boxes: (numbers as written, the same as corners, width and height of the image) each.
@@ -65,8 +66,10 @@ def describe_reach(boxes: list[tuple], frame: str) -> tuple[str, ...]:
     n_outside = sum(min(corners) < 0 or any(
         side > limit for side, limit in zip(corners, [*limits, *limits]))
         for _, corners, limits in boxes)
+    n_inverted = sum(x2 <= x1 or y2 <= y1 for _, (x1, y1, x2, y2), _ in boxes)
+    inverted = f", {n_inverted:,} have x2 <= x1 or y2 <= y1" * bool(n_inverted)
     return (f"The largest number of the boxes is {largest:g}; {n_outside:,} of {len(boxes):,} "
-            f"boxes leave their image, read as {frame}.",) * bool(boxes)
+            f"boxes leave their image{inverted}, read as {frame}.",) * bool(boxes)
 
 
 def unread_bound(scored: Scored) -> dict:

@@ -124,6 +124,11 @@ def test_the_revised_version_is_told_by_its_answers():
         [1, 0.5, 0, 0.8, 0.25, 0])
 
 
+def test_boxes_of_width_and_height_do_not_score_little_without_a_word(benchmark):
+    remark, = score_predictions(benchmark, prediction_lines(["(600,600),(200,300)"] * 6)).remarks
+    assert "0 of 6 boxes leave their image, 6 have x2 <= x1 or y2 <= y1, read as" in remark
+
+
 # Predictions and the items they name.
 
 @pytest.mark.parametrize("lines,sentence", [
