@@ -185,11 +185,18 @@ def _read_prediction(record: dict, field: str, where: str):
     reply = record[key]
     if key == "prediction":  # a cell: text, a number or nothing
         reply = "" if reply is None or reply != reply else str(reply)
-    while key in ("resps", "filtered_resps") and isinstance(reply, list) and reply:
-        reply = reply[0]
+    if key in ("resps", "filtered_resps") and (parts := _flatten(reply)):
+        if (count := sum(isinstance(part, str) for part in parts)) > 1:
+            raise UserError(f'"{key}" of {where} has {count} replies; keep one')
+        reply = parts[0]
     if field == "response" and not isinstance(reply, str):
         raise UserError(f'"{key}" of {where} is no text; write "" where the model said nothing')
     return reply
+
+
+def _flatten(value) -> list:
+    """What nested lists hold, or a value that is none."""
+    return sum(map(_flatten, value), []) if isinstance(value, list) else [value]
 
 
 def _compare_letters(item: BenchmarkItem | None, truth, where: str) -> None:

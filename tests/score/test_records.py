@@ -108,6 +108,8 @@ def test_folders_of_parquet_by_subtask(tmp_path):
     ([{"index": 0, "prediction": "A", "answer": "B"}], "counts other questions"),
     ([lmms_record(0, None)], '"resps" of prediction 1 of P is no text'),
     ([{"doc_id": 0, "resps": [[[-1.5, False]]]}], "is no text"),
+    ([{"doc_id": 0, "resps": [["A", "B"]]}], '"resps" of prediction 1 of P has 2 replies; keep'),
+    ([{"doc_id": 0, "filtered_resps": [["A"], ["A"], ["B"]]}], "has 3 replies; keep one"),
     ([{"doc_id": 7, "resps": ["A"]}], "unknown to the annotations: 1"),
     ([{"idx": "val_Jigsaw_1", "full_prediction": 3}], "is no text"),
     ([lmms_record(0, "A"), lmms_record(0, "B")], "given more than once")])
