@@ -192,17 +192,19 @@ def _judge_replies_with_boxes(
 
 
 def _mark_cut_reasoning(lines: list[dict | None]) -> tuple[list[dict | None], tuple]:
-    """The lines, and a remark: where some replies close their reasoning, other prose is cut."""
+    """The lines, and a remark: where most replies close their reasoning, other prose is cut."""
     replies = [line["response"] if line else "" for line in lines]
+    n_replies = sum(bool(reply.strip()) for reply in replies)
+    n_closed = sum(bool(official.CLOSES.search(reply)) for reply in replies)
     is_cut = [PROSE.search(reply) and not official.CLOSES.search(reply)
               and official.last_answer_block(reply) is None for reply in replies]
-    if not any(is_cut) or not any(map(official.CLOSES.search, replies)):
+    if not any(is_cut) or 2 * n_closed <= n_replies:
         return lines, ()
     opening, _ = official.THINKING_MARKS[0]
     return [line | {"response": opening + reply} if cut else line
             for line, reply, cut in zip(lines, replies, is_cut)], (
-        f"{sum(map(bool, is_cut)):,} replies do not close their reasoning, as others do: cut, so "
-        "unread.",)
+        f"{sum(map(bool, is_cut)):,} replies do not close their reasoning, as {n_closed:,} of "
+        f"{n_replies:,} do: cut, so unread.",)
 
 
 def _needs_sizes(item: BenchmarkItem, coordinates: Coordinates, is_official: bool) -> bool:

@@ -115,18 +115,19 @@ def test_letters_agree_with_blinks_authors_and_theirs_give_the_published_scores(
 
 
 @pytest.mark.parametrize("protocol", ["official", "strict"])
-def test_replies_that_do_not_close_their_reasoning_as_others_do_are_cut(protocol):
+def test_replies_that_do_not_close_their_reasoning_as_most_do_are_cut(protocol):
     """The prompt has opened it, so nothing else tells them from answers."""
-    records = [{"idx": f"val_T_{n}", "task": "T", "answer": "(A)"} for n in range(4)]
-    replies = ["Hm.</think><answer>A</answer>", "The answer is A", "The answer is A.", ""]
+    records = [{"idx": f"val_T_{n}", "task": "T", "answer": "(A)"} for n in range(6)]
+    closed = ["Hm.</think><answer>A</answer>"] * 3
+    replies = [*closed, "The answer is A", "The answer is A.", ""]
     lines = [{"index": n, "response": reply} for n, reply in enumerate(replies)]
     scored = score_predictions(read_benchmark("blink", records), lines, protocol)
-    assert scored.values.tolist() == [1, 0, 0, 0]
+    assert scored.values.tolist() == [1, 1, 1, 0, 0, 0]
     assert scored.problems == {"unread": 2, "empty": 1}
-    assert "2 replies do not close their reasoning, as others do: cut, so unread." in scored.remarks
-    others = score_predictions(read_benchmark("blink", records), [
-        line | {"response": line["response"].replace("</think>", "")} for line in lines], protocol)
-    assert not others.remarks
+    assert scored.remarks == (
+        "2 replies do not close their reasoning, as 3 of 5 do: cut, so unread.",)
+    lines[0]["response"] = "<answer>A</answer>"  # no more than half close theirs
+    assert not score_predictions(read_benchmark("blink", records), lines, protocol).remarks
 
 
 @needs_data
