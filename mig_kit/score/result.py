@@ -40,6 +40,12 @@ class Scored:
         """(n,) IoU, or 1 for a correct item."""
         return np.array([verdict.value for _, verdict in self.judged], dtype=float)
 
+    @property
+    def unread(self) -> np.ndarray:
+        """(n,) whether no rule reads the reply."""
+        return np.array([verdict.problem in NOT_READ for _, verdict in self.judged]
+                        or [False] * len(self.tasks))
+
 
 def averaged_groups(scored: Scored) -> list[np.ndarray]:
     """Places of each task's items, if the average is over tasks; else one group of all items."""
@@ -74,12 +80,11 @@ def describe_reach(boxes: list[tuple], frame: str) -> tuple[str, ...]:
 
 def unread_bound(scored: Scored) -> dict:
     """{"unread": how many replies no rule reads, "at_most": percent if all of them are right}."""
-    unread = np.array([verdict.problem in NOT_READ for _, verdict in scored.judged], dtype=bool)
-    if not unread.any():
+    if not scored.unread.any():
         return {"unread": 0}
-    values = np.where(unread, 1.0, next(iter(scored.metrics.values())))
+    values = np.where(scored.unread, 1.0, next(iter(scored.metrics.values())))
     best = macro_mean([values[places] for places in averaged_groups(scored)])
-    return {"unread": int(unread.sum()), "at_most": _percent(best)}
+    return {"unread": int(scored.unread.sum()), "at_most": _percent(best)}
 
 
 def _percent(value: float) -> float:
@@ -90,10 +95,10 @@ def summarize(scored: Scored) -> dict:
     """The scores in percent, not rounded.
 
     Returns: {"n", "lists", "tasks", "avg", "problems", "remarks"} and `unread_bound`. "tasks" has
-        {"n", "lists", metrics, "ci95"} for each task, "avg" the metrics and "ci95"; "lists" is the
-        number of different lists of images, "ci95" of the first metric.
+        {"n", "lists", "unread", metrics, "ci95"} for each task, "avg" the metrics and "ci95";
+        "lists" is the number of different lists of images, "ci95" of the first metric.
     """
-    lists = number_lists(scored)
+    lists, unread = number_lists(scored), scored.unread
 
     def average(groups: list[np.ndarray]) -> dict:
         figures = {name: _percent(macro_mean([values[places] for places in groups]))
@@ -105,7 +110,8 @@ def summarize(scored: Scored) -> dict:
         return figures
 
     by_task = group_by_task(scored.tasks, np.arange(len(scored.tasks)))
-    tasks = {task: {"n": len(places), "lists": len(np.unique(lists[places])), **average([places]),
+    tasks = {task: {"n": len(places), "lists": len(np.unique(lists[places])),
+                    "unread": int(unread[places].sum()), **average([places]),
                     **scored.aggregates.get(task, {})} for task, places in by_task.items()}
     return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks,
             "avg": average(averaged_groups(scored)) | scored.aggregates.get("avg", {}),

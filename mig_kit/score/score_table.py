@@ -28,14 +28,16 @@ def score_markdown(result: dict) -> str:
     headline, *others = [name for name in result["avg"] if name != "ci95"]
     has_interval = "ci95" in result["avg"]
     blind = result.get("blind") or {}
-    head = ["task", "n", headline, *["95 %"] * has_interval, *["points over blind"] * bool(blind),
-            *others, *(row["system"] for row in published)]
+    has_unread = bool(result.get("unread"))
+    head = ["task", "n", *["unread"] * has_unread, headline, *["95 %"] * has_interval,
+            *["points over blind"] * bool(blind), *others, *(row["system"] for row in published)]
     lines = [head, ["---"] * len(head)]
-    average = {"n": result["n"], **result["avg"]}
+    average = {"n": result["n"], "unread": result.get("unread"), **result["avg"]}
     for name, values in [*result["tasks"].items(), ("avg", average)]:
         interval = " to ".join(f"{bound:.1f}" for bound in values.get("ci95", ()))
         known = [row["avg"] if name == "avg" else row["tasks"].get(name) for row in published]
-        lines.append([name, str(values["n"]), _number(values.get(headline)),
+        lines.append([name, str(values["n"]), *[str(values["unread"])] * has_unread,
+                      _number(values.get(headline)),
                       *[interval] * has_interval,
                       *([interval_text(**blind["over"][name], sign="+")] if blind else ()),
                       *(_number(values.get(metric)) for metric in others), *map(_number, known)])

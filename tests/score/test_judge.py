@@ -82,7 +82,7 @@ def test_the_judges_own_words_are_read_as_replies_are(tmp_path):
     authors, kept = Authors(dict(zip(prompts, forms))), tmp_path / "p.jsonl.judge.jsonl"
     for _ in range(2):
         output = command(tmp_path, path, authors.server).output
-        assert "| avg | 6 | 66.67 |" in output
+        assert "| avg | 6 | 1 | 66.67 |" in output
         assert f"Replies, {judge.NO_OPTION}: 1." in output and "Replies, unread: 1." in output
         kept.write_bytes(kept.read_bytes()[:-20])  # a kill within the last line
     assert len(authors.asked) == 7, "the torn answer alone is asked again"

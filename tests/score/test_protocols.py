@@ -108,7 +108,8 @@ def test_mig_bench_summary_by_hand(benchmark):
     assert result["avg"]["mean_iou"] == pytest.approx(54.375, abs=1e-12)
     low, high = result["avg"]["ci95"]
     assert low < 75 < high <= 100 and result["lists"] == 2
-    assert set(tasks["diff"]) == {"n", "lists", "acc@0.3", "acc@0.5", "acc@0.7", "mean_iou", "ci95"}
+    assert set(tasks["diff"]) == {"n", "lists", "unread", "acc@0.3", "acc@0.5", "acc@0.7",
+                                  "mean_iou", "ci95"}
 
 
 def test_the_revised_version_is_told_by_its_answers():

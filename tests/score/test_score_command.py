@@ -58,6 +58,7 @@ def test_letters_by_the_kits_rule_are_called_so(files):
     assert "unread" not in output
     output = run_score(files, "mmiu", records=[record] * 2, replies=["**A**", "Hm."]).output
     assert "1 of 2 replies unread (50.0 %): 50.0, at most 100.0 with a judge (--judge" in output
+    assert "| task | n | unread | accuracy |" in output and "| t | 2 | 1 | 50.00 |" in output
 
 
 def test_items_say_what_became_of_each_question(files):
