@@ -185,10 +185,23 @@ def _judge_replies_with_boxes(
         lines = [line and to_official_line(
             item, rules.frame, line, [sizes.get(name, item.size or (1, 1)) for name in item.images],
             coordinates, box_format) for item, line in zip(items, lines, strict=True)]
-    verdicts = (official.judge_boxes(items, lines, "") if in_pixels else
-                judge_all(items, lines, official.official_iou))
+    if in_pixels:
+        verdicts = official.judge_boxes(items, lines, "")
+    else:
+        verdicts = judge_all(items, lines, official.official_iou)
+        n_others = sum(map(_is_another_box, items, lines, verdicts))
+        remarks += (f"In {n_others:,} replies the official rule read another box than the "
+                    "<answer>.",) * bool(n_others)
     return items, verdicts, remarks + _describe_reach(
         items, verdicts, Coordinates.PIXELS if in_pixels else None, box_format, sizes)
+
+
+def _is_another_box(item: BenchmarkItem, line: dict | None, verdict: Verdict) -> bool:
+    """Whether the authors' rule read another box than the one that the last <answer> states."""
+    if not verdict.read.get("box") or (block := official.last_answer_block(
+            line["response"])) is None or parse_strict_answer(line["response"]).box is None:
+        return False
+    return official.PARSERS[item.coordinates](block) != verdict.read["box"]
 
 
 def _mark_cut_reasoning(lines: list[dict | None]) -> tuple[list[dict | None], tuple]:

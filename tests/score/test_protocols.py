@@ -130,6 +130,14 @@ def test_boxes_of_width_and_height_do_not_score_little_without_a_word(benchmark)
     assert "0 of 6 boxes leave their image, 6 have x2 <= x1 or y2 <= y1, read as" in remark
 
 
+def test_a_box_of_the_reasoning_that_the_authors_rule_reads_is_said(benchmark):
+    opening = "<think>(1,2),(3,4)</think>"
+    replies = [f"{opening}<answer>{REPLIES[0]}</answer>", f"{opening}<answer>none</answer>",
+               *(f"{reply} <answer>{reply}</answer>" for reply in REPLIES[2:])]
+    remarks = score_predictions(benchmark, prediction_lines(replies)).remarks
+    assert "In 1 replies the official rule read another box than the <answer>." in remarks
+
+
 # Predictions and the items they name.
 
 @pytest.mark.parametrize("lines,sentence", [
