@@ -12,6 +12,7 @@ from mig_kit.common import UserError, iter_lines
 
 NOT_IN_CSV = ("question", "letter", "id", "task", "reply", "coordinates")  # cells that are no JSON
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of a CSV's columns
+NOT_UTF8 = '{} is not in UTF-8 ({}); save it so, in Excel as "CSV UTF-8"'
 ADJACENT = re.compile(r"""['"]\s+['"]""")
 READ_FORMS = ("own data are JSON lines, a JSON list, parquet or CSV with the keys of "
               "notebooks/guide/own_data.md, which has two scripts for other formats (COCO; "
@@ -57,8 +58,7 @@ def iter_entries(path: Path) -> Iterator[tuple[str, dict | Problem]]:
                 record = Problem(f"the {word} is no JSON object; write one {{...}} per {word}")
             yield f"{word} {number}", record
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not in UTF-8 ({error}); save it so, in Excel as \"CSV UTF-8\""
-                        ) from error
+        raise UserError(NOT_UTF8.format(path, error)) from error
     except (ValueError, RecursionError, OSError, csv.Error) as error:
         raise UserError(f"{path} is cut or broken ({str(error).splitlines()[0].strip()}); save it "
                         "again") from error
@@ -93,6 +93,13 @@ def _iter_table(path: Path) -> Iterator[dict | Problem]:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=16):
             yield from batch.to_pylist()
         return
+    for row in iter_csv_rows(path):
+        yield row if isinstance(row, Problem) else {
+            key: _read_cell(key, text) for key, text in row.items() if text}
+
+
+def iter_csv_rows(path: Path) -> Iterator[dict[str, str | None] | Problem]:
+    """The rows of a CSV as texts, None where one is too short; a Problem for one too long."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         header = file.readline()
         # spreadsheets of some countries write semicolons
@@ -102,10 +109,9 @@ def _iter_table(path: Path) -> Iterator[dict | Problem]:
                              f"{' or '.join(SEPARATORS.values())}")
         file.seek(0)
         for row in csv.DictReader(file, delimiter=delimiter):
-            yield {key: _read_cell(key, text) for key, text in row.items() if text} if (
-                None not in row) else Problem(
-                    "the row has more columns than the first line, separated by "
-                    f"{SEPARATORS[delimiter]}; put texts that hold some between quotes")
+            yield row if None not in row else Problem(
+                "the row has more columns than the first line, separated by "
+                f"{SEPARATORS[delimiter]}; put texts that hold some between quotes")
 
 
 def _read_cell(key: str, text: str) -> object:

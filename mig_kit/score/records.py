@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from mig_kit.common import UserError
+from mig_kit.data.records import NOT_UTF8, Problem, iter_csv_rows
 from mig_kit.score.annotations import BenchmarkItem
 
 TABLES = (".parquet", ".xlsx", ".tsv", ".csv")
@@ -72,13 +73,17 @@ def _read_table(path: Path) -> list[dict]:
         if suffix == ".xlsx":
             return pandas.read_excel(path, keep_default_na=False).to_dict("records")
         csv.field_size_limit(1 << 20)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
+        rows = list(iter_csv_rows(path))
+    except UnicodeDecodeError as error:
+        raise UserError(NOT_UTF8.format(path, error)) from None
     except Exception as error:  # of parquet, zip, XML and text alike
         raise UserError(f"{path} is no readable table ({error}); save it again") from None
-    if any(None in row or None in row.values() for row in rows):  # pandas would fill them up
-        raise UserError(f"{path} has rows with another number of cells than the first; save it "
-                        "again")
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, Problem):
+            raise UserError(f"{path}, row {number}: {row}")
+        if None in row.values():
+            raise UserError(f"{path}, row {number} has fewer columns than the first line; save it "
+                            "again")
     return rows
 
 

@@ -50,7 +50,7 @@ def test_an_id_in_lmms_evals_metric_wins_over_the_place_within_its_task(benchmar
     assert accuracy(benchmark, records) == [1, 0, 1]
 
 
-@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".xlsx"])
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".xlsx", "_semicolons.csv"])
 def test_vlmevalkits_tables(benchmark, tmp_path, suffix):
     path = tmp_path / f"model_BLINK{suffix}"
     rows = [{"index": number, "question": "Which,\none?", "answer": answer.strip("()"),
@@ -59,6 +59,7 @@ def test_vlmevalkits_tables(benchmark, tmp_path, suffix):
     table = pd.DataFrame(rows)
     {".xlsx": partial(table.to_excel, index=False),
      ".csv": partial(table.to_csv, index=False),
+     "_semicolons.csv": partial(table.to_csv, index=False, sep=";"),
      ".tsv": partial(table.to_csv, index=False, sep="\t")}[suffix](path)
     assert accuracy(benchmark, read_records(path)) == [1, 1, 0]
 
@@ -119,9 +120,10 @@ def test_bad_logs_are_one_sentence(benchmark, records, sentence):
 
 
 @pytest.mark.parametrize("name,content,sentence", [
-    ("a.tsv", b"index\tprediction\n0\tA\tB\n", "rows with another number of cells"),
-    ("a.csv", b"index,prediction\n0,A\n1\n", "rows with another number of cells"),
-    ("a.csv", b"index,prediction\n\xff,A\n", "utf-8"),
+    ("a.tsv", b"index\tprediction\n0\tA\tB\n", "row 1: the row has more .* separated by tabs"),
+    ("a.csv", b"index,prediction\n0,A\n1\n", "row 2 has fewer columns"),
+    ("a.csv", b"index,prediction\n0,caf\xe9\n", 'in UTF-8 .*; save it so, in Excel as "CSV UTF-8"'),
+    ("a.csv", b"index|prediction\n0|A\n", "no columns that are separated by commas or semicolons"),
     ("a.csv", b"index,prediction\n", "is empty"),
     ("a.json", b'{"val": [1]}', "entry 1 of"),
     ("a.json", b'{"val": [', "is no JSON"),
