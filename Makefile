@@ -17,7 +17,7 @@ API := mig_kit.boxes mig_kit.prompts mig_kit.rewards mig_kit.sample mig_kit.scor
 
 NEXT := "ready; next: make run, make lab or source $(BIN)/activate, which puts mig-kit on the path"
 
-.PHONY: run test nightly versions lint docs cells executed evidence evidence-pages lab setup clean
+.PHONY: run test nightly versions lint docs cells executed executed-texts evidence evidence-pages lab setup clean
 
 run: setup
 	$(BIN)/mig-kit run --profile $(PROFILE) $(if $(RUN_ID),--run-id $(RUN_ID))
@@ -56,6 +56,10 @@ cells: setup
 # notebooks/executed/: the notebooks of a finished run, as they were run (RUN_ID=default)
 executed: setup
 	$(BIN)/python .ci/executed.py $(or $(RUN_ID),default)
+
+# the present texts and comments beside the outputs that are there
+executed-texts: setup
+	$(BIN)/python .ci/executed.py
 
 # the records of notebooks/guide/evidence/evidence.yaml that are missing: hours, and it goes on after a kill
 evidence: setup

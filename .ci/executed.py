@@ -1,10 +1,12 @@
 """Put the notebooks of a finished run into notebooks/executed: `make executed RUN_ID=default`.
+Without a run it writes the present texts beside the outputs that are there: `make executed-texts`.
 
 05b, which is no stage, is executed on that run. run.json beside them says of which run they are,
 and holds a digest of each one's outputs. README's picture is the one that 07 keeps, and results.md
 shows the head of the report, as Chromium draws it.
 """
 
+import ast
 import hashlib
 import json
 import shutil
@@ -44,6 +46,26 @@ def keep_notebook(path: Path) -> str:
             part.metadata.pop(name, None)
     nbformat.write(notebook, FOLDER / path.name)
     return outputs_digest(notebook)
+
+
+def refresh_texts(path: Path) -> None:
+    """Give the kept notebook at `path` the texts and comments of the present one.
+
+    Raises: SystemExit where its code is another.
+    """
+    kept, present = (nbformat.read(folder / path.name, 4) for folder in (FOLDER, NOTEBOOKS))
+    cells = [cell for cell in kept.cells
+             if "injected-parameters" not in cell.metadata.get("tags", ())]
+    for cell, now in zip(cells, present.cells, strict=True):
+        if now.cell_type == "code" and parse_code(cell) != parse_code(now):
+            sys.exit(f"{path.name} was run with other code; make executed after a run")
+        cell.source = now.source
+    nbformat.write(kept, path)
+
+
+def parse_code(cell) -> str:
+    """A cell's code without comments and layout."""
+    return ast.dump(ast.parse(cell.source))
 
 
 def run_by_hand(run_id: str) -> dict:
@@ -87,4 +109,8 @@ def main(run_id: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1:]:
+        main(sys.argv[1])
+    else:
+        for kept_notebook in sorted(FOLDER.glob("*.ipynb")):
+            refresh_texts(kept_notebook)

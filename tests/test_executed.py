@@ -22,10 +22,9 @@ def load_tool():
     return tool
 
 
-def code_cells(path):
-    cells = nbformat.read(path, 4).cells
-    return [cell.source for cell in cells if cell.cell_type == "code" and cell.source
-            and "injected-parameters" not in cell.metadata.get("tags", ())]
+def cells_of(path):
+    return [(cell.cell_type, cell.source) for cell in nbformat.read(path, 4).cells
+            if "injected-parameters" not in cell.metadata.get("tags", ())]
 
 
 def test_they_are_all_of_one_run():
@@ -37,7 +36,7 @@ def test_they_are_all_of_one_run():
 def test_an_executed_notebook_is_what_a_run_left(stage):
     """Made again by make executed; a patched output or another cell fails."""
     path = FOLDER / f"{stage}.ipynb"
-    assert code_cells(path) == code_cells(NOTEBOOKS / path.name), "make executed after a run"
+    assert cells_of(path) == cells_of(NOTEBOOKS / path.name), "make executed-texts"
     notebook = nbformat.read(path, 4)
     assert load_tool().outputs_digest(notebook) == FACTS[stage]["outputs"]
     for cell in notebook.cells:

@@ -74,7 +74,8 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrid
     from mig_kit.pipeline.execute import run_plan  # a second, as papermill
 
     run_id = run_id or (store.DEFAULT_RUN if profile in ("", "tiny") else profile)
-    plan = plan_run([stage_name(text) for text in stages], profile, run_id, source, overrides)
+    names = [stage_name(text) for text in stages]
+    plan = plan_run(names, profile, run_id, source, overrides, force)
     run_plan(plan, force)
     if "06_evaluate" not in plan.params:
         return False

@@ -34,13 +34,14 @@ class PlannedRun:
 
 
 def plan_run(names: list[str], profile: str, run_id: str, source: str,
-             overrides: tuple[tuple[str, str], ...]) -> PlannedRun:
+             overrides: tuple[tuple[str, str], ...], force: bool = False) -> PlannedRun:
     """The run, with the parameters of all its stages.
 
     Args:
         names: stages; [] for all that are the run's own.
         profile: "" for the run's, or its source's.
         overrides: (name, text) of `-p`.
+        force: whether finished stages are made again.
     Raises: UserError if the run could not start.
     """
     run_folders.validate_run_id(run_id)
@@ -72,7 +73,7 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
     if any(run_folders.STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
         run_folders.require_record(RUN_PARAMS_STAGE, origin, min(params))
     check_run({stage: values for stage, values in params.items()
-               if not run_folders.load_record(stage, run_id)}, origin)
+               if force or not run_folders.load_record(stage, run_id)}, origin)
     return PlannedRun(run_id, source, params, profile, origin)
 
 
@@ -140,8 +141,8 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
             raise UserError(
                 f"05_grpo: an update uses {prompts} prompts (per_device_train_batch_size x "
                 f"gradient_accumulation_steps / num_generations), and 04 keeps {kept}; lower "
-                "gradient_accumulation_steps, widen min_pass_rate and max_pass_rate in 04, or make "
-                "more candidates in 01 (both with --force)")
+                "gradient_accumulation_steps, raise per_task or widen min_pass_rate and "
+                "max_pass_rate in 04, or make more candidates in 01 (both with --force)")
     is_drawn = synthesized.get("data", "scenes") == "scenes"
     if evaluation and is_drawn and not any(evaluation["suites"].values()):
         raise UserError("06_evaluate: all suites are 0, so there is nothing to score; raise one of "

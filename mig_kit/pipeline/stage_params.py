@@ -168,6 +168,9 @@ class Synthesize(Seeded):
         require(not is_own or (PROJECT_ROOT / self.data).is_file(),
                 f"data is '{self.data}'; it must be scenes or a file that exists: name the file of "
                 "your questions, as -p data mine.jsonl")
+        require(not (is_own and self.image_root) or (PROJECT_ROOT / self.image_root).is_dir(),
+                f"image_root is '{self.image_root}'; name a folder that exists, or leave it empty "
+                "for the folder of data")
         require(not is_own or self.data_shares[2], "some questions must be held out; raise the "
                 "last of data_shares")
         require(is_own or self.teacher != "own",

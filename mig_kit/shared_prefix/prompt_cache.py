@@ -1,5 +1,5 @@
 """Prompts ready for the model: token ids, positions, and the features of their images. The vision
-tower is not trained, so every distinct image goes through it once per run.
+tower is not trained, so a distinct image goes through it once as long as its features are kept.
 """
 
 import hashlib

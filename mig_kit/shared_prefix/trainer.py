@@ -1,6 +1,6 @@
 """GRPO with shared prefixes: a prompt and its images are read once per group, when completions are
 drawn and when log-probabilities are computed, and an image goes through the frozen vision tower
-once per run. All else is TRL's.
+once as long as its features fit in the cache. All else is TRL's.
 """
 
 import math

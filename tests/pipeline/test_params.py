@@ -38,6 +38,8 @@ REFUSED = [
     ("01", {"data": "README.md", "teacher": "none", "data_shares": [0.5, 0.5, 0]}, "held out"),
     ("01", {"data": "none.jsonl", "teacher": "none"},
      "data is 'none.jsonl'; it must be scenes or a file that exists: name the"),
+    ("01", {"data": "README.md", "teacher": "none", "image_root": "none"},
+     "image_root is 'none'; name a folder that exists"),
     ("01", {"teacher": "own"}, "teacher own is the key 'reply' of your own data"),
     ("01", {"teacher": "endpoint"}, "endpoint_url like http://localhost"),
     ("01", {"teacher": "endpoint", "endpoint_model": "m", "endpoint_url": "http://u:secret@a/v1"},

@@ -268,6 +268,8 @@ def test_too_few_prompts_are_known_after_04(root):
     run_folders.start_branch("a", "b", "05_grpo")
     with pytest.raises(UserError, match=sentence):
         planned_stages(["05_grpo"], (), "b")
+    again = ["04_rejection_sampling", "05_grpo"]
+    assert [*plan.plan_run(again, "tiny", "a", "", (), force=True).params] == again
 
 
 def test_paths_are_relative_to_where_the_command_is_given(tmp_path, monkeypatch):
