@@ -108,16 +108,19 @@ def test_the_guides_script_for_coco(root, monkeypatch):
 
 def test_the_guides_script_for_conversations(root, monkeypatch, capsys):
     both, where = ["a.png", "b.png"], "<image>Where is it?"
+    with_system = talk(both, (where, '<answer>{"image": 2, "box": [1, 2, 30, 40]}</answer>'),
+                       ("And there?", "[5, 6, 7, 8]"), key="messages")
+    with_system["messages"].insert(0, {"role": "system", "content": "Find boxes."})
     write_lines(root, json.dumps([
         {"id": "7", "image": "b.png"} | {"conversations": talk([], (where, "<ref>It</ref><box>(100,"
                                                                "300),(200,900)</box>"))[
             "conversations"]},
-        talk(both, (where, '<answer>{"image": 2, "box": [1, 2, 30, 40]}</answer>'),
-             ("And there?", "[5, 6, 7, 8]"), key="messages"),
+        with_system,
         talk(both, (where, "[1, 2, 30, 40]")), talk(["a.png"], (where, "[1,2,3,4],[5,6,7,8]")),
         talk(["a.png"], (f"{where} [1,2,3,4]", "[1,2,3,4]"))]).encode(), name="train.json")
     first, second = run_script(1, root, monkeypatch)
     assert first == {"images": ["b.png"], "question": "Where is it?", "image": 1,
                      "box": [100, 300, 200, 900], "coordinates": "normalized_1000"}
-    assert second["image"] == 2 and second["box"] == [1, 2, 30, 40]
+    assert (second["question"], second["image"], second["box"]) == (
+        "Where is it?", 2, [1, 2, 30, 40])
     assert capsys.readouterr().out == "3 records left out\n"
