@@ -95,8 +95,12 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
     for reason, count in findings.wrong.most_common():
         say(f"  {count:>7}  {reason}")
     reach, place = findings.furthest
-    say(f"{findings.n_outside} of {findings.n_boxes} boxes leave their image; the furthest reaches "
-        f"{100 * reach:.0f} % of its image's width or height ({place})")
+    if findings.n_boxes:
+        say(f"{findings.n_outside} of {findings.n_boxes} boxes leave their image; the furthest "
+            f"reaches {100 * reach:.0f} % of its image's width or height ({place})")
+    if findings.n_outside > findings.n_boxes / 10:
+        say("so many that others are probably wrong, too: look at the boxes, and say in "
+            "'coordinates' what their numbers are")
     return findings
 
 
