@@ -80,9 +80,9 @@ def _iter_json_lines(path: Path) -> Iterator[object]:
     for line in iter_lines(path):
         try:
             yield json.loads(line)
-        except (ValueError, RecursionError):
-            yield Problem("the line is no JSON object; write one {...} per line, not one over "
-                          "several")
+        except (ValueError, RecursionError) as error:
+            yield Problem("the line is no JSON object", f"the line is no JSON object ({error}); "
+                          "write one {...} per line, in UTF-8")
 
 
 def _iter_table(path: Path) -> Iterator[dict | Problem]:

@@ -36,7 +36,8 @@ def test_a_correct_file_and_its_samples_in_all_coordinates(root):
 
 @pytest.mark.parametrize("row, sentence", [
     (changed(image=None, box=None), "this line has none"),
-    (b"", "no JSON object"), (b"{", "no JSON object"), (b"\xff{}", "no JSON object"),
+    (b"", "no JSON object"), (b"{", "no JSON object (Expecting property name"),
+    (b"\xff{}", "no JSON object ('utf-8' codec can't decode byte 0xff"),
     (b"[" * 20000, "no JSON object"), (b"3", "no JSON object"),
     (changed(box=...), "give one of 'box', 'boxes' and 'options'"),
     (changed(boxes=[[1, 2, 3, 4]]), "this line has box and boxes"),
