@@ -176,12 +176,12 @@ def _judge_replies_with_boxes(
         rule = partial(judge_own, protocol=protocol) if rules.frame == "kit" else strict_iou
         verdicts = judge_all(items, lines, partial(
             rule, coordinates=coordinates, box_format=box_format, sizes=sizes))
-        return items, verdicts, remarks + _describe_reach(items, verdicts, coordinates, box_format,
-                                                          sizes)
+        reach = _describe_reach(items, verdicts, coordinates, box_format, sizes)
+        return items, verdicts, remarks + reach
     in_pixels = rules.frame == "pixels"
     if in_pixels or coordinates != Coordinates.NORMALIZED_1000:
-        remarks += (f"Boxes were read as {coordinates.description} and converted before the "
-                    "authors' rule read them; their own script does not convert.",)
+        remarks += (f"Boxes were read as {_describe_frame(coordinates, box_format)} and converted "
+                    "before the authors' rule read them; their own script does not convert.",)
         lines = [line and to_official_line(
             item, rules.frame, line, [sizes.get(name, item.size or (1, 1)) for name in item.images],
             coordinates, box_format) for item, line in zip(items, lines, strict=True)]
@@ -208,15 +208,16 @@ def _mark_cut_reasoning(lines: list[dict | None]) -> tuple[list[dict | None], tu
     """The lines, and a remark: where most replies close their reasoning, other prose is cut."""
     replies = [line["response"] if line else "" for line in lines]
     n_replies = sum(bool(reply.strip()) for reply in replies)
-    n_closed = sum(bool(official.CLOSES.search(reply)) for reply in replies)
-    is_cut = [PROSE.search(reply) and not official.CLOSES.search(reply)
-              and official.last_answer_block(reply) is None for reply in replies]
-    if not any(is_cut) or 2 * n_closed <= n_replies:
+    is_closed = [bool(official.CLOSES.search(reply)) for reply in replies]
+    is_cut = [bool(PROSE.search(reply)) and not closed
+              and official.last_answer_block(reply) is None
+              for reply, closed in zip(replies, is_closed)]
+    if not any(is_cut) or 2 * sum(is_closed) <= n_replies:
         return lines, ()
     opening, _ = official.THINKING_MARKS[0]
     return [line | {"response": opening + reply} if cut else line
             for line, reply, cut in zip(lines, replies, is_cut)], (
-        f"{sum(map(bool, is_cut)):,} replies do not close their reasoning, as {n_closed:,} of "
+        f"{sum(is_cut):,} replies do not close their reasoning, as {sum(is_closed):,} of "
         f"{n_replies:,} do: cut, so unread.",)
 
 
@@ -242,9 +243,13 @@ def _describe_reach(items: Sequence[BenchmarkItem], verdicts: list[Verdict],
                 (1, 1) if frame in NORMALIZED else None)
             limits = coordinate_size(size, frame, box_format) if size else (math.inf,) * 2
             boxes.append((box, box, limits))
-    resized = (f", resized to {box_format.min_pixels:,} to {box_format.max_pixels:,} pixels"
-               if frame == Coordinates.ABSOLUTE else "")
-    return describe_reach(boxes, f"{frame.description}{resized}")
+    return describe_reach(boxes, _describe_frame(frame, box_format))
+
+
+def _describe_frame(coordinates: Coordinates, box_format: BoxFormat) -> str:
+    """The coordinates in words, with the limits that resize images."""
+    resized = f", resized to {box_format.min_pixels:,} to {box_format.max_pixels:,} pixels"
+    return f"{coordinates.description}{resized * (coordinates == Coordinates.ABSOLUTE)}"
 
 
 def _metrics(rules: Rules, values: np.ndarray) -> dict[str, np.ndarray]:
