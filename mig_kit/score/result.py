@@ -40,12 +40,6 @@ class Scored:
         """(n,) IoU, or 1 for a correct item."""
         return np.array([verdict.value for _, verdict in self.judged], dtype=float)
 
-    @property
-    def unread(self) -> np.ndarray:
-        """(n,) whether no rule reads the reply."""
-        return np.array([verdict.problem in NOT_READ for _, verdict in self.judged]
-                        or [False] * len(self.tasks))
-
 
 def averaged_groups(scored: Scored) -> list[np.ndarray]:
     """Places of each task's items, if the average is over tasks; else one group of all items."""
@@ -78,15 +72,6 @@ def describe_reach(boxes: list[tuple], frame: str) -> tuple[str, ...]:
             f"boxes leave their image{inverted}, read as {frame}.",) * bool(boxes)
 
 
-def unread_bound(scored: Scored) -> dict:
-    """{"unread": how many replies no rule reads, "at_most": percent if all of them are right}."""
-    if not scored.unread.any():
-        return {"unread": 0}
-    values = np.where(scored.unread, 1.0, next(iter(scored.metrics.values())))
-    best = macro_mean([values[places] for places in averaged_groups(scored)])
-    return {"unread": int(scored.unread.sum()), "at_most": _percent(best)}
-
-
 def _percent(value: float) -> float:
     return 100 * float(value) + 0.0  # never -0.0
 
@@ -94,11 +79,18 @@ def _percent(value: float) -> float:
 def summarize(scored: Scored) -> dict:
     """The scores in percent, not rounded.
 
-    Returns: {"n", "lists", "tasks", "avg", "problems", "remarks"} and `unread_bound`. "tasks" has
+    Returns: {"n", "lists", "tasks", "avg", "problems", "unread", "remarks"}. "tasks" has
         {"n", "lists", "unread", metrics, "ci95"} for each task, "avg" the metrics and "ci95";
-        "lists" is the number of different lists of images, "ci95" of the first metric.
+        "lists" is the number of different lists of images, "unread" of replies that no rule reads,
+        "ci95" of the first metric. "at_most" is that metric if all unread ones are right.
     """
-    lists, unread = number_lists(scored), scored.unread
+    lists, at_most = number_lists(scored), {}
+    unread = np.array([verdict.problem in NOT_READ for _, verdict in scored.judged]
+                      or [False] * len(scored.tasks))
+    if unread.any():
+        values = np.where(unread, 1.0, next(iter(scored.metrics.values())))
+        best = macro_mean([values[rows] for rows in averaged_groups(scored)])
+        at_most["at_most"] = _percent(best)
 
     def average(groups: list[np.ndarray]) -> dict:
         figures = {name: _percent(macro_mean([values[places] for places in groups]))
@@ -115,7 +107,8 @@ def summarize(scored: Scored) -> dict:
                     **scored.aggregates.get(task, {})} for task, places in by_task.items()}
     return {"n": len(scored.tasks), "lists": len(np.unique(lists)), "tasks": tasks,
             "avg": average(averaged_groups(scored)) | scored.aggregates.get("avg", {}),
-            "problems": scored.problems, **unread_bound(scored), "remarks": list(scored.remarks)}
+            "problems": scored.problems, "unread": int(unread.sum()), **at_most,
+            "remarks": list(scored.remarks)}
 
 
 def paired_difference(first: Scored, second: Scored) -> dict:
