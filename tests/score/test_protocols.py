@@ -123,7 +123,8 @@ def test_the_revised_version_is_told_by_its_answers():
     # The reply to the group item names no image.
     assert score_predictions(benchmark, wrapped, "strict").values.tolist() == pytest.approx(
         [1, 0.5, 0, 0.8, 0.25, 0])
-    assert score_predictions(benchmark, LINES, "strict").unread.all()
+    unread = score_predictions(benchmark, LINES, "strict")
+    assert summarize(unread)["unread"] == len(LINES)
 
 
 def test_boxes_of_width_and_height_do_not_score_little_without_a_word(benchmark):
