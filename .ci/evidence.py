@@ -81,13 +81,20 @@ def list_source_commands(item: Item) -> list[str]:
             for command in recipe.commands if read_option(command, "--run-id") in missing]
 
 
-def add_force(command: str) -> str:
-    """A command with --force where the run that it starts from is stale.
-
-    That run's record has the digest of the code as it is now: what has changed computes nothing.
+def add_force(command: str, smoke: str) -> str:
+    """A command with --force where the run that it starts from is stale, and its record shows that
+    the code of then computes what the code of now does on this machine.
     """
-    is_stale = "--from" in command and store.find_stale(read_option(command, "--from"))
-    return f"{command} --force" if is_stale else command
+    source = read_option(command, "--from") if "--from" in command else ""
+    if not source or not store.find_stale(source):
+        return command
+    path = next(item.path for item in list_items()
+                if item.arm == "recipe" and read_option(item.commands[0], "--run-id") == source)
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    evaluated = run_folders.load_record("06_evaluate", source)
+    is_same = record and record["evidence"]["smoke"] == smoke and all(
+        record[name] == evaluated[name] for name in ("git", "machine"))
+    return f"{command} --force" if is_same else command  # else refused, with a sentence
 
 
 def run_command(command: str, **environment: str) -> None:
@@ -135,7 +142,7 @@ def make_record(item: Item, smoke: str) -> None:
     is_whole = not (run_folders.runs_root() / run_id).exists()
     before = processor_seconds()
     for command in item.commands:
-        run_command(add_force(command))
+        run_command(add_force(command, smoke))
     # of a run that was begun before, only a part was seen
     spent = round(processor_seconds() - before) if is_whole else None
     path = (record_evaluation(run_id, item.seed, PROJECT_ROOT / read_option(last, "--out"))
