@@ -28,6 +28,7 @@ _LATTER_TWO = ("the second image", "the third image")
 BLINK_CHOICES = {
     "Art_Style": _LATTER_TWO, "Jigsaw": _LATTER_TWO, "Visual_Similarity": _LATTER_TWO,
     "Multi-view_Reasoning": ("left", "right"), "Spatial_Relation": ("yes", "no"),
+    "Object_Localization": ("Box A", "Box B"),
     "Relative_Depth": ("A is closer", "B is closer"),
     "Relative_Reflectance": ("A is darker", "B is darker", "About the same"),
     "Forensic_Detection": ("the first image", "the second image", "the third image",

@@ -24,6 +24,11 @@ DENIES = re.compile(r"\b(?:not?|none|nor|neither|never|cannot|unless|except|unli
                     re.IGNORECASE)
 _REJECTS = re.compile(r"\b(?:wrong|incorrect|false|exclude|eliminate|reject|rul(?:e|ed|ing) out"
                       r"|tempting|maybe|perhaps)", re.IGNORECASE)
+_TURNS = re.compile(r"\b(?:actually|wait|hmm+|correction|sorry|mistake|rather|instead|thought"
+                    r"|reflection)\b|\A\W*no\b", re.IGNORECASE)
+_CHOOSES = re.compile(r"\A\W*(?:(?:is|does)\W*)?\Z|\b(?:closer|closest|nearer|nearest"
+                      r"|darker|darkest|better|best|fits|tighter|tightest|more accurate(?:ly)?"
+                      r"|correct|answer|choice)\b", re.IGNORECASE)
 _OF_ANOTHER = re.compile(r"\b(?:first|second|other|another|alternative|runner\S*)\b", re.IGNORECASE)
 # a letter that is named, but as an option's first word, or to compare another with it
 _NAMES = re.compile(r"(?<![\w'])(?<!^[B-Z][.:] )(?<!\b[B-Z]\) )([A-Z])(?![A-Za-z0-9_'-])",
@@ -34,6 +39,7 @@ _BREAKS_OFF = re.compile(r"\b[a-z]+\s*\Z")
 _LINE = re.compile(r"[\s*_>#-]*(?:\(([A-Z])\)|([A-Z])(?:[).:*]|(?=\s*$)))[\s*_.:]*.{0,60}$")
 _MARK = re.compile(r"\(([A-Z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*")
 _NAMED = re.compile(rf"[\"']([A-Z])[\"']|\b{_LABEL}\s+([A-Z])\b(?!')")
+_IN_CHINESE = {"\u5de6": "left", "\u53f3": "right", "\u662f": "yes", "\u5426": "no"}
 _SENTENCE = re.compile(r"(?<!\d)[.!?](?=\s|$)\s*(?=\S)|\n+")
 
 
@@ -90,14 +96,23 @@ def _stands(text: str, letter: str, valid: str, choices: tuple[str, ...]) -> boo
     names = []
     for match in _NAMES.finditer(text):
         before = text[max(0, match.start() - 40):match.start()]
-        is_point = _tells_of_points(choices) and re.search(r"\bpoints? \Z", before, re.IGNORECASE)
-        if match[1] in valid and not is_point and not _COMPARES.search(before):
+        if match[1] in valid and not _COMPARES.search(before) and not _is_described(
+                text, match, choices):
             names.append(match)
     if names and names[-1][1] != letter:
         return False
     place = names[-1].start() if names else 0
     start = max(match.end() for match in re.finditer(r"\A|[.!?](?=\s)|\n", text[:place]))
     return not _REJECTS.search(re.split(r"[.!?]\s|\n", text[start:])[0])
+
+
+def _is_described(text: str, match: re.Match, choices: tuple[str, ...]) -> bool:
+    """Whether a letter names a point or box of the picture, and its sentence does not choose it."""
+    before = re.split(r"[.!?]\s|\n", text[:match.start()])[-1]
+    behind = re.split(r"[.!?](?:\s|$)|\n", text[match.end():])[0]
+    thing = "point" if _tells_of_points(choices) else "box" if "Box A" in choices else None
+    return bool(thing and re.search(rf"\b{thing} \Z", before, re.IGNORECASE)
+                and not _TURNS.search(before) and not _CHOOSES.search(behind))
 
 
 def _tells_of_points(choices: tuple[str, ...]) -> bool:
@@ -139,15 +154,21 @@ def _read_lines(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
 
 
 def _read_words(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
-    """The reply, its first or last sentence is an option's words or states them of the camera."""
+    """The reply, its first or last sentence is an option's words, or answers BLINK's question."""
     sentences = [re.sub(r"^the |[^\w ]", "", part.strip().lower())
                  for part in (text, *_SENTENCE.split(text.strip()))]
+    sentences = [_IN_CHINESE.get(part, part) for part in sentences]
     if _tells_of_points(choices) and sum(choice.lower() in text.lower() for choice in choices) > 1:
+        return None
+    if any(part != "no" and _TURNS.search(part) for part in sentences[2:]):
         return None
     letters = set()
     for letter, choice in zip(valid, choices):
         words = re.escape(re.sub(r"^the |[^\w ]", "", choice.strip().lower()))
-        stated = re.compile(rf"{words}|camera (?:is moving|moves|moved) {words}(?: when .*)?")
+        stated = re.compile(
+            rf"(?:(?:so|thus|hence|therefore) )?(?:the )?(?:{words}(?: more accurately .*)?|camera "
+            rf"(?:is moving|moves|moved) (?:to the )?{words}(?: (?:counter)?clockwise)?"
+            r"(?: when .*)?)")
         if _tells_of_points((choice,)):
             stated = re.compile(rf"(?:\w+ )?{words}(?: (?:to the camera|than|compared)\b.*)?")
         if any(stated.fullmatch(part) and (part == words or not DENIES.search(part))

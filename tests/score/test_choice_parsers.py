@@ -66,7 +66,21 @@ def test_what_is_not_said_explicitly_is_not_read(text, is_blink):
     ("Relative_Depth", "Point A is closer to the horizon. Therefore B.", ""),
     ("Relative_Depth", "A is closer to the camera. No, point B is closer.", ""),
     ("Spatial_Relation", "No.", "B"), ("Spatial_Relation", "Yes and no.", ""),
+    ("Relative_Depth", "Point A is closer to the camera. Hmm, point B is nearer.", ""),
+    ("Relative_Depth", "Point A is closer to the camera. I take that back: point B is.", ""),
+    ("Relative_Reflectance", "Point A is darker. However, point B seems darker still.", ""),
+    ("Object_Localization", "Box B more accurately localizes and encloses the cat. Box A, on the "
+     "other hand, is too small.", "B"),
+    ("Object_Localization", "Box A is too large. Therefore, Box B more accurately encloses it.",
+     "B"),
+    ("Object_Localization", "Box B more accurately localizes the cat. Box A fits better.", ""),
+    ("Object_Localization", "Box B more accurately localizes it. Looking again, Box A does.", ""),
+    ("Object_Localization", "Neither Box A nor Box B. Box A more accurately is not.", ""),
     ("Multi-view_Reasoning", "The camera is moving right when shooting.", "B"),
+    ("Multi-view_Reasoning", "The camera is moving to the right (clockwise).", "B"),
+    ("Multi-view_Reasoning", "The camera is moving right. Actually it is moving left.", ""),
+    ("Multi-view_Reasoning", "\u53f3\u3002", "B"), ("Spatial_Relation", "\u662f", "A"),
+    ("Spatial_Relation", "Yes. Wait, no.", ""), ("Spatial_Relation", "It lies beside it. No.", "B"),
     ("Multi-view_Reasoning", "The object moved left, so the camera moves right.", ""),
     ("Jigsaw", "The second image.", "A"), ("Jigsaw", "Not the second image.", "")])
 def test_an_options_own_words(task, text, letter):
@@ -111,7 +125,7 @@ def test_letters_agree_with_blinks_authors_and_theirs_give_the_published_scores(
                for item, record in zip(benchmark.items, records)]
     differ = sum(letter not in ("", record["prediction"].strip("()")[0])
                  for letter, record in zip(letters, records))
-    assert differ <= 0.01 * len(records) and letters.count("") <= 0.2 * len(records)
+    assert differ <= 0.01 * len(records) and letters.count("") <= 0.19 * len(records)
 
 
 @pytest.mark.parametrize("protocol", ["official", "strict"])
