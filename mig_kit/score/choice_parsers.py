@@ -108,8 +108,9 @@ def _stands(text: str, letter: str, valid: str, choices: tuple[str, ...]) -> boo
 
 def _is_described(text: str, match: re.Match, choices: tuple[str, ...]) -> bool:
     """Whether a letter names a point or box of the picture, and its sentence does not choose it."""
-    before = re.split(r"[.!?]\s|\n", text[:match.start()])[-1]
-    behind = re.split(r"[.!?](?:\s|$)|\n", text[match.end():])[0]
+    start, end = match.span()
+    before = re.split(r"[.!?]\s|\n", text[max(0, start - 200):start])[-1]
+    behind = re.split(r"[.!?](?:\s|$)|\n", text[end:end + 200])[0]
     thing = "point" if _tells_of_points(choices) else "box" if "Box A" in choices else None
     return bool(thing and re.search(rf"\b{thing} \Z", before, re.IGNORECASE)
                 and not _TURNS.search(before) and not _CHOOSES.search(behind))
