@@ -25,10 +25,13 @@ DENIES = re.compile(r"\b(?:not?|none|nor|neither|never|cannot|unless|except|unli
 _REJECTS = re.compile(r"\b(?:wrong|incorrect|false|exclude|eliminate|reject|rul(?:e|ed|ing) out"
                       r"|tempting|maybe|perhaps)", re.IGNORECASE)
 _TURNS = re.compile(r"\b(?:actually|wait|hmm+|correction|sorry|mistake|rather|instead|thought"
-                    r"|reflection)\b|\A\W*no\b", re.IGNORECASE)
-_CHOOSES = re.compile(r"\A\W*(?:(?:is|does)\W*)?\Z|\b(?:closer|closest|nearer|nearest"
-                      r"|darker|darkest|better|best|fits|tighter|tightest|more accurate(?:ly)?"
-                      r"|correct|answer|choice)\b", re.IGNORECASE)
+                    r"|reflection|look|check)\b|\A\W*no\b", re.IGNORECASE)
+_CHOOSES = re.compile(r"\b(?:closer|closest|nearer|nearest|darker|darkest|better|best|fits|tighter"
+                      r"|tightest|accurate|accurately|correct|answer|choice)\b", re.IGNORECASE)
+# what is wrong with a point or box that is not chosen, in its sentence
+_FAULTS = re.compile(r"\b(?:too|not|less|includ\w+|leav\w+|cuts?|exclud\w+|miss\w*|beyond"
+                     r"|outside|far\w*|further\w*|behind|back\w*|away|distan\w+|light\w*|bright\w*"
+                     r"|higher|above|upper|top|middle)\b|n't", re.IGNORECASE)
 _OF_ANOTHER = re.compile(r"\b(?:first|second|other|another|alternative|runner\S*)\b", re.IGNORECASE)
 # a letter that is named, but as an option's first word, or to compare another with it
 _NAMES = re.compile(r"(?<![\w'])(?<!^[B-Z][.:] )(?<!\b[B-Z]\) )([A-Z])(?![A-Za-z0-9_'-])",
@@ -96,7 +99,7 @@ def _stands(text: str, letter: str, valid: str, choices: tuple[str, ...]) -> boo
     names = []
     for match in _NAMES.finditer(text):
         before = text[max(0, match.start() - 40):match.start()]
-        if match[1] in valid and not _COMPARES.search(before) and not _is_described(
+        if match[1] in valid and not _COMPARES.search(before) and not _is_dismissed(
                 text, match, choices):
             names.append(match)
     if names and names[-1][1] != letter:
@@ -106,14 +109,15 @@ def _stands(text: str, letter: str, valid: str, choices: tuple[str, ...]) -> boo
     return not _REJECTS.search(re.split(r"[.!?]\s|\n", text[start:])[0])
 
 
-def _is_described(text: str, match: re.Match, choices: tuple[str, ...]) -> bool:
-    """Whether a letter names a point or box of the picture, and its sentence does not choose it."""
+def _is_dismissed(text: str, match: re.Match, choices: tuple[str, ...]) -> bool:
+    """Whether a letter names a point or box of which its sentence says a fault, and no praise."""
     start, end = match.span()
     before = re.split(r"[.!?]\s|\n", text[max(0, start - 200):start])[-1]
     behind = re.split(r"[.!?](?:\s|$)|\n", text[end:end + 200])[0]
     thing = "point" if _tells_of_points(choices) else "box" if "Box A" in choices else None
     return bool(thing and re.search(rf"\b{thing} \Z", before, re.IGNORECASE)
-                and not _TURNS.search(before) and not _CHOOSES.search(behind))
+                and not _TURNS.search(before) and not _CHOOSES.search(behind)
+                and _FAULTS.search(behind))
 
 
 def _tells_of_points(choices: tuple[str, ...]) -> bool:
