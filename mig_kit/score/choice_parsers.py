@@ -26,12 +26,10 @@ _REJECTS = re.compile(r"\b(?:wrong|incorrect|false|exclude|eliminate|reject|rul(
                       r"|tempting|maybe|perhaps)", re.IGNORECASE)
 _TURNS = re.compile(r"\b(?:actually|wait|hmm+|correction|sorry|mistake|rather|instead|thought"
                     r"|reflection|look|check)\b|\A\W*no\b", re.IGNORECASE)
-_CHOOSES = re.compile(r"\b(?:closer|closest|nearer|nearest|darker|darkest|better|best|fits|tighter"
-                      r"|tightest|accurate|accurately|correct|answer|choice)\b", re.IGNORECASE)
-# what is wrong with a point or box that is not chosen, in its sentence
-_FAULTS = re.compile(r"\b(?:too|not|less|includ\w+|leav\w+|cuts?|exclud\w+|miss\w*|beyond"
-                     r"|outside|far\w*|further\w*|behind|back\w*|away|distan\w+|light\w*|bright\w*"
-                     r"|higher|above|upper|top|middle)\b|n't", re.IGNORECASE)
+# what is said of a point or box that is not chosen, and what is not
+_FAULTS = re.compile(r"\b(?:too|not|includ\w+|lighter|farther|further|background)\b|n't",
+                     re.IGNORECASE)
+_PRAISES = re.compile(r"\b(?:closer|nearer|darker|better|best|fits|correct)\b", re.IGNORECASE)
 _OF_ANOTHER = re.compile(r"\b(?:first|second|other|another|alternative|runner\S*)\b", re.IGNORECASE)
 # a letter that is named, but as an option's first word, or to compare another with it
 _NAMES = re.compile(r"(?<![\w'])(?<!^[B-Z][.:] )(?<!\b[B-Z]\) )([A-Z])(?![A-Za-z0-9_'-])",
@@ -116,8 +114,8 @@ def _is_dismissed(text: str, match: re.Match, choices: tuple[str, ...]) -> bool:
     behind = re.split(r"[.!?](?:\s|$)|\n", text[end:end + 200])[0]
     thing = "point" if _tells_of_points(choices) else "box" if "Box A" in choices else None
     return bool(thing and re.search(rf"\b{thing} \Z", before, re.IGNORECASE)
-                and not _TURNS.search(before) and not _CHOOSES.search(behind)
-                and _FAULTS.search(behind))
+                and not _TURNS.search(before) and _FAULTS.search(behind)
+                and not _PRAISES.search(behind))
 
 
 def _tells_of_points(choices: tuple[str, ...]) -> bool:
