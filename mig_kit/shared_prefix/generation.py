@@ -44,7 +44,7 @@ DROP_FINISHED_AT = 0.85
 class SamplingOptions:
     """How tokens are drawn, by transformers' names; a new field is read from configs, too.
 
-    temperature: 0 is greedy. min_new_tokens: no completion is shorter.
+    temperature: 0 is greedy. min_new_tokens: none ends before so many tokens.
     """
 
     temperature: float = 1.0
@@ -235,7 +235,7 @@ def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, sampling: Sam
         scaled = logits.float() / (sampling.temperature or 1.0)
         total = scaled.logsumexp(-1)
         logits[:, forbidden_tokens] = -torch.inf
-        if step + 1 < sampling.min_new_tokens:
+        if step < sampling.min_new_tokens:
             logits[:, ends] = -torch.inf
         row_uniforms = uniforms[rows, step] if sampling.temperature else None
         tokens = sample_tokens(logits, sampling, row_uniforms)

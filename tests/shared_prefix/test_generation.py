@@ -407,8 +407,13 @@ def test_every_end_token_ends_a_reply(random_model, processor, samples):
     cut = generate(random_model, processor, prompts)[0][0]
     assert cut == full[:full.index(end) + 1] and cut[-1] == end
     inputs = stock_inputs(processor, samples[0])
-    output = random_model.generate(**inputs, do_sample=False, max_new_tokens=12)
-    assert output[0, inputs["input_ids"].shape[1]:].tolist() == cut
+    for least in (0, len(cut)):  # an end token is forbidden before so many others
+        own = generate(random_model, processor, prompts, 1,
+                       replace(GREEDY, min_new_tokens=least))[0][0]
+        output = random_model.generate(**inputs, do_sample=False, max_new_tokens=12,
+                                       min_new_tokens=least)
+        assert output[0, inputs["input_ids"].shape[1]:].tolist() == own
+        assert (own == cut) == (least == 0)
 
 
 @pytest.mark.slow
