@@ -1,4 +1,4 @@
-"""A box reward without the image gate, to see what the gate is worth.
+"""A box reward without the image gate and without its floor at an IoU of 0.1.
 
     mig-kit run 05 06 --from default --run-id any_image \
         -p rewards "[format, image, notebooks/guide/any_image.py:box_in_any_image, choice]"
