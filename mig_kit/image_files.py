@@ -62,7 +62,7 @@ def resolve_under_root(root: Path, name: str) -> Path:
 def _open_image(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
     """An image of a usable size, from a file or from its bytes; BadImage with Pillow's words."""
     if content is None and not is_regular_file(path):
-        raise BadImage("missing image", f"{path.name!r} is not there; copy it below the image "
+        raise BadImage("missing image", f"{str(path)!r} is not there; copy it below the image "
                                         "root, or correct its path")
     try:
         source = path if content is None else io.BytesIO(content)

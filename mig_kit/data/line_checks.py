@@ -152,8 +152,9 @@ def find_file_problems(line: OwnLine, sizes: list) -> tuple[list[float], list[Pr
         if not isinstance(size, tuple):
             continue
         width, height = coordinate_size(size, line.coordinates, BoxFormat())
-        reaches.append(max(box[2] / width, box[3] / height))
-        if min(box) < 0 or reaches[-1] > 1:
+        far = max(box[2] / width, box[3] / height)  # right or down, or from there left or up
+        reaches.append(max(far, 1 - box[0] / width, 1 - box[1] / height) if min(box) < 0 else far)
+        if reaches[-1] > 1:
             problems.append(Problem(LEAVES, f"{words} is {list(box)} and leaves image {number}, "
                                     f"which is {width}x{height} in '{line.coordinates}'"))
     return reaches, problems

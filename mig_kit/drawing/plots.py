@@ -125,8 +125,12 @@ def _make_panels(count: int, height: float, **more) -> tuple[plt.Figure, list[Ax
     return figure, list(axes.flat)[:count]
 
 
-def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: str = "step"):
-    """A panel per name over x: a faint line of values, a strong one of their mean over `smooth`."""
+def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: str = "step",
+                unit: str = "update"):
+    """A panel per name over x: a faint line of values, a strong one of their mean over `smooth`.
+
+    unit: what a step is called.
+    """
     table = pd.DataFrame(rows)
     names = [n for n in names if n in table and table[n].notna().any()]
     figure, panels = _make_panels(len(names), 1.9)
@@ -138,9 +142,9 @@ def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1,
         axis.plot(values[x], means, color=CORRECT, linewidth=2,
                   marker="o" if len(values) == 1 else None)
         axis.set_title(CURVE_NAMES.get(name, name.replace("_", " ")), fontsize=9)
-        axis.set_xlabel("update" if x == "step" else x, fontsize=9)
+        axis.set_xlabel(unit if x == "step" else x, fontsize=9)
         axis.tick_params(labelsize=8)
-    mean = f" (strong: mean over {smooth} updates)" if smooth > 1 and x == "step" else ""
+    mean = f" (strong: mean over {smooth} {unit}s)" if smooth > 1 and x == "step" else ""
     set_title(figure, f"{title}{mean}")
     return figure
 

@@ -105,7 +105,7 @@ def unknown_parameter_message(name: str, where: str, names) -> str:
     if name in RUN_PARAMS:
         return f"'{name}' is set once per run, in {RUN_PARAMS_STAGE}; run that stage with it"
     hint = suggest_word(name, names) or f"its parameters are {', '.join(sorted(names))}"
-    further = ' A setting of TRL\'s alone is written as -p trl "{NAME: VALUE}".'
+    further = '; a setting of TRL\'s alone is written as -p trl "{NAME: VALUE}"'
     return f"{where} has no parameter '{name}'; {hint}{further * ('trl' in names)}"
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import IS_CLONE, PROJECT_ROOT, UserError, model_folder, suggest_word
-from mig_kit.pipeline.run_folders import finished_params, list_runs, require_record, stage_folder
+from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.run_folders import (
+    finished_params,
+    list_runs,
+    load_profile,
+    require_record,
+    stage_folder,
+)
 from mig_kit.pipeline.stage_params import RUN_PARAMS, RUN_PARAMS_STAGE
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
@@ -35,7 +42,8 @@ def name_data(run_id: str) -> str:
 
 @dataclass(frozen=True)
 class RunModel:
-    """A model's folder or hub name and box format; evaluation: ASKED of its run's 06."""
+    """A model's folder or hub name and box format; evaluation: ASKED of its run's
+    06, as finished or as its profile has it."""
 
     folder: Path | str
     box_format: BoxFormat
@@ -67,8 +75,9 @@ def find_run_model(text: str) -> RunModel | None:
         folder = stage_folder(stage, run_id) / name
     elif not folder.is_dir():
         folder = params["base_model"]  # of the hub
-    asked = {name: value for name, value in finished_params(EVALUATE, run_id).items()
-             if name in ASKED}
+    params = finished_params(EVALUATE, run_id) or profile_params(
+        EVALUATE, load_profile(run_id) or "tiny")
+    asked = {name: value for name, value in params.items() if name in ASKED}
     return RunModel(folder, box_format, asked, stage, run_id)
 
 

@@ -61,7 +61,8 @@ class ServedRollouts:
         """
         if self.served is None:
             self.served = serve_model(self.params.server, self.params.concurrency, self.model,
-                                      "sft", self.box_format)
+                                      "base" if self.params.start_from == "base" else "sft",
+                                      self.box_format)
             self.model_name = self.served.name
         if self.version != trainer.state.global_step + 1:
             self._try_canary(trainer, Question(samples[0], 1, prompts[0].ids.tolist()))

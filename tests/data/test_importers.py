@@ -68,7 +68,7 @@ def test_mgrounding(unpacked, question, answer, words):
     (talk(NAMES, (KITE, FOUND.replace("999", "58"))), "x2 must be greater"),
     (talk(NAMES, (f"{KITE} {FOUND}", FOUND)), "a box in the question"),
     (talk(NAMES[:1], (KITE, FOUND)), "images that its question does not show"),
-    (talk(["none.png"] * 2, (KITE, FOUND)), "'none.png' is not there"),
+    (talk(["none.png"] * 2, (KITE, FOUND)), "none.png' is not there"),
     ({"images": NAMES}, "no 'images' and 'conversations'"), (3, "the record is no JSON object")])
 def test_a_record_of_mgrounding_that_is_left_out(unpacked, record, sentence):
     assert sentence in "; ".join(map(str, import_one(unpacked, record).problems))

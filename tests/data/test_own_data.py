@@ -61,7 +61,7 @@ def test_a_correct_file_and_its_samples_in_all_coordinates(root):
                                             "with / and without '..'"),
     (changed(images=["a.png", "long.png"]), "up to 200 to 1"),
     (changed(images=["a.png", {"bytes": "aGk="}]), "'images' number 2: Input should be a valid st"),
-    (changed(images=["a.png", "https://x.org/a.png"]), "'a.png' is not there; copy it below"),
+    (changed(images=["a.png", "https://x.org/a.png"]), "x.org/a.png' is not there; copy it below"),
     (changed(images=["a.png", "file:///etc/passwd"]), "'/etc/passwd' is not below the image root"),
     *((changed(question=f"Find {tag} it."), f"holds {tag}") for tag in (
         "<image>", "<image_1>", "<bbox>", "<ref>", "<video>", "<|im_start|>", "<img src='a.png'>",
@@ -241,6 +241,11 @@ def test_any_line_is_a_sample_inside_the_rules_or_has_sentences(root, line):
 MANY = "so many that others are probably wrong, too"
 
 
+def test_a_box_that_leaves_its_image_to_the_left_reaches_as_far(root):
+    path = write_lines(root, changed(box=[-500, 20, 60, 90]))
+    assert "the furthest reaches 350 % of its image's width" in call("check", path)[1]
+
+
 def test_the_sheet_draws_boxes_and_escapes_text(root):
     hostile = changed(question="<script>alert(1)</script> & Find\nit", id="<b>")
     path = write_lines(root, hostile, changed(box=[10, 20, 160, 130]), changed(image=7),
@@ -267,7 +272,7 @@ def test_a_file_none_of_whose_images_is_found_is_one_line(root, tmp_path):
     assert call("check", outside)[1].startswith(f"none of the images of {outside} is in {tmp_path}")
     assert call("check", path, "--root", root)[0] == 0
     write_lines(tmp_path, GOOD, changed(images=["none.png", "b.png"]), GOOD)
-    assert "line 2: image 1: 'none.png' is not there" in call("check", path, "--root", root)[1]
+    assert f"line 2: image 1: '{root}/none.png' is not there" in call("check", path, "--root", root)[1]
 
 
 def test_the_commands(root, tmp_path):

@@ -66,6 +66,14 @@ def test_adapters_move_and_ratios_are_one(make_served):
     assert [asked.count(name) for name in ("sft", *server.loaded[:2])] == [3, 3, 4]
 
 
+def test_a_run_from_the_base_is_drawn_by_the_server_of_that_name(make_served, random_folder,
+                                                                 float32):
+    server = RolloutServer(loading.load_policy(random_folder, float32, BOX_FORMAT), name="base")
+    trainer, _ = make_served(server=server, start_from="base", max_steps=1)
+    trainer.train()
+    assert server.bodies[0]["model"] == "base"
+
+
 def test_a_server_that_outlives_a_killed_stage_keeps_its_adapter(make_served, tmp_path):
     trainer, server = make_served()
     trainer.add_callback(StopAfter(2))

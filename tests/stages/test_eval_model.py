@@ -14,6 +14,7 @@ from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
+from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.prompts import format_answer
 from mig_kit.sample import Sample, read_samples, write_samples
@@ -290,6 +291,16 @@ def test_a_runs_name_is_that_of_its_model(smoke_runs, monkeypatch):
     folder = find_run_model("smoke").folder
     assert folder.name == "model" and find_run_model(str(folder)) is None, "a model's own folder"
     assert find_run_model("smoke/other") is find_run_model("some/model") is None
+
+
+def test_a_run_without_06_is_asked_as_its_profile_says(smoke_runs, tmp_path, monkeypatch):
+    run = shutil.copytree(smoke_runs / "smoke", tmp_path / "smoke",
+                          ignore=shutil.ignore_patterns("06_evaluate", "07_report"))
+    monkeypatch.setenv("MIG_KIT_RUNS", str(run.parent))
+    asked = profile_params("06_evaluate", "smoke")
+    assert find_run_model("smoke/sft").evaluation["suites"] == asked["suites"]
+    (run / "profile.txt").write_text("qwen2_5_vl_7b_own\n")
+    assert find_run_model("smoke/sft").evaluation["max_new_tokens"] == 1024, "room to reason"
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
