@@ -100,6 +100,7 @@ def _iter_table(path: Path) -> Iterator[dict | Problem]:
 
 def iter_csv_rows(path: Path) -> Iterator[dict[str, str | None] | Problem]:
     """The rows of a CSV as texts, None where one is too short; a Problem for one too long."""
+    csv.field_size_limit(1 << 20)  # of the whole process
     with path.open(newline="", encoding="utf-8-sig") as file:
         header = file.readline()
         # spreadsheets of some countries write semicolons

@@ -127,9 +127,10 @@ def measure_refit(boxes: np.ndarray, answers: np.ndarray, lists: np.ndarray,
 def calibrate(scored: Scored) -> dict:
     """What a refit of the edges brings back.
 
-    Returns: {"map": {edge: [a, b in thousandths]} of all lists, "median_error": of each edge of
-        boxes that are right at 0.5, thousandths, "acc": threshold -> {"before", "after", "value":
-        the gain, "ci95"} in percent, "tasks": the same of each task at 0.5}.
+    Returns: {"boxes": how many were read, "map": {edge: [a, b in thousandths]} of all lists,
+        "median_error": of each edge of boxes that are right at 0.5, thousandths, "acc": threshold
+        -> {"before", "after", "value": the gain, "ci95"} in percent, "tasks": the same of each
+        task at 0.5}.
     """
     (boxes, answers), lists = boxes_as_read(scored), number_lists(scored)
     changed, right = refit(boxes, answers, lists), _reach(boxes, answers) > 0
@@ -140,7 +141,8 @@ def calibrate(scored: Scored) -> dict:
                             lists, groups)
 
     errors = 1000 * np.median((boxes - answers)[right], axis=0) if right.any() else ()
-    return {"map": {edge: [float(a), 1000 * float(b)]
+    return {"boxes": int(np.isfinite(boxes).all(1).sum()),
+            "map": {edge: [float(a), 1000 * float(b)]
                     for edge, (a, b) in zip(EDGES, fit_map(boxes, answers))},
             "median_error": dict(zip(EDGES, map(float, errors))),
             "acc": {str(threshold): gain(threshold, groups) for threshold in THRESHOLDS},
@@ -158,9 +160,12 @@ def calibration_notes(result: dict, name: str) -> list[str]:
                          for edge, (a, b) in result["map"].items())
         notes.append(f"{name}: a systematic shift of boxes: frame, resize or padding (in "
                      f"thousandths: {maps}).")
+    elif result["boxes"] < 2 * LEAST:
+        notes.append(f"{name}: {result['boxes']} boxes are too few to fit a shift.")
     else:
-        notes.append(f"{name}: no shift that all images share; one that depends on an image's size "
-                     "(padding, a limit of pixels) does not show in it.")
+        notes.append(f"{name}: no shift that all images share is shown, as the interval holds 0; "
+                     "one that depends on an image's size (padding, a limit of pixels) cannot "
+                     "be.")
     if any(min(abs(1 / a - bound) for bound in SLOPES) < 1e-6 for a, _ in result["map"].values()):
         notes.append(f"{name}: the fit of an edge has not converged: its slope ended at the bound "
                      "of 0.1 to 10.")

@@ -25,7 +25,7 @@ from mig_kit.score.convert_boxes import BOX_ORDERS, rewrite_boxes, to_official_l
 from mig_kit.score.judge import NO_OPTION, NONE, Judge, ask_judge
 from mig_kit.score.own import judge_own
 from mig_kit.score.records import align_predictions, read_records
-from mig_kit.score.reply_boxes import UNREAD, box_problem, parse_strict_answer
+from mig_kit.score.reply_boxes import BOX, UNREAD, box_problem, parse_strict_answer
 from mig_kit.score.result import Scored, Verdict, describe_reach
 
 NORMALIZED = {Coordinates.NORMALIZED_1, Coordinates.NORMALIZED_1000}
@@ -182,6 +182,8 @@ def _judge_replies_with_boxes(
     if in_pixels or coordinates != Coordinates.NORMALIZED_1000:
         remarks += (f"Boxes were read as {_describe_frame(coordinates, box_format)} and converted "
                     "before the authors' rule read them; their own script does not convert.",)
+        n_below = 0 if in_pixels else sum(map(_has_edge_below_0, lines))
+        remarks += (f"In {n_below:,} replies edges below 0 were cut to 0.",) * bool(n_below)
         lines = [line and to_official_line(
             item, rules.frame, line, [sizes.get(name, item.size or (1, 1)) for name in item.images],
             coordinates, box_format) for item, line in zip(items, lines, strict=True)]
@@ -189,11 +191,20 @@ def _judge_replies_with_boxes(
         verdicts = official.judge_boxes(items, lines, "")
     else:
         verdicts = judge_all(items, lines, official.official_iou)
+        n_unlike = sum(line is not None and verdict.problem == "no box found" and bool(
+            BOX.search(line["response"])) for line, verdict in zip(lines, verdicts))
+        remarks += (f"{n_unlike:,} replies without a box have one that the authors' rule does not "
+                    "read: it wants whole numbers, without a sign.",) * bool(n_unlike)
         n_others = sum(map(_is_another_box, items, lines, verdicts))
         remarks += (f"In {n_others:,} replies the official rule read another box than the "
                     "<answer>.",) * bool(n_others)
     return items, verdicts, remarks + _describe_reach(
         items, verdicts, Coordinates.PIXELS if in_pixels else None, box_format, sizes)
+
+
+def _has_edge_below_0(line: dict | None) -> bool:
+    return line is not None and any(float(number) < 0 for match in BOX.finditer(line["response"])
+                                    for number in match.groups() if number)
 
 
 def _is_another_box(item: BenchmarkItem, line: dict | None, verdict: Verdict) -> bool:

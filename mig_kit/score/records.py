@@ -5,7 +5,6 @@ lmms-eval (`doc_id`, `resps`), VLMEvalKit (`index`, `prediction`) and BLINK's re
 (`idx`, `full_prediction`).
 """
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -60,19 +59,19 @@ def _folder_files(folder: Path) -> list[Path]:
 
 def _read_table(path: Path) -> list[dict]:
     """The rows of a table, without columns of image bytes; an empty cell of text is ""."""
-    import pandas  # a second
-    from pyarrow import parquet
-
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
+            from pyarrow import parquet
+
             file = parquet.ParquetFile(path)
             columns = [field.name for field in file.schema_arrow
                        if "binary" not in str(field.type)]
             return file.read(columns).to_pylist()
         if suffix == ".xlsx":
+            import pandas  # a second
+
             return pandas.read_excel(path, keep_default_na=False).to_dict("records")
-        csv.field_size_limit(1 << 20)
         rows = list(iter_csv_rows(path))
     except UnicodeDecodeError as error:
         raise UserError(NOT_UTF8.format(path, error)) from None
@@ -155,6 +154,8 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
                 if names]
     if problems:
         hint = " (or pass --allow-missing to count missing ones wrong)" if missing else ""
+        if missing and len(records) < len(items):
+            hint += f"; of another version of the benchmark? there are {len(records)} predictions"
         if str(len(items)) in unknown:
             hint += "; a table that counts from 1 needs every index less 1"
         raise UserError(f"{source}: {'; '.join(problems)}; give one prediction for each of the "

@@ -144,7 +144,9 @@ def test_a_fit_that_ends_at_the_bound_of_its_slope_says_so(scale, is_said):
     edges = calibration.fit_map(scale * answers, answers)
     gain = {"before": 0, "after": 0, "value": 0, "ci95": [0, 0]}
     notes = calibration.calibration_notes({
-        "map": dict(zip(calibration.EDGES, edges)), "acc": {"0.5": gain}, "median_error": {}}, "m")
+        "boxes": 100, "map": dict(zip(calibration.EDGES, edges)), "acc": {"0.5": gain},
+        "median_error": {}}, "m")
+    assert any("is shown, as the interval holds 0" in note for note in notes)
     assert any("has not converged" in note for note in notes) == is_said
 
 

@@ -127,6 +127,18 @@ def test_the_revised_version_is_told_by_its_answers():
     assert summarize(unread)["unread"] == len(LINES)
 
 
+def test_boxes_that_the_authors_rule_does_not_read_are_counted(benchmark):
+    lines = prediction_lines(["(-0.3,0.1),(0.5,0.5)"] * 6)
+    remarks = score_predictions(benchmark, lines, coordinates=Coordinates.NORMALIZED_1).remarks
+    assert "In 6 replies edges below 0 were cut to 0." in remarks
+    records = [{**record, "answer": [round(1000 * v) for v in record["answer"]]}
+               for record in mig_records()]
+    revised = read_benchmark("mig_bench", records)
+    lines = prediction_lines(["[24.0, 93.0, 999.0, 910.0]"] * 5 + ["no box"])
+    assert ("5 replies without a box have one that the authors' rule does not read: it wants whole "
+            "numbers, without a sign.") in score_predictions(revised, lines).remarks
+
+
 def test_boxes_of_width_and_height_do_not_score_little_without_a_word(benchmark):
     remark, = score_predictions(benchmark, prediction_lines(["(600,600),(200,300)"] * 6)).remarks
     assert "0 of 6 boxes leave their image, 6 have x2 <= x1 or y2 <= y1, read as" in remark
