@@ -70,7 +70,7 @@ def parse_code(cell) -> str:
 
 def run_by_hand(run_id: str) -> dict:
     """Execute 05b on the run and keep it; its facts."""
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    started, machine = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), describe_machine()
     clock = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{BY_HAND}.ipynb"
@@ -78,7 +78,7 @@ def run_by_hand(run_id: str) -> dict:
                                    cwd=str(NOTEBOOKS), kernel_manager_class=ThisPython)
         digest = keep_notebook(path)
     return {"run_id": run_id, "started": started, "seconds": round(time.monotonic() - clock, 1),
-            **describe_machine(), "outputs": digest}
+            **machine, "outputs": digest}
 
 
 def copy_pictures(run_id: str) -> None:
