@@ -172,6 +172,8 @@ def test_the_readmes_script_runs_as_it_stands(files, monkeypatch):
         warnings.filterwarnings("error", "prompts are not shared")
         exec(compile(script, "README.md", "exec"), {})
     assert Path("out/checkpoint-1/adapter_model.safetensors").is_file()
+    saved = json.loads(Path("out/checkpoint-1/processor_config.json").read_text())
+    assert saved["processor_class"] == "Qwen2_5_VLProcessor"
 
 
 def test_one_version_one_paper_and_one_address():

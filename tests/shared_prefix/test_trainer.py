@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import warnings
 from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
@@ -703,28 +702,6 @@ def test_text_alone_needs_only_a_tokenizer_and_a_tower_may_be_noticed_late(make_
     own.model.base_model.model.model.visual.requires_grad_(True)
     with pytest.warns(UserWarning, match="not shared: the vision tower is trained; freeze it"):
         own._check_sharing([])
-
-
-@pytest.mark.slow
-def test_the_guides_script_runs_as_it_stands(tmp_path, monkeypatch):
-    page = (ROOT / "notebooks/guide/trainer.md").read_text()
-    script = page.split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)
-    Path("Qwen").mkdir()
-    Path("Qwen/Qwen2.5-VL-3B-Instruct").symlink_to(ROOT / "mig_kit/tiny_base")
-    rows = []
-    for number in (1, 2):
-        picture(number).save(f"{number}.png")
-        rows.append({"prompt": MESSAGES[0], "images": ["1.png", f"{number}.png"], "image": number})
-    Path("questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr("trl.GRPOConfig", partial(
-        GRPOConfig, use_cpu=True, bf16=False, max_steps=1, max_completion_length=4, save_steps=1,
-        report_to="none"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "prompts are not shared")
-        exec(compile(script, "trainer.md", "exec"), {})
-    saved = json.loads(Path("out/checkpoint-1/processor_config.json").read_text())
-    assert saved["processor_class"] == "Qwen2_5_VLProcessor"
 
 
 @pytest.mark.slow
