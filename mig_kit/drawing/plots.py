@@ -127,10 +127,7 @@ def _make_panels(count: int, height: float, **more) -> tuple[plt.Figure, list[Ax
 
 def plot_curves(rows: list[dict], names: list[str], title: str, smooth: int = 1, x: str = "step",
                 unit: str = "update"):
-    """A panel per name over x: a faint line of values, a strong one of their mean over `smooth`.
-
-    unit: what a step is called.
-    """
+    """A panel per name over x, a faint line of values, a strong one of their mean over `smooth`."""
     table = pd.DataFrame(rows)
     names = [n for n in names if n in table and table[n].notna().any()]
     figure, panels = _make_panels(len(names), 1.9)
