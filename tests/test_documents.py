@@ -89,8 +89,10 @@ def test_links_lead_somewhere(page):
 
 def test_readme_and_guide_are_short():
     assert len(README.split()) <= 850 and len(README.splitlines()) <= 115
-    words = [word for page in GUIDE.glob("*.md") for word in page.read_text().split()]
-    assert sum(bool(re.search(r"\w", word)) for word in words) <= 9_500  # rules of tables aside
+    pages = [re.sub("<!-- evidence.*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
+             for page in GUIDE.glob("*.md")]  # without tables that evidence fills
+    words = [word for page in pages for word in page.split()]
+    assert sum(bool(re.search(r"\w", word)) for word in words) <= 8_870  # rules of tables aside
 
 
 def test_the_readmes_figures_of_speed_and_size():
