@@ -164,8 +164,8 @@ def calibration_notes(result: dict, name: str) -> list[str]:
         notes.append(f"{name}: {result['boxes']} boxes are too few to fit a shift.")
     else:
         notes.append(f"{name}: no shift that all images share is shown, as the interval holds 0; "
-                     "one that depends on an image's size (padding, a limit of pixels) cannot "
-                     "be.")
+                     "one that depends on an image's size (padding, a limit of pixels) never "
+                     "shows here.")
     if any(min(abs(1 / a - bound) for bound in SLOPES) < 1e-6 for a, _ in result["map"].values()):
         notes.append(f"{name}: the fit of an edge has not converged: its slope ended at the bound "
                      "of 0.1 to 10.")
