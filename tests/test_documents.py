@@ -92,7 +92,7 @@ def test_readme_and_guide_are_short():
     pages = [re.sub("<!-- evidence.*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
              for page in GUIDE.glob("*.md")]  # without tables that evidence fills
     words = [word for page in pages for word in page.split()]
-    assert sum(bool(re.search(r"\w", word)) for word in words) <= 8_870  # rules of tables aside
+    assert sum(bool(re.search(r"\w", word)) for word in words) <= 9_000  # rules of tables aside
 
 
 def test_the_readmes_figures_of_speed_and_size():

@@ -299,7 +299,7 @@ class Evaluate(Seeded, OnHardware, Served):
 class Report(StageParams):
     """07_report."""
 
-    gallery_per_kind: Positive = param(6, "samples of each outcome in the gallery")
+    gallery_per_kind: Positive = param(6, "samples of each outcome of a suite in the gallery")
 
 
 class Benchmark(StageParams):
