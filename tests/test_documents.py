@@ -114,6 +114,24 @@ def test_the_readmes_released_replies_are_those_of_their_page():
         assert f"| {constant} |" in page
 
 
+def test_the_guides_script_puts_released_replies_in_order(tmp_path, monkeypatch):
+    (script,) = read_blocks(TEXTS["notebooks/guide/what_is_a_point.md"], "python")
+    monkeypatch.chdir(tmp_path)
+    files = {"MIG-Bench/revised_MIG_bench.json": [{"task": name} for name in ("diff", "region",
+                                                                              "diff")],
+             "results/migician/1.json": [{"task": "diff", "answer": "A"},
+                                         {"task": "diff", "answer": "C"}, {"iou": 1}],
+             "results/migician/2.json": [{"task": "region", "answer": "B"}, {"iou": 1}]}
+    for name, content in files.items():
+        path = tmp_path / "eval" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    exec(compile(script, "what_is_a_point.md", "exec"), {})
+    lines = map(json.loads, Path("replies.jsonl").read_text().splitlines())
+    assert [*lines] == [{"index": 0, "response": "A"}, {"index": 1, "response": "B"},
+                        {"index": 2, "response": "C"}]
+
+
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

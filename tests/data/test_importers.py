@@ -117,10 +117,11 @@ def test_the_guides_script_for_conversations(root, monkeypatch, capsys):
             "conversations"]},
         with_system,
         talk(both, (where, "[1, 2, 30, 40]")), talk(["a.png"], (where, "[1,2,3,4],[5,6,7,8]")),
-        talk(["a.png"], (f"{where} [1,2,3,4]", "[1,2,3,4]"))]).encode(), name="train.json")
+        talk(["a.png"], (f"{where} [1,2,3,4]", "[1,2,3,4]")), talk([], ("No image", "[1,2,3,4]"))
+    ]).encode(), name="train.json")
     first, second = run_script(1, root, monkeypatch)
     assert first == {"images": ["b.png"], "question": "Where is it?", "image": 1,
                      "box": [100, 300, 200, 900], "coordinates": "normalized_1000"}
     assert (second["question"], second["image"], second["box"]) == (
         "Where is it?", 2, [1, 2, 30, 40])
-    assert capsys.readouterr().out == "3 records left out\n"
+    assert capsys.readouterr().out == "4 records left out\n"
