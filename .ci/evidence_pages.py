@@ -155,7 +155,10 @@ def longer(records: dict[str, list[dict]]) -> str:
     rows = [[f"GRPO over SFT of equal time, {count_seeds(pairs)}", *(
         describe(np.array([100 * (by_task(a, "grpo", suite) - by_task(b, "sft", suite)).mean()
                            for a, b in pairs])) for suite in NAMES)]]
-    return render(["points", *map(short_title, NAMES)], rows)
+    longer_minutes, minutes = (", ".join(f"{pair[side]['minutes']:.0f}" for pair in pairs)
+                               for side in (1, 0))
+    return (render(["points", *map(short_title, NAMES)], rows)
+            + f"\n\nMinutes, pair by pair: SFT {longer_minutes}; the recipe's 02 to 05 {minutes}.")
 
 
 def draws(records: dict[str, list[dict]]) -> str:
