@@ -59,7 +59,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             Fewer need less memory and one more forward pass.
         strict: Raise ValueError where a warning would say that prompts are not shared, or that
             others draw completions.
-        check_every: Updates after which the self-check, which costs about two, is repeated; 0: only
+        check_every: Updates after which the self-check, which costs two of one prompt, is repeated; 0: only
             at the first batch of a training, resumed or not, and two updates later.
     """
 
