@@ -59,8 +59,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             Fewer need less memory and one more forward pass.
         strict: Raise ValueError where a warning would say that prompts are not shared, or that
             others draw completions.
-        check_every: Updates after which the self-check, which costs two of one prompt, is repeated; 0: only
-            at the first batch of a training, resumed or not, and two updates later.
+        check_every: Updates after which the self-check, which costs about two of one prompt, is
+            repeated; 0: only at the first batch of a training, resumed or not, and two updates
+            later.
     """
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
