@@ -216,9 +216,9 @@ def provenance(records: dict[str, list[dict]]) -> str:
     changed = sum(record["git"].endswith("+") for record in everyone)
     made_by = {read_option(record["evidence"]["commands"][0], "--run-id"): record["git"][:7]
                for record in records["recipe"]}
-    of_others = sum(made_by.get(read_option(command, "--from"), record["git"][:7])
-                    != record["git"][:7] for record in everyone
-                    for command in record["evidence"]["commands"][:1] if "--from" in command)
+    of_others = sum("--from" in (command := record["evidence"]["commands"][0])
+                    and made_by.get(read_option(command, "--from")) not in (
+                        None, record["git"][:7]) for record in everyone)
     machines = sorted({record["machine"] for record in everyone})
     codes = sorted({record["evidence"]["smoke"][:12] for record in everyone})
     return (f"{len(everyone)} of {len(list_items())} records, version {__version__}, commits "
