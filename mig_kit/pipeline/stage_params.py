@@ -137,6 +137,7 @@ class Synthesize(Seeded):
 
     cot_per_task: Count = param(360, "samples per task for which the teacher writes a trace")
     free_form_per_task: Count = param(160, "general questions per kind, for the cold start")
+    traces_per_question: Positive = param(2, "traces that the rules write for a question")
     rl_per_task: Count = param(200, "candidate prompts per task for reinforcement learning")
     rl_free_form_per_task: Count = param(
         80, "candidates per kind of question that a letter answers")
@@ -190,13 +191,14 @@ class Synthesize(Seeded):
 class Sft(Training):
     """02_sft."""
 
-    num_train_epochs: Rate = param(4.0, "passes over the cold-start set")
+    num_train_epochs: Rate = param(2.0, "passes over the cold-start set")
     learning_rate: Rate = param(0.001, "peak learning rate")
     lora_r: Positive = param(83, "rank; of equal size: 83 on attention, 32 on all, 78 on gate_up")
     lora_dropout: float = param(0.0, "dropout on the adapter input", ge=0, lt=1)
     reasoning: bool = param(True, "learn the whole reply; false: its <answer> alone")
-    max_samples: Count = param(0, "use only so many samples; 0 for all")
-    per_device_train_batch_size: Positive = param(16, "samples per device and step")
+    max_samples: Count = param(0, "use only so many traces; 0 for all")
+    per_device_train_batch_size: Positive = param(
+        8, "questions per device and step, each with all of its traces")
     gradient_accumulation_steps: Positive = param(2, "steps per update")
     lr_scheduler_type: Schedule = param("cosine", "linear (to 0), cosine, constant_with_warmup")
     warmup_steps: Count = param(10, "linear warm-up, updates")
@@ -210,7 +212,7 @@ class Merge(OnHardware):
 class RejectionSampling(Seeded, OnHardware, Served):
     """04_rejection_sampling."""
 
-    replies: Positive = param(8, "replies drawn per candidate")
+    replies: Positive = param(4, "replies drawn per candidate")
     min_pass_rate: Share = param(0.2, "drop prompts with a lower one")
     max_pass_rate: Share = param(0.8, "drop prompts with a higher one")
     per_task: Positive = param(400, "keep at most so many prompts per task")
@@ -227,7 +229,7 @@ class Grpo(Training, Served):
     """05_grpo."""
 
     learning_rate: Rate = param(0.0006, "peak learning rate")
-    max_steps: Positive = param(125, "updates")
+    max_steps: Positive = param(75, "updates")
     num_generations: int = param(8, "replies per prompt, G", ge=2)
     temperature: Rate = param(1.0, "sampling temperature")
     max_completion_length: Positive = param(128, "longest reply")

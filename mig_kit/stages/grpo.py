@@ -164,12 +164,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
         trainer = recipe_trainer.ResumableGRPOTrainer(**common)  # stock TRL
     trainer.add_callback(recipe_trainer.KeepRollouts(  # draws before the first update, too
         trainer, policy, samples, folder, ROLLOUT_STEPS, describe))
-    if hardware.device == "cuda":
-        # TRL makes the adapter of a 4-bit model bfloat16, which rounds away three quarters of the
-        # updates of A at the full profiles' learning rate. The tiny profile has larger updates.
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    resuming.train_in_float32(trainer.model)
     return trainer
 
 

@@ -50,20 +50,25 @@ def _messages(sample: Sample, reply: str, box_format: BoxFormat) -> dict:
 
 def sft_table(samples: Sequence[Sample], replies: Sequence[str], box_format: BoxFormat,
               multiple: int = 1) -> Dataset:
-    """A row per sample: its number and `length`, about how many tokens it has; decodes no image.
+    """A row per question: `rows`, the numbers of its samples, one for each of its replies, and
+    `length`, about how many tokens they have; decodes no image.
 
     Copies of the shortest row, marked `is_filler` for they carry no loss, fill it up to a multiple
     of rows: accelerate would fill up the last processes' batches with rows that then teach twice.
     """
-    lengths = []
-    for sample, reply in zip(samples, replies, strict=True):
+    questions: dict[tuple[str, str], list[int]] = {}
+    lengths: dict[tuple[str, str], int] = {}
+    for row, (sample, reply) in enumerate(zip(samples, replies, strict=True)):
+        key = sample.suite, sample.id
+        questions.setdefault(key, []).append(row)
         areas = (min(width * height, box_format.max_pixels) for width, height in sample.sizes)
-        image_tokens = sum(areas) // 784
-        lengths.append(image_tokens + (len(sample.question) + len(reply)) // 3)
-    rows = list(range(len(lengths)))
-    rows += [min(rows, key=lengths.__getitem__)] * (-len(rows) % multiple)
-    return Dataset.from_dict({"row": rows, "length": [lengths[row] for row in rows],
-                              "is_filler": [place >= len(lengths) for place in range(len(rows))]})
+        of_prompt = sum(areas) // 784 + len(sample.question) // 3
+        lengths[key] = lengths.get(key, of_prompt) + len(reply) // 3
+    keys = list(questions)
+    fillers = [min(keys, key=lengths.__getitem__)] * (-len(keys) % multiple)
+    return Dataset.from_dict({"rows": [questions[key] for key in keys + fillers],
+                              "length": [lengths[key] for key in keys + fillers],
+                              "is_filler": [False] * len(keys) + [True] * len(fillers)})
 
 
 def load_qlora_policy(base: str | Path, hardware: loading.Hardware, box_format: BoxFormat,
@@ -77,7 +82,8 @@ def load_qlora_policy(base: str | Path, hardware: loading.Hardware, box_format: 
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
-    """Rows in random order, but sorted by length within an update, to pad its parts less.
+    """Rows in random order, but sorted by length within an update, so that processes side by side
+    have about as many tokens to read.
 
     Args:
         lengths: tokens of each row.
@@ -112,64 +118,75 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         yield from range(rows, len(self.lengths))
 
 
-class CompletionLossTrainer(resuming.KeepAdapterDtype, SFTTrainer):
+class CompletionLossTrainer(SFTTrainer):
     """TRL's trainer, with its loss and figures, in which every token of an update weighs the same.
 
-    A prompt is encoded once, and only states that a reply's token follows reach the head. Column
-    `row` numbers `samples` and `replies`.
+    A prompt is read once for all its replies, and only states that a reply's token follows reach
+    the head. Column `rows` numbers `samples` and `replies`.
     """
 
     def __init__(self, *args, cache: SampleCache, samples: Sequence[Sample],
                  replies: Sequence[str], **kwargs):
         self.cache, self.samples, self.replies = cache, samples, replies
         self.completions: dict[int, torch.Tensor] = {}  # token ids by row
+        # of this process since the last update: entropy, correct, reply and prompt tokens
+        self.sums = torch.zeros(4, dtype=torch.float64)
         super().__init__(*args, data_collator=self.collate, **kwargs)
         # Qwen's class wrongly reports that it takes no `num_items_in_batch`. Without it every
         # part of an update would weigh the same, and tokens of short replies more than others
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
 
     def collate(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """row: (rows,); labels: (rows, tokens) of completions, -100 for padding and fillers."""
-        for row in {example["row"] for example in examples} - self.completions.keys():
+        """row: (replies,); labels: (replies, tokens) of completions, -100 for padding, fillers."""
+        rows = [row for example in examples for row in example["rows"]]
+        for row in {*rows} - self.completions.keys():
             self.completions[row] = completion_ids(self.samples[row], self.replies[row],
                                                    self.cache.processor, self.cache.box_format)
-        completions = [self.completions[example["row"]] for example in examples]
+        completions = [self.completions[row] for row in rows]
         labels = pad_rows(completions, max(map(len, completions)), -100)
-        labels[[bool(example.get("is_filler")) for example in examples]] = -100
-        return {"row": torch.tensor([example["row"] for example in examples]), "labels": labels}
+        labels[[example["is_filler"] for example in examples for _ in example["rows"]]] = -100
+        return {"row": torch.tensor(rows), "labels": labels}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean over num_items_in_batch tokens, those of all parts of the update."""
         mask = inputs["labels"] != -100
-        rows = mask.any(1)
-        if not rows.any():  # of several processes one has fillers alone
-            self._log_figures(torch.zeros(0, 1), torch.zeros(0), 0)
+        has_loss = mask.any(1)
+        if not has_loss.any():  # of several processes one has fillers alone
             return torch.zeros((), device=mask.device, requires_grad=True)
-        ids, mask = inputs["labels"][rows].clamp(min=0), mask[rows]
-        prompts = self.cache.get([self.samples[row] for row in inputs["row"][rows].tolist()])
+        ids, mask = inputs["labels"][has_loss].clamp(min=0), mask[has_loss]
+        samples = [self.samples[row] for row in inputs["row"][has_loss].tolist()]
+        questions = {(sample.suite, sample.id): sample for sample in samples}
+        numbers = {key: number for number, key in enumerate(questions)}
+        prompt_index = torch.tensor([numbers[sample.suite, sample.id] for sample in samples],
+                                    device=ids.device)
+        prompts = self.cache.get(list(questions.values()))
         model = unwrap_peft(self.accelerator.unwrap_model(model))
         with self.accelerator.autocast():
-            prompt_index = torch.arange(len(prompts), device=ids.device)
             states = completion_states(model, prompts, prompt_index, ids, mask)
             logits = model.lm_head(states).float()
         loss = cross_entropy(logits, ids[mask], reduction="sum")
         loss = loss / (num_items_in_batch or len(logits))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
-        self._log_figures(logits.detach(), ids[mask], sum(len(prompt.ids) for prompt in prompts))
+        self._add_figures(logits.detach(), ids[mask], sum(len(prompt.ids) for prompt in prompts))
         return loss
 
-    def _log_figures(self, logits: torch.Tensor, targets: torch.Tensor, prompt_tokens: int) -> None:
-        """Log entropy and the share of correct tokens over all processes."""
+    def _add_figures(self, logits: torch.Tensor, targets: torch.Tensor, prompt_tokens: int) -> None:
+        """Add a part's entropy and correct tokens to those of its update."""
         logps = logits.log_softmax(-1)
-        counts = logps.new_tensor([len(targets), prompt_tokens])
-        sums = torch.cat([torch.stack([-(logps.exp() * logps).sum(),
-                                       (logits.argmax(-1) == targets).sum()]), counts])
-        sums = self.accelerator.gather(sums.to(self.accelerator.device)[None]).sum(0).tolist()
+        self.sums += torch.stack([-(logps.exp() * logps).sum(),
+                                  (logits.argmax(-1) == targets).sum(),
+                                  logps.new_tensor(len(targets)),
+                                  logps.new_tensor(prompt_tokens)]).double().cpu()
+
+    def log_figures(self) -> None:
+        """Log an update's mean entropy and share of correct tokens, over all its tokens."""
+        sums = self.accelerator.gather(self.sums.to(self.accelerator.device)[None]).sum(0).tolist()
+        self.sums.zero_()
         entropy, n_correct, n_targets, prompt_tokens = sums
         logged = self._metrics["train"]
-        logged["entropy"].append(entropy / max(1, n_targets))
-        logged["mean_token_accuracy"].append(n_correct / max(1, n_targets))
+        logged["entropy"].append(entropy / n_targets)
+        logged["mean_token_accuracy"].append(n_correct / n_targets)
         self._total_train_tokens += int(prompt_tokens + n_targets)
         logged["num_tokens"] = [self._total_train_tokens]
 
@@ -178,6 +195,7 @@ class CompletionLossTrainer(resuming.KeepAdapterDtype, SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             average_gradients(self.model, self.accelerator.num_processes)
+            self.log_figures()
         return loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
@@ -208,9 +226,11 @@ def sft_trainer(policy: loading.Policy, samples: Sequence[Sample], replies: Sequ
     rows_side_by_side = config.world_size * config.per_device_train_batch_size
     table = sft_table(samples, replies, policy.box_format,
                       rows_side_by_side if config.world_size > 1 else 1)
-    return CompletionLossTrainer(
+    trainer = CompletionLossTrainer(
         model=policy.model, args=config, train_dataset=table, callbacks=callbacks, cache=cache,
         samples=samples, replies=replies, processing_class=policy.processor)
+    resuming.train_in_float32(trainer.model)
+    return trainer
 
 
 def read_traces(traces: str | Path, params: SimpleNamespace) -> tuple[TableRows, TableRows]:

@@ -19,14 +19,21 @@ from mig_kit.world.teacher import write_trace
 class RuleBasedTraces(list):
     """The rule-based teacher's trace for every sample, each with a random state of its own.
 
+    A sample that comes again gets another trace.
+
     error_rate, jitter, mix: see `teacher.write_trace`.
     """
 
     def __init__(self, samples: Iterable[Sample], seed: int, box_format: BoxFormat,
                  error_rate: float = 0.2, jitter: float = 0.7,
                  mix: tuple[float, float, float] = (1.0, 1.0, 1.0)):
-        super().__init__(write_trace(sample, random.Random(f"{seed}/{sample.id}"), box_format, mix,
+        self.n_traces: Counter[str] = Counter()  # by sample id
+        super().__init__(write_trace(sample, self._random_state(seed, sample.id), box_format, mix,
                                      error_rate, jitter) for sample in samples)
+
+    def _random_state(self, seed: int, sample_id: str) -> random.Random:
+        number, self.n_traces[sample_id] = self.n_traces[sample_id], self.n_traces[sample_id] + 1
+        return random.Random(f"{seed}/{sample_id}" + f"/{number}" * bool(number))
 
 
 def read_own_traces(path: Path) -> TableRows:

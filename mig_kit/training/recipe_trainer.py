@@ -34,13 +34,13 @@ from mig_kit.shared_prefix.generation import (
 )
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
-from mig_kit.training.resuming import EpochRepeatSampler, KeepAdapterDtype
+from mig_kit.training.resuming import EpochRepeatSampler
 
 # of KeepRollouts, whose random numbers are the same at every step
 PROMPTS, REPLIES, SEED = 4, 4, 748
 
 
-class _ResumableOrder(KeepAdapterDtype):
+class _ResumableOrder:
     """Mixin: prompts come in the same order after a kill; see also `resuming.train_or_resume`."""
 
     def _get_train_sampler(self, dataset=None):
