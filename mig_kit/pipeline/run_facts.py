@@ -92,6 +92,11 @@ def describe_machine() -> dict:
     return {"versions": package_versions(), "machine": machine, "git": _read_commit()}
 
 
+def processor_seconds() -> float:
+    """Of this process and of all that it has waited for."""
+    return sum(os.times()[:4])
+
+
 def _read_commit() -> str:
     """The project's commit, "+" for a changed tree; "" if there is no clone or no git."""
     # named, a clone may be another user's, and a repository around it is not asked

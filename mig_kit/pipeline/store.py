@@ -21,7 +21,7 @@ from mig_kit.pipeline import run_folders, stage_keys
 from mig_kit.pipeline.model_cards import CARD, write_card
 from mig_kit.pipeline.params import default_params, validate_params
 from mig_kit.pipeline.plan import check_run
-from mig_kit.pipeline.run_facts import describe_machine, package_versions
+from mig_kit.pipeline.run_facts import describe_machine, package_versions, processor_seconds
 
 DEFAULT_RUN = "default"  # which a new run of a notebook starts from
 STARTED = "started.json"
@@ -174,6 +174,7 @@ class Stage:
     spent: float
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
+    cpu_clock: float = field(default_factory=processor_seconds)
     is_finished: bool = False
 
     @property
@@ -219,7 +220,10 @@ class Stage:
                 "stats": {name: stage_keys.file_stats(path) for name, path in files.items()},
                 "summary": summary.replace(str(folder), str(final)), **describe_machine(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
-                "seconds": round(self.spent + time.monotonic() - self.clock, 1), **facts})
+                "seconds": round(self.spent + time.monotonic() - self.clock, 1),
+                # of a stage that was stopped before, only a part was seen
+                "processor_seconds": None if self.spent else round(
+                    processor_seconds() - self.cpu_clock, 1), **facts})
             if final.exists():
                 shutil.rmtree(final)
             folder.rename(final)

@@ -1,5 +1,6 @@
 """Replies of one or several models to many samples, in files that a killed stage resumes from."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -10,11 +11,18 @@ from types import SimpleNamespace
 import torch
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import append_json_lines, progress_bar, release_memory
+from mig_kit.common import (
+    append_json_lines,
+    model_folder,
+    progress_bar,
+    release_memory,
+    write_json,
+)
 from mig_kit.image_files import LazyImages
 from mig_kit.models.loading import Hardware, Policy, load_policy
 from mig_kit.models.sample_prompts import SampleCache, make_cache
 from mig_kit.sample import Sample
+from mig_kit.serving import shipped_replies
 from mig_kit.serving.server import Question, ServedModel, serve_model
 from mig_kit.serving.stored_replies import count_endings, load_replies, reply_file, reply_row
 from mig_kit.shared_prefix.decoding import fuse_decoding_weights, train_mode_for_4bit_layers
@@ -27,6 +35,7 @@ from mig_kit.shared_prefix.generation import (
 )
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
+SHIPPED = "shipped.json"  # reply file -> replies in it that were shipped with the base
 BATCH_SIZE = 64  # prompts of a batch
 CPU_WORKERS = 2  # batches under way at a time on a CPU, each on its share of the cores
 
@@ -48,6 +57,13 @@ def open_policy(model: str | Path, system: str, hardware: Hardware, box_format: 
 def describe_source(params: SimpleNamespace) -> str:
     """What draws a stage's replies, as its record says it."""
     return f"served: {params.server}" if params.server else "the kit's own loop"
+
+
+def describe_shipped(folder: Path) -> str:
+    """"3,400 of the base's replies are those shipped with it", or ""; folder: the replies'."""
+    path = folder / SHIPPED
+    count = sum(json.loads(path.read_text()).values()) if path.is_file() else 0
+    return f"{count:,} of the base's replies are those shipped with it" * bool(count)
 
 
 def greedy_replies(policy: Policy, samples: Sequence[Sample],
@@ -189,6 +205,8 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
     cache: SampleCache | None = None
     replies: dict[str, dict] = {}
     for system, model in models.items():
+        if not params.server and Path(model) == model_folder(shipped_replies.BASE):
+            _take_shipped(system, samples, drawn_samples, hardware, box_format, folder, params)
         if cache:
             cache.release()  # so that two models need not be in memory at a time
         release_memory()
@@ -201,6 +219,33 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
                                               folder, params)
             policy = None  # frees the system before the next
     return replies
+
+
+def list_reply_keys(samples: dict[str, list[Sample]], drawn_samples: dict[str, list[Sample]],
+                    dtype: str, box_format: BoxFormat,
+                    params: SimpleNamespace) -> dict[tuple[str, str], str]:
+    """(suite, kind of reply) -> `shipped_replies.reply_key`; arguments as of `suite_replies`."""
+    greedy, drawn = (SamplingOptions(temperature, max_new_tokens=params.max_new_tokens)
+                     for temperature in (0.0, 1.0))
+    asked = [(suite, "greedy", part, 1, greedy) for suite, part in samples.items()]
+    asked += [(suite, "drawn", part, params.replies, drawn)
+              for suite, part in drawn_samples.items() if params.replies]
+    return {(suite, kind): shipped_replies.reply_key(part, box_format, dtype, count, sampling,
+                                                     params.seed)
+            for suite, kind, part, count, sampling in asked}
+
+
+def _take_shipped(system: str, samples: dict[str, list[Sample]],
+                  drawn_samples: dict[str, list[Sample]], hardware: Hardware,
+                  box_format: BoxFormat, folder: Path, params: SimpleNamespace) -> None:
+    """Put the shipped base's replies where they would be drawn, and print how many they are."""
+    keys = list_reply_keys(samples, drawn_samples, str(hardware.dtype), box_format, params)
+    paths = {key: reply_file(folder, system, *of) for of, key in keys.items()}
+    counts = {path.name: shipped_replies.fetch_replies(key, path) for key, path in paths.items()
+              if not path.is_file()}
+    if any(counts.values()):
+        write_json(folder / SHIPPED, counts)
+        print(describe_shipped(folder))
 
 
 def count_endings_by_system(replies: dict, folder: Path) -> dict:

@@ -189,8 +189,9 @@ def describe_run(records: dict[str, dict], samples: dict[str, Sequence[Sample]])
     facts += [f"{drawn} drawn questions, to be compared with each other alone"] * bool(drawn)
     minutes = sum(record["seconds"] for record in records.values()) / 60
     hardware = dict.fromkeys(record.get("hardware") for record in records.values())
+    shipped = records["06_evaluate"].get("shipped")
     return "; ".join([" and ".join(facts), f"{minutes:.1f} minutes", *filter(None, hardware),
-                      f"mig-kit {__version__}"])
+                      *filter(None, [shipped]), f"mig-kit {__version__}"])
 
 
 def describe_outcome(metrics: dict) -> str:

@@ -93,6 +93,8 @@ def test_loss_figures_and_gradients_are_trls(tmp_path, make_trainer, rows, check
         trainer._total_train_tokens = 0
         loss = compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(100))
         loss.backward()
+        if compute_loss == trainer.compute_loss:
+            trainer.log_figures()
         figures = {name: logged[name][0]
                    for name in ("entropy", "mean_token_accuracy", "num_tokens")}
         gradients = {name: parameter.grad.clone()
@@ -108,6 +110,41 @@ def test_loss_figures_and_gradients_are_trls(tmp_path, make_trainer, rows, check
     for name, gradient in gradients.items():
         expected = stock_gradients[name]
         assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+@pytest.mark.slow
+def test_two_traces_of_a_question_teach_what_they_teach_apart(tmp_path, make_trainer, rows):
+    """Their prompt is read once; figures are of all tokens, in however many parts."""
+    samples, replies = rows[0][:6], rows[1][:6]
+    samples = [sample for sample in samples for _ in range(2)]
+    replies = [text for reply in replies
+               for text in (reply, reply.replace("<think>", "<think>Well. "))]
+    table = sft.sft_table(samples, replies, BOX_FORMAT)
+    assert table["rows"][:] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    trainer = make_trainer(tmp_path)
+    trainer.samples, trainer.replies = samples, replies
+    set_random_adapter(trainer.model)
+
+    def learn(*parts):
+        trainer.model.zero_grad()
+        trainer._metrics["train"].clear()
+        loss = 0.0
+        for part in parts:
+            batch = trainer.collate([{"rows": numbers, "is_filler": False} for numbers in part])
+            value = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(100))
+            value.backward()
+            loss += value.item()
+        trainer.log_figures()
+        figures = {name: trainer._metrics["train"][name][0]
+                   for name in ("entropy", "mean_token_accuracy")}
+        return loss, figures, torch.cat([weight.grad.flatten() for weight
+                                         in trainer.model.parameters() if weight.requires_grad])
+
+    loss, figures, gradient = learn(table["rows"][:4], table["rows"][4:])
+    apart, figures_apart, gradient_apart = learn([[row] for row in range(12)])
+    assert loss == pytest.approx(apart, rel=1e-5)
+    assert figures == pytest.approx(figures_apart, rel=1e-5)
+    assert (gradient - gradient_apart).norm() <= 1e-5 * gradient_apart.norm()
 
 
 @pytest.mark.slow
