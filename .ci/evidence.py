@@ -171,13 +171,17 @@ def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
                for suite, columns in result["items"].items()}
     trained = run_folders.load_record("02_sft", run_id)
     asked = run_folders.finished_params("06_evaluate", run_folders.load_branch(run_id)["from"])
-    seconds = sum(run_folders.load_record(stage, run_id)["seconds"]
-                  for stage in ("02_sft", "03_merge"))
+    stages = [run_folders.load_record(stage, run_id) for stage in ("02_sft", "03_merge")]
+    seconds = sum(stage["seconds"] for stage in stages)
+    spent = [stage["processor_seconds"] for stage in stages]
     path = FOLDER / f"{run_id}.json"
     write_json(path, asdict(EvaluatedRun(
         run_id, seed, seed, {"sft": correct}, float("nan"), seconds / 60, trained["git"],
         trained["machine"], trained["versions"]["mig-kit"],
-        {name: asked[name] for name in ("eval_seed", "suites")}, questions=result["questions"])))
+        {name: asked[name] for name in ("eval_seed", "suites")}, questions=result["questions"],
+        scores={"sft": {suite: by_protocol["strict"]["score"]
+                        for suite, by_protocol in result["scores"].items()}},
+        processor_seconds=None if None in spent else sum(spent))))
     return path
 
 

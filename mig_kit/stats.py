@@ -52,16 +52,23 @@ def share_interval(count: float, total: float) -> list[float]:
 def mean_interval(values: Sequence[float], others: Sequence[float] = ()) -> list[float]:
     """95 % interval [low, high] of the mean of independent values, Student's t.
 
-    others: the mean's difference to theirs, with unequal variances (Welch). NaN for a single value
-    on a side, and for values that do not differ.
+    others: the mean's difference to theirs, with unequal variances (Welch); of a single value it is
+    a prediction interval, as if that were one more of the other side's. NaN where no side has two
+    values, and for values that do not differ.
     """
     sides = [np.asarray(side, dtype=float) for side in (values, others) if len(side)]
-    if any(len(side) < 2 for side in sides) or not any(map(np.ptp, sides)):
+    several = [side for side in sides if len(side) > 1]
+    if not any(map(np.ptp, several)):
         return [float("nan")] * 2
-    errors = [side.var(ddof=1) / len(side) for side in sides]
-    degrees = sum(errors) ** 2 / sum(error ** 2 / (len(side) - 1)
-                                     for error, side in zip(errors, sides))
-    half = float(student_t.ppf(0.975, degrees) * sum(errors) ** 0.5)
+    if len(several) < len(sides):
+        (side,) = several
+        error, degrees = side.var(ddof=1) * (1 + 1 / len(side)), len(side) - 1
+    else:
+        errors = [side.var(ddof=1) / len(side) for side in sides]
+        error = sum(errors)
+        degrees = error ** 2 / sum(part ** 2 / (len(side) - 1)
+                                   for part, side in zip(errors, sides))
+    half = float(student_t.ppf(0.975, degrees) * error ** 0.5)
     value = float(sides[0].mean() - sum(side.mean() for side in sides[1:]))
     return [value - half, value + half]
 

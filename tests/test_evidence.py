@@ -54,6 +54,15 @@ def test_records_are_of_the_list_and_of_this_version():
                 for suite, size in record["params"]["suites"].items()}
 
 
+@pytest.mark.parametrize("item", RECORDED, ids=name_item)
+def test_a_record_s_bits_give_the_scores_that_06_wrote(item):
+    record = json.loads(item.path.read_text())
+    for system, by_suite in record["correct"].items():
+        for suite in by_suite:
+            score = 100 * evidence_pages.by_task(record, system, suite).mean()
+            assert score == pytest.approx(record["scores"][system][suite], abs=1e-6)
+
+
 def test_pages_hold_what_the_records_say():
     """Also that no record was deleted or edited: results.md holds the SHA-256 of all of them."""
     records = evidence_pages.load_records()

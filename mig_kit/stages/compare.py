@@ -1,8 +1,8 @@
 """Groups of runs side by side, such as a variant's seeds beside the recipe's.
 
-Intervals of 95 % are Student's t over the runs of a group; where there is one run, or runs do not
-differ, a bootstrap over lists of images, as in 06. Two groups are compared run by run if their runs
-share seeds (`pair_runs`).
+Intervals of 95 % are Student's t over runs; where no group has two, or runs do not differ, a
+bootstrap over lists of images, as in 06, and the cell says so. Two groups are compared run by run
+if their runs share seeds (`pair_runs`).
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,10 @@ from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, list_notes, loa
 from mig_kit.stages.tables import CLAIMS
 from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
-METHOD = ("Intervals: Student's t over the runs of a group; where there is one, or runs do not "
-          "differ, a bootstrap over lists of images, exact where few differ.")
+METHOD = ("Intervals: Student's t over runs, of one run beside several a prediction interval for "
+          "one more of these; \"questions only\": a bootstrap over lists of images, exact where few "
+          "differ, which says nothing about another seed. Of two runs both values are shown.")
+QUESTIONS_ONLY = ", questions only"
 REASONING = ("truth", "grounded")  # of `evaluate.summarize_reasoning`
 
 
@@ -213,8 +215,15 @@ def _widen(table: pd.DataFrame, index: list[str], columns: str = "title") -> pd.
 
 
 def _cell(row: dict) -> str:
+    """A row's value with its interval; of two runs, which tell little of their spread, both."""
     sign = "" if row["figure"].split()[0] in SYSTEMS else "+"
-    return stats.interval_text(row["value"], (row["low"], row["high"]), sign)
+    if row["over"] == "seeds" and len(row["by_run"]) == 2:
+        return "{} ({} and {})".format(*(f"{round(value, 1) + 0.0:{sign}.1f}"
+                                         for value in (row["value"], *row["by_run"])))
+    text = stats.interval_text(row["value"], (row["low"], row["high"]), sign)
+    is_trained = row["figure"].split()[0] != "base"
+    return text.replace(")", f"{QUESTIONS_ONLY})") if (
+        row["over"] == "questions" and row["runs"] == 1 and is_trained) else text
 
 
 def _claims_frame(table: pd.DataFrame) -> pd.DataFrame:

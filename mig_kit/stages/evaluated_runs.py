@@ -50,6 +50,8 @@ class EvaluatedRun:
     stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
     # by system and suite: truth and grounded of `evaluate.summarize_reasoning`
     reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # percent, as 06 wrote them
+    processor_seconds: float | None = None  # of stages 02 to 05; None where a part was not seen
 
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[
@@ -106,6 +108,9 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
     seed, has_sft = trained.get("seed", 0), run_folders.has_cold_start(run_id)
     curves = store.read_metrics(run_folders.stage_folder("05_grpo", run_id)).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
+    summaries = store.read_metrics(folder)["systems"]
+    spent = [stage.get("processor_seconds") for name, stage in stages.items()
+             if name > "02" and stage]
     return EvaluatedRun(
         run_id, synthesized.get("seed", seed), seed,
         {system: {suite: _correctness(folder / "replies", system, suite, part, box_format)
@@ -118,8 +123,10 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         trained.get("start_from", "merged"), record.get("questions", {}),
         changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
-                  if summary.get("reasoning")}
-         for system, by_suite in store.read_metrics(folder)["systems"].items()})
+                  if summary.get("reasoning")} for system, by_suite in summaries.items()},
+        {system: {suite: summary["score"] for suite, summary in by_suite.items()}
+         for system, by_suite in summaries.items()},
+        None if None in spent else round(sum(spent), 1))
 
 
 def _correctness(folder: Path, system: str, suite: str, samples: list[Sample],
@@ -172,18 +179,22 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
 
 def pair_runs(runs: Sequence[EvaluatedRun],
               others: Sequence[EvaluatedRun]) -> list[tuple[EvaluatedRun, EvaluatedRun]]:
-    """The (run, other) pairs that share a seed of 01, which decides the traces.
+    """The (run, other) pairs that share the seed of 01, which decides the traces; where a group has
+    several runs of such a seed, as draws of RL from one cold start, those that share all seeds.
 
     Exactly one run of each group must have the seed. A single pair counts only if each group is
     one run.
     """
-    by_seed = defaultdict(lambda: ([], []))
-    for side, group in enumerate((runs, others)):
-        for run in group:
-            by_seed[run.data_seed][side].append(run)
-    pairs = [(mine[0], theirs[0]) for mine, theirs in by_seed.values()
-             if len(mine) == len(theirs) == 1]
-    return pairs if len(pairs) > 1 or len(runs) == len(others) == 1 else []
+    for key in (lambda run: run.data_seed, lambda run: (run.data_seed, run.seed)):
+        by_seed = defaultdict(lambda: ([], []))
+        for side, group in enumerate((runs, others)):
+            for run in group:
+                by_seed[key(run)][side].append(run)
+        pairs = [(mine[0], theirs[0]) for mine, theirs in by_seed.values()
+                 if len(mine) == len(theirs) == 1]
+        if len(pairs) > 1 or pairs and len(runs) == len(others) == 1:
+            return pairs
+    return []
 
 
 def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str) -> list[str]:
@@ -198,8 +209,9 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
         "more": single * (system != "base"),
         "Runs with the same seed of 01 may share a cold start, and are counted as independent":
             sharing * (system != "base"),
-        f"Not compared with {reference} seed by seed, for no two pairs of runs have a seed of 01 "
-        "that is theirs alone": unpaired}
+        f"Not compared with {reference} seed by seed, for no two pairs of runs share seeds; such "
+        "runs come of mig-kit run --run-id NAME-SEED -p seed SEED, with the same seeds in both "
+        "groups": unpaired}
     notes = [f"{text}: {', '.join(names)}." for text, names in groups.items() if names]
     return notes + [f"{note}." for members in runs.values() for run in members
                     for note in run.stale]

@@ -77,7 +77,9 @@ def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
                                   for sample, value in zip(samples, values)]
     write_json(evaluated / "run.json",
                {"params": PARAMS | changed, "git": "abc", "machine": "two cores"})
-    write_json(evaluated / "metrics.json", {"systems": {}})
+    write_json(evaluated / "metrics.json", {"systems": {system: {
+        suite: {"score": plain_score(correct[system, suite])} for suite in SUITES}
+        for system in skill}})
     write_json(synthesized / "run.json",
                {"params": {"seed": seed if data_seed is None else data_seed}})
     write_json(trained / "run.json", {"params": {"seed": seed}, "seconds": 300})
@@ -151,7 +153,29 @@ def test_groups_of_other_seeds_by_hand():
     degrees = error ** 2 / ((4 / 3) ** 2 / 2 + (2 / 2) ** 2 / 1)
     half = student_t.ppf(0.975, degrees) * error ** 0.5
     assert mean_interval(np.array([1.0, 3, 5]), [0.0, 2.0]) == pytest.approx([2 - half, 2 + half])
-    assert np.isnan(mean_interval(np.array([1.0, 3]), [0.0])).all()
+    assert np.isnan(mean_interval(np.array([1.0]), [0.0])).all()
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_one_run_beside_several_has_their_spread(swap):
+    """Mean 3 and standard deviation 2 of three runs; one more of them lies 2.3 away or nearer."""
+    half = student_t.ppf(0.975, 2) * 2 * (1 + 1 / 3) ** 0.5
+    sides, value = ([1.0, 3, 5], [4.0]), -1
+    if swap:
+        sides, value = sides[::-1], 1
+    assert mean_interval(*sides) == pytest.approx([value - half, value + half])
+
+
+def test_the_recipe_is_no_other_than_itself():
+    """Each recorded seed beside the others: of 95 % intervals about one in twenty leaves out 0."""
+    files = sorted(map(str, (PROJECT_ROOT / "notebooks/guide/evidence").glob("recipe-*.json")))
+    if len(files) < 3:
+        pytest.skip(f"{len(files)} seeds of the recipe are recorded")
+    rows = [row for mine in files for row in compare.compare_groups(
+        {"recipe": [name for name in files if name != mine], "mine": [mine]})["rows"]
+        if row["figure"] == "vs recipe" and "/" not in row["suite"]]
+    assert all(row["over"] == "seeds" for row in rows)
+    assert sum(not row["low"] <= 0 <= row["high"] for row in rows) <= 0.1 * len(rows)
 
 
 def test_a_base_has_no_seeds_and_one_group_no_differences(nine_runs):
@@ -195,9 +219,9 @@ def test_an_interval_of_one_run_is_never_certain(tmp_path):
     pytest.param({0: "0000", 1: "1111"}, {2: "0000", 3: "1111"}, [range(4)], [range(4)],
                  "+0.0 (-100.0 to +100.0)", id="equal means of other runs"),
     pytest.param({0: "1100"}, {0: "0011"}, [(0, 1), (2, 3)], [(0, 1), (2, 3)],
-                 "+0.0 (-86.5 to +86.5)", id="one task gained, one lost"),
+                 "+0.0 (-86.5 to +86.5, questions only)", id="one task gained, one lost"),
     pytest.param({0: "101"}, {1: "001"}, [range(3)], [(0, 0, 0)],
-                 "+33.3 (-100.0 to +100.0)", id="one list of images")])
+                 "+33.3 (-100.0 to +100.0, questions only)", id="one list of images")])
 def test_differences_that_say_little(runs, others, tasks, lists, cell):
     scope = compare._Scope("s", list(map(np.array, tasks)), list(map(np.array, lists)))
     sides = [[make_run("a", seed, seed, {"grpo": {"s": bits}}) for seed, bits in side.items()]
@@ -216,7 +240,7 @@ def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path):
     assert by_key(result)["b", "blink", "vs a"]["by_run"] == pytest.approx(gaps)
     sharing, alone = result["notes"]
     assert sharing.startswith("Runs with the same seed of 01") and sharing.endswith("dent: c.")
-    assert alone.startswith("Not compared with a seed by seed") and " alone: c." in alone
+    assert alone.startswith("Not compared with a seed by seed") and alone.endswith(" groups: c.")
 
 
 def test_rl_from_the_base_is_not_compared_with_an_sft_model(tmp_path):
@@ -240,6 +264,7 @@ def test_rl_from_the_base_is_not_compared_with_an_sft_model(tmp_path):
     ("0.0", "0.0", "0.0-0.0"),
     ("0.0 0.1 0.2", "0.0", ""),  # one pair says nothing about seeds
     ("0.0 0.0 1.1", "0.0 1.1", ""),  # two runs of seed 0 have no one partner
+    ("0.1 0.2", "0.2 0.1 0.3", "0.1-0.1 0.2-0.2"),  # draws from one cold start: by both seeds
     ("0.0", "0.1", "0.0-0.1"),  # both from the same cold start
     ("0.0", "1.1", ""),
     ("0.0 1.0 2.0", "2.2 0.0 1.1", "0.0-0.0 1.0-1.1 2.0-2.2")])  # by 01's seed, not by 05's
@@ -262,7 +287,8 @@ def test_csv_reads_back_and_markdown_rounds(nine_runs):
     assert re.search(r"\| dr_grpo \| 3 \| [+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)", text), text
     widths = {line.count("|") for line in text.split("\n\n")[1].splitlines()}
     assert len(widths) == 1
-    row = {"figure": "vs a", "value": -0.04, "low": -0.04, "high": 0.04}
+    row = {"figure": "vs a", "value": -0.04, "low": -0.04, "high": 0.04, "over": "seeds",
+           "runs": 3, "by_run": []}
     assert compare._cell(row) == "+0.0 (+0.0 to +0.0)", "no zero has a minus"
 
 
@@ -335,7 +361,7 @@ def test_truth_is_compared_over_seeds(runs):
         write_run(runs, f"{group}-{seed}", seed)
         truth = {"sft": 70, "grpo": 96 + 2 * seed + seed * (group == "remedy")}
         write_json(runs / f"{group}-{seed}" / "06_evaluate" / "metrics.json", {"systems": {
-            system: {"mig_bench": {"reasoning": {
+            system: {"mig_bench": {"score": 0, "reasoning": {
                 "truth": value, "truth_ci95": [value - 9, value + 1]}}}
             for system, value in truth.items()}})
     groups = {group: [f"{group}-{seed}" for seed in range(3)] for group in ("recipe", "remedy")}
@@ -348,7 +374,7 @@ def test_truth_is_compared_over_seeds(runs):
         ["| remedy", "truth", "GRPO", "3", "99.0 (91.5 to 100.0) |"],
         ["| remedy", "truth", "GRPO - SFT", "3", "+29.0 (+21.5 to +36.5) |"],
         ["| remedy", "truth", "vs recipe", "3", "+1.0 (-1.5 to +3.5) |"]]
-    assert "| truth | GRPO | 1 | 96.0 (87.0 to 97.0) |" in compare.render_table(
+    assert "| truth | GRPO | 1 | 96.0 (87.0 to 97.0, questions only) |" in compare.render_table(
         compare.compare_groups({"one": ["recipe-0"]}))
     assert evaluated_runs.read_recorded(str(evaluated_runs.record_run("recipe-0", runs))).reasoning
 
