@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 import time
 
@@ -12,6 +13,8 @@ from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline import run_folders, stage_keys, store
 from mig_kit.pipeline.plan import PlannedRun
 from mig_kit.pipeline.run_folders import PROFILE_FILE, load_profile, start_branch
+
+QUIET_SECONDS = 15  # after which a bar's quarter is printed
 
 
 class ThisPython(AsyncKernelManager):
@@ -26,21 +29,36 @@ class ThisPython(AsyncKernelManager):
 
 
 class StageLines(logging.Handler):
-    """Prints warnings of a stage's notebook, steps of its trainings and the first end of a bar."""
+    """Prints warnings of a stage's notebook, steps of its trainings, the first end of a bar, and
+    the quarters of one that takes minutes.
+    """
 
     def __init__(self):
         super().__init__()
         self.shown = {"Loading weights"}  # names of bars that are not printed again
+        self.next_quarter: dict[str, int] = {}  # of a bar, percent
+        self.printed = time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print what of a message is to be shown."""
         for line in record.getMessage().split("\n"):
             line = line.rsplit("\r", 1)[-1].strip()  # a bar is printed over itself
-            label = line.partition(":")[0]
-            is_end = "100%|" in line and label not in self.shown
-            if is_end or line.startswith(("warning: ", "step ")):
+            label, percent = line.partition(":")[0], re.search(r"(\d+)%\|", line)
+            is_bar = percent and label not in self.shown
+            if line.startswith(("warning: ", "step ")) or is_bar and self._is_due(
+                    label, int(percent[1])):
                 print(f"  {line}", flush=True)
-                self.shown.add(label)
+                self.printed = time.monotonic()
+
+    def _is_due(self, label: str, percent: int) -> bool:
+        """Whether a bar has ended, or has passed a quarter with nothing printed for a while."""
+        is_quarter = (percent >= self.next_quarter.get(label, 25)
+                      and time.monotonic() - self.printed > QUIET_SECONDS)
+        if percent == 100:
+            self.shown.add(label)
+        elif is_quarter:
+            self.next_quarter[label] = percent - percent % 25 + 25
+        return percent == 100 or is_quarter
 
 
 def check_plan(plan: PlannedRun) -> None:

@@ -113,6 +113,17 @@ def emit(capsys, *messages: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+def test_a_slow_bar_tells_of_its_quarters(capsys, monkeypatch):
+    """A second for a hundredth, and nothing else was printed for a while."""
+    lines, now = execute.StageLines(), execute.time.monotonic()
+    for percent in range(101):
+        monkeypatch.setattr(execute.time, "monotonic", lambda now=now + percent: now)
+        bar = f"\rrollouts: {percent:3}%|==  | {percent}/100"
+        lines.emit(logging.LogRecord("x", logging.INFO, "", 0, bar, None, None))
+    assert [line.split("|")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"  rollouts: {percent:3}%" for percent in (25, 50, 75, 100)]
+
+
 def test_a_stage_tells_of_warnings_and_of_a_bars_end_alone(capsys):
     """Not of what libraries print for their own sake."""
     warning = "warning: none of the first 128 replies earned anything for box"
