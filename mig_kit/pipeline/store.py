@@ -6,6 +6,7 @@ the folder is renamed. A stopped stage goes on there if it follows from the same
 finished stage work in NN_stage.shown, a copy that is deleted at their end.
 """
 
+import ast
 import atexit
 import json
 import shutil
@@ -253,8 +254,8 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     Raises: UserError as `validate_params`, `is_done` and `require_fresh_inputs`, and for a damaged
         input.
     """
-    params = validate_params({name: names[name] for name in default_params(stage)
-                              if name in names}, stage)
+    known = {*default_params(stage), *_names_in_parameters_cells(names)}
+    params = validate_params({name: names[name] for name in known & names.keys()}, stage)
     run_id = params["run_id"]
     run_folders.require_own_stage(stage, run_id)
     root, inputs = run_folders.runs_root(), run_folders.STAGES[stage]
@@ -286,6 +287,18 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
                   run_folders.input_stages(stage, run_id), is_shown, spent)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
+
+
+def _names_in_parameters_cells(names: dict) -> set[str]:
+    """What a notebook's `parameters` cell, and papermill's behind it, have assigned.
+
+    names: the notebook's globals(), in which IPython keeps the cells that were run.
+    """
+    cells = [source for source in names.get("In", ())
+             if source.lower().startswith("# parameters\n")]
+    targets = [target for source in cells for node in ast.parse(source).body
+               for target in getattr(node, "targets", [getattr(node, "target", None)])]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _open_copy(stage: str, run_id: str) -> Path:
