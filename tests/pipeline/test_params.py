@@ -127,6 +127,12 @@ def test_a_cell_and_the_command_refuse_it_alike_and_touch_nothing(root, leave):
     before = describe_files(root)
     with pytest.raises(UserError) as in_a_notebook:
         store.begin_stage("02_sft", {"learning_rate": -1})
+    on_command = error_of("run", "02", "-p", "learning_rate", "-1")
+    assert str(in_a_notebook.value) == on_command
+    assert on_command == "02_sft: learning_rate is -1: Input should be greater than 0"
+    # a whole recipe is checked before its first stage
+    assert "multiple of num_generations" in error_of("run", "-p", "num_generations", "7", "--force")
+    assert describe_files(root) == before
 
 
 @pytest.mark.parametrize("cell", ["# parameters\nmemory_gb: float = 2.0  # free",
@@ -136,12 +142,6 @@ def test_a_name_mistyped_in_a_parameters_cell_is_refused(cell):
     names = {"In": ["", cell, "memory = 3"], "memory": 3, "run_id": "a", "memory_gb": 2.0}
     with pytest.raises(ValueError, match="no parameter 'memory_gb'; did you mean 'memory_gib'"):
         store.begin_stage("00_preflight", names)
-    on_command = error_of("run", "02", "-p", "learning_rate", "-1")
-    assert str(in_a_notebook.value) == on_command
-    assert on_command == "02_sft: learning_rate is -1: Input should be greater than 0"
-    # a whole recipe is checked before its first stage
-    assert "multiple of num_generations" in error_of("run", "-p", "num_generations", "7", "--force")
-    assert describe_files(root) == before
 
 
 @pytest.mark.parametrize("stage", MODELS)
