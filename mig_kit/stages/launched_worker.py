@@ -34,6 +34,11 @@ def main() -> None:
     except Exception as error:
         jobs.record_error(folder, error)
         raise
+    # all is on disk; a library's thread that outlives the interpreter would abort the process, and
+    # torchrun would take the training for failed
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
