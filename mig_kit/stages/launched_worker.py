@@ -34,12 +34,12 @@ def main() -> None:
     except Exception as error:
         jobs.record_error(folder, error)
         raise
+
+
+if __name__ == "__main__":
+    main()
     # all is on disk; a library's thread that outlives the interpreter would abort the process, and
     # torchrun would take the training for failed
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
