@@ -1,10 +1,12 @@
 """One token at a time for many rows, over keys and values that they share.
 
-Plain layers with the same input are one product, and their adapters of plain LoRA another, which is
-added to it: what the learner computes, rounded as it rounds. All other layers, 4-bit ones or those
-of other PEFT methods, are the model's own modules and work unchanged.
+Plain layers with the same input are one product. In float32 on a CPU, their adapters of plain LoRA
+are added to the weights; elsewhere they are another product, which is added to the first: what the
+learner computes, rounded as it rounds. All other layers, 4-bit ones or those of other PEFT methods,
+are the model's own modules and work unchanged.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from mig_kit.shared_prefix.attention import product_dtype
 from mig_kit.shared_prefix.prefixes import PaddedPrompts, has_linear_attention
 
 ROW_BLOCK = 16  # tokens by which a row's keys and values grow on a CPU
+SHRINK_AT = 0.85  # Dropping rows copies all others: it pays once this share or fewer are left.
+FOLDED_BYTES = 2**31  # of a model's layers, up to which its adapters are added to copies of them
 
 
 class FusedLayers(NamedTuple):
@@ -33,16 +37,18 @@ FusedWeights = dict[tuple[torch.nn.Module, ...], FusedLayers]  # layers with the
 
 
 class Decoder:
-    """Computes one token for all rows at a time: `rows_per_prefix` rows for each prefix.
+    """Computes one token for all rows at a time: at first `rows_per_prefix` rows for each prefix.
 
-    A prefix is a prompt, and its rows are replies. cache: keys and values of the prefixes.
-    capacity: tokens that a row can hold.
+    A prefix is a prompt, and its rows are replies. Attention is over a grid of (prefixes, rows of a
+    prefix), which shrinks as rows end; on a CPU, all else is over the rows that go on alone.
+
+    cache: keys and values of the prefixes. capacity: tokens that a row can hold.
     """
 
     def __init__(self, model, cache: Cache, prefixes: PaddedPrompts, rows_per_prefix: int,
                  capacity: int, fused_weights: FusedWeights):
         self.language, self.head = model.model.language_model, model.lm_head
-        self.rows_per_prefix, self.fused_weights = rows_per_prefix, fused_weights
+        self.fused_weights = fused_weights
         attention = self.language.layers[0].self_attn
         self.width, self.scale = attention.head_dim, attention.scaling
         self.has_head_norms = "q_norm" in dict(attention.named_children())
@@ -53,7 +59,10 @@ class Decoder:
         self.step = 0
 
         device = prefixes.mask.device
-        n_prefixes = len(prefixes.mask)
+        self.on_cpu = device.type == "cpu"
+        self.grid = len(prefixes.mask), rows_per_prefix
+        self.places = torch.arange(math.prod(self.grid), device=device)  # of rows, in the grid
+        self.row_of_place = self.places  # any row where a place is free
         # Under autocast the cache is float32, and every step would cast all of it again.
         self.dtype = product_dtype(cache.layers[0].keys)
 
@@ -66,13 +75,12 @@ class Decoder:
         # itself at each step. On a CPU, where a product copies what is no whole tensor, they grow
         # by ROW_BLOCK, and `bias` hides what is not written yet. Of each layer: (keys or values,
         # prefixes, kv_heads, rows, new tokens, width).
-        self.grows = device.type == "cpu"
-        at_first = min(ROW_BLOCK, capacity) if self.grows else capacity
-        row_shape = (2, n_prefixes, self.kv_heads, rows_per_prefix, at_first, self.width)
+        at_first = min(ROW_BLOCK, capacity) if self.on_cpu else capacity
+        row_shape = (2, len(prefixes.mask), self.kv_heads, rows_per_prefix, at_first, self.width)
         self.row_cache = [torch.zeros(row_shape, dtype=self.dtype, device=device)
                           for _ in cache.layers]
 
-        new_tokens = prefixes.mask.new_zeros(n_prefixes, capacity + ROW_BLOCK)
+        new_tokens = prefixes.mask.new_zeros(len(prefixes.mask), capacity + ROW_BLOCK)
         is_padding = torch.cat([prefixes.mask, new_tokens], 1)[:, None] == 0
         # added to scores: (prefixes, 1, 1, all tokens); of a new token only once it is drawn
         zeros = torch.zeros(is_padding.shape, device=device)
@@ -89,17 +97,38 @@ class Decoder:
         # With this sign, rotating a head only has to swap its halves.
         self.sines[..., :self.width // 2] *= -1
 
-    def keep_prefixes(self, is_kept: torch.Tensor) -> None:
-        """Drop the other prefixes, and their rows. is_kept: (prefixes,) bool."""
+    def keep_rows(self, is_kept: torch.Tensor) -> None:
+        """Drop the other rows. is_kept: (rows,) bool."""
+        self.places = self.places[is_kept]
+        prefix = self.places // self.grid[1]
+        counts = torch.bincount(prefix, minlength=self.grid[0])
+        smaller = int((counts > 0).sum()), int(counts.max())
+        if math.prod(smaller) <= SHRINK_AT * math.prod(self.grid):
+            rank = torch.arange(len(prefix), device=prefix.device)
+            rank -= (counts.cumsum(0) - counts)[prefix]  # among the rows of its prefix
+            places = ((counts > 0).cumsum(0) - 1)[prefix] * smaller[1] + rank
+            self._shrink(smaller, places, counts.nonzero()[:, 0])
+        self.row_of_place = self._find_rows()
+
+    def _find_rows(self) -> torch.Tensor:
+        rows = torch.arange(len(self.places), device=self.places.device)
+        return rows.new_zeros(math.prod(self.grid)).index_copy_(0, self.places, rows)
+
+    def _shrink(self, grid: tuple[int, int], places: torch.Tensor, prefixes: torch.Tensor) -> None:
+        """Move the rows to their places in a smaller grid, that of some prefixes alone."""
+        old_places, old_width = self.places, self.grid[1]
+        self.grid, self.places = grid, places
+        old = old_places[self._find_rows()].view(grid)  # where a place's row was
         for index, (keys, values) in enumerate(self.prefix_cache):  # one layer at a time is copied
-            self.prefix_cache[index] = keys[is_kept], values[is_kept]
-            self.row_cache[index] = self.row_cache[index][:, is_kept]
-        self.bias = self.bias[is_kept]
-        self.cosines, self.sines = self.cosines[is_kept], self.sines[is_kept]
+            self.prefix_cache[index] = keys[prefixes], values[prefixes]
+            moved = self.row_cache[index][:, old // old_width, :, old % old_width]
+            self.row_cache[index] = moved.permute(2, 0, 3, 1, 4, 5).contiguous()
+        self.bias = self.bias[prefixes]
+        self.cosines, self.sines = self.cosines[prefixes], self.sines[prefixes]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (rows,) -> logits (rows, vocabulary) of the next token."""
-        hidden = self.language.embed_tokens(tokens)
+        hidden = self.language.embed_tokens(tokens if self.on_cpu else self._to_grid(tokens))
         self.bias[..., self.prefix_cache[0][0].shape[2] + self.step] = 0
         if self.step == self.row_cache[0].shape[-2]:
             self.row_cache = [pad(cache, (0, 0, 0, ROW_BLOCK)) for cache in self.row_cache]
@@ -108,7 +137,15 @@ class Decoder:
         for index, layer in enumerate(self.language.layers):
             hidden = self._run_layer(index, layer, hidden, cosines, sines)
         self.step += 1
-        return self._project(self.language.norm(hidden), self.head)
+        hidden = self.language.norm(hidden if self.on_cpu else self._from_grid(hidden))
+        return self._project(hidden, self.head)
+
+    def _to_grid(self, of_rows: torch.Tensor) -> torch.Tensor:
+        is_full = len(self.places) == math.prod(self.grid)
+        return of_rows if is_full else of_rows[self.row_of_place]
+
+    def _from_grid(self, of_places: torch.Tensor) -> torch.Tensor:
+        return of_places if len(self.places) == len(of_places) else of_places[self.places]
 
     def _angles_of_step(self, angles: torch.Tensor, of_values: int) -> torch.Tensor:
         """(prefixes, 1, heads + 2 * kv_heads, width); of_values keeps values unturned."""
@@ -123,13 +160,16 @@ class Decoder:
         attention, mlp = layer.self_attn, layer.mlp
         heads = self._project(layer.input_layernorm(hidden),
                               attention.q_proj, attention.k_proj, attention.v_proj)
-        heads = heads.view(len(cosines), self.rows_per_prefix, -1, self.width)
+        heads = self._to_grid(heads) if self.on_cpu else heads
+        heads = heads.view(*self.grid, -1, self.width)
         if self.has_head_norms:
             q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
             heads = torch.cat([attention.q_norm(q), attention.k_norm(k), v], 2)
         swapped = heads.roll(self.width // 2, -1)
         heads = (heads * cosines).add_(swapped * sines).to(self.dtype)
-        hidden = hidden + self._project(self._attend(heads, index), attention.o_proj)
+        mixed = self._attend(heads, index)
+        mixed = self._from_grid(mixed) if self.on_cpu else mixed
+        hidden = hidden + self._project(mixed, attention.o_proj)
         normed = layer.post_attention_layernorm(hidden)
         if index in self.sparse_layers:
             return hidden + mlp(normed[:, None])[:, 0]
@@ -149,14 +189,14 @@ class Decoder:
         return torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
 
     def _attend(self, heads: torch.Tensor, index: int) -> torch.Tensor:
-        """Queries, keys, values (prefixes, rows, heads, width) -> (all rows, heads * width)."""
+        """Queries, keys, values (prefixes, rows, heads, width) -> (places, heads * width)."""
         prefix_keys, prefix_values = self.prefix_cache[index]
-        n_prefixes, prefix_length = prefix_keys.shape[0], prefix_keys.shape[2]
+        prefix_length, rows_per_prefix = prefix_keys.shape[2], self.grid[1]
         past = self.step + 1
         row_cache = self.row_cache[index]
         new = heads[:, :, self.heads:].unflatten(2, (2, self.kv_heads))
         row_cache[..., past - 1, :] = new.permute(2, 0, 3, 1, 4)
-        size = row_cache.shape[-2] if self.grows else past
+        size = row_cache.shape[-2] if self.on_cpu else past
         row_keys, row_values = row_cache[..., :size, :]
 
         # One product of all queries with the prefix's keys: (prefixes, kv_heads, rows *
@@ -164,7 +204,7 @@ class Decoder:
         # width). One softmax is over both.
         queries = heads[:, :, :self.heads].unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
         queries = queries.flatten(2, 3)
-        queries_by_row = queries.unflatten(2, (self.rows_per_prefix, -1))
+        queries_by_row = queries.unflatten(2, (rows_per_prefix, -1))
 
         multiply = _float32_scores if heads.is_cuda and heads.dtype != torch.float32 else _scores
         prefix_scores = multiply(queries, prefix_keys)
@@ -174,11 +214,11 @@ class Decoder:
         weights = softmax(torch.add(bias, scores, alpha=self.scale), -1).to(self.dtype)
 
         prefix_weights = weights[..., :prefix_length]
-        row_weights = weights[..., prefix_length:].unflatten(2, (self.rows_per_prefix, -1))
+        row_weights = weights[..., prefix_length:].unflatten(2, (rows_per_prefix, -1))
         from_prefix = torch.matmul(prefix_weights, prefix_values).view(queries_by_row.shape)
         from_row = torch.matmul(row_weights, row_values)
         mixed = (from_prefix + from_row).transpose(1, 2)
-        return mixed.reshape(n_prefixes * self.rows_per_prefix, -1)
+        return mixed.reshape(math.prod(self.grid), -1)
 
 
 class StateDecoder:
@@ -188,28 +228,32 @@ class StateDecoder:
 
     def __init__(self, model, cache: Cache, prompts: PaddedPrompts, rows_per_prefix: int):
         self.language, self.head = model.model.language_model, model.lm_head
-        self.cache, self.rows_per_prefix = cache, rows_per_prefix
-        self.mask, self.position = prompts.mask, prompts.next_position
+        self.cache, self.mask, self.position = cache, prompts.mask, prompts.next_position
         prompt_of_row = torch.arange(len(self.mask), device=self.mask.device)
-        self._select_rows(prompt_of_row.repeat_interleave(rows_per_prefix))
+        self._select(prompt_of_row.repeat_interleave(rows_per_prefix))
 
-    def keep_prefixes(self, is_kept: torch.Tensor) -> None:
-        """As `Decoder.keep_prefixes`."""
-        self._select_rows(is_kept.repeat_interleave(self.rows_per_prefix).nonzero()[:, 0])
+    def keep_rows(self, is_kept: torch.Tensor) -> None:
+        """As `Decoder.keep_rows`."""
+        self.places = self.places[is_kept]
+        if len(self.places) <= SHRINK_AT * len(self.mask):
+            self._select(self.places)
 
-    def _select_rows(self, rows: torch.Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-        self.mask, self.position = self.mask[rows], self.position[rows]
+    def _select(self, places: torch.Tensor) -> None:
+        """Hold these rows of the cache alone."""
+        self.cache.batch_select_indices(places)
+        self.mask, self.position = self.mask[places], self.position[places]
+        self.places = torch.arange(len(places), device=places.device)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (rows,) -> logits (rows, vocabulary) of the next token."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        held = tokens.new_zeros(len(self.mask)).index_copy_(0, self.places, tokens)
         output = self.language(
-            input_ids=tokens[:, None], attention_mask=self.mask,
+            input_ids=held[:, None], attention_mask=self.mask,
             position_ids=self.position[None, :, None].expand(3, -1, -1),
             past_key_values=self.cache, use_cache=True)
         self.position = self.position + 1
-        return self.head(output.last_hidden_state[:, 0])
+        return self.head(output.last_hidden_state[self.places, 0])
 
 
 def is_plain_lora(layer: torch.nn.Module) -> bool:
@@ -242,28 +286,36 @@ def fuse_decoding_weights(model, autocast: bool = False) -> FusedWeights:
     """The weights of all plain projections and their adapters, as the decoder multiplies by them.
 
     Under autocast they are bfloat16 copies, layers with the same input are one, and the head is
-    among them.
+    among them. In float32 on a CPU layers with the same input are one, too, and adapters are added:
+    elsewhere copies would cost more, or round otherwise than the learner.
     """
     fused_weights: FusedWeights = {}
     if has_linear_attention(model):
         return fused_weights
-    for layer in model.model.language_model.layers:
+    layers = model.model.language_model.layers
+    folds = (not autocast and model.device.type == "cpu" and model.dtype == torch.float32
+             and sum(parameter.nbytes for parameter in layers.parameters()) <= FOLDED_BYTES)
+    for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
         same_input = [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)]
         if not has_experts(mlp):
             same_input += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
-        if not autocast:  # no copies: each layer's own weights
-            same_input = [(single,) for layers in same_input for single in layers]
-        for layers in same_input:
-            if fused := _fuse_layers(layers, autocast):
-                fused_weights[layers] = fused
+        if not autocast and not folds:  # no copies: each layer's own weights
+            same_input = [(single,) for group in same_input for single in group]
+        for group in same_input:
+            if fused := _fuse_layers(group, autocast, folds):
+                fused_weights[group] = fused
     if autocast and type(model.lm_head) is torch.nn.Linear:
         fused_weights[model.lm_head,] = FusedLayers(model.lm_head.weight.to(torch.bfloat16), None)
     return fused_weights
 
 
-def _fuse_layers(layers: tuple[torch.nn.Module, ...], autocast: bool) -> FusedLayers | None:
-    """The layers as one; None if one is not plain, or if their adapters differ in kind."""
+def _fuse_layers(layers: tuple[torch.nn.Module, ...], autocast: bool,
+                 folds: bool = False) -> FusedLayers | None:
+    """The layers as one; None if one is not plain, or if their adapters differ in kind.
+
+    folds: add the adapters to the weights.
+    """
     bases, adapters = [], []
     for layer in layers:
         adapter = _active_adapter(layer) if is_plain_lora(layer) else None
@@ -275,14 +327,20 @@ def _fuse_layers(layers: tuple[torch.nn.Module, ...], autocast: bool) -> FusedLa
     dtype = torch.bfloat16 if autocast else bases[0].weight.dtype
     weights, biases = [base.weight.detach().to(dtype) for base in bases], [
         base.bias for base in bases]
+    if not autocast and any(down.dtype != dtype for down, _, _ in filter(None, adapters)):
+        return None
+    if folds:
+        weights = [torch.addmm(weight, adapter[1], adapter[0], alpha=adapter[2])
+                   if adapter else weight for weight, adapter in zip(weights, adapters)]
+        adapters = [None] * len(layers)
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = None if biases[0] is None else torch.cat(biases).detach().to(dtype)
-    if adapters == [None] * len(layers):
+    if not any(adapters):
         return FusedLayers(weight, bias)
     if None in adapters:
         return None
     downs, ups, scales = zip(*adapters)
-    if len(set(scales)) > 1 or not autocast and downs[0].dtype != dtype:
+    if len(set(scales)) > 1:
         return None
     return FusedLayers(weight, bias, torch.cat(downs).to(dtype), torch.block_diag(*ups).to(dtype),
                        scales[0])

@@ -36,9 +36,6 @@ WITHOUT_EFFECT = {"do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "
 NEUTRAL = GenerationConfig()._get_default_generation_params() | {
     "top_k": 0, "repetition_penalty": 1.0}
 
-# Dropping finished prefixes copies all that is left: it pays once this share or fewer go on.
-DROP_FINISHED_AT = 0.85
-
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -228,9 +225,11 @@ def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, sampling: Sam
     """Draw tokens from logits (rows, vocabulary) on, until all rows are done; a completion each."""
     device = logits.device
     ends = torch.tensor(end_tokens, device=device)
-    completions = [Completion([], []) for _ in range(len(logits))]
-    rows = torch.arange(len(logits), device=device)  # those that the decoder still holds
-    is_done = torch.zeros(len(logits), dtype=torch.bool, device=device)
+    shape = len(logits), sampling.max_new_tokens
+    ids = torch.zeros(shape, dtype=torch.long, device=device)
+    logps = torch.zeros(shape, device=device)
+    lengths = ids.new_zeros(len(logits))
+    rows = torch.arange(len(logits), device=device)  # those that go on
     for step in range(sampling.max_new_tokens):
         scaled = logits.float() / (sampling.temperature or 1.0)
         total = scaled.logsumexp(-1)
@@ -239,21 +238,16 @@ def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, sampling: Sam
             logits[:, ends] = -torch.inf
         row_uniforms = uniforms[rows, step] if sampling.temperature else None
         tokens = sample_tokens(logits, sampling, row_uniforms)
-        logps = scaled.gather(-1, tokens[:, None])[:, 0] - total
-        # a row that is done goes on with its prefix, but what it draws is dropped
-        for row, token, logp, was_done in zip(rows.tolist(), tokens.tolist(), logps.tolist(),
-                                              is_done.tolist()):
-            if not was_done:
-                completions[row].ids.append(token)
-                completions[row].logps.append(logp)
-        is_done = is_done | (tokens[:, None] == ends).any(1)
-        if is_done.all() or step + 1 == sampling.max_new_tokens:
+        ids[rows, step] = tokens
+        logps[rows, step] = scaled.gather(-1, tokens[:, None])[:, 0] - total
+        lengths[rows] = step + 1
+        goes_on = ~torch.isin(tokens, ends)
+        n_left = int(goes_on.sum())
+        if n_left == 0 or step + 1 == sampling.max_new_tokens:
             break
-        # prefixes whose rows are all done leave, once enough of them are
-        goes_on = ~is_done.view(-1, decoder.rows_per_prefix).all(1)  # by prefix
-        if goes_on.sum() <= DROP_FINISHED_AT * len(goes_on):
-            decoder.keep_prefixes(goes_on)
-            is_kept = goes_on.repeat_interleave(decoder.rows_per_prefix)
-            rows, is_done, tokens = rows[is_kept], is_done[is_kept], tokens[is_kept]
+        if n_left < len(rows):
+            decoder.keep_rows(goes_on)
+            rows, tokens = rows[goes_on], tokens[goes_on]
         logits = decoder.forward(tokens)
-    return completions
+    return [Completion(row_ids[:length], row_logps[:length])
+            for row_ids, row_logps, length in zip(ids.tolist(), logps.tolist(), lengths.tolist())]

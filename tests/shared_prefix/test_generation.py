@@ -105,7 +105,7 @@ def test_keys_and_values_are_in_memory_once(random_model, processor, samples, mo
             alive.append(sum(layer() is not None for layer in layers))
 
     decoder.prefix_cache = Watched(decoder.prefix_cache)
-    decoder.keep_prefixes(torch.tensor([True, False, False, False]))
+    decoder.keep_rows(torch.tensor([True, False, False, False]).repeat_interleave(2))
     assert alive == [2, 1], "the layer that is copied, and those after it"
     assert {len(keys) for keys, _ in decoder.prefix_cache} == {1}
 
