@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import linear, pad, softmax
 from transformers import Cache
 
-from mig_kit.shared_prefix.attention import product_dtype
+from mig_kit.shared_prefix.groups import product_dtype
 from mig_kit.shared_prefix.prefixes import PaddedPrompts, has_linear_attention
 
 ROW_BLOCK = 16  # tokens by which a row's keys and values grow on a CPU

@@ -17,6 +17,7 @@ from mig_kit.shared_prefix.decoding import (
     fuse_decoding_weights,
     has_experts,
 )
+from mig_kit.shared_prefix.logprobs import read_prompts
 from mig_kit.shared_prefix.prefixes import (
     has_linear_attention,
     pad_prompts,
@@ -213,10 +214,13 @@ def _prefill_prompts(
         fused_weights: FusedWeights) -> tuple[Decoder | StateDecoder, torch.Tensor]:
     """A decoder, and the states at the prompts' ends (prompts, hidden)."""
     batch = pad_prompts(model, prompts)
-    hidden, cache = batch.prefill(model)
-    decoder = (StateDecoder(model, cache, batch, group) if has_linear_attention(model)
-               else Decoder(model, cache, batch, group, capacity, fused_weights))
-    return decoder, hidden
+    if has_linear_attention(model):
+        hidden, cache = batch.prefill(model)
+        return StateDecoder(model, cache, batch, group), hidden
+    read = read_prompts(model, prompts)
+    decoder = Decoder(model, batch.pad_keys(read), batch, group, capacity, fused_weights)
+    states = torch.cat([prompt.state.detach() for prompt in read])
+    return decoder, model.model.language_model.norm(states)
 
 
 def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, sampling: SamplingOptions,

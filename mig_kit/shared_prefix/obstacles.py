@@ -21,7 +21,7 @@ from mig_kit.shared_prefix.generation import (
     draw_uniforms,
     read_sampling_options,
 )
-from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
+from mig_kit.shared_prefix.prefixes import has_linear_attention, pad_rows, pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import FAMILIES, tower_digest, unwrap_peft
 
 # PEFT's methods that replace layers one by one, so that any order of passes computes the same
@@ -124,6 +124,18 @@ def find_sampling_obstacle(trainer: GRPOTrainer) -> str:
     if trainer.use_transformers_continuous_batching:
         lacking.append("use_transformers_continuous_batching")
     return ", ".join(sorted(lacking))
+
+
+def can_learn_from_draw(trainer: GRPOTrainer) -> bool:
+    """Is a prompt the same to the learner as to the decoder: one update of each draw, no dropout?
+    """
+    args, model = trainer.args, unwrap_peft(trainer.model)
+    configs = [model.config.get_text_config(), *getattr(trainer.model, "peft_config", {}).values()]
+    has_dropout = any("dropout" in name and value for config in configs
+                      for name, value in vars(config).items())
+    return not (has_dropout or args.fp16 or has_linear_attention(model)
+                or trainer.num_iterations > 1
+                or args.steps_per_generation > args.gradient_accumulation_steps)
 
 
 @contextmanager

@@ -5,13 +5,14 @@ padded on the left, where masked tokens leave it at zero, and each completion st
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from mig_kit.shared_prefix.prompt_cache import Prompt, unwrap_peft
+from mig_kit.shared_prefix.prompt_cache import Prompt, ReadPrompt, unwrap_peft
 
 # Rows are padded to multiples of so many tokens: where every batch has sizes of its own, the heap
 # grows and slows down.
@@ -49,8 +50,12 @@ def embed_with_images(embeds: torch.Tensor, is_image: torch.Tensor, prompts: lis
 def list_linear_attention(model) -> list[torch.nn.Module]:
     """The modules of the language model that keep a state in place of keys and values."""
     layers = unwrap_peft(model).model.language_model.layers
-    return [module for layer in layers for name, module in layer.named_children()
-            if name == "linear_attn"]
+    return [layer.linear_attn for layer in layers if is_linear(layer)]
+
+
+def is_linear(layer: torch.nn.Module) -> bool:
+    """Does a layer keep a state in place of keys and values?"""
+    return "linear_attn" in dict(layer.named_children())
 
 
 def has_linear_attention(model) -> bool:
@@ -103,10 +108,22 @@ def state_bytes(model) -> int:
                    for module in list_linear_attention(model))
 
 
+class LayerCache(NamedTuple):
+    """A layer's keys and values, (prompts, kv_heads, tokens, width)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class PrefixCache(NamedTuple):
+    """Keys and values of all layers."""
+
+    layers: list[LayerCache]
+
+
 @dataclass(frozen=True)
 class PaddedPrompts:
-    """Prompts as one batch, padded on the right, which attention reads without a mask at half the
-    cost; on the left for a model with linear attention.
+    """Prompts as one batch, padded on the right; on the left for a model with linear attention.
     """
 
     inputs: dict  # of `embed_with_images`
@@ -115,16 +132,21 @@ class PaddedPrompts:
     next_position: torch.Tensor  # (prompts,), of the token that follows
 
     def prefill(self, model) -> tuple[torch.Tensor, Cache]:
-        """States at the last tokens (prompts, hidden), and the cache."""
+        """States at the last tokens (prompts, hidden), and the cache, with linear attention."""
         language = model.model.language_model
-        arguments = self.inputs | {"position_ids": self.positions, "use_cache": True}
-        if has_linear_attention(model):
-            output = language(**arguments, attention_mask=self.mask,
-                              past_key_values=make_cache(language))
-            return output.last_hidden_state[:, -1], output.past_key_values
-        output = language(**arguments)
-        row = torch.arange(len(self.mask), device=self.mask.device)
-        return output.last_hidden_state[row, self.mask.sum(1) - 1], output.past_key_values
+        output = language(**self.inputs, position_ids=self.positions, attention_mask=self.mask,
+                          past_key_values=make_cache(language), use_cache=True)
+        return output.last_hidden_state[:, -1], output.past_key_values
+
+    def pad_keys(self, read: list[ReadPrompt]) -> PrefixCache:
+        """The prompts' keys and values as a cache."""
+        length, layers = self.mask.shape[1], []
+        dtype = self.inputs["inputs_embeds"].dtype
+        for of_prompts in zip(*(prompt.layers for prompt in read)):
+            layers.append(LayerCache(*(
+                torch.cat([pad(tensor.detach().to(dtype), (0, 0, 0, length - tensor.shape[2]))
+                           for tensor in tensors]) for tensors in zip(*of_prompts))))
+        return PrefixCache(layers)
 
 
 def pad_prompts(model, prompts: list[Prompt]) -> PaddedPrompts:

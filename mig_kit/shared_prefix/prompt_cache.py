@@ -101,19 +101,31 @@ class PromptSource:
     digests: Callable[[], tuple[bytes, ...]]
 
 
+class ReadPrompt(NamedTuple):
+    """What completions need of a prompt that the language model has read.
+
+    layers: of each, keys and values (1, kv_heads, tokens, width); with linear attention the states
+    of convolution and attention. state: (1, hidden) at the last token, before the last norm.
+    """
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    state: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt, ready for the model; features are None without images and in the cache's copy.
 
     ids: (tokens,); positions: (3, tokens); features: (image tokens, hidden), of Qwen3-VL, which
     feeds some to its first layers, (image tokens, (1 + layers) * hidden). image_digests: of its
-    images, in order.
+    images, in order. read: None, or what is used in place of another pass.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     features: torch.Tensor | None
     image_digests: tuple[bytes, ...] = ()
+    read: ReadPrompt | None = None
 
     @property
     def next_position(self) -> int:

@@ -26,8 +26,9 @@ from mig_kit.shared_prefix.generation import (
     draw_completions,
     draw_uniforms,
     read_sampling_options,
+    reading_bytes_per_token,
 )
-from mig_kit.shared_prefix.logprobs import completion_logps
+from mig_kit.shared_prefix.logprobs import KeptPrompts, completion_logps
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import (
     ImagePrompts,
@@ -43,6 +44,7 @@ IMAGE_COLUMNS = ("images", "image")
 PAYS_FROM = 1.15  # times fewer tokens to read; on CPUs 1.07 was slower, 1.4 faster (trainer.md)
 IMAGES = "images of the row"  # column that takes a row's images past TRL's processor
 DRAWN_LOGPS = "drawn_logps"  # of the decoder's tokens, in a batch
+KEPT_BYTES = 2 * 2**30  # of states of prompts' layers, for updates that learn from the draw's pass
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
@@ -84,6 +86,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         # of the last pass, and by how much an update's tokens were drawn otherwise
         self.last_logps, self.sampling_gaps = torch.zeros(0), []
         self.next_check = 0  # global step from which the next self-check is due
+        # within a training step, whether prompts may be kept; what is kept until the update
+        self.may_keep, self.kept = False, None
         if self.unshared:
             return
         self.unshared = obstacles.find_obstacle(self)
@@ -150,6 +154,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                             lambda: digests)
 
     def _prompts_of(self, numbers: Sequence[int]) -> list[Prompt]:
+        if self.may_keep and self.kept and self.model.training and torch.is_grad_enabled():
+            return [self.kept.prompts[number] for number in numbers]
         return self.cache.get([self.sources[number] for number in numbers])
 
     def _find_group_starts(self, count: int) -> list[int]:
@@ -317,12 +323,35 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         most = max(end - start for start, end in zip(starts, ends))
         rows = (torch.tensor(starts)[:, None] + torch.arange(most)).clamp(max=count - 1)
         model = accelerator.unwrap_model(self.model)
+        numbers = [numbers[row] for row in starts]
+        prompts = self._prompts_of(numbers)
+        if self.may_keep and self.model.training:
+            prompts = self._keep_prompts(model, numbers, prompts)
         with evaluation_mode(model):
             rollouts = draw_completions(
-                model, self.processor, self._prompts_of([numbers[row] for row in starts]), most,
-                sampling, uniforms[accelerator.process_index * count + rows], self.autocasts)
+                model, self.processor, prompts, most, sampling,
+                uniforms[accelerator.process_index * count + rows], self.autocasts)
         return [completion for rollout, start, end in zip(rollouts, starts, ends)
                 for completion in rollout[:end - start]]
+
+    def _keep_prompts(self, model, numbers: list[int], prompts: list[Prompt]) -> list[Prompt]:
+        """The prompts, read with the graph from which this update learns, if it fits in memory."""
+        self._learn_from_kept()  # of an earlier draw of this update
+        by_number = dict(zip(numbers, prompts))
+        tokens = sum(len(prompt.ids) for prompt in by_number.values())
+        n_layers = len(unwrap_peft(model).model.language_model.layers)
+        # with its gradients' inputs a layer keeps about twice what it needs to compute
+        if 2 * n_layers * tokens * reading_bytes_per_token(model) > KEPT_BYTES:
+            return prompts
+        with self.accelerator.autocast(), torch.enable_grad():
+            self.kept = KeptPrompts(model, by_number)
+        return [self.kept.prompts[number] for number in numbers]
+
+    def _learn_from_kept(self) -> None:
+        """Take the gradients of kept prompts to the weights, and let go of them."""
+        kept, self.kept = self.kept, None
+        if kept:
+            kept.backward()
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep,
                                            *args, **kwargs):
@@ -405,8 +434,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 for number in range(len(steps))]
 
     def training_step(self, model, inputs, num_items_in_batch):  # shared passes go around DDP
+        self.may_keep = not self.unshared and obstacles.can_learn_from_draw(self)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self.may_keep = False
         if not self.unshared and self.accelerator.sync_gradients:
+            self._learn_from_kept()
             average_gradients(model, self.accelerator.num_processes)
             self._log_sampling_differences()
         return loss
