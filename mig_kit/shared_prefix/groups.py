@@ -4,6 +4,7 @@ itself; all completions are another, in which each attends to its prompt's keys 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -13,6 +14,9 @@ from transformers import AttentionInterface
 
 NAME = "mig_kit_groups"
 BLOCK = 512  # tokens whose mask is made at a time, so that half of the future is never computed
+# configuration by id -> (its own attention, passes under way); two threads may draw with one model
+_USERS: dict[int, tuple[str, int]] = {}
+_LOCK = Lock()
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # (1, kv_heads, tokens, width) each
 
 
@@ -178,12 +182,20 @@ def product_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 @contextmanager
 def attending_by_row(config) -> Iterator[None]:
-    """Have a language model's layers use `attend_by_row` while it lasts."""
-    before, config._attn_implementation = config._attn_implementation, NAME
+    """Have a language model's layers use `attend_by_row` while it lasts, in any of its threads."""
+    with _LOCK:
+        before, users = _USERS.get(id(config), (config._attn_implementation, 0))
+        _USERS[id(config)] = before, users + 1
+        config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = before
+        with _LOCK:
+            before, users = _USERS.pop(id(config))
+            if users > 1:
+                _USERS[id(config)] = before, users - 1
+            else:
+                config._attn_implementation = before
 
 
 AttentionInterface.register(NAME, attend_by_row)
