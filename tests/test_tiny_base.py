@@ -2,14 +2,16 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import pad
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 
-from mig_kit.shared_prefix import attention
 from mig_kit.world.scenes import UNSEEN_PAIRS
-from tiny_base import curriculum, lessons, puzzles, training, vocabulary
+from tiny_base import attention, curriculum, lessons, puzzles, training, vocabulary
 from tiny_base.config import tiny_config
 
 
@@ -64,6 +66,29 @@ def small_model():
     config = tiny_config(640, hidden=256, layers=3, vision_hidden=64, vision_layers=2)
     return Qwen2_5_VLForConditionalGeneration._from_config(
         config, attn_implementation=attention.NAME)
+
+
+@pytest.mark.parametrize("tokens", [5, 128, 300])
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_attention_is_the_plain_one_and_its_weights_can_be_kept(tokens, in_blocks):
+    torch.manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True, training=True,
+                             in_blocks=in_blocks, keep_weights=in_blocks)
+    inputs = [torch.randn(2, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2)]
+    future = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)
+    results = []
+    for function, mask in ((eager_attention_forward, future[None, None]),
+                           (attention.attention, None)):
+        output, weights = function(module, *inputs, mask, scaling=0.4, dropout=0.0)
+        if function is attention.attention:
+            assert (weights is not None) == in_blocks
+            weights = in_blocks and torch.cat(
+                [pad(block, (0, tokens - block.shape[-1])) for block in weights], 2)
+        loss = output.square().sum() + (weights[..., ::3].square().sum() if in_blocks else 0)
+        results.append((output, *torch.autograd.grad(loss, inputs), *[weights] * in_blocks))
+    for expected, ours in zip(*results):
+        assert ours.shape == expected.shape
+        assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 SHORT_COURSE = replace(curriculum.TELLING_APART, warmup_steps=1)

@@ -21,7 +21,6 @@ from mig_kit.models.model_folders import (
     load_config,
 )
 from mig_kit.models.processors import StillImageProcessor, load_processor
-from mig_kit.shared_prefix import attention
 from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 
 TINY_BASE = model_folder("tiny")
@@ -78,11 +77,11 @@ def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
         reason = f"{name} has no bfloat16: float32 throughout, twice the memory and slower"
         return Hardware("cuda", torch.float32, "sdpa", reason)
     if dtype == "bfloat16":
-        return Hardware("cpu", torch.bfloat16, attention.NAME, "CPU, bfloat16 by parameter")
+        return Hardware("cpu", torch.bfloat16, "sdpa", "CPU, bfloat16 by parameter")
     # bfloat16 products are little faster for a model of some million parameters, even where a CPU
     # has instructions for them, and the decoder would round otherwise than the learner
     reason = f"CPU, {torch.get_num_threads()} threads: float32 throughout"
-    return Hardware("cpu", torch.float32, attention.NAME, reason)
+    return Hardware("cpu", torch.float32, "sdpa", reason)
 
 
 def resolve_model(model: str) -> str | Path:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from mig_kit.shared_prefix import attention
+from tiny_base import attention
 
 # Layers and heads that are supervised: which attend to objects, to the numbers that announce
 # images, and to the numbers in questions.

@@ -14,9 +14,9 @@ from mig_kit.image_files import pixel_digest
 from mig_kit.models import loading
 from mig_kit.models.sample_prompts import SampleCache
 from mig_kit.prompts import chat_messages
-from mig_kit.shared_prefix import attention, decoding, generation, prefixes, prompt_cache
+from mig_kit.shared_prefix import decoding, generation, prefixes, prompt_cache
 from mig_kit.shared_prefix.generation import SamplingOptions, draw_uniforms, sample_tokens
-from mig_kit.shared_prefix.logprobs import completion_logps
+from mig_kit.shared_prefix.logprobs import KeptPrompts, completion_logps
 from mig_kit.shared_prefix.prompt_cache import Prompt
 from mig_kit.training import resuming
 
@@ -83,19 +83,18 @@ def test_greedy_replies_equal_transformers(family, samples):
 
 def test_keys_and_values_are_in_memory_once(random_model, processor, samples, monkeypatch):
     """The prompts' cache goes when the decoder has its parts, and a layer's when it is copied."""
-    caches, stock = [], prefixes.PaddedPrompts.prefill
+    read, stock = [], prefixes.PaddedPrompts.pad_keys
 
-    def read(batch, model):
-        hidden, cache = stock(batch, model)
-        caches.append(weakref.ref(cache))
-        return hidden, cache
+    def pad_keys(batch, prompts):
+        read.extend(weakref.ref(keys) for prompt in prompts for keys, _ in prompt.layers)
+        return stock(batch, prompts)
 
-    monkeypatch.setattr(prefixes.PaddedPrompts, "prefill", read)
+    monkeypatch.setattr(prefixes.PaddedPrompts, "pad_keys", pad_keys)
     prompts = make_prompts(random_model, processor, questions_in_pairs(samples, 4))
     fused_weights = decoding.fuse_decoding_weights(random_model, False)
     with torch.inference_mode():
         decoder = generation._prefill_prompts(random_model, prompts, 2, 4, fused_weights)[0]
-    assert len(caches) == 1 and caches[0]() is None
+    assert len(read) == 4 * len(decoder.prefix_cache) and not any(keys() is not None for keys in read)
     layers = [weakref.ref(keys) for keys, _ in decoder.prefix_cache]
     alive = []
 
@@ -112,10 +111,10 @@ def test_keys_and_values_are_in_memory_once(random_model, processor, samples, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "variant"), [
-    *((name, "") for name in sorted(loading.FAMILIES)), ("qwen2_5_vl", "attention"),
+    *((name, "") for name in sorted(loading.FAMILIES)), ("qwen2_5_vl", "kept"),
     ("qwen2_5_vl", "checkpointed"), *(
         pytest.param(name, variant, marks=pytest.mark.nightly) for variant in (
-            "attention", "checkpointed") for name in sorted({*loading.FAMILIES} - {"qwen2_5_vl"}))],
+            "kept", "checkpointed") for name in sorted({*loading.FAMILIES} - {"qwen2_5_vl"}))],
     indirect=["family"])
 def test_logps_and_gradients_equal_stock(family, samples, variant):
     model, processor, box_format = family
@@ -124,9 +123,10 @@ def test_logps_and_gradients_equal_stock(family, samples, variant):
     if variant == "checkpointed":
         model.train()
         model.activation_checkpointing_enable({"use_reentrant": False})
-    if variant == "attention":
-        model.set_attn_implementation(attention.NAME)
     prompts = make_prompts(model, processor, samples[:4], box_format)
+    if variant == "kept":
+        kept = KeptPrompts(model, dict(enumerate(prompts)))
+        prompts = list(kept.prompts.values())
     prompt_index, lengths = torch.tensor([2, 2, 0, 3, 3]), [5, 9, 3, 9, 1]
     ids = torch.randint(20, 600, (5, 9))
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
@@ -134,6 +134,8 @@ def test_logps_and_gradients_equal_stock(family, samples, variant):
     weights = torch.randn(5, 9) * mask
     model.zero_grad()
     (logps * weights).sum().backward()
+    if variant == "kept":
+        kept.backward()
     our_gradients = {name: parameter.grad.clone()
                      for name, parameter in language.named_parameters()}
 

@@ -77,13 +77,15 @@ def test_its_layers_are_checkpointed_as_in_the_training(make_lesson, monkeypatch
     trainer, _, batch = make_lesson(gradient_checkpointing=True, dtype="float32")
     plain, _, _ = make_lesson(dtype="float32")
     layers = prompt_cache.unwrap_peft(trainer.model).model.language_model.layers
-    read_layer, passes = logprobs._read_layer, []
-    monkeypatch.setattr(logprobs, "_read_layer",
-                        lambda *arguments: passes.append(1) or read_layer(*arguments))
+    passes = []
+    for name in ("_read_prompt_layer", "_read_replies"):
+        read = getattr(logprobs, name)
+        monkeypatch.setattr(logprobs, name, lambda *arguments, read=read: (
+            passes.append(1) or read(*arguments)))
     logps = recipe_trainer.token_logps(trainer, batch)
-    assert len(passes) == len(layers)
+    assert len(passes) == 2 * len(layers), "of the prompt, and of its replies"
     logps.sum().backward()
-    assert len(passes) == 2 * len(layers), "they are computed again backwards"
+    assert len(passes) == 4 * len(layers), "they are computed again backwards"
     torch.testing.assert_close(logps, recipe_trainer.token_logps(plain, batch), atol=1e-5, rtol=0)
 
 
