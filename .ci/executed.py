@@ -3,12 +3,15 @@ Without a run it writes the present texts beside the outputs that are there: `ma
 
 05b, which is no stage, is executed on that run. run.json beside them says of which run they are,
 and holds a digest of each one's outputs. README's picture is the one that 07 keeps, and results.md
-shows the head of the report, as Chromium draws it.
+shows the head of the report, as Chromium draws it. The run's adapters become tiny/sft and
+tiny/grpo; replies.json holds some of the replies that its models gave in 06.
 """
 
 import ast
 import hashlib
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,14 +22,23 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
+from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, file_sha256, model_folder, write_json
+from mig_kit.models.adapters import WEIGHTS
+from mig_kit.models.shipped import STARTS, merge_shipped
 from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.execute import ThisPython
-from mig_kit.pipeline.run_facts import describe_machine
+from mig_kit.pipeline.run_facts import EVALUATE, MODELS, describe_machine
+from mig_kit.serving.stored_replies import load_replies, reply_file
+from mig_kit.stages.evaluate import draw_test_samples
 
 FOLDER = NOTEBOOKS / "executed"
 BY_HAND = "05b_grpo_by_hand"
 FACTS = ("run_id", "started", "seconds", "machine", "versions", "git")
+# a shipped model -> the stages that trained its adapter and merged it
+MADE_BY = {"tiny/sft": ("02_sft", "03_merge"), "tiny/grpo": ("05_grpo", "05_grpo")}
+MERGED = "model.safetensors"
+REPLIES_PER_TASK = 2
+GROUND = re.compile(r"(<!-- executed ground -->\n```text\n).*?(```\n<!-- end -->)", re.DOTALL)
 
 
 def outputs_digest(notebook) -> str:
@@ -93,6 +105,52 @@ def copy_pictures(run_id: str) -> None:
                     (report / "report.html").resolve().as_uri()], check=True, capture_output=True)
 
 
+def ship_adapters(run_id: str, facts: dict) -> None:
+    """Write the run's adapters beside the tiny base, and their digests into the stages' facts.
+
+    Raises: SystemExit if the merged weights are not the run's.
+    """
+    for model, (trained_by, merged_by) in MADE_BY.items():
+        source = run_folders.stage_folder(trained_by, run_id) / "adapter"
+        folder = model_folder(model)
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
+        config = json.loads((source / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = STARTS[model][0]  # not a path of this machine
+        write_json(folder / "adapter_config.json", config)
+        facts[trained_by]["adapter"] = file_sha256(folder / WEIGHTS)
+        made = run_folders.stage_folder(merged_by, run_id) / dict(MODELS.values())[merged_by]
+        facts[merged_by]["weights"] = file_sha256(made / MERGED)
+        if file_sha256(merge_shipped(model) / MERGED) != facts[merged_by]["weights"]:
+            sys.exit(f"{model} is another model than {made}; was the run made by this version, on "
+                     "a CPU, from tiny?")
+
+
+def keep_replies(run_id: str, path: Path) -> None:
+    """Write the greedy replies of all models to the first questions of every task of 06."""
+    params = run_folders.load_record(EVALUATE, run_id)["params"]
+    asked = {"eval_seed": params["eval_seed"], "max_new_tokens": params["max_new_tokens"],
+             "suites": dict.fromkeys(params["suites"], REPLIES_PER_TASK)}
+    folder, replies = run_folders.stage_folder(EVALUATE, run_id) / "replies", {}
+    for suite, samples in draw_test_samples(asked).items():
+        for system in MODELS:
+            stored = load_replies(reply_file(folder, system, suite))
+            replies.setdefault(system, {}).update(
+                {sample.id: stored[sample.id][0] for sample in samples})
+    write_json(path, {**asked, "replies": replies})
+
+
+def show_ground(page: Path) -> None:
+    """Write what the page's `mig-kit ground` prints into the block below it."""
+    text = page.read_text()
+    command = re.search(r"^mig-kit (ground .*)$", text, re.MULTILINE)[1]
+    words = shlex.split(command, comments=True)
+    with tempfile.TemporaryDirectory() as folder:
+        output = subprocess.run([Path(sys.executable).with_name("mig-kit"), *words], cwd=folder,
+                                capture_output=True, text=True, check=True).stdout
+    page.write_text(GROUND.sub(lambda match: f"{match[1]}{output}{match[2]}", text))
+
+
 def main(run_id: str) -> None:
     """Write the notebooks of all stages that the run has finished."""
     FOLDER.mkdir(exist_ok=True)
@@ -103,6 +161,9 @@ def main(run_id: str) -> None:
             record = run_folders.load_record(stage, run_id)
             facts[stage] = {name: record[name] for name in FACTS} | {
                 "outputs": keep_notebook(path)}
+    ship_adapters(run_id, facts)
+    keep_replies(run_id, FOLDER / "replies.json")
+    show_ground(PROJECT_ROOT / "README.md")
     facts[BY_HAND] = run_by_hand(run_id)
     write_json(FOLDER / "run.json", facts)
     copy_pictures(run_id)

@@ -23,6 +23,7 @@ PROJECT_ROOT = PACKAGE.parent if IS_CLONE else Path(
 NOTEBOOKS, PROFILES = ((PACKAGE.parent if IS_CLONE else PACKAGE) / name
                        for name in ("notebooks", "params"))
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+SHIPPED = ("tiny", "tiny/sft", "tiny/grpo")  # models that come with the kit
 
 
 class UserError(ValueError):
@@ -84,8 +85,13 @@ def apply_umask(folder: Path) -> None:
 
 
 def model_folder(model: str) -> Path:
-    """Where a model is if it is a folder: "tiny" is shipped, others relative to the project."""
-    return PACKAGE / "tiny_base" if model == "tiny" else PROJECT_ROOT / model
+    """Where a model's files are: in the package for SHIPPED, else relative to the project.
+
+    Of "tiny/sft" and "tiny/grpo" they are an adapter, which `loading.resolve_model` merges.
+    """
+    if model in SHIPPED:
+        return PACKAGE / model.replace("tiny", "tiny_base")
+    return PROJECT_ROOT / model
 
 
 def split_function_name(text: str) -> tuple[Path, str]:

@@ -8,12 +8,19 @@ import click
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.commands.options import FILE, FOLDER, NEW_FOLDER
-from mig_kit.common import UserError
+from mig_kit.common import SHIPPED, UserError
+from mig_kit.drawing.palette import SYSTEM_LABELS
+from mig_kit.drawing.pictures import draw_replies, draw_sample
+from mig_kit.image_files import open_rgb
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.plan import parse_overrides
-from mig_kit.pipeline.run_facts import EVALUATE, RunModel, find_run_model
+from mig_kit.pipeline.run_facts import EVALUATE, MODELS, RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
 from mig_kit.pipeline.store import stale_notes
+from mig_kit.prompts import format_question, parse_reply, reply_boxes_in_original
+from mig_kit.rewards import is_correct
+from mig_kit.sample import Sample
+from mig_kit.world.tasks import TASKS, make_sample
 
 
 def find_model(model: str, changes: dict, server: str = "") -> RunModel:
@@ -28,9 +35,9 @@ def find_model(model: str, changes: dict, server: str = "") -> RunModel:
     changes = {name: value for name, value in changes.items() if value is not None}
     is_run = not server or model.partition("/")[0] in list_runs()
     found_model = find_run_model(model) if is_run else None
-    is_folder = Path(model).is_dir() and model != "tiny"  # from where the command is given
-    folder = found_model.folder if found_model else loading.resolve_model(
-        str(Path(model).absolute()) if is_folder else model)
+    is_folder = Path(model).is_dir() and model not in SHIPPED  # from where the command is given
+    folder = loading.resolve_model(
+        str(found_model.folder if found_model else Path(model).absolute() if is_folder else model))
     # a server that runs already has the model, and the hub may be out of reach
     is_served = server and not found_model and (
         read_model_type(folder, ask_hub=False) not in FAMILIES)
@@ -47,16 +54,17 @@ def find_model(model: str, changes: dict, server: str = "") -> RunModel:
         return RunModel(ServedName(folder) if is_served else folder, box_format, {})
     for note in stale_notes(found_model.stage, found_model.run_id) if found_model.stage else ():
         click.echo(f"warning: {note}", err=True)
-    return replace(found_model, box_format=box_format)
+    return replace(found_model, folder=folder, box_format=box_format)
 
 
 def model_options(command):
     """The options that name a model and how it sees images."""
     options = [
         click.option("--model", required=True,
-                     help="A run (its GRPO model; RUN/sft, RUN/base: the others), tiny, or a "
-                          "folder or hub name of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5; "
-                          "with -p server also another model's name there."),
+                     help="A run (its GRPO model; RUN/sft, RUN/base: the others), tiny/grpo, "
+                          "tiny/sft or tiny (shipped), or a folder or hub name of a Qwen2-VL, "
+                          "Qwen2.5-VL, Qwen3-VL or Qwen3.5; with -p server also another model's "
+                          "name there."),
         click.option("--coordinates", type=click.Choice(["absolute", "normalized_1000"]),
                      help="How the model writes boxes: absolute (Qwen2.5-VL) or normalized_1000 "
                           "(the other families); the model's own if left out."),
@@ -127,31 +135,52 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
         click.echo(text)
 
 
-@click.command()
-@model_options
-@click.option("--image", "images", multiple=True, required=True, type=click.Path(),
-              help="An image; repeat in order.")
-@click.option("--out", default="grounded.png", help="Where the image with the box goes.")
-@click.option("--max-new-tokens", default=256)
-@click.argument("question")
-def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, question: str,
-           **changes) -> None:
-    """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
-    from mig_kit.image_files import open_rgb
+def ask_models(folders: dict[str, str | Path], sample: Sample, box_format: BoxFormat,
+               max_new_tokens: int) -> dict[str, str]:
+    """Name -> greedy reply to the sample; folders: name -> model's folder or hub name."""
+    from transformers.utils import logging
 
-    opened = [open_rgb(Path(path)) for path in images]  # before seconds of imports
-    from mig_kit.drawing.pictures import draw_sample
     from mig_kit.models import loading
-    from mig_kit.prompts import parse_reply, reply_boxes_in_original
-    from mig_kit.sample import Sample
-    from mig_kit.score.own import read_freely
     from mig_kit.serving import reply_files
 
+    logging.disable_progress_bar()  # of loading
+    hardware, replies = loading.choose_hardware(), {}
+    for name, folder in folders.items():
+        policy = loading.load_policy(folder, hardware, box_format)
+        replies[name] = reply_files.greedy_replies(policy, [sample], max_new_tokens)[0]
+    return replies
+
+
+@click.command()
+@model_options
+@click.option("--image", "images", multiple=True, type=click.Path(),
+              help="An image; repeat in order.")
+@click.option("--example", type=click.IntRange(0), metavar="NUMBER",
+              help="Not your question on your images, but a drawn one of the test split; if MODEL "
+                   "is a shipped one, all of these answer.")
+@click.option("--out", default="grounded.png", help="Where the picture with the box goes.")
+@click.option("--max-new-tokens", default=256)
+@click.argument("question", default="")
+def ground(model: str, images: tuple[str, ...], example: int | None, out: str, max_new_tokens: int,
+           question: str, **changes) -> None:
+    """Ask MODEL where in the images the answer to QUESTION is; print it and draw the box."""
+    if {bool(images), bool(question)} != {example is None}:
+        raise UserError("give a question and each of its pictures with --image, or --example 3")
+    if example is None:
+        _ground_images(model, images, out, max_new_tokens, question, changes)
+    else:
+        _ground_example(model, example, out, max_new_tokens, changes)
+
+
+def _ground_images(model: str, images: tuple[str, ...], out: str, max_new_tokens: int,
+                   question: str, changes: dict) -> None:
+    opened = [open_rgb(Path(path)) for path in images]  # before seconds of imports
+    from mig_kit.score.own import read_freely
+
+    sample = Sample("ground", "", "", "", tuple(opened), question)
     run_model = find_model(model, changes)
     box_format = run_model.box_format
-    policy = loading.load_policy(run_model.folder, loading.choose_hardware(), box_format)
-    sample = Sample("ground", "", "", "", tuple(opened), question)
-    reply = reply_files.greedy_replies(policy, [sample], max_new_tokens)[0]
+    reply = ask_models({model: run_model.folder}, sample, box_format, max_new_tokens)[model]
     read_reply = read_freely(reply, (), len(images))
     boxes = reply_boxes_in_original(sample, read_reply, box_format)
     click.echo(f"reasoning: {parse_reply(read_reply).thinking or '-'}")
@@ -164,3 +193,22 @@ def ground(model: str, images: tuple[str, ...], out: str, max_new_tokens: int, q
                    "image, {}x{})".format(*opened[number - 1].size))
     draw_sample(sample, read_reply, box_format, 320).save(Path(out))
     click.echo(f"image: {out}")
+
+
+def _ground_example(model: str, number: int, out: str, max_new_tokens: int, changes: dict) -> None:
+    index, task = divmod(number, len(TASKS))
+    sample = make_sample(list(TASKS)[task], "test", index)
+    run_model = find_model(model, changes)
+    folders, box_format = {model: run_model.folder}, run_model.box_format
+    if model in SHIPPED:
+        from mig_kit.models.loading import resolve_model  # seconds
+
+        folders = {SYSTEM_LABELS[system]: resolve_model(name)
+                   for system, name in zip(MODELS, SHIPPED)}
+    replies = ask_models(folders, sample, box_format, max_new_tokens)
+    click.echo(f"{format_question(sample, box_format, False)} ({len(sample.images)} images)")
+    for name, reply in replies.items():
+        verdict = "correct" if is_correct(reply, sample, box_format) else "wrong"
+        click.echo(f"{name}, {verdict}: {reply}")
+    draw_replies(sample, replies, box_format).save(Path(out))
+    click.echo(f"picture: {out}")

@@ -21,6 +21,14 @@ RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on w
 FREE = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "task_type",
         "layers_to_transform", "layers_pattern", "inference_mode", "base_model_name_or_path",
         "revision", "auto_mapping", "peft_version"}
+# in_proj_* and out_proj are those of linear attention, whose in_proj_a and in_proj_b have as few
+# outputs as heads. Fused experts get no adapter.
+_MIXERS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
+ADAPTED_PROJECTIONS = {
+    "all": (*_MIXERS, "gate_proj", "up_proj", "down_proj"),
+    "attention": _MIXERS,
+    "gate_up": ("gate_proj", "up_proj"),
+}
 
 
 @dataclass(frozen=True)

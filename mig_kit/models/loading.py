@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, BitsAndBytesConfig
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import UserError, model_folder
+from mig_kit.common import SHIPPED, UserError, model_folder
+from mig_kit.models.adapters import ADAPTED_PROJECTIONS
+from mig_kit.models.hardware import FULL_PRECISION_MODULES, Hardware
 from mig_kit.models.model_folders import (
     FAMILIES,
     VisionLanguageModel,
@@ -21,6 +22,7 @@ from mig_kit.models.model_folders import (
     load_config,
 )
 from mig_kit.models.processors import StillImageProcessor, load_processor
+from mig_kit.models.shipped import merge_shipped
 from mig_kit.shared_prefix.decoding import train_mode_for_4bit_layers
 
 TINY_BASE = model_folder("tiny")
@@ -28,30 +30,10 @@ PACKED_NAME = "mig_kit_flash"  # with "flash" in it, for transformers to hand ov
 
 # LoRA goes on projections of the language model and nowhere else. A list of names such as
 # "gate_proj" would also land in the vision tower, whose MLP uses the same names, hence regular
-# expressions over full module paths. in_proj_* and out_proj are those of linear attention, whose
-# in_proj_a and in_proj_b have as few outputs as heads. Fused experts get no adapter.
-_MIXERS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
-ADAPTED_PROJECTIONS = {
-    "all": (*_MIXERS, "gate_proj", "up_proj", "down_proj"),
-    "attention": _MIXERS,
-    "gate_up": ("gate_proj", "up_proj"),
-}
+# expressions over full module paths.
 LORA_TARGETS = {name: rf".*language_model\..*\.({'|'.join(projections)})"
                 for name, projections in ADAPTED_PROJECTIONS.items()}
 LORA_SCALE = 2  # lora_alpha / lora_r, the factor of an adapter's product
-
-# Never 4-bit. The tower needs its full path: plain "visual" is ignored and the tower quantised.
-FULL_PRECISION_MODULES = ["model.visual", "lm_head"]
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Where and in which numbers to compute."""
-
-    device: str
-    dtype: torch.dtype
-    attention: str
-    reason: str
 
 
 def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
@@ -85,8 +67,8 @@ def choose_hardware(dtype: str = "auto", device: str = "auto") -> Hardware:
 
 
 def resolve_model(model: str) -> str | Path:
-    """"tiny" for the shipped base, a folder (relative to the project), or else a hub name."""
-    folder = model_folder(model)
+    """The folder of a model of SHIPPED, a folder (relative to the project), or else a hub name."""
+    folder = merge_shipped(model) if model in SHIPPED else model_folder(model)
     return folder if folder.is_dir() else model
 
 
@@ -107,6 +89,8 @@ def attend_packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tenso
     query, key, value (1, heads, tokens, width) -> (mixed values (1, tokens, heads, width), None).
     cu_seq_lens_q: (windows + 1,), where each begins and the last ends.
     """
+    from torch.nn.attention.varlen import varlen_attn  # seconds, as it imports torch's compiler
+
     packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     bounds = cu_seq_lens_q.to(torch.int32)
     mixed = varlen_attn(*packed, bounds, bounds, max_length_q, max_length_q, scale=scaling)

@@ -16,12 +16,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mig_kit.common import apply_umask, release_memory, write_json
 from mig_kit.models.adapters import (
+    ADAPTED_PROJECTIONS,
     Adapter,
     check_adapter_base,
     check_adapter_fits,
     load_adapter,
 )
-from mig_kit.models.loading import ADAPTED_PROJECTIONS, FULL_PRECISION_MODULES, Hardware
+from mig_kit.models.hardware import FULL_PRECISION_MODULES, Hardware
 from mig_kit.models.model_folders import (
     FAMILIES,
     INDEX,

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from mig_kit import __version__
-from mig_kit.common import model_folder
+from mig_kit.common import SHIPPED, model_folder
 from mig_kit.pipeline.run_facts import MODELS, name_data
 from mig_kit.pipeline.run_folders import finished_params
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
@@ -44,7 +44,7 @@ def write_card(stage: str, folder: Path, run_id: str, params: dict) -> None:
                          if name not in EXECUTION_PARAMS}, indent=1)
     is_of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not model_folder(base).is_dir()
     (folder / name / CARD).write_text(TEXT.format(
-        source=("license: apache-2.0\n" if base == "tiny" else
+        source=("license: apache-2.0\n" if base in SHIPPED else
                 f"base_model: {base}\n" if is_of_hub else ""),
         tags="" if is_sft else ", trl, grpo", run_id=run_id, system="SFT" if is_sft else "GRPO",
         version=__version__,

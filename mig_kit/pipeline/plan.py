@@ -10,7 +10,7 @@ from typing import Literal, get_origin
 
 import yaml
 
-from mig_kit.common import PROJECT_ROOT, UserError
+from mig_kit.common import PROJECT_ROOT, SHIPPED, UserError
 from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.params import choose_params, needs_gpu, unknown_parameter_message
 from mig_kit.pipeline.stage_keys import MODEL_PARAMS
@@ -105,7 +105,7 @@ def locate_paths(name: str, value: object) -> object:
     if name == "rewards" and isinstance(value, list):
         return [re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), str(text))
                 for text in value]
-    is_model = name in MODEL_PARAMS and value not in ("tiny", *START_WORDS)
+    is_model = name in MODEL_PARAMS and value not in (*SHIPPED, *START_WORDS)
     is_path = (name == "image_root" or name == "data" and value != "scenes"
                or is_model and Path(value).is_dir())
     return relative_to_project(value) if is_path and value else value

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import IS_CLONE, PROJECT_ROOT, UserError, model_folder, suggest_word
+from mig_kit.common import IS_CLONE, PROJECT_ROOT, SHIPPED, UserError, suggest_word
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_folders import (
     finished_params,
@@ -42,8 +42,8 @@ def name_data(run_id: str) -> str:
 
 @dataclass(frozen=True)
 class RunModel:
-    """A model's folder or hub name and box format; evaluation: ASKED of its run's
-    06, as finished or as its profile has it."""
+    """A model, named as `loading.resolve_model` takes it, and its box format; evaluation: ASKED of
+    its run's 06, as finished or as its profile has it."""
 
     folder: Path | str
     box_format: BoxFormat
@@ -53,7 +53,7 @@ class RunModel:
 
 
 def find_run_model(text: str) -> RunModel | None:
-    """The model that "RUN", "RUN/sft" or "RUN/base" names; None for a folder, tiny or USER/NAME.
+    """The model that "RUN", "RUN/sft" or "RUN/base" names; None for others.
 
     Raises UserError if the run lacks that model, or if a single word names nothing here.
     """
@@ -61,7 +61,7 @@ def find_run_model(text: str) -> RunModel | None:
     if system not in ("", *MODELS):
         return None
     if run_id not in (runs := list_runs()):
-        if text == "tiny" or Path(text).is_dir():
+        if text in SHIPPED or Path(text).is_dir():
             return None
         near = suggest_word(run_id, runs | {"tiny"}, 0.5)
         raise UserError(f"there is no run and no folder '{text}'; "
@@ -69,12 +69,10 @@ def find_run_model(text: str) -> RunModel | None:
     params = run_params(run_id, "a run's model")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     stage, name = MODELS[system or "grpo"]
-    folder = model_folder(params["base_model"])
+    folder = params["base_model"]
     if stage:
         require_record(stage, run_id, f"the model {text}")
         folder = stage_folder(stage, run_id) / name
-    elif not folder.is_dir():
-        folder = params["base_model"]  # of the hub
     params = finished_params(EVALUATE, run_id) or profile_params(
         EVALUATE, load_profile(run_id) or "tiny")
     asked = {name: value for name, value in params.items() if name in ASKED}

@@ -64,11 +64,14 @@ def has_own_data(run_id: str) -> bool:
 
 def find_rl_start(start_from: str) -> Path | None:
     """The folder that 05 started from, None for a run's model; UserError if it is gone."""
-    folder = None if start_from in START_WORDS else model_folder(start_from)
-    if folder and not folder.is_dir():
+    if start_from in START_WORDS:
+        return None
+    if not model_folder(start_from).is_dir():
         raise UserError(f"RL started from {start_from}, which is gone, and 06 compares "
                         "with it; bring it back, or run 05 again from another model")
-    return folder
+    from mig_kit.models.loading import resolve_model  # seconds, which tables need not wait for
+
+    return resolve_model(start_from)
 
 
 def list_pairs(systems: Mapping) -> list[tuple[str, str]]:

@@ -18,7 +18,6 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.common import model_folder
 from mig_kit.models import loading
 from mig_kit.models.model_folders import check_model_folder
 from mig_kit.models.processors import describe_other_format
@@ -193,7 +192,7 @@ def resolve_start(params: SimpleNamespace, merged: Path) -> str | Path:
         return merged
     if params.start_from == "base":
         return loading.resolve_model(params.base_model)
-    folder = model_folder(params.start_from)
+    folder = loading.resolve_model(params.start_from)
     check_model_folder(folder)
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
     if difference := describe_other_format(folder, box_format):
