@@ -126,6 +126,9 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
                               allow_missing, benchmark.left_out)
     if not has_boxes and (rules.read_letter or not is_official):
         lines, remarks = _mark_cut_reasoning(lines)
+    if lines[0] is None and lines[1:2] != [None]:
+        remarks += (f"The first item, {items[0].name}, has no prediction: if the file counts from "
+                    "1, take 1 off every index.",)
     if has_boxes:
         verdicts, more = official.judge_boxes(items, lines, source), ()
     elif rules.read_letter:

@@ -70,6 +70,30 @@ def test_a_table_that_counts_from_1_is_not_shifted_in_silence(benchmark):
         accuracy(benchmark, rows)
     with pytest.raises(ValueError, match="so it counts other questions"):
         accuracy(benchmark, [{**rows[0], "answer": "A"}], allow_missing=True)
+    with pytest.raises(ValueError, match="a table that counts from 1 needs every index less 1"):
+        accuracy(benchmark, rows[:2])
+    remark, = score_predictions(benchmark, rows[:2], allow_missing=True).remarks
+    assert "if the file counts from 1, take 1 off every index" in remark
+
+
+FACTS = [{"task": "diff", "question": f"Find thing {n}.", "images": [f"{n}a.jpg", f"{n}b.jpg"],
+          "answer": [n / 10, 0.1, 0.5, 0.6]} for n in range(3)]
+
+
+@pytest.mark.parametrize("name, repeat", [
+    ("question", lambda record: {"question": f" {record['question']}\n"}),
+    ("images", lambda record: {"images": [f"/data/{name}" for name in record["images"]]}),
+    ("box", lambda record: {"groundtruth": [1000 * value for value in record["answer"]]})])
+def test_a_line_that_repeats_another_items_facts_is_refused(name, repeat):
+    benchmark = read_benchmark("mig_bench", FACTS)
+    lines = [{"index": n, "response": "(0,100),(500,600)", **repeat(record)}
+             for n, record in enumerate(FACTS)]
+    assert score_predictions(benchmark, lines).values[0] == 1
+    shifted = [line | {"index": n} for line, n in zip(lines, (1, 2, 0))]
+    with pytest.raises(ValueError, match=f"prediction 1 .* item 1, but has the {name} of item 0"):
+        score_predictions(benchmark, shifted)
+    lines[0] |= {"question": "In a template: ...", "images": ["x.jpg"], "groundtruth": [0, 0, 9, 9]}
+    assert score_predictions(benchmark, lines).values[0] == 1, "nothing says that it is another"
 
 
 def test_a_cell_is_text_a_number_or_nothing(benchmark):
