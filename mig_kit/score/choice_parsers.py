@@ -9,7 +9,7 @@ import re
 import unicodedata
 
 from mig_kit.score.annotations import BenchmarkItem
-from mig_kit.score.official import last_answer_block, parse_blink_letter, shown_text, split_answer
+from mig_kit.score.official import parse_blink_letter, shown_text, split_answer
 
 _LABEL = r"(?i:option|choice|point|box|picture|letter)"
 _SIGNS = r"[\s*_`\"'$(\[{:=]{0,9}"
@@ -35,7 +35,7 @@ _FAULTS = re.compile(r"\b(?:too|not|includ\w+|lighter|farther|further|background
 _PRAISES = re.compile(r"\b(?:closer|nearer|darker|better|best|fits|correct)\b", re.IGNORECASE)
 _OF_ANOTHER = re.compile(r"\b(?:first(?! choice)|second|other|another|alternative|runner\S*)\b",
                          re.IGNORECASE)
-_NEXT_CHOICE = re.compile(r"\b(?:second|third|other|alternative) (?:choice|option)(?: is|:)\W{0,3}\Z",
+_NEXT_CHOICE = re.compile(r"\b(?:second|other|alternative) (?:choice|option)(?: is|:)\W{0,3}\Z",
                           re.IGNORECASE)
 # the weight that an answer gives itself, if it is none
 _NO_WEIGHT = re.compile(r"-.*|[0.]+\s*%?|none|no|false", re.IGNORECASE)
@@ -179,7 +179,7 @@ def _conclude(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     if not (matches := [*_CONCLUSION.finditer(text)] or [*_END.finditer(text)]):
         return None
     matches = [match for match in matches if not _NEXT_CHOICE.search(
-        text[:match.start(match.lastindex)])]
+        text[max(0, match.start() - 20):match.start(match.lastindex)])]
     if not matches:
         return ""
     start, letter = matches[-1].start(), matches[-1][matches[-1].lastindex]

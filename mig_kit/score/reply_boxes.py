@@ -157,8 +157,8 @@ def _read_object(value: object) -> NamedBox | None:
                             for pattern in (_IMAGE_KEY, _BOX_KEY))
     others = set(value) - {*sides, *image_keys, *box_keys, *_ASIDE}
     named, is_read = _image_of_label(str(value.get("label", "")).lower())
-    if others or has_no_weight(value) or len(image_keys) + bool(named) > 1 or len(box_keys) + bool(sides) != 1 or (
-            not is_read):
+    if others or len(image_keys) + bool(named) > 1 or len(box_keys) + bool(sides) != 1 or (
+            not is_read) or has_no_weight(value):
         return None
     numbers = [value[name] for name in sides] or value[box_keys[0]]
     if isinstance(numbers, list) and len(numbers) == 2 and all(

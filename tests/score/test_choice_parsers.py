@@ -124,7 +124,8 @@ def test_blinks_own_rule_decides_nothing_that_its_authors_leave_to_another_model
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["turn7/letters", "turn6/letters", "turn5/new_letters", "reports/letters"])
+@pytest.mark.parametrize("name", ["turn7/letters", "turn6/letters", "turn5/new_letters",
+                                  "reports/letters"])
 def test_letters_in_new_wordings_are_right_or_unread(name):
     for line in (DATA / "cases" / f"{name}.jsonl").read_text().splitlines():
         case = json.loads(line)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mig_bench_records import DATA, needs_data
 
 from mig_kit.boxes import BoxFormat, Coordinates
+from mig_kit.prompts import parse_reply
 from mig_kit.score import annotations, choice_parsers, official, protocols, reply_boxes
 from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.image_names import find_names
@@ -110,7 +111,8 @@ def test_names_of_images():
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["turn7/boxes", "turn6/boxes", "turn5/new_boxes", "reports/strict"])
+@pytest.mark.parametrize("name", ["turn7/boxes", "turn6/boxes", "turn5/new_boxes",
+                                  "reports/strict"])
 def test_boxes_in_new_wordings_never_score_wrongly_and_never_fail_in_silence(name):
     for line in (DATA / "cases" / f"{name}.jsonl").read_text().splitlines():
         case = json.loads(line)
@@ -139,9 +141,12 @@ def test_a_box_one_unit_outside_is_cut_to_the_image(written, coordinates, iou):
 @pytest.mark.parametrize("piece", [
     "image ", "image 1,", "images 1 and ", "first, ", "1st or the ", '"image": [1, ', "image_(",
     '{"image": ', "[1, 2, 3, 4] ", "image 1 (1,2),(3,4). ", "x1=1 ", "<box>", "1 ", ". ", "answer ",
-    "answer is ", "A) ", "the answer is A. ", "**A** ", "A\n", "\\boxed{"])
+    "answer is ", "A) ", "the answer is A. ", "**A** ", "A\n", "\\boxed{", "<think>", "<answer>",
+    "</answer>", "<answer>A</answer>", "[x] A ", "not A. ", '{"answer": "A"} '])
 def test_no_text_takes_long(piece):
     text, start = piece * (50_000 // len(piece)), time.process_time()
+    parse_reply(text)
+    parse_reply(f"<think>{text}")
     parse_strict_answer(f"<answer>{text}</answer>")
     parse_named_boxes(text)
     choice_parsers.read_choice(text, "ABCD", ("A is closer", "left"), True)
@@ -153,7 +158,8 @@ def test_no_text_takes_long(piece):
 SIGNS = list("()[]<>,. \n-+*:$\\'\"{}ABCDEHZa0159\u0663\u00b2")
 WORDS = ["<answer>", "</answer>", "<box>", "</box>", "(1,2),(3,4)", "[0.1, 0.2, 0.3, 0.4]",
          "image 2", "the third image", "(A)", "Point B", "the answer is", "none", "\n(A) x\n(B) y",
-         "9" * 320, "[1, 2, 3, " + "9" * 320 + "]", "<think>", "</think>", '{"image": ', '"box": ', "x1", "not ", " or ", "\uff08"]
+         "9" * 320, "[1, 2, 3, " + "9" * 320 + "]", "<think>", "</think>", '{"image": ',
+         '"box": ', "x1", "not ", " or ", "\uff08"]
 PIECES = st.lists(st.sampled_from(SIGNS + WORDS), max_size=25).map("".join)
 
 
