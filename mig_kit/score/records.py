@@ -28,7 +28,8 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     path = Path(path)
     if path.is_dir():
         return [record for file in _folder_files(path) for record in read_records(file)]
-    require_file(path)
+    if require_file(path).suffix == ".gz":
+        raise UserError(f"{path} is packed; unpack it first: gunzip --keep {path}")
     records = _read_table(path) if path.suffix.lower() in TABLES else _read_json(path)
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
@@ -132,7 +133,7 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
             index, name = name, None
         if index is None and name is None:
             raise UserError(f'{where} has no "index" or "id"; a line looks like {{"index": 0, '
-                            f'"{field}": ...}}')
+                            f'"{field}": ...}}{_hint_at_text(record)}')
         if index in dropped:
             continue
         line = {**record, field: _read_prediction(record, field, where)}
@@ -197,7 +198,7 @@ def _read_prediction(record: dict, field: str, where: str):
     key = next((name for name in (field, *REPLIES) if name in record), "")
     if not key:
         raise UserError(f'{where} has no "{field}"; a line looks like {{"index": 0, "{field}": '
-                        f'...}}, and this one has {", ".join(record)}')
+                        f'...}}, and this one has {", ".join(record)}{_hint_at_text(record)}')
     reply = record[key]
     if key == "prediction":  # a cell: text, a number or nothing
         reply = "" if reply is None or reply != reply else str(reply)
@@ -206,8 +207,26 @@ def _read_prediction(record: dict, field: str, where: str):
             raise UserError(f'"{key}" of {where} has {count} replies; keep one')
         reply = parts[0]
     if field == "response" and not isinstance(reply, str):
-        raise UserError(f'"{key}" of {where} is no text; write "" where the model said nothing')
+        raise UserError(f'"{key}" of {where} is no text; write "" where the model said nothing'
+                        f"{_hint_at_text(record)}")
     return reply
+
+
+def _hint_at_text(record: dict) -> str:
+    """What an error adds for a line of a batch, or parts of a message: where its text is."""
+    def locate(value: object, place: str) -> str:
+        parts = value.items() if isinstance(value, dict) else (
+            enumerate(value) if isinstance(value, list) else ())
+        for key, part in parts:
+            name = f"{place}[{key}]" if isinstance(key, int) else f"{place}.{key}"
+            is_text = key in ("content", "text") and isinstance(part, str)
+            if text_place := name if is_text else locate(part, name):
+                return text_place
+        return ""
+
+    place, names = locate(record, ""), [key for key in ("custom_id", "request_id") if key in record]
+    names = f', and as "index" what {names[0]} counts' if names else ""
+    return f'; write as "response" what is under {place[1:]} here{names}' if place else ""
 
 
 def _flatten(value) -> list:

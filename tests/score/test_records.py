@@ -137,6 +137,13 @@ def test_folders_of_parquet_by_subtask(tmp_path):
     ([{"doc_id": 0, "filtered_resps": [["A"], ["A"], ["B"]]}], "has 3 replies; keep one"),
     ([{"doc_id": 7, "resps": ["A"]}], "unknown to the annotations: 1"),
     ([{"idx": "val_Jigsaw_1", "full_prediction": 3}], "is no text"),
+    ([{"id": "batch_1", "custom_id": "0", "response": {"body": {"choices": [
+        {"message": {"role": "assistant", "content": "A"}}]}}}],
+     r"under response.body.choices\[0\].message.content here, and as .index. what custom_id"),
+    ([{"custom_id": "0", "result": {"message": {"content": [{"type": "text", "text": "A"}]}}}],
+     r"under result.message.content\[0\].text here, and as .index. what custom_id counts"),
+    ([{"index": 0, "response": [{"type": "text", "text": "A"}]}], r"under response\[0\].text here"),
+    ([{"request_id": "0", "outputs": [{"index": 0, "text": "A"}]}], r"under outputs\[0\].text"),
     ([lmms_record(0, "A"), lmms_record(0, "B")], "given more than once")])
 def test_bad_logs_are_one_sentence(benchmark, records, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -152,7 +159,7 @@ def test_bad_logs_are_one_sentence(benchmark, records, sentence):
     ("a.json", b'{"val": [1]}', "entry 1 of"),
     ("a.json", b'{"val": [', "is no JSON"),
     ("a.json", b'{"val": []}', "is empty"),
-    ("a.jsonl.gz", b"\x1f\x8b\x08", "is no JSON in UTF-8"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08", "is packed; unpack it first: gunzip --keep"),
     ("a.jsonl", '{"index"'.encode("utf-16-le"), "is no JSON in UTF-8"),
     ("a.json", b'{"a": 1}\n{"b', "line 2 column"),
     ("a.parquet", b"PAR1", "no readable table"), ("a.xlsx", b"PK", "no readable table")])
