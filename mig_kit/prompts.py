@@ -90,8 +90,7 @@ def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
 
 def parse_reply(text: str) -> Reply:
     """Read a reply; never raises. Several boxes or `<answer>` blocks count as no answer."""
-    thinking = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    thinking, answers = _find_blocks(text, "think"), _find_blocks(text, "answer")
     image, box, letter = None, None, ""
     if len(answers) == 1:
         image, box = _parse_box(answers[0])
@@ -100,8 +99,18 @@ def parse_reply(text: str) -> Reply:
     has_answer = box is not None or letter != ""
     names_none = is_clean and not letter and (
         answers[0].strip() == NO_BOX or not re.search(r"\d", answers[0]))
-    return Reply(thinking.group(1).strip() if thinking else "", image, box, letter,
+    return Reply(thinking[0].strip() if thinking else "", image, box, letter,
                  well_formed=is_clean and has_answer, names_none=names_none)
+
+
+def _find_blocks(text: str, tag: str) -> list[str]:
+    """The insides of all closed blocks of a tag; linear in the text, as a pattern would not be."""
+    opening, closing, blocks = f"<{tag}>", f"</{tag}>", []
+    start = text.find(opening)
+    while start >= 0 and (end := text.find(closing, start)) >= 0:
+        blocks.append(text[start + len(opening):end])
+        start = text.find(opening, end)
+    return blocks
 
 
 def _has_two_blocks(text: str) -> bool:

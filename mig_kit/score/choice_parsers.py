@@ -9,36 +9,46 @@ import re
 import unicodedata
 
 from mig_kit.score.annotations import BenchmarkItem
-from mig_kit.score.official import last_answer_block, parse_blink_letter, shown_text
+from mig_kit.score.official import parse_blink_letter, shown_text, split_answer
 
 _LABEL = r"(?i:option|choice|point|box|picture|letter)"
 _SIGNS = r"[\s*_`\"'$(\[{:=]{0,9}"
 # "answer is X", "choice: X", \boxed{X}; "X is the answer"; a last sentence that ends in "is X"
 _CONCLUSION = re.compile(
-    rf"(?:\b(?i:(?:answer|choice|option)[*_\"')\]]{{0,4}}(?:\s+is\b|\s*[:=]|\s[-\u2013]\s"
+    rf"(?:\b(?i:(?:answer|choice|option)[*_\"')\]]{{0,4}}(?:\s+is\b|\s*[:=]|\s[-\u2013]\s|(?<=r\*\*)\s"
     rf"|\s[^.!?:=\n]{{1,40}}?\bis\b))|\\boxed(?=\{{)){_SIGNS}(?:\\\w{{1,9}}\{{)?"
     rf"(?:{_LABEL}\s+)?{_SIGNS}(?P<letter>[A-Z])(?![\w'-])"
     r"|\b(?P<subject>[A-Z])[)*\"']{0,4} is (?:the )?(?:\w{1,20} )?(?:answer|choice|option)\b")
 _END = re.compile(r"\bis:?\s+(?:\w{1,20}\s+)?\W{0,4}(?P<letter>[A-Z])\b\W{0,9}\Z")
 DENIES = re.compile(r"\b(?:not?|none|nor|neither|never|cannot|unless|except|unlike|if)\b|n't",
                     re.IGNORECASE)
-_REJECTS = re.compile(r"\b(?:wrong|incorrect|false|exclude|eliminate|reject|rul(?:e|ed|ing) out"
-                      r"|tempting|maybe|perhaps)", re.IGNORECASE)
+REJECTS = re.compile(r"\b(?:wrong|incorrect|false|exclude|eliminate|reject|rul(?:e|ed|ing) out"
+                     r"|tempting|maybe|perhaps|distractor|decoy)", re.IGNORECASE)
+_SUPPOSES = re.compile(r"\b(?:would|could|might|format|example|template)\b", re.IGNORECASE)
 _TURNS = re.compile(r"\b(?:actually|wait|hmm+|correction|sorry|mistake|rather|instead|thought"
                     r"|reflection|look|check)\b|\A\W*no\b", re.IGNORECASE)
+_TURNS_ROUND = re.compile(r"(?:[.!?:]\s|\n)\W*(?:but )?(?:wait|hmm+|actually|correction|sorry|edit"
+                          r"|on (?:second|reflection)|let me (?!know)|no[,.:])", re.IGNORECASE)
 # what is said of a point or box that is not chosen, and what is not
-_FAULTS = re.compile(r"\b(?:too|not|includ\w+|lighter|farther|further|background)\b|n't",
-                     re.IGNORECASE)
+_FAULTS = re.compile(r"\b(?:too|not|includ\w+|lighter|farther|further|background|differs|would)\b"
+                     r"|n't", re.IGNORECASE)
 _PRAISES = re.compile(r"\b(?:closer|nearer|darker|better|best|fits|correct)\b", re.IGNORECASE)
-_OF_ANOTHER = re.compile(r"\b(?:first|second|other|another|alternative|runner\S*)\b", re.IGNORECASE)
+_OF_ANOTHER = re.compile(r"\b(?:first(?! choice)|second|other|another|alternative|runner\S*)\b",
+                         re.IGNORECASE)
+_NEXT_CHOICE = re.compile(r"\b(?:second|other|alternative) (?:choice|option)(?: is|:)\W{0,3}\Z",
+                          re.IGNORECASE)
+# the weight that an answer gives itself, if it is none
+_NO_WEIGHT = re.compile(r"-.*|[0.]+\s*%?|none|no|false", re.IGNORECASE)
 # a letter that is named, but as an option's first word, or to compare another with it
 _NAMES = re.compile(r"(?<![\w'])(?<!^[B-Z][.:] )(?<!\b[B-Z]\) )([A-Z])(?![A-Za-z0-9_'-])",
                     re.ASCII | re.MULTILINE)
 _COMPARES = re.compile(r"\b(?:than|compared (?:to|with)|while|whereas|unlike|over|versus)\s"
-                       r"(?:the )?(?:\w+ )?\W{0,2}\Z|\n\s*[-*]\s+\W{0,3}\Z", re.IGNORECASE)
+                       r"(?:the )?(?:\w+ )?\W{0,2}\Z|\n\s*[-*]\s+\W{0,4}\Z|\bnot\s\W{0,2}\Z",
+                       re.IGNORECASE)
 _BREAKS_OFF = re.compile(r"\b[a-z]+\s*\Z")
 _LINE = re.compile(r"[\s*_>#-]*(?:\(([A-Z])\)|([A-Z])(?:[).:*]|(?=\s*$)))[\s*_.:]*.{0,60}$")
 _MARK = re.compile(r"\(([A-Z])\)|\*\*\(?([A-Z])\)?[.:]?\*\*")
+_CHECKED = re.compile(r"\[[xX]\][\s*_(]*([A-Z])\b")
 _NAMED = re.compile(rf"[\"']([A-Z])[\"']|\b{_LABEL}\s+([A-Z])\b(?!')")
 _IN_CHINESE = {"\u5de6": "left", "\u53f3": "right", "\u662f": "yes", "\u5426": "no"}
 _SENTENCE = re.compile(r"(?<!\d)[.!?](?=\s|$)\s*(?=\S)|\n+")
@@ -54,16 +64,27 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
         is_blink: whether BLINK's own rule is tried.
     Returns: (letter, rule), or ("", "") for a reply that is not read.
     """
-    block = last_answer_block(text)
-    final = _json_answer(shown_text(text) if block is None else block)
+    before, inside, behind = split_answer(text) or ("", shown_text(text), "")
+    final, more = _json_answer(inside)
     plain = unicodedata.normalize("NFKC", final)
+    if len(bare := re.sub(r"[\s*_.()]", "", plain)) == 1 and bare not in choices:
+        plain = plain.upper()
+    if is_taken_back(before, behind) or _TURNS_ROUND.search(more):
+        return "", ""
+
+    def stands(letter: str) -> bool:  # what finds fault with other options takes nothing back
+        rest = [part for part in re.split(r"[.;]\s|\n", f"{more} {behind}") if letter in part or (
+            not _FAULTS.search(part) or re.search("but|right", part) or _PRAISES.search(part))]
+        return _stands("\n".join([plain, *rest]).strip(), letter, valid, choices)
+
     letter = is_blink and parse_blink_letter(final, valid)
     if letter and _letters(_MARK, final.split("\n\n")[-1], valid) <= {letter}:
-        return (letter, "BLINK's own rule") if _stands(plain, letter, valid, choices) else ("", "")
-    for rule, read in (("a conclusion", _conclude), ("a line", _read_lines),
-                       ("an option's words", _read_words), ("the only option marked", _read_mark)):
+        return (letter, "BLINK's own rule") if stands(letter) else ("", "")
+    for rule, read in (("a checked box", _read_checked), ("a conclusion", _conclude),
+                       ("a line", _read_lines), ("an option's words", _read_words),
+                       ("the only option marked", _read_mark)):
         if (letter := read(plain, valid, choices)) is not None:
-            return (letter, rule) if letter and _stands(plain, letter, valid, choices) else ("", "")
+            return (letter, rule) if letter and stands(letter) else ("", "")
     return "", ""
 
 
@@ -74,18 +95,41 @@ def read_item(item: BenchmarkItem, response: str, is_blink: bool = False) -> tup
 
 def read_strictly(item: BenchmarkItem, response: str) -> tuple[str, str]:
     """The letter that is all of the last <answer>, and the rule's name; ("", "") without one."""
-    letter = (last_answer_block(response) or "").strip().strip("()[].")
-    is_option = len(letter) == 1 and letter in item.options
+    before, inside, behind = split_answer(response) or ("", "", "")
+    letter = inside.strip().strip("()[].")
+    is_option = len(letter) == 1 and letter in item.options and not is_taken_back(
+        before, behind) and _stands(f"{letter}\n{behind}", letter, item.options, item.choices)
     return (letter, "the last <answer>") if is_option else ("", "")
 
 
-def _json_answer(text: str) -> str:
-    """The answer of a text's JSON object, or the text."""
+def is_taken_back(before: str, behind: str) -> bool:
+    """Whether the words around a closed answer deny it, only suppose it, or turn to another."""
+    sentence = re.split(r"[.!?]\s|\n|</answer>", before)[-1]
+    lead, follow = re.sub(r"\A\W*[Nn]o\b", "", sentence), behind.strip().split("\n")[0]
+    return any(pattern.search(part) for pattern, part in (
+        (_TURNS, behind), (REJECTS, behind), (DENIES, follow), (REJECTS, lead), (DENIES, lead),
+        (_SUPPOSES, lead)))
+
+
+def has_no_weight(values: dict) -> bool:
+    """Whether an answer in JSON gives itself no confidence."""
+    return any(key in values and _NO_WEIGHT.fullmatch(str(values[key]))
+               for key in ("confidence", "score", "probability"))
+
+
+def _json_answer(text: str) -> tuple[str, str]:
+    """The answer of a text's JSON object, and what the object says after it; or the text, ""."""
     try:
         value = json.loads(text[text.index("{"):text.rindex("}") + 1])
     except (ValueError, RecursionError):
-        return text
-    return next((str(value[key]) for key in ("answer", "choice") if key in value), text)
+        return text, ""
+    if not (key := next((key for key in ("answer", "choice") if key in value), "")):
+        return text, ""
+    names = list(value)
+    more = [str(value[name]) for place, name in enumerate(names) if place > names.index(key) or (
+        name != key and re.search("answer|choice", name))]
+    around = text[text.rindex("}") + 1:]
+    return "" if has_no_weight(value) else str(value[key]), "\n".join([*more, around])
 
 
 def _letters(pattern: re.Pattern, text: str, valid: str) -> set[str]:
@@ -97,14 +141,17 @@ def _stands(text: str, letter: str, valid: str, choices: tuple[str, ...]) -> boo
     names = []
     for match in _NAMES.finditer(text):
         before = text[max(0, match.start() - 40):match.start()]
-        if match[1] in valid and not _COMPARES.search(before) and not _is_dismissed(
-                text, match, choices):
+        if re.search(r"\b[Nn]ot\s\W{0,2}\Z", before) and match[1] == letter:
+            return False
+        if match[1] in valid and not _COMPARES.search(before) and not _NEXT_CHOICE.search(
+                before) and not _is_dismissed(text, match, choices):
             names.append(match)
-    if names and names[-1][1] != letter:
+    if names and (names[-1][1] != letter or _TURNS_ROUND.search(text[names[-1].end():])):
         return False
     place = names[-1].start() if names else 0
     start = max(match.end() for match in re.finditer(r"\A|[.!?](?=\s)|\n", text[:place]))
-    return not _REJECTS.search(re.split(r"[.!?]\s|\n", text[start:])[0])
+    sentence = re.split(r"(?<=[.!?])\s|\n", text[start:])[0]
+    return not REJECTS.search(sentence) and not sentence.rstrip().endswith("?")
 
 
 def _is_dismissed(text: str, match: re.Match, choices: tuple[str, ...]) -> bool:
@@ -131,11 +178,21 @@ def _is_cut(text: str) -> bool:
 def _conclude(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     if not (matches := [*_CONCLUSION.finditer(text)] or [*_END.finditer(text)]):
         return None
+    matches = [match for match in matches if not _NEXT_CHOICE.search(
+        text[max(0, match.start() - 20):match.start(match.lastindex)])]
+    if not matches:
+        return ""
     start, letter = matches[-1].start(), matches[-1][matches[-1].lastindex]
     sentence = re.split(r"[.!?\n]", text[max(0, start - 200):start])[-1] + matches[-1][0]
     others = {match[match.lastindex] for match in matches} & set(valid) - {letter}
     is_open = others or DENIES.search(sentence) or _OF_ANOTHER.search(sentence)
     return "" if is_open or letter not in valid else letter
+
+
+def _read_checked(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
+    """The only option of a list of tasks that is ticked off."""
+    letters = _CHECKED.findall(text)
+    return None if not letters else "" if len(letters) > 1 else letters[0]
 
 
 def _read_line(lines: list[str], valid: str) -> str:

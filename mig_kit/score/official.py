@@ -116,17 +116,23 @@ def shown_text(text: str) -> str:
     return _RUN_ON.split(text)[0]
 
 
-def last_answer_block(text: str) -> str | None:
-    """The inside of the last closed <answer> block of `shown_text`, or of GLM-4.5V's marks of one;
-    None without either.
+def split_answer(text: str) -> tuple[str, str, str] | None:
+    """What is before, inside and behind the last closed <answer> block of `shown_text`, or
+    GLM-4.5V's marks of one; None without either.
     """
     text = shown_text(text)
     for opening, closing in (("<answer>", "</answer>"), ("<|begin_of_box|>", "<|end_of_box|>")):
         end = text.rfind(closing)
         start = text.rfind(opening, 0, end) if end >= 0 else -1
         if start >= 0:
-            return text[start + len(opening):end]
+            return text[:start], text[start + len(opening):end], text[end + len(closing):]
     return None
+
+
+def last_answer_block(text: str) -> str | None:
+    """The inside of the last answer block, as of `split_answer`; None without one."""
+    parts = split_answer(text)
+    return parts and parts[1]
 
 
 def parse_blink_letter(text: str, valid: str) -> str:

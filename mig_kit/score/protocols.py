@@ -124,8 +124,14 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     has_boxes = in_pixels and any("pred_bbox" in record for record in predictions)
     lines = align_predictions(items, predictions, "pred_bbox" if has_boxes else "response", source,
                               allow_missing, benchmark.left_out)
+    if not has_boxes and not any(line and line["response"].strip() for line in lines):
+        raise UserError(f"{source}: all replies are empty, which is no score; look at what wrote "
+                        "them")
     if not has_boxes and (rules.read_letter or not is_official):
         lines, remarks = _mark_cut_reasoning(lines)
+    if lines[0] is None and lines[1:2] != [None]:
+        remarks += (f"The first item, {items[0].name}, has no prediction: if the file counts from "
+                    "1, take 1 off every index.",)
     if has_boxes:
         verdicts, more = official.judge_boxes(items, lines, source), ()
     elif rules.read_letter:
@@ -194,7 +200,8 @@ def _judge_replies_with_boxes(
         n_unlike = sum(line is not None and verdict.problem == "no box found" and bool(
             BOX.search(line["response"])) for line, verdict in zip(lines, verdicts))
         remarks += (f"{n_unlike:,} replies without a box have one that the authors' rule does not "
-                    "read: it wants whole numbers, without a sign.",) * bool(n_unlike)
+                    "read: it wants whole numbers without a sign, and no space or line break "
+                    "beside a bracket.",) * bool(n_unlike)
         n_others = sum(map(_is_another_box, items, lines, verdicts))
         remarks += (f"In {n_others:,} replies the official rule read another box than the "
                     "<answer>.",) * bool(n_others)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from mig_kit.common import UserError
 from mig_kit.data.records import NOT_UTF8, Problem, iter_csv_rows
-from mig_kit.score.annotations import BenchmarkItem
+from mig_kit.score.annotations import BenchmarkItem, is_four_numbers
 
 TABLES = (".parquet", ".xlsx", ".tsv", ".csv")
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".json")
 SPACE = re.compile(r"\s*")
 REPLIES = ("resps", "filtered_resps", "full_prediction", "prediction")  # of other kits
+TRUTHS = ("groundtruth", "ground_truth", "gt", "target")  # names of the correct answer in logs
 
 
 def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
@@ -27,7 +28,8 @@ def read_records(path: str | Path, may_be_empty: bool = False) -> list[dict]:
     path = Path(path)
     if path.is_dir():
         return [record for file in _folder_files(path) for record in read_records(file)]
-    require_file(path)
+    if require_file(path).suffix == ".gz":
+        raise UserError(f"{path} is packed; unpack it first: gunzip --keep {path}")
     records = _read_table(path) if path.suffix.lower() in TABLES else _read_json(path)
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
@@ -111,14 +113,16 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
     """Each item's record, in the items' order, with its prediction under `field`; None if missing.
 
     Args:
-        records: name their items by "index" (from 0) or "id". If a record of another kit repeats
-            the correct letter, it must be the annotations'.
+        records: name their items by "index" (from 0) or "id". What a record repeats of its item
+            (question, images, correct answer) must be that item's, not another's.
         source: what errors call the predictions.
         left_out: indices without an answer, whose predictions are dropped.
     Raises: UserError for records without the field, and unknown, doubled or missing indices.
     """
     by_index = {str(item.index): item for item in items}
     by_id = {item.id: item for item in items if item.id}
+    by_fact = {fact: item for item in items[::-1]
+               for fact in _facts(item.question, item.images, item.box)}
     dropped = set(map(str, left_out))
     lines: dict[int, dict] = {}
     doubled, unknown = [], []
@@ -129,7 +133,7 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
             index, name = name, None
         if index is None and name is None:
             raise UserError(f'{where} has no "index" or "id"; a line looks like {{"index": 0, '
-                            f'"{field}": ...}}')
+                            f'"{field}": ...}}{_hint_at_text(record)}')
         if index in dropped:
             continue
         line = {**record, field: _read_prediction(record, field, where)}
@@ -139,8 +143,15 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
             raise UserError(f'{where} has "index" {index} and "id" {name!r}, which are different '
                             "items")
         item = named[0]
-        if field not in record:
-            _compare_letters(item, record.get("target", record.get("answer")), where)
+        truths = TRUTHS + ("answer",) * (field not in record)  # else it may be the model's
+        truth = next((record[name] for name in truths if record.get(name) is not None), None)
+        _compare_letters(item, truth, where)
+        own = _facts(item.question, item.images, item.box) if item else ()
+        for fact in _facts(record.get("question"), record.get("images"), truth):
+            if item and fact not in own and fact in by_fact:
+                raise UserError(f"{where} is for item {item.name}, but has the {fact[0]} of item "
+                                f"{by_fact[fact].name}: it counts in another order, or from 1; "
+                                "give it the index of the item that it answers")
         if item is None:
             unknown.append(name or index)
         elif item.index in lines:
@@ -156,7 +167,7 @@ def align_predictions(items: tuple[BenchmarkItem, ...], records: list[dict], fie
         hint = " (or pass --allow-missing to count missing ones wrong)" if missing else ""
         if missing and len(records) < len(items):
             hint += f"; of another version of the benchmark? there are {len(records)} predictions"
-        if str(len(items)) in unknown:
+        if items[0].index not in lines:
             hint += "; a table that counts from 1 needs every index less 1"
         raise UserError(f"{source}: {'; '.join(problems)}; give one prediction for each of the "
                         f"{len(items)} items{hint}")
@@ -187,7 +198,7 @@ def _read_prediction(record: dict, field: str, where: str):
     key = next((name for name in (field, *REPLIES) if name in record), "")
     if not key:
         raise UserError(f'{where} has no "{field}"; a line looks like {{"index": 0, "{field}": '
-                        f'...}}, and this one has {", ".join(record)}')
+                        f'...}}, and this one has {", ".join(record)}{_hint_at_text(record)}')
     reply = record[key]
     if key == "prediction":  # a cell: text, a number or nothing
         reply = "" if reply is None or reply != reply else str(reply)
@@ -196,13 +207,44 @@ def _read_prediction(record: dict, field: str, where: str):
             raise UserError(f'"{key}" of {where} has {count} replies; keep one')
         reply = parts[0]
     if field == "response" and not isinstance(reply, str):
-        raise UserError(f'"{key}" of {where} is no text; write "" where the model said nothing')
+        raise UserError(f'"{key}" of {where} is no text; write "" where the model said nothing'
+                        f"{_hint_at_text(record)}")
     return reply
+
+
+def _hint_at_text(record: dict) -> str:
+    """What an error adds for a line of a batch, or parts of a message: where its text is."""
+    def locate(value: object, place: str) -> str:
+        parts = value.items() if isinstance(value, dict) else (
+            enumerate(value) if isinstance(value, list) else ())
+        for key, part in parts:
+            name = f"{place}[{key}]" if isinstance(key, int) else f"{place}.{key}"
+            is_text = key in ("content", "text") and isinstance(part, str)
+            if text_place := name if is_text else locate(part, name):
+                return text_place
+        return ""
+
+    place, names = locate(record, ""), [key for key in ("custom_id", "request_id") if key in record]
+    names = f', and as "index" what {names[0]} counts' if names else ""
+    return f'; write as "response" what is under {place[1:]} here{names}' if place else ""
 
 
 def _flatten(value) -> list:
     """What nested lists hold, or a value that is none."""
     return sum(map(_flatten, value), []) if isinstance(value, list) else [value]
+
+
+def _facts(question, images, box) -> list[tuple[str, object]]:
+    """(name, value) of what tells an item from others, without what is not given."""
+    facts: list[tuple[str, object]] = []
+    if isinstance(question, str) and question.strip():
+        facts.append(("question", " ".join(question.split())))
+    if isinstance(images, list | tuple) and images:
+        facts.append(("images", tuple(Path(str(name)).name for name in images)))
+    if is_four_numbers(list(box) if isinstance(box, tuple) else box):
+        scale = 1000 if max(box) > 2 else 1  # thousandths, or shares of the image
+        facts.append(("box", tuple(round(value / scale, 3) for value in box)))
+    return facts
 
 
 def _compare_letters(item: BenchmarkItem | None, truth, where: str) -> None:

@@ -11,9 +11,10 @@ import unicodedata
 from dataclasses import dataclass
 
 from mig_kit.boxes import Box, Coordinates
-from mig_kit.score.choice_parsers import DENIES
+from mig_kit.score.annotations import is_four_numbers
+from mig_kit.score.choice_parsers import DENIES, REJECTS, has_no_weight, is_taken_back
 from mig_kit.score.image_names import NOUN, ORDINALS, find_names
-from mig_kit.score.official import FENCE, last_answer_block, shown_text
+from mig_kit.score.official import FENCE, last_answer_block, shown_text, split_answer
 
 NO_ANSWER, UNREAD, SEVERAL = "no <answer> block", "unread", "several boxes"
 NOT_A_BOX = "not a box: needs x1 < x2 and y1 < y2"
@@ -83,8 +84,10 @@ def parse_named_boxes(text: str) -> list[NamedBox]:
 
     image: from 1, None if none is named. [] if any part of it is not read.
     """
-    block = last_answer_block(text)
-    final = _unfence(unicodedata.normalize("NFKC", shown_text(text) if block is None else block))
+    before, inside, behind = split_answer(text) or ("", shown_text(text), "")
+    if is_taken_back(before, behind) or BOX.search(behind) or find_names(behind):
+        return []
+    final = _unfence(unicodedata.normalize("NFKC", inside))
     if _JSON.match(final):
         return _read_json(final)
     named = [_read_statement(line) for line in final.split("\n") if line.strip()]
@@ -123,7 +126,8 @@ def _image_of_label(label: str) -> tuple[int | None, bool]:
     """The image that an object's label names, and whether the label can stand for an object."""
     names = find_names(label)
     rest = re.sub(r"\W?\d+", "", label, count=1) if names else label
-    is_read = not DENIES.search(label) and not re.search(r"\d", rest) and (
+    is_denied = DENIES.search(label) or REJECTS.search(label)
+    is_read = not is_denied and not re.search(r"\d", rest) and (
         len(names) == 1 and len(names[0].numbers) == 1 if names else not _UNCLEAR.search(label))
     return (names[0].numbers.pop() if names and is_read else None), is_read
 
@@ -154,7 +158,7 @@ def _read_object(value: object) -> NamedBox | None:
     others = set(value) - {*sides, *image_keys, *box_keys, *_ASIDE}
     named, is_read = _image_of_label(str(value.get("label", "")).lower())
     if others or len(image_keys) + bool(named) > 1 or len(box_keys) + bool(sides) != 1 or (
-            not is_read):
+            not is_read) or has_no_weight(value):
         return None
     numbers = [value[name] for name in sides] or value[box_keys[0]]
     if isinstance(numbers, list) and len(numbers) == 2 and all(
@@ -164,6 +168,4 @@ def _read_object(value: object) -> NamedBox | None:
     if isinstance(image, str):
         image = _image_of_label(f"image {image}" if image.isdecimal() else image)[0]
     is_image = type(image) is int and image != 0 or not image_keys
-    is_box = isinstance(numbers, list) and len(numbers) == 4 and all(
-        type(number) in (int, float) for number in numbers)
-    return (image, tuple(map(float, numbers))) if is_image and is_box else None
+    return (image, tuple(map(float, numbers))) if is_image and is_four_numbers(numbers) else None

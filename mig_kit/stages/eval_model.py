@@ -30,8 +30,8 @@ from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark
 from mig_kit.score.annotations import Benchmark
 from mig_kit.score.benchmarks import BENCHMARKS, RUNNABLE
-from mig_kit.score.own import read_freely
-from mig_kit.score.result import number_lists, summarize
+from mig_kit.score.own import is_read, read_freely
+from mig_kit.score.result import NOT_READ, number_lists, summarize
 from mig_kit.serving import reply_files
 from mig_kit.serving.stored_replies import count_endings, describe_endings, reply_file
 from mig_kit.stages import evaluate
@@ -40,7 +40,7 @@ from mig_kit.world.suites import OWN, suite_title
 
 OWN_FILE = "own data (a file)"  # in tables, of questions that may be trained ones
 MODEL = "model"  # what the one system is called
-UNREAD = ("empty", "no box found", "unread")  # problems of replies
+UNREAD = ("empty", "no box found", *NOT_READ)  # problems of replies
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,18 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
             merging.write_merged_model(model.folder, adapter, folder, hardware, processor, four_bit)
     replies = reply_files.suite_replies({MODEL: folder}, samples, {}, hardware, box_format,
                                         out / "replies", params)[MODEL]
+    files = [reply_file(out / "replies", MODEL, suite) for suite in samples]
+    endings = count_endings(*files)
+    if sum(endings["empty"].values()) == endings["replies"]:
+        raise UserError(f"all {describe_endings(endings)}: that is no score; look at the model's "
+                        "chat template, or at how its server parts reasoning from answers, and "
+                        f"delete {out} before another try")
     judged, lines = (judge_benchmark(benchmark, samples, replies, task.root, box_format)
                      if benchmark else judge_suites(samples, replies, box_format))
     write_json_lines(out / "predictions.jsonl", lines)
-    files = [reply_file(out / "replies", MODEL, suite) for suite in samples]
     result = {"model": str(model.folder), "adapter": described, "questions": questions,
               **_compare_with_run(task, samples, model.run_id),
-              "endings": count_endings(*files),
+              "endings": endings,
               "max_new_tokens": params.max_new_tokens, **judged}
     write_json(out / "eval.json", result)
     return result
@@ -191,8 +196,10 @@ def judge_suites(samples: dict[str, Sequence[Sample]], replies: dict[str, dict],
                                    for reply, sample in zip(by_suite[suite]["greedy"], part)]
                         for protocol, by_suite in by_protocol.items()}}
              for suite, part in samples.items()}
-    unread = sum(not parse_reply(reply).well_formed for suite, part in samples.items()
-                 for reply, sample in zip(free[suite]["greedy"], part))
+    answers = [(parse_reply(reply), sample) for suite, part in samples.items()
+               for reply, sample in zip(free[suite]["greedy"], part)]
+    unread = sum(not (is_read(answer, sample.options) or answer.names_none)
+                 for answer, sample in answers)
     lines = [{"id": name, "response": reply} for suite, columns in items.items()
              for name, reply in zip(columns["id"], replies[suite]["greedy"])]
     return {"scores": evaluate.summarize_systems(samples, by_protocol, box_format), "items": items,
@@ -217,7 +224,8 @@ def judge_benchmark(benchmark: Benchmark, samples: dict[str, list[Sample]],
                 for protocol, result in scored.items()}}
     return {"scores": {protocol: {name: summarize(result)} for protocol, result in scored.items()},
             "items": {name: items},
-            "unread": sum(official.problems.get(reason, 0) for reason in UNREAD)}, lines
+            "unread": sum(all(verdict.problem in UNREAD for _, verdict in judged) for judged in zip(
+                *(result.judged for result in scored.values())))}, lines
 
 
 def read_result(folder: Path) -> dict:

@@ -32,7 +32,11 @@ CLEAR = [  # {} is the letter
     "Final answer - {}", "### {}", "[THINK]OTHERS[/THINK]{}",
     "\u25c1think\u25b7OTHERS\u25c1/think\u25b7{}",
     "analysisOTHERSassistantfinal{}", "OTHERS<|begin_of_box|>{}<|end_of_box|>",
-    "{}\n\nQuestion: Which?\nAnswer: B", "The answer is {}.\n\nWhy not the rest? Too dark."]
+    "{}\n\nQuestion: Which?\nAnswer: B", "The answer is {}.\n\nWhy not the rest? Too dark.",
+    "**Answer:** {} (not B)", "OTHERS\n\n**Answer** {}", "First choice: {}. Second choice: B.",
+    "- [ ] B\n- [x] {}\n- [ ] E", '{{"answer": "{}", "why": "B does not match."}}',
+    '{{"answer": "{}", "confidence": 0.7}}', "<answer>{}</answer> I hope this helps.",
+    "The answer is {}. Why not B? It is too dark."]
 
 
 @pytest.mark.parametrize("form", CLEAR)
@@ -54,10 +58,22 @@ def test_explicit_answers_are_read(form, letter):
     "If it were mirrored, the answer is B.", "The answer is not B.", "My second choice: B",
     "(A) red cup\n(B) grey dog\n(C) small bird\n(D) tall tree", "I pick A over B and C.",
     "<think>The answer is A", "<think>The answer is A. But wait, let me check",
-    '{"answer": "unknown", "options": ["A", "B"]}', "B and C are close, but A fits best."])
+    '{"answer": "unknown", "options": ["A", "B"]}', "B and C are close, but A fits best.",
+    '{"answer": "B", "corrected_answer": "A"}', '{"answer": "B", "confidence": 0.0}',
+    '{"answer": "B", "note": "It is A."}', '{"answer": "B"}\nWait, the second',
+    "<answer>B</answer>\n\nCorrection: A", "<answer>B</answer> That is wrong.",
+    "The format would be <answer>B</answer>.", "(A)? Wait, but the second image has",
+    "The answer is A? Wait, the rim", "\\boxed{B}. Wait, no.", "The answer is A. Hmm, let me look.",
+    "The answer is A. Not A.", "- [x] A\n- [x] B", "My first choice was B. The second fits."])
 @pytest.mark.parametrize("is_blink", [False, True])
 def test_what_is_not_said_explicitly_is_not_read(text, is_blink):
     assert read_choice(text, "ABCD", OPTIONS, is_blink) == ("", "")
+
+
+@pytest.mark.parametrize("text", ["b", "(b)", " b.", "<answer>b</answer>", '{"answer": "b"}'])
+def test_a_small_letter_alone_is_read_unless_it_is_an_options_words(text):
+    assert read_choice(text, "AB")[0] == "B"
+    assert read_choice(text, "AB", ("b", "a"))[0] in "A"
 
 
 @pytest.mark.parametrize("task, text, letter", [
@@ -108,7 +124,8 @@ def test_blinks_own_rule_decides_nothing_that_its_authors_leave_to_another_model
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["turn6/letters", "turn5/new_letters", "reports/letters"])
+@pytest.mark.parametrize("name", ["turn7/letters", "turn6/letters", "turn5/new_letters",
+                                  "reports/letters"])
 def test_letters_in_new_wordings_are_right_or_unread(name):
     for line in (DATA / "cases" / f"{name}.jsonl").read_text().splitlines():
         case = json.loads(line)

@@ -70,6 +70,30 @@ def test_a_table_that_counts_from_1_is_not_shifted_in_silence(benchmark):
         accuracy(benchmark, rows)
     with pytest.raises(ValueError, match="so it counts other questions"):
         accuracy(benchmark, [{**rows[0], "answer": "A"}], allow_missing=True)
+    with pytest.raises(ValueError, match="a table that counts from 1 needs every index less 1"):
+        accuracy(benchmark, rows[:2])
+    remark, = score_predictions(benchmark, rows[:2], allow_missing=True).remarks
+    assert "if the file counts from 1, take 1 off every index" in remark
+
+
+FACTS = [{"task": "diff", "question": f"Find thing {n}.", "images": [f"{n}a.jpg", f"{n}b.jpg"],
+          "answer": [n / 10, 0.1, 0.5, 0.6]} for n in range(3)]
+
+
+@pytest.mark.parametrize("name, repeat", [
+    ("question", lambda record: {"question": f" {record['question']}\n"}),
+    ("images", lambda record: {"images": [f"/data/{name}" for name in record["images"]]}),
+    ("box", lambda record: {"groundtruth": [1000 * value for value in record["answer"]]})])
+def test_a_line_that_repeats_another_items_facts_is_refused(name, repeat):
+    benchmark = read_benchmark("mig_bench", FACTS)
+    lines = [{"index": n, "response": "(0,100),(500,600)", **repeat(record)}
+             for n, record in enumerate(FACTS)]
+    assert score_predictions(benchmark, lines).values[0] == 1
+    shifted = [line | {"index": n} for line, n in zip(lines, (1, 2, 0))]
+    with pytest.raises(ValueError, match=f"prediction 1 .* item 1, but has the {name} of item 0"):
+        score_predictions(benchmark, shifted)
+    lines[0] |= {"question": "In a template: ...", "images": ["x.jpg"], "groundtruth": [0, 0, 9, 9]}
+    assert score_predictions(benchmark, lines).values[0] == 1, "nothing says that it is another"
 
 
 def test_a_cell_is_text_a_number_or_nothing(benchmark):
@@ -113,6 +137,13 @@ def test_folders_of_parquet_by_subtask(tmp_path):
     ([{"doc_id": 0, "filtered_resps": [["A"], ["A"], ["B"]]}], "has 3 replies; keep one"),
     ([{"doc_id": 7, "resps": ["A"]}], "unknown to the annotations: 1"),
     ([{"idx": "val_Jigsaw_1", "full_prediction": 3}], "is no text"),
+    ([{"id": "batch_1", "custom_id": "0", "response": {"body": {"choices": [
+        {"message": {"role": "assistant", "content": "A"}}]}}}],
+     r"under response.body.choices\[0\].message.content here, and as .index. what custom_id"),
+    ([{"custom_id": "0", "result": {"message": {"content": [{"type": "text", "text": "A"}]}}}],
+     r"under result.message.content\[0\].text here, and as .index. what custom_id counts"),
+    ([{"index": 0, "response": [{"type": "text", "text": "A"}]}], r"under response\[0\].text here"),
+    ([{"request_id": "0", "outputs": [{"index": 0, "text": "A"}]}], r"under outputs\[0\].text"),
     ([lmms_record(0, "A"), lmms_record(0, "B")], "given more than once")])
 def test_bad_logs_are_one_sentence(benchmark, records, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -128,7 +159,7 @@ def test_bad_logs_are_one_sentence(benchmark, records, sentence):
     ("a.json", b'{"val": [1]}', "entry 1 of"),
     ("a.json", b'{"val": [', "is no JSON"),
     ("a.json", b'{"val": []}', "is empty"),
-    ("a.jsonl.gz", b"\x1f\x8b\x08", "is no JSON in UTF-8"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08", "is packed; unpack it first: gunzip --keep"),
     ("a.jsonl", '{"index"'.encode("utf-16-le"), "is no JSON in UTF-8"),
     ("a.json", b'{"a": 1}\n{"b', "line 2 column"),
     ("a.parquet", b"PAR1", "no readable table"), ("a.xlsx", b"PK", "no readable table")])

@@ -241,6 +241,22 @@ def test_replies_without_a_text_are_counted_and_a_resumed_run_is_equal(own_task,
     assert tables[0][-6:] == tables[1][-6:]
 
 
+def test_a_reply_that_scores_is_not_called_unread(own_task, tmp_path):
+    """It states a box in the answer, and not in the whole format."""
+    answer = '<answer>{"image": 1, "box": [1, 2, 28, 37], "note": ""}</answer>'
+    _, words = serve({"content": answer})
+    result = ask_own(own_task, tmp_path / "out", *words, "--coordinates", "absolute")
+    strict, = read_scores(tmp_path / "out")["strict"].values()
+    assert strict["score"] > 0 and "name no box" not in result.stdout
+
+
+def test_empty_replies_alone_are_no_score(own_task, tmp_path):
+    _, words = serve({"content": ""})
+    result = ask_own(own_task, tmp_path / "out", *words, "--coordinates", "absolute")
+    assert "all 3 empty (stop 3): that is no score" in result.stderr and result.returncode == 1
+    assert not (tmp_path / "out" / "eval.json").exists()
+
+
 def test_a_folder_of_another_family_is_asked_as_the_server_names_it(own_task, tmp_path):
     folder = tmp_path / "other"
     folder.mkdir()
