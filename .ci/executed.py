@@ -4,7 +4,8 @@ Without a run it writes the present texts beside the outputs that are there: `ma
 05b, which is no stage, is executed on that run. run.json beside them says of which run they are,
 and holds a digest of each one's outputs. README's picture is the one that 07 keeps, and results.md
 shows the head of the report, as Chromium draws it. The run's adapters become tiny/sft and
-tiny/grpo; replies.json holds some of the replies that its models gave in 06.
+tiny/grpo; replies.json holds some of the replies that its models gave in 06, and those of the base
+lie beside it.
 """
 
 import ast
@@ -18,18 +19,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, file_sha256, model_folder, write_json
 from mig_kit.models.adapters import WEIGHTS
-from mig_kit.models.shipped import STARTS, merge_shipped
+from mig_kit.models.shipped import AS_THE_RUN, STARTS, merge_shipped
 from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.execute import ThisPython
 from mig_kit.pipeline.run_facts import EVALUATE, MODELS, describe_machine
+from mig_kit.serving import reply_files, shipped_replies
 from mig_kit.serving.stored_replies import load_replies, reply_file
-from mig_kit.stages.evaluate import draw_test_samples
+from mig_kit.stages.evaluate import draw_test_samples, first_per_task
 
 FOLDER = NOTEBOOKS / "executed"
 BY_HAND = "05b_grpo_by_hand"
@@ -140,6 +144,20 @@ def keep_replies(run_id: str, path: Path) -> None:
     write_json(path, {**asked, "replies": replies})
 
 
+def ship_base_replies(run_id: str) -> None:
+    """Put the base's replies to the questions of 06 beside the base, so that others take them."""
+    record, folder = (read(EVALUATE, run_id) for read in (run_folders.load_record,
+                                                          run_folders.stage_folder))
+    params = SimpleNamespace(**record["params"])
+    samples = draw_test_samples(record["params"])
+    drawn = {suite: first_per_task(part, params.sampled_per_task)
+             for suite, part in samples.items()}
+    box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
+    keys = reply_files.list_reply_keys(samples, drawn, AS_THE_RUN.dtype, box_format, params)
+    shipped_replies.ship_replies({key: reply_file(folder / "replies", "base", *of)
+                                  for of, key in keys.items()})
+
+
 def show_ground(page: Path) -> None:
     """Write what the page's `mig-kit ground` prints into the block below it."""
     text = page.read_text()
@@ -163,6 +181,7 @@ def main(run_id: str) -> None:
                 "outputs": keep_notebook(path)}
     ship_adapters(run_id, facts)
     keep_replies(run_id, FOLDER / "replies.json")
+    ship_base_replies(run_id)
     show_ground(PROJECT_ROOT / "README.md")
     facts[BY_HAND] = run_by_hand(run_id)
     write_json(FOLDER / "run.json", facts)

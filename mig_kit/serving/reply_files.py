@@ -222,7 +222,7 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
 
 
 def list_reply_keys(samples: dict[str, list[Sample]], drawn_samples: dict[str, list[Sample]],
-                    dtype: str, box_format: BoxFormat,
+                    dtype: torch.dtype, box_format: BoxFormat,
                     params: SimpleNamespace) -> dict[tuple[str, str], str]:
     """(suite, kind of reply) -> `shipped_replies.reply_key`; arguments as of `suite_replies`."""
     greedy, drawn = (SamplingOptions(temperature, max_new_tokens=params.max_new_tokens)
@@ -239,7 +239,7 @@ def _take_shipped(system: str, samples: dict[str, list[Sample]],
                   drawn_samples: dict[str, list[Sample]], hardware: Hardware,
                   box_format: BoxFormat, folder: Path, params: SimpleNamespace) -> None:
     """Put the shipped base's replies where they would be drawn, and print how many they are."""
-    keys = list_reply_keys(samples, drawn_samples, str(hardware.dtype), box_format, params)
+    keys = list_reply_keys(samples, drawn_samples, hardware.dtype, box_format, params)
     paths = {key: reply_file(folder, system, *of) for of, key in keys.items()}
     counts = {path.name: shipped_replies.fetch_replies(key, path) for key, path in paths.items()
               if not path.is_file()}

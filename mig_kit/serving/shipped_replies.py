@@ -9,6 +9,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import digest_json, load_json_lines, model_folder, write_json_lines
 from mig_kit.image_files import image_digests
@@ -21,14 +23,14 @@ BASE = "tiny"
 FILE = model_folder(BASE) / "replies.jsonl.gz"  # lines {"key", "rows" of a reply file}
 
 
-def reply_key(samples: Sequence[Sample], box_format: BoxFormat, dtype: str, replies: int,
+def reply_key(samples: Sequence[Sample], box_format: BoxFormat, dtype: torch.dtype, replies: int,
               sampling: SamplingOptions, seed: int) -> str:
     """SHA-256 of what decides the base's replies: its files, prompts, images and sampling.
 
     dtype: of its weights. replies: to each sample. seed: of 06.
     """
     digest = hashlib.sha256(digest_json(
-        [model_fingerprint(BASE), vars(box_format), dtype, replies, vars(sampling),
+        [model_fingerprint(BASE), vars(box_format), str(dtype), replies, vars(sampling),
          seed if sampling.temperature else 0]).encode())
     for sample in samples:
         digest.update(json.dumps([sample.id, chat_messages(sample, box_format)]).encode())

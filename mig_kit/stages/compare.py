@@ -22,7 +22,7 @@ from mig_kit.stages.tables import CLAIMS
 from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
 METHOD = ("Intervals: Student's t over runs, of one run beside several a prediction interval for "
-          "one more of these; \"questions only\": a bootstrap over lists of images, exact where few "
+          "one more of these; 'questions only': a bootstrap over lists of images, exact where few "
           "differ, which says nothing about another seed. Of two runs both values are shown.")
 QUESTIONS_ONLY = ", questions only"
 REASONING = ("truth", "grounded")  # of `evaluate.summarize_reasoning`
