@@ -22,7 +22,6 @@ def samples_by_kind():
     return {sample.task: sample for sample in [*tasks, *iter_free_form("cot", 1)]}
 
 
-@pytest.mark.parametrize("kind", TRAINING_KINDS)
 @pytest.mark.parametrize("reply", [
     '<answer>{"image": 2, "box": [12,30,26,44]}</answer>', "<answer>A</answer>",
     '<think>Find. red star: image 2. things: 3.<answer>{"image": 2, "box": [1,2,3,4]}</answer>'])
@@ -30,6 +29,7 @@ def test_a_reply_without_reasoning_has_no_detail(reply):
     assert teacher.recognize_detail(reply) == "none"
 
 
+@pytest.mark.parametrize("kind", TRAINING_KINDS)
 @pytest.mark.parametrize("detail", teacher.DETAILS)
 def test_the_detail_of_a_trace_is_recognised(kind, detail, samples_by_kind):
     thinking = teacher.write_reasoning(samples_by_kind[kind], detail)
