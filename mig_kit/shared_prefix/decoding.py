@@ -180,7 +180,7 @@ class Decoder:
         if index in self.sparse_layers:
             return hidden + mlp(normed[:, None])[:, 0]
         gate, up = self._project(normed, mlp.gate_proj, mlp.up_proj).chunk(2, -1)
-        return hidden + self._project(mlp.act_fn(gate) * up, mlp.down_proj)
+        return hidden + self._project(mlp.act_fn(gate).mul_(up), mlp.down_proj)
 
     def _project(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor:
         """(rows, inputs) -> the layers' outputs, side by side."""
