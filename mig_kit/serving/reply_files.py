@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -169,7 +170,10 @@ def map_in_threads(function: Callable, parts: Iterable, threads: int) -> Iterato
 
 
 def _cut_batches(samples: Sequence[Sample]) -> list[list[int]]:
-    """Batches of sample indices, by number of images; questions about the same images adjoin."""
+    """Batches of sample indices, by number of images; questions about the same images adjoin.
+
+    There are as many batches for each of CPU_WORKERS, of about one size.
+    """
     keys, first_id = [], {}
     for sample in samples:
         key = _image_list_key(sample)
@@ -177,7 +181,11 @@ def _cut_batches(samples: Sequence[Sample]) -> list[list[int]]:
         keys.append((len(sample.images), key, sample.id))
     order = sorted(range(len(keys)),
                    key=lambda index: (keys[index][0], first_id[keys[index][1]], keys[index][2]))
-    return [order[i:i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
+    # the same on every device, because a batch's number is part of its seed
+    most = -(-len(order) // (CPU_WORKERS * BATCH_SIZE)) * CPU_WORKERS
+    count = min(most, len(order))
+    edges = [len(order) * number // count for number in range(count + 1)] if order else []
+    return [order[start:end] for start, end in pairwise(edges)]
 
 
 def _image_list_key(sample: Sample) -> int | str:

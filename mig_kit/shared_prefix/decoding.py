@@ -19,6 +19,7 @@ from mig_kit.shared_prefix.groups import product_dtype
 from mig_kit.shared_prefix.prefixes import PaddedPrompts, has_linear_attention
 
 ROW_BLOCK = 16  # tokens by which a row's keys and values grow on a CPU
+HIDDEN = -1e30  # added to the scores of keys that are not attended to
 SHRINK_AT = 0.85  # Dropping rows copies all others: it pays once this share or fewer are left.
 FOLDED_BYTES = 2**31  # of a model's layers, up to which its adapters are added to copies of them
 
@@ -73,18 +74,19 @@ class Decoder:
             for layer in cache.layers]
         # Then each row's own keys and values, which grow in place; one cache for both would copy
         # itself at each step. On a CPU, where a product copies what is no whole tensor, they grow
-        # by ROW_BLOCK, and `bias` hides what is not written yet. Of each layer: (keys or values,
+        # by ROW_BLOCK, and `row_bias` hides what is not written yet. Of each layer: (keys or values,
         # prefixes, kv_heads, rows, new tokens, width).
         at_first = min(ROW_BLOCK, capacity) if self.on_cpu else capacity
         row_shape = (2, len(prefixes.mask), self.kv_heads, rows_per_prefix, at_first, self.width)
         self.row_cache = [torch.zeros(row_shape, dtype=self.dtype, device=device)
                           for _ in cache.layers]
 
-        new_tokens = prefixes.mask.new_zeros(len(prefixes.mask), capacity + ROW_BLOCK)
-        is_padding = torch.cat([prefixes.mask, new_tokens], 1)[:, None] == 0
-        # added to scores: (prefixes, 1, 1, all tokens); of a new token only once it is drawn
-        zeros = torch.zeros(is_padding.shape, device=device)
-        self.bias = zeros.masked_fill_(is_padding, -1e30)[:, None]
+        # added to scores: (prefixes * kv_heads, 1, prefix tokens), and (new tokens,), which are
+        # hidden until they are drawn
+        is_padding = prefixes.mask.repeat_interleave(self.kv_heads, 0)[:, None] == 0
+        self.prefix_bias = torch.zeros(is_padding.shape, device=device)
+        self.prefix_bias.masked_fill_(is_padding, HIDDEN)
+        self.row_bias = torch.full((capacity + ROW_BLOCK,), HIDDEN, device=device)
         self._prepare_angles(prefixes.next_position, capacity, prefixes.inputs["inputs_embeds"])
 
     def _prepare_angles(self, next_position: torch.Tensor, capacity: int,
@@ -102,34 +104,37 @@ class Decoder:
         self.places = self.places[is_kept]
         prefix = self.places // self.grid[1]
         counts = torch.bincount(prefix, minlength=self.grid[0])
-        smaller = int((counts > 0).sum()), int(counts.max())
+        left = counts.nonzero()[:, 0]
+        smaller = len(left), int(counts.max())
         if math.prod(smaller) <= SHRINK_AT * math.prod(self.grid):
             rank = torch.arange(len(prefix), device=prefix.device)
             rank -= (counts.cumsum(0) - counts)[prefix]  # among the rows of its prefix
-            places = ((counts > 0).cumsum(0) - 1)[prefix] * smaller[1] + rank
-            self._shrink(smaller, places, counts.nonzero()[:, 0])
+            self._shrink(smaller, left, torch.searchsorted(left, prefix) * smaller[1] + rank)
         self.row_of_place = self._find_rows()
 
     def _find_rows(self) -> torch.Tensor:
+        """The row at each place of the grid, (places,)."""
         rows = torch.arange(len(self.places), device=self.places.device)
         return rows.new_zeros(math.prod(self.grid)).index_copy_(0, self.places, rows)
 
-    def _shrink(self, grid: tuple[int, int], places: torch.Tensor, prefixes: torch.Tensor) -> None:
-        """Move the rows to their places in a smaller grid, that of some prefixes alone."""
-        old_places, old_width = self.places, self.grid[1]
-        self.grid, self.places = grid, places
-        old = old_places[self._find_rows()].view(grid)  # where a place's row was
+    def _shrink(self, grid: tuple[int, int], prefixes: torch.Tensor, places: torch.Tensor) -> None:
+        """Move the rows to their places in a smaller grid, which has some prefixes alone."""
+        moved = torch.arange(self.row_cache[0][..., 0, 0].numel(), device=places.device)
+        moved = moved.view(self.row_cache[0].shape[:4]).movedim(3, 2).flatten(1, 2)
+        old_places, self.grid, self.places = self.places, grid, places
+        moved = moved[:, old_places[self._find_rows()]].unflatten(1, grid).movedim(2, 3)
         for index, (keys, values) in enumerate(self.prefix_cache):  # one layer at a time is copied
-            self.prefix_cache[index] = keys[prefixes], values[prefixes]
-            moved = self.row_cache[index][:, old // old_width, :, old % old_width]
-            self.row_cache[index] = moved.permute(2, 0, 3, 1, 4, 5).contiguous()
-        self.bias = self.bias[prefixes]
+            self.prefix_cache[index] = (keys.index_select(0, prefixes),
+                                        values.index_select(0, prefixes))
+            rows = self.row_cache[index].flatten(0, 3).index_select(0, moved.flatten())
+            self.row_cache[index] = rows.view(*moved.shape, *rows.shape[1:])
+        self.prefix_bias = self.prefix_bias.unflatten(0, (-1, self.kv_heads))[prefixes].flatten(0, 1)
         self.cosines, self.sines = self.cosines[prefixes], self.sines[prefixes]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (rows,) -> logits (rows, vocabulary) of the next token."""
         hidden = self.language.embed_tokens(tokens if self.on_cpu else self._to_grid(tokens))
-        self.bias[..., self.prefix_cache[0][0].shape[2] + self.step] = 0
+        self.row_bias[self.step] = 0
         if self.step == self.row_cache[0].shape[-2]:
             self.row_cache = [pad(cache, (0, 0, 0, ROW_BLOCK)) for cache in self.row_cache]
         cosines = self._angles_of_step(self.cosines, of_values=1)
@@ -142,10 +147,11 @@ class Decoder:
 
     def _to_grid(self, of_rows: torch.Tensor) -> torch.Tensor:
         is_full = len(self.places) == math.prod(self.grid)
-        return of_rows if is_full else of_rows[self.row_of_place]
+        return of_rows if is_full else of_rows.index_select(0, self.row_of_place)
 
     def _from_grid(self, of_places: torch.Tensor) -> torch.Tensor:
-        return of_places if len(self.places) == len(of_places) else of_places[self.places]
+        is_full = len(self.places) == len(of_places)
+        return of_places if is_full else of_places.index_select(0, self.places)
 
     def _angles_of_step(self, angles: torch.Tensor, of_values: int) -> torch.Tensor:
         """(prefixes, 1, heads + 2 * kv_heads, width); of_values keeps values unturned."""
@@ -174,7 +180,7 @@ class Decoder:
         if index in self.sparse_layers:
             return hidden + mlp(normed[:, None])[:, 0]
         gate, up = self._project(normed, mlp.gate_proj, mlp.up_proj).chunk(2, -1)
-        return hidden + self._project(mlp.act_fn(gate) * up, mlp.down_proj)
+        return hidden + self._project(mlp.act_fn(gate).mul_(up), mlp.down_proj)
 
     def _project(self, inputs: torch.Tensor, *layers: torch.nn.Module) -> torch.Tensor:
         """(rows, inputs) -> the layers' outputs, side by side."""
@@ -190,34 +196,30 @@ class Decoder:
 
     def _attend(self, heads: torch.Tensor, index: int) -> torch.Tensor:
         """Queries, keys, values (prefixes, rows, heads, width) -> (places, heads * width)."""
-        prefix_keys, prefix_values = self.prefix_cache[index]
-        prefix_length, rows_per_prefix = prefix_keys.shape[2], self.grid[1]
-        past = self.step + 1
         row_cache = self.row_cache[index]
         new = heads[:, :, self.heads:].unflatten(2, (2, self.kv_heads))
-        row_cache[..., past - 1, :] = new.permute(2, 0, 3, 1, 4)
-        size = row_cache.shape[-2] if self.on_cpu else past
-        row_keys, row_values = row_cache[..., :size, :]
+        row_cache[..., self.step, :] = new.permute(2, 0, 3, 1, 4)
+        size = row_cache.shape[-2] if self.on_cpu else self.step + 1
+        row_keys, row_values = row_cache[..., :size, :].flatten(1, 3)
+        prefix_keys, prefix_values = (cache.flatten(0, 1) for cache in self.prefix_cache[index])
 
-        # One product of all queries with the prefix's keys: (prefixes, kv_heads, rows *
-        # heads_per_key, width); and one of each row's with its own: (..., rows, heads_per_key,
-        # width). One softmax is over both.
+        # One product of all queries with the prefix's keys: (prefixes * kv_heads, rows *
+        # heads_per_key, width); and one of each row's with its own: (prefixes * kv_heads * rows,
+        # heads_per_key, width). One softmax is over both.
         queries = heads[:, :, :self.heads].unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
-        queries = queries.flatten(2, 3)
-        queries_by_row = queries.unflatten(2, (rows_per_prefix, -1))
+        queries = queries.reshape(len(prefix_keys), -1, self.width)
+        queries_by_row = queries.view(len(row_keys), -1, self.width)
+        prefix_scores = _scores(queries, prefix_keys, self.prefix_bias, self.scale, self.on_cpu)
+        row_scores = _scores(queries_by_row, row_keys, self.row_bias[:size], self.scale,
+                             self.on_cpu)
+        scores = torch.cat([prefix_scores, row_scores.view(*queries.shape[:2], size)], -1)
+        weights = softmax(scores, -1).to(self.dtype)
 
-        multiply = _float32_scores if heads.is_cuda and heads.dtype != torch.float32 else _scores
-        prefix_scores = multiply(queries, prefix_keys)
-        row_scores = multiply(queries_by_row, row_keys).flatten(2, 3)
-        scores = torch.cat([prefix_scores, row_scores], -1)
-        bias = self.bias[..., :prefix_length + size]
-        weights = softmax(torch.add(bias, scores, alpha=self.scale), -1).to(self.dtype)
-
-        prefix_weights = weights[..., :prefix_length]
-        row_weights = weights[..., prefix_length:].unflatten(2, (rows_per_prefix, -1))
-        from_prefix = torch.matmul(prefix_weights, prefix_values).view(queries_by_row.shape)
-        from_row = torch.matmul(row_weights, row_values)
-        mixed = (from_prefix + from_row).transpose(1, 2)
+        prefix_weights, row_weights = weights.split((prefix_keys.shape[1], size), -1)
+        mixed = torch.bmm(prefix_weights, prefix_values).view(queries_by_row.shape)
+        row_weights = row_weights.unflatten(1, (self.grid[1], -1)).flatten(0, 1)
+        mixed = mixed.baddbmm_(row_weights, row_values)
+        mixed = mixed.view(self.grid[0], self.kv_heads, self.grid[1], -1).transpose(1, 2)
         return mixed.reshape(math.prod(self.grid), -1)
 
 
@@ -270,16 +272,16 @@ def has_experts(mlp: torch.nn.Module) -> bool:
     return "experts" in dict(mlp.named_children())
 
 
-def _scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """queries (..., n, width), keys (..., m, width) -> (..., n, m), in their dtype."""
-    return torch.matmul(queries, keys.transpose(-1, -2))
-
-
-def _float32_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """`_scores` of bfloat16 in float32: in bfloat16, Qwen2.5's large keys err by whole units."""
-    left, right = (tensor.reshape(-1, *tensor.shape[-2:]) for tensor in (queries, keys))
-    scores = torch.bmm(left, right.transpose(1, 2), out_dtype=torch.float32)
-    return scores.view(*queries.shape[:-1], keys.shape[-2])
+def _scores(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, scale: float,
+            on_cpu: bool) -> torch.Tensor:
+    """queries (batch, n, width), keys (batch, m, width) -> (batch, n, m); bias: float32."""
+    keys = keys.transpose(1, 2)
+    if queries.dtype == torch.float32:
+        return torch.baddbmm(bias, queries, keys, alpha=scale)
+    # In bfloat16, Qwen2.5's large keys err by whole units; on CPUs, bmm has no out_dtype.
+    scores = (torch.bmm(queries, keys) if on_cpu
+              else torch.bmm(queries, keys, out_dtype=torch.float32))
+    return torch.add(bias, scores, alpha=scale)
 
 
 def fuse_decoding_weights(model, autocast: bool = False) -> FusedWeights:

@@ -235,15 +235,14 @@ def _decode(decoder: Decoder | StateDecoder, logits: torch.Tensor, sampling: Sam
     lengths = ids.new_zeros(len(logits))
     rows = torch.arange(len(logits), device=device)  # those that go on
     for step in range(sampling.max_new_tokens):
-        scaled = logits.float() / (sampling.temperature or 1.0)
-        total = scaled.logsumexp(-1)
+        step_logps = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
         logits[:, forbidden_tokens] = -torch.inf
         if step < sampling.min_new_tokens:
             logits[:, ends] = -torch.inf
         row_uniforms = uniforms[rows, step] if sampling.temperature else None
         tokens = sample_tokens(logits, sampling, row_uniforms)
         ids[rows, step] = tokens
-        logps[rows, step] = scaled.gather(-1, tokens[:, None])[:, 0] - total
+        logps[rows, step] = step_logps.gather(-1, tokens[:, None])[:, 0]
         lengths[rows] = step + 1
         goes_on = ~torch.isin(tokens, ends)
         n_left = int(goes_on.sum())

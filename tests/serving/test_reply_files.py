@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,16 @@ def test_threads_share_the_cores_and_keep_the_order():
         assert list(reply_files.map_in_threads(count_cores, range(2), 1)) == [(0, 4), (1, 4)]
     finally:
         torch.set_num_threads(cores)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [
+    (0, []), (1, [1]), (40, [20, 20]), (128, [64, 64]), (130, [32, 33, 32, 33])])
+def test_batches_are_as_many_for_each_worker(count, sizes):
+    sample = make_sample("diff", "val", 0)
+    samples = [replace(sample, id=f"{number:03}") for number in range(count)]
+    batches = reply_files._cut_batches(samples)
+    assert [len(batch) for batch in batches] == sizes
+    assert sum(batches, []) == [*range(count)]
 
 
 def test_an_error_in_a_thread_is_raised_and_ends_the_rest():

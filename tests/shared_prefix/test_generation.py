@@ -344,18 +344,17 @@ def test_rounds_by_hand(random_model):
 
 def test_scores_of_large_keys_are_summed_in_float32(monkeypatch):
     """Keys as large as Qwen2.5's. On a CPU, whose bmm has no out_dtype, it is stood in for."""
-    def bmm(left, right, out_dtype):
+    def bmm(left, right, out_dtype=torch.bfloat16):
         assert left.dtype == right.dtype == torch.bfloat16
         return torch.matmul(left.to(out_dtype), right.to(out_dtype))
 
     monkeypatch.setattr(decoding.torch, "bmm", bmm)
     noise = torch.Generator().manual_seed(0)
-    queries = (3.5 * torch.randn(2, 3, 4, 5, 64, generator=noise)).bfloat16()
-    keys = (27 * torch.randn(2, 3, 4, 9, 64, generator=noise)).bfloat16()
+    queries = (3.5 * torch.randn(24, 5, 64, generator=noise)).bfloat16()
+    keys = (27 * torch.randn(24, 9, 64, generator=noise)).bfloat16()
     exact = torch.matmul(queries.double(), keys.double().transpose(-1, -2))
-    in_float32, in_bfloat16 = (
-        score(queries, keys) for score in (decoding._float32_scores, decoding._scores))
-    assert in_float32.dtype == torch.float32 and in_float32.shape == in_bfloat16.shape
+    in_float32, in_bfloat16 = (decoding._scores(queries, keys, torch.zeros(9), 1.0, on_cpu)
+                               for on_cpu in (False, True))
     assert (in_float32 - exact).abs().max() < 1e-2 < 1 < (in_bfloat16 - exact).abs().max()
 
 

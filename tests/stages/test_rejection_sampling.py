@@ -70,12 +70,12 @@ def test_a_killed_run_resumes_to_the_same_replies(tmp_path, random_policy, sampl
 def test_batches_side_by_side_give_the_same_replies(tmp_path, random_policy, samples, monkeypatch):
     monkeypatch.setattr(reply_files, "BATCH_SIZE", 2)
     alone, parallel = tmp_path / "alone.jsonl", tmp_path / "parallel.jsonl"
-    monkeypatch.setattr(reply_files, "CPU_WORKERS", 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each batch has beside another
-    replies = reply_files.sample_replies(random_policy, samples, alone, **OPTIONS)
+    threads, stock = torch.get_num_threads(), reply_files.map_in_threads
+    with monkeypatch.context() as context:
+        context.setattr(reply_files, "map_in_threads", lambda *parts, **_: stock(*parts[:2], 1))
+        torch.set_num_threads(1)  # as each batch has beside another
+        replies = reply_files.sample_replies(random_policy, samples, alone, **OPTIONS)
     torch.set_num_threads(threads)
-    monkeypatch.setattr(reply_files, "CPU_WORKERS", 2)
     before = {name: value.clone() for name, value in random_policy.model.state_dict().items()}
     assert reply_files.sample_replies(random_policy, samples, parallel, **OPTIONS) == replies
     assert parallel.read_bytes() == alone.read_bytes()
@@ -92,6 +92,7 @@ def test_questions_about_the_same_images_are_asked_together(tmp_path, random_pol
     alone = reply_files.sample_replies(random_policy, questions, tmp_path / "alone.jsonl",
                                        **options)
     monkeypatch.setattr(reply_files, "BATCH_SIZE", 3)
+    monkeypatch.setattr(reply_files, "CPU_WORKERS", 3)
     batches, generate = [], generation._generate_round
 
     def record_prompts(model, processor, prompts, *arguments):
