@@ -37,7 +37,7 @@ from trl.generation import vllm_generation
 
 from mig_kit.image_files import pixel_digest
 from mig_kit.models.processors import load_processor
-from mig_kit.shared_prefix import compare, decoding, generation, groups, logprobs
+from mig_kit.shared_prefix import compare, decoding, generation, groups, logprobs, obstacles
 from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource, describe_image
 from mig_kit.shared_prefix.trainer import (
@@ -500,6 +500,33 @@ def encode(image):
     file = BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "passes"), [
+    ({}, 2), ({"steps_per_generation": 1}, 4), ({"gradient_checkpointing": True}, 2),
+    ({"family": "qwen3_vl"}, 2), ({"steps_per_generation": 4}, 0), ({"num_iterations": 2}, 0),
+    ({"family": "qwen3_5"}, 0)], ids=str)
+def test_an_update_learns_from_the_pass_that_drew(make_pair, monkeypatch, settings, passes):
+    """settings, and how many passes are kept; gradients are those of prompts that are read again.
+    """
+    kept = []
+    monkeypatch.setattr(logprobs.KeptPrompts, "backward", lambda prompts, right=(
+        logprobs.KeptPrompts.backward): kept.append(len(prompts.copies)) or right(prompts))
+    updates = []
+    for reads_again in (False, True):
+        if reads_again:
+            monkeypatch.setattr(obstacles, "can_learn_from_draw", lambda trainer: False)
+        _, own = make_pair(max_grad_norm=1e3, **settings)
+        del own._generate_single_turn  # it draws
+        own.add_callback(gradients := Gradients())
+        torch.manual_seed(0)
+        own.train()
+        assert not own.unshared and not own.kept and len(gradients.steps) == 2
+        updates.append(gradients.steps)
+    assert len(kept) == passes and all(kept)
+    for gradients, right in zip(*updates):
+        assert right.any() and (gradients - right).norm() < 3e-6 * right.norm()
 
 
 @pytest.mark.slow
