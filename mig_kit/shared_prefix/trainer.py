@@ -169,6 +169,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if not self.unshared:
             kept = () if self.model.training else self.training_numbers
             self.sources = {number: self.sources[number] for number in kept}
+            if self.model.training:
+                self._learn_from_kept()  # of an earlier draw of this update
             moved = [move_images(row) for row in inputs]
             self._check_sharing([row["prompt"] for row in moved])
             rows = inputs if self.unshared else moved
@@ -336,7 +338,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _keep_prompts(self, model, numbers: list[int], prompts: list[Prompt]) -> list[Prompt]:
         """The prompts, read with the graph from which this update learns, if it fits in memory."""
-        self._learn_from_kept()  # of an earlier draw of this update
         by_number = dict(zip(numbers, prompts))
         tokens = sum(len(prompt.ids) for prompt in by_number.values())
         n_layers = len(unwrap_peft(model).model.language_model.layers)

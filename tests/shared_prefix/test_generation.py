@@ -94,7 +94,8 @@ def test_keys_and_values_are_in_memory_once(random_model, processor, samples, mo
     fused_weights = decoding.fuse_decoding_weights(random_model, False)
     with torch.inference_mode():
         decoder = generation._prefill_prompts(random_model, prompts, 2, 4, fused_weights)[0]
-    assert len(read) == 4 * len(decoder.prefix_cache) and not any(keys() is not None for keys in read)
+    assert len(read) == 4 * len(decoder.prefix_cache)
+    assert not any(keys() is not None for keys in read)
     layers = [weakref.ref(keys) for keys, _ in decoder.prefix_cache]
     alive = []
 

@@ -37,9 +37,8 @@ from trl.generation import vllm_generation
 
 from mig_kit.image_files import pixel_digest
 from mig_kit.models.processors import load_processor
-from mig_kit.shared_prefix import compare, decoding, generation, groups, logprobs
+from mig_kit.shared_prefix import compare, decoding, generation, groups, logprobs, obstacles
 from mig_kit.shared_prefix.generation import SamplingOptions, generate_rollouts
-from mig_kit.shared_prefix.groups import places
 from mig_kit.shared_prefix.prompt_cache import PromptCache, PromptSource, describe_image
 from mig_kit.shared_prefix.trainer import (
     SharedPrefixGRPOTrainer,
@@ -504,6 +503,33 @@ def encode(image):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("settings", "passes"), [
+    ({}, 2), ({"steps_per_generation": 1}, 4), ({"gradient_checkpointing": True}, 2),
+    ({"family": "qwen3_vl"}, 2), ({"steps_per_generation": 4}, 0), ({"num_iterations": 2}, 0),
+    ({"family": "qwen3_5"}, 0)], ids=str)
+def test_an_update_learns_from_the_pass_that_drew(make_pair, monkeypatch, settings, passes):
+    """settings, and how many passes are kept; gradients are those of prompts that are read again.
+    """
+    kept = []
+    monkeypatch.setattr(logprobs.KeptPrompts, "backward", lambda prompts, right=(
+        logprobs.KeptPrompts.backward): kept.append(len(prompts.copies)) or right(prompts))
+    updates = []
+    for reads_again in (False, True):
+        if reads_again:
+            monkeypatch.setattr(obstacles, "can_learn_from_draw", lambda trainer: False)
+        _, own = make_pair(max_grad_norm=1e3, **settings)
+        del own._generate_single_turn  # it draws
+        own.add_callback(gradients := Gradients())
+        torch.manual_seed(0)
+        own.train()
+        assert not own.unshared and not own.kept and len(gradients.steps) == 2
+        updates.append(gradients.steps)
+    assert len(kept) == passes and all(kept)
+    for gradients, right in zip(*updates):
+        assert right.any() and (gradients - right).norm() < 3e-6 * right.norm()
+
+
+@pytest.mark.slow
 def test_images_come_in_any_form(make_pair, tmp_path):
     """Paths, undecoded rows, bytes and arrays; stock TRL, which takes no bytes, gets images."""
     decoded, rows = list(make_table()), list(make_table())
@@ -732,42 +758,43 @@ def test_both_trainers_are_compared_on_a_users_table(tmp_path, capsys, trainings
 
 def wrong_mask(packed):
     """Replies go on one behind the other."""
-    return replace(packed, groups=[group._replace(completions=(sum(group.completions),))
-                                   for group in packed.groups])
+    return replace(packed, lengths=[[sum(row)] for row in packed.lengths])
 
 
 def wrong_split(packed):
     """Replies end where others do, which is right if all are of one length."""
-    return replace(packed, groups=[group._replace(completions=group.completions[::-1])
-                                   for group in packed.groups])
+    return replace(packed, lengths=[row[::-1] for row in packed.lengths])
 
 
 def wrong_position(packed, step=0):
     """Positions of every reply are one too high from a step on."""
     positions, first = packed.positions.clone(), 0
-    for group in packed.groups:
-        first += group.prompt
-        for length in group.completions:
-            positions[..., first + step:first + length] += 1
-            first += length
+    for length in sum(packed.lengths, []):
+        positions[..., first + step:first + length] += 1
+        first += length
     return replace(packed, positions=positions)
 
 
-def wrong_key(packed):
+def wrong_key(read, model, prompts):
     """One token of every prompt is another one."""
-    ids = packed.ids.clone()
-    for first, group in places(packed.groups):
-        ids[0, first + group.prompt - 4] = 50
-    return replace(packed, ids=ids)
+    changed = [prompt.ids.clone() for prompt in prompts]
+    for ids in changed:
+        ids[-4] = 50
+    return read(model, [replace(prompt, ids=ids) for prompt, ids in zip(prompts, changed)])
 
 
-def see_the_future(is_affected, attend, query, key, value, window, options):
-    """Replies attend to the token behind their own; is_affected: of replies and tokens."""
-    tokens, past = query.shape[2], key.shape[2]
-    if tokens == past or not is_affected(len(query), tokens):
-        return attend(query, key, value, window, options)
-    sees = torch.ones(tokens, past, dtype=torch.bool).tril(past - tokens + 1)
-    return scaled_dot_product_attention(query, key, value, sees, enable_gqa=True, **options)
+def see_the_future(is_affected, attend, query, key, value, prompt, lengths, window, options):
+    """Replies attend to the token behind their own; is_affected: of their lengths."""
+    if not is_affected(lengths):
+        return attend(query, key, value, prompt, lengths, window, options)
+    replies = []
+    for own, *pair in zip(*(tensor.split(lengths, 2) for tensor in (query, key, value))):
+        keys, values = (torch.cat(tensors, 2) for tensors in zip(prompt, pair))
+        tokens, past = own.shape[2], keys.shape[2]
+        sees = torch.ones(tokens, past, dtype=torch.bool).tril(past - tokens + 1)
+        replies.append(scaled_dot_product_attention(own, keys, values, sees, enable_gqa=True,
+                                                    **options))
+    return torch.cat(replies, 2)
 
 
 def turn_third(get, cache, sources):
@@ -784,14 +811,15 @@ def cap_logits(forward, states):
 
 PACK = (logprobs, "_pack_completions")
 FAULTS = {change.__name__: (*PACK, lambda pack, *arguments, change=change: change(
-    pack(*arguments))) for change in (wrong_mask, wrong_position, wrong_key)}
+    pack(*arguments))) for change in (wrong_mask, wrong_position)}
+FAULTS["wrong_key"] = (logprobs, "read_prompts", wrong_key)
 RARE_FAULTS = {
     "wrong split": (*PACK, lambda pack, *arguments: wrong_split(pack(*arguments))),
     "position 33": (*PACK, lambda pack, *arguments: wrong_position(pack(*arguments), 32)),
     "future, groups of more than two": (
-        groups, "_attend_causally", partial(see_the_future, lambda rows, _: rows > 2)),
+        groups, "_attend_replies", partial(see_the_future, lambda lengths: len(lengths) > 2)),
     "future, more than 32 tokens": (
-        groups, "_attend_causally", partial(see_the_future, lambda _, tokens: tokens > 32)),
+        groups, "_attend_replies", partial(see_the_future, lambda lengths: max(lengths) > 32)),
     "third prompt": (PromptCache, "get", turn_third)}
 
 
