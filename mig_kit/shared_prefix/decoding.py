@@ -74,8 +74,8 @@ class Decoder:
             for layer in cache.layers]
         # Then each row's own keys and values, which grow in place; one cache for both would copy
         # itself at each step. On a CPU, where a product copies what is no whole tensor, they grow
-        # by ROW_BLOCK, and `row_bias` hides what is not written yet. Of each layer: (keys or values,
-        # prefixes, kv_heads, rows, new tokens, width).
+        # by ROW_BLOCK, and `row_bias` hides what is not written yet. Of each layer: (keys or
+        # values, prefixes, kv_heads, rows, new tokens, width).
         at_first = min(ROW_BLOCK, capacity) if self.on_cpu else capacity
         row_shape = (2, len(prefixes.mask), self.kv_heads, rows_per_prefix, at_first, self.width)
         self.row_cache = [torch.zeros(row_shape, dtype=self.dtype, device=device)
@@ -128,7 +128,8 @@ class Decoder:
                                         values.index_select(0, prefixes))
             rows = self.row_cache[index].flatten(0, 3).index_select(0, moved.flatten())
             self.row_cache[index] = rows.view(*moved.shape, *rows.shape[1:])
-        self.prefix_bias = self.prefix_bias.unflatten(0, (-1, self.kv_heads))[prefixes].flatten(0, 1)
+        by_prefix = self.prefix_bias.unflatten(0, (-1, self.kv_heads))
+        self.prefix_bias = by_prefix[prefixes].flatten(0, 1)
         self.cosines, self.sines = self.cosines[prefixes], self.sines[prefixes]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

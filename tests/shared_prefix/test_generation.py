@@ -419,6 +419,22 @@ def test_every_end_token_ends_a_reply(random_model, processor, samples):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", MOST, indirect=True)
+def test_rows_that_end_leave_the_others_as_they_were(family, samples):
+    model, processor, box_format = family
+    prompts = make_prompts(model, processor, samples[:3], box_format)
+    model.generation_config.eos_token_id = [*range(20, 640, 7)]
+    sampling, uniforms = SamplingOptions(1.0, max_new_tokens=24), draw_uniforms(5, 3, 4, 24)
+    together = generate(model, processor, prompts, 4, sampling, uniforms)
+    assert len({len(ids) for rollout in together for ids in rollout}) > 4
+    for index, rollout in enumerate(together):
+        for row, ids in enumerate(rollout):
+            alone = uniforms[index:index + 1, row:row + 1]
+            assert generate(model, processor, prompts[index:index + 1], 1, sampling,
+                            alone) == [[ids]]
+
+
+@pytest.mark.slow
 def test_fused_products_give_the_same_replies(random_model, processor, samples, monkeypatch):
     prompts = make_prompts(random_model, processor, samples[:3])
     projections = random_model.model.language_model.layers[0].self_attn
