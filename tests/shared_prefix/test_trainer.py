@@ -517,7 +517,8 @@ def test_an_update_learns_from_the_pass_that_drew(make_pair, monkeypatch, settin
     for reads_again in (False, True):
         if reads_again:
             monkeypatch.setattr(obstacles, "can_learn_from_draw", lambda trainer: False)
-        _, own = make_pair(max_grad_norm=1e3, **settings)
+        _, own = make_pair(max_grad_norm=1e3, table=make_table(MESSAGES * 2, COUNTS * 2),
+                           **settings)
         del own._generate_single_turn  # it draws
         own.add_callback(gradients := Gradients())
         torch.manual_seed(0)
