@@ -32,20 +32,35 @@ step() { echo "  $1: $(du -sm "$venv" | cut -f1) MB, $(($(date +%s) - start)) s"
 
 "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+by=pip
+if pip install uv==0.13.9 2>/dev/null; then by=uv; fi
 step "environment"
+
+# uv does not read pip's configuration; of several indexes pip takes the best match
+configured() { pip config list | sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" | head -n 1 | sed 's/\\n/ /g'; }
+index=$(configured index-url) more=$(configured extra-index-url) links=$(configured find-links)
+if [ -n "$index" ]; then export UV_DEFAULT_INDEX="$index"; fi
+if [ -n "$more" ]; then export UV_INDEX="$more" UV_INDEX_STRATEGY=unsafe-best-match; fi
+if [ -n "$links" ]; then export UV_FIND_LINKS="$links"; fi
+
+# what is compiled here, on all cores, no process compiles again where PYTHONDONTWRITEBYTECODE is set
+install() {
+    if [ $by = uv ] && "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" \
+        --compile-bytecode "$@" 2>/dev/null; then return; fi
+    pip install "$@"
+}
 
 if [ $has_gpu = no ] && [ "$(uname)" = Linux ]; then
     # the index that pip is configured with, then PyTorch's own; the lock brings what torch needs
-    pip install --no-deps "$torch+cpu" 2>/dev/null \
-        || pip install --no-deps --retries 0 --timeout 20 --index-url $cpu_index "$torch" 2>/dev/null \
+    install --no-deps "$torch+cpu" 2>/dev/null \
+        || PIP_RETRIES=0 PIP_DEFAULT_TIMEOUT=20 UV_HTTP_TIMEOUT=20 \
+            install --no-deps --index-url $cpu_index "$torch" 2>/dev/null \
         || echo "  no CPU build of $torch was found, so its CUDA build comes: 5 GB more on disk"
     step "torch"
 fi
 
-if command -v uv >/dev/null && uv pip install --quiet --python "$venv/bin/python" -r requirements.lock
-then by=uv
-else by=pip; pip install -r requirements.lock
-fi
+install -r requirements.lock
 step "packages, by $by"
-pip install --no-deps --no-build-isolation --editable .
+install --no-deps --no-build-isolation --editable .
+"$venv/bin/python" -m compileall -q mig_kit
 step "mig-kit"
