@@ -18,9 +18,9 @@ from mig_kit.models import loading
 from mig_kit.models.model_folders import ServedName
 from mig_kit.serving import reply_files, stored_replies
 from mig_kit.serving.server import (
-    Server,
     ServedModel,
     ServedReply,
+    Server,
     check_answering_model,
     check_prompt_ids,
 )
