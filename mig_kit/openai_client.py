@@ -8,18 +8,25 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from mig_kit.common import UserError
 
 KEY_VARIABLE = "MIG_KIT_API_KEY"
+# JSON of a request's fields under other names, null to leave one out, as some servers want it:
+# {"max_tokens": "max_completion_tokens", "temperature": null}
+FIELDS_VARIABLE = "MIG_KIT_REQUEST_FIELDS"
 # a web address without a name, key, query or fragment in it
 ADDRESS = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?(?:/[^\s?#]*)?",
                      re.IGNORECASE | re.ASCII)
 # finish_reasons of cut replies, and of what no model has ended
 CUT = re.compile("length|max_?tokens|token_limit", re.IGNORECASE)
 FAILED = re.compile("error|abort|cancel|fail", re.IGNORECASE)
+# words of an error inside an answer of HTTP 200 that may be gone at the next try
+PASSING = re.compile(r"\b(?:408|429|5\d\d)\b|overload|rate.?limit|timed? ?out|unavailable|busy"
+                     "|try again|capacity", re.IGNORECASE)
 
 
 class RequestFailed(UserError):
@@ -86,11 +93,39 @@ def request_json(client, path: str, body: dict | None = None) -> object:
 
 
 def request_completion(client, body: dict) -> dict:
-    """A chat completion as the server's JSON; body: as of the API. RequestFailed for an error."""
-    answer = request_json(client, "/chat/completions", body)
-    if not isinstance(answer, dict) or answer.get("error") or not answer.get("choices"):
+    """A chat completion as the server's JSON; body: as of the API. RequestFailed for an error.
+
+    An error inside an answer is retried as the client retries one of HTTP.
+    """
+    names = read_request_fields()
+    body = {names.get(name, name): value for name, value in body.items()
+            if names.get(name, name) is not None}
+    for attempt in range(client.max_retries + 1):
+        if attempt:
+            time.sleep(min(2.0 ** attempt / 4, 8))
+        answer = request_json(client, "/chat/completions", body)
+        parts = answer if isinstance(answer, dict) else {}
+        choices = parts.get("choices") or [{}]
+        error = parts.get("error") or isinstance(choices[0], dict) and choices[0].get("error")
+        if not error or not PASSING.search(json.dumps(error)):
+            break
+    if parts.get("error") or not parts.get("choices"):
         raise RequestFailed(f"no completion but: {json.dumps(answer)}", 200)
     return answer
+
+
+def read_request_fields() -> dict[str, str | None]:
+    """The names of FIELDS_VARIABLE, {} if it is not set; UserError if it is no such JSON."""
+    text = os.environ.get(FIELDS_VARIABLE, "").strip() or "{}"
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, dict) or not all(
+            isinstance(name, str | None) for name in names.values()):
+        raise UserError(f'{FIELDS_VARIABLE} is {text}; write other names of fields, null to leave '
+                        'one out: {"max_tokens": "max_completion_tokens", "temperature": null}')
+    return names
 
 
 def ask(client, model: str, content: str | list[dict], **fields) -> str:

@@ -49,6 +49,38 @@ def test_what_a_server_says_is_shown_without_the_key(monkeypatch, status, data, 
     assert "sk-1" not in str(error.value) and error.value.status == status
 
 
+@pytest.mark.parametrize(("error", "n_asked"), [
+    ({"message": "The engine is busy"}, 2), ({"code": 502}, 2), ({"message": "bad image"}, 1)])
+@pytest.mark.parametrize("place", ["answer", "choice"])
+def test_an_error_in_an_answer_is_asked_again_if_it_may_pass(error, n_asked, place):
+    failed = {"error": error} if place == "answer" else {"choices": [{"error": error}]}
+    answers = [failed, {"choices": [{"message": {"content": "a cup"}}]}]
+    bodies = []
+    server = LocalServer(lambda path, got, body: bodies.append(body) or (
+        200, answers[len(bodies) - 1], IS_JSON))
+    opened = client.open_client(server.url, 5.0, retries=1)
+    if n_asked == 2:
+        assert client.ask(opened, "m", "What is it?") == "a cup"
+    else:
+        with pytest.raises(RequestFailed, match="bad image"):
+            client.ask(opened, "m", "What is it?")
+    assert len(bodies) == n_asked
+
+
+def test_fields_of_a_request_are_renamed_or_left_out(monkeypatch):
+    bodies = []
+    server = LocalServer(lambda path, got, body: bodies.append(body) or (
+        200, {"choices": [{"message": {"content": "a cup"}}]}, IS_JSON))
+    opened = client.open_client(server.url, 5.0, retries=0)
+    monkeypatch.setenv(client.FIELDS_VARIABLE,
+                       '{"max_tokens": "max_completion_tokens", "temperature": null}')
+    client.ask(opened, "m", "What?", max_tokens=9, temperature=0)
+    assert set(bodies[0]) == {"model", "messages", "max_completion_tokens"}
+    monkeypatch.setenv(client.FIELDS_VARIABLE, "max_tokens")
+    with pytest.raises(UserError, match="is max_tokens; write other names of fields"):
+        client.ask(opened, "m", "What?")
+
+
 def test_a_server_that_is_not_there():
     with pytest.raises(RequestFailed, match="no connection") as error:
         client.ask(client.open_client("http://127.0.0.1:9/v1", retries=0), "m", "What is it?")

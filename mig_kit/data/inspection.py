@@ -11,13 +11,14 @@ from pathlib import Path
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_atomically
-from mig_kit.data.line_checks import LEAVES
+from mig_kit.data.line_checks import INVERTED, LEAVES
 from mig_kit.data.own_data import Line
 from mig_kit.drawing.pictures import draw_sample
 from mig_kit.image_files import to_data_url
 from mig_kit.prompts import format_question
 
 SHOWN, DRAWN = 100, 12  # lines that are named; questions on a sheet
+FEWEST = 20  # boxes that tell a frame from others
 PAGE = """<!doctype html><meta charset="utf-8"><title>Questions and boxes</title>
 <meta http-equiv="Content-Security-Policy"
       content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
@@ -33,15 +34,23 @@ class Findings:
     wrong: Counter = field(default_factory=Counter)  # lines, by the reason of their first problem
     n_boxes: int = 0
     n_outside: int = 0  # boxes that leave their image
+    n_inverted: int = 0
     furthest: tuple[float, str] = (0.0, "")  # the largest of the lines' `reaches`, and its line
     n_drawable: int = 0
     drawn: list[Line] = field(default_factory=list)  # up to DRAWN, at random
+
+    @property
+    def n_doubtful(self) -> int:
+        """Boxes that no frame and order of numbers would give, which speak against the others."""
+        return self.n_outside + self.n_inverted
 
     def add(self, line: Line, rng: random.Random) -> None:
         """Take in a line."""
         self.n_lines += 1
         self.n_boxes += len(line.reaches)
-        self.n_outside += sum(problem.reason == LEAVES for problem in line.problems)
+        reasons = [problem.reason for problem in line.problems]
+        self.n_outside += reasons.count(LEAVES)
+        self.n_inverted += reasons.count(INVERTED)
         self.furthest = max(self.furthest, (max(line.reaches, default=0.0), line.place))
         if line.problems:
             self.wrong[line.problems[0].reason] += 1
@@ -83,12 +92,14 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
             say(sentence)
         n_wrong = findings.wrong.total()
         n_correct = findings.n_lines - n_wrong
-        if out and n_correct:  # an older file is not replaced by none
+        # what passes although most boxes are wrong does so by chance
+        is_written = out and n_correct and 2 * findings.n_doubtful <= findings.n_boxes
+        if is_written:  # an older file is not replaced by none
             temporary.replace(out)
     finally:
         if out:
             temporary.unlink(missing_ok=True)
-    written = f"; {n_correct} written to {out} (image root: {root})" if out and n_correct else (
+    written = f"; {n_correct} written to {out} (image root: {root})" if is_written else (
         "; nothing written" * bool(out))
     more = f" (the first {SHOWN} shown)" * (n_wrong > SHOWN)
     say(f"{findings.n_lines} {word}s, {n_correct} correct, {n_wrong} wrong{more}{written}")
@@ -96,11 +107,15 @@ def sort_lines(lines: Iterable[Line], word: str, out: Path | None, file: Path, r
         say(f"  {count:>7}  {reason}")
     reach, place = findings.furthest
     if findings.n_boxes:
-        say(f"{findings.n_outside} of {findings.n_boxes} boxes leave their image; the furthest "
-            f"reaches {100 * reach:.0f} % of its image's width or height ({place})")
-    if findings.n_outside > findings.n_boxes / 10:
+        inverted = f", {findings.n_inverted} are inverted" * bool(findings.n_inverted)
+        say(f"{findings.n_outside} of {findings.n_boxes} boxes leave their image{inverted}; the "
+            f"furthest reaches {100 * reach:.0f} % of its image's width or height ({place})")
+    if findings.n_boxes >= FEWEST and reach <= 0.5:
+        say(f"no box of {findings.n_boxes} passes half of its image: are their numbers of another "
+            "frame than 'coordinates' says?")
+    if findings.n_doubtful > findings.n_boxes / 10:
         say("so many that others are probably wrong, too: look at the boxes, and say in "
-            "'coordinates' what their numbers are")
+            "'coordinates' what their numbers are (corners, not x, y, width, height)")
     return findings
 
 

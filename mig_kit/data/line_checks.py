@@ -18,6 +18,9 @@ from mig_kit.prompts import LETTERS
 
 MAX_SIZES = 100_000  # of images that are kept in memory
 LEAVES = "boxes that leave their image"
+INVERTED = "boxes with x2 <= x1 or y2 <= y1"
+NOT_THERE = "an image that is not there"
+ROUNDING = 1e-6  # of a share of the image, as floats write a whole one
 # text that a tokenizer reads as a control token, or that stands for an image, a box or a name
 TAG = re.compile(
     r"<\|[a-z0-9_]{1,40}\|>|</?(?:image|img|video|audio|bbox|box|ref|ref-object|obj|object|region"
@@ -86,6 +89,8 @@ def _find_problems(line: OwnLine) -> list[Problem]:
         f"'options' number {number}": text for number, text in enumerate(line.options or (), 1)}}
     tags = [(name, tag[0]) for name, text in texts.items() if (tag := TAG.search(text))]
     token = CONTROL_TOKEN.search(line.reply or "")
+    named = max(map(int, re.findall(r"\bimage (\d{1,3})\b", line.question, re.IGNORECASE)),
+                default=1)
     rules = [
         (len(kinds) == 1, "not one kind of answer", "give one of 'box', 'boxes' and 'options' with "
          f"'letter'; this line has {' and '.join(kinds) or 'none'}"),
@@ -100,6 +105,8 @@ def _find_problems(line: OwnLine) -> list[Problem]:
         (not tags, "a tag in a text", f"{tags and tags[0][0]} holds {tags and tags[0][1][:40]}, "
          "which is no word to the model: images stand before the question and are called image 1, "
          "image 2, and {ref} stands for the box 'reference'; take it out"),
+        (named <= len(line.images), NOT_THERE, f"'question' names image {named}, but there are "
+         f"{len(line.images)} images; the first is image 1"),
         (token is None, "a control token in 'reply'",
          f"'reply' holds {token and token[0]}, which the model reads as a control token")]
     if line.options and line.letter:
@@ -112,12 +119,12 @@ def _find_problems(line: OwnLine) -> list[Problem]:
 def _box_rules(words: str, number: int, box: tuple, line: OwnLine) -> list[tuple[bool, str, str]]:
     side = min(box[2] - box[0], box[3] - box[1])
     return [
-        (side > 0, "boxes with x2 <= x1 or y2 <= y1", f"{words} is {list(box)}: x2 must be greater "
+        (side > 0, INVERTED, f"{words} is {list(box)}: x2 must be greater "
          "than x1 and y2 than y1 (is it x, y, width, height?)"),
         (side <= 0 or side >= 1 or line.coordinates == Coordinates.NORMALIZED_1,
          "boxes less than 1 wide", f"{words} is {list(box)}, less than 1 wide or high in "
          f"'{line.coordinates}'; are the coordinates 'normalized_1'?"),
-        (number <= len(line.images), "an image that is not there", f"{words} is in image {number}, "
+        (number <= len(line.images), NOT_THERE, f"{words} is in image {number}, "
          f"but there are {len(line.images)} images; the first is number 1")]
 
 
@@ -154,7 +161,7 @@ def find_file_problems(line: OwnLine, sizes: list) -> tuple[list[float], list[Pr
         width, height = coordinate_size(size, line.coordinates, BoxFormat())
         far = max(box[2] / width, box[3] / height)  # right or down, or from there left or up
         reaches.append(max(far, 1 - box[0] / width, 1 - box[1] / height) if min(box) < 0 else far)
-        if reaches[-1] > 1:
+        if reaches[-1] > 1 + ROUNDING:
             problems.append(Problem(LEAVES, f"{words} is {list(box)} and leaves image {number}, "
                                     f"which is {width}x{height} in '{line.coordinates}'"))
     return reaches, problems

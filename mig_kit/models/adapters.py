@@ -5,6 +5,8 @@ A plain LoRA is lora_A and lora_B on matrices, all of one rank. Others are merge
 
 import hashlib
 import json
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from mig_kit.models.model_folders import locate_tensors
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "base.json"  # in a folder of an adapter that the kit has trained: on which weights
 # settings of a LoraConfig that may have any value; another one must have PEFT's default
-FREE = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "task_type",
-        "layers_to_transform", "layers_pattern", "inference_mode", "base_model_name_or_path",
-        "revision", "auto_mapping", "peft_version"}
+FREE = {"r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules",
+        "exclude_modules", "task_type", "layers_to_transform", "layers_pattern", "inference_mode",
+        "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+PLAIN_STARTS = (True, False, "gaussian")  # init_lora_weights that leave the base as it is
 # in_proj_* and out_proj are those of linear attention, whose in_proj_a and in_proj_b have as few
 # outputs as heads. Fused experts get no adapter.
 _MIXERS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
@@ -53,15 +56,25 @@ def load_adapter(folder: Path) -> Adapter:
     for key, tensor in tensors.items():
         module, _, part = key.removeprefix("base_model.model.").partition(".lora_")
         matrices.setdefault(module, {})[part.removesuffix(".weight")] = tensor
+    others += ["init_lora_weights"] * (config.init_lora_weights not in PLAIN_STARTS)
     others += [module for module, parts in matrices.items() if parts.keys() != {"A", "B"}]
     if others:
         raise UserError(f"{folder} is no plain LoRA ({others[0]}); merge it with PEFT "
                         "(merge_and_unload) first, and give the folder of the merged model")
+    ranks = {len(parts["A"]) for parts in matrices.values()} - {config.r}
+    if ranks:
+        raise UserError(f"adapter_config.json of {folder} says r {config.r}, but its matrices have "
+                        f"rank {min(ranks)}, so alpha / r would be another scale; give the "
+                        "configuration that was saved with them")
+    if not any(parts["B"].any() for parts in matrices.values()):
+        warnings.warn(f"{folder} changes nothing: its matrices B hold zeros alone", stacklevel=2)
     return Adapter(config.lora_alpha / config.r, matrices)
 
 
 def check_adapter_fits(adapter: Adapter, model: torch.nn.Module, base: str | Path) -> None:
-    """UserError unless `model`, which may be on the meta device, has the adapter's matrices."""
+    """UserError unless `model`, which may be on the meta device, has the adapter's matrices; a
+    warning if the adapter lacks those of some layers.
+    """
     modules = dict(model.named_modules())
     if model.config.tie_word_embeddings:  # no merged folder could hold another head
         del modules["lm_head"]
@@ -70,6 +83,12 @@ def check_adapter_fits(adapter: Adapter, model: torch.nn.Module, base: str | Pat
         if not isinstance(layer, torch.nn.Linear) or layer.weight.shape != shape:
             raise UserError(f"the adapter changes a matrix {name} of {shape[0]}x{shape[1]}, which "
                             f"{base} does not have; give the base that it was trained on")
+    # one projection of all layers has one name but for the layer's number
+    kinds = {re.sub(r"\d+", "N", name) for name in adapter.matrices}
+    alike = [name for name in modules if re.sub(r"\d+", "N", name) in kinds]
+    if lacking := [name for name in alike if name not in adapter.matrices]:
+        warnings.warn(f"the adapter changes {len(adapter.matrices)} of {len(alike)} such matrices "
+                      f"of {base}; {lacking[0]} stays as it is", stacklevel=2)
 
 
 def weights_digest(model: str | Path) -> str:

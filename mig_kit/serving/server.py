@@ -100,20 +100,27 @@ class ServedModel:
             except RequestFailed as failure:
                 raise RequestFailed(f"the server {server.url} answered {failure}",
                                     failure.status) from None
-            check_answering_model(answer.get("model"), self.name, server.url, with_logps)
+            check_answering_model(answer.get("model"), self.name, server, with_logps)
             if question.prompt_ids is not None or number < CHECKED_ANSWERS:
                 expected = question.prompt_ids or self.prompt_ids(question.sample)
                 check_prompt_ids(answer, expected, question.sample.id, server.url)
             return question, answer
 
         answers = iter_results(work, enumerate(questions), self.concurrency)
-        first = list(islice(answers, CHECKED_ANSWERS))
+        first, failure = [], None
+        try:
+            for answered in islice(answers, CHECKED_ANSWERS):
+                first.append(answered)
+        except RequestFailed as error:  # what came before it is kept, too
+            failure = error
         if self.processor is None and first:
             samples = [question.sample for question, _ in first]
             self.check_images_count(max(samples, key=lambda sample: len(sample.images)), fields)
         for part in (first, answers):
             for question, answer in part:
                 yield question, self.parse_replies(answer, question.replies, with_logps)
+            if failure:
+                raise failure
 
     def check_images_count(self, sample: Sample, fields: dict) -> None:
         """UserError if a server's prompt takes no more tokens than without its last image."""
@@ -201,17 +208,20 @@ class ServedModel:
         return ServedReply(text, ids, logps, reason)
 
 
-def check_answering_model(name: str | None, asked: str, url: str, is_exact: bool) -> None:
+def check_answering_model(name: str | None, asked: str, server: Server,
+                          is_exact: bool) -> None:
     """UserError if a server answers in another model's name than the one asked.
 
     is_exact: whether "qwen-2" is another model than "qwen"; servers add a tag, a date or a path.
+    Another name that the server lists is another model.
     """
-    is_same = name == asked if is_exact else name and (
+    is_same = name == asked if is_exact or name in server.models else name and (
         asked.lower() in name.lower() or name.lower() in asked.lower())
     if name and not is_same:
         cause = "has an old adapter; start it again" if is_exact else (
             "holds another model; ask for that one (--model), or have it load this one")
-        raise UserError(f"the server {url} answered as '{name}', not as '{asked}': it {cause}")
+        raise UserError(f"the server {server.url} answered as '{name}', not as '{asked}': it "
+                        f"{cause}")
 
 
 def prompt_tokens(answer: dict) -> int | None:
@@ -237,7 +247,11 @@ def check_prompt_ids(answer: dict, expected: list[int] | None, sample_id: str, u
 def list_models(client) -> tuple[str, ...]:
     """The names that a server lists: its model's, and its adapters'; RequestFailed for none."""
     page = request_json(client, "/models")
-    return tuple(str(entry.get("id")) for entry in page.get("data") or ())
+    try:
+        return tuple(str(entry.get("id")) for entry in page.get("data") or ())
+    except AttributeError:
+        raise RequestFailed(f"no list but: {page}; is this its API's address, which often ends in "
+                            "/v1?", 200) from None
 
 
 def serve_model(server: str, concurrency: int, model: str | Path, system: str,

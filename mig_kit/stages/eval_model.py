@@ -22,6 +22,7 @@ from mig_kit.models import merging
 from mig_kit.models.loading import Hardware
 from mig_kit.models.model_folders import ServedName, find_file
 from mig_kit.models.processors import load_processor, prompt_measure
+from mig_kit.openai_client import read_request_fields
 from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.pipeline.run_folders import stage_folder
 from mig_kit.pipeline.stage_keys import model_fingerprint
@@ -79,7 +80,9 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
     claim_folder(out, {
         "model": str(folder), "model files": _digest_model(folder), "adapter": described,
         **asdict(box_format), "device": "a server" if params.server else hardware.device,
-        **({"server": params.server} if params.server else {}), "dtype": str(hardware.dtype),
+        **({"server": params.server} if params.server else {}),
+        **({"request fields": fields} if (fields := read_request_fields()) else {}),
+        "dtype": str(hardware.dtype),
         "max_new_tokens": params.max_new_tokens, "questions": digest_json(questions),
         "prompts": digest_json(prompts)})
     if adapter:

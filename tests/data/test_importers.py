@@ -104,6 +104,12 @@ def test_the_guides_script_for_coco(root, monkeypatch):
     assert cup == {"images": ["a.png"], "question": "Find the cup.", "image": 1,
                    "boxes": [[0, 10, 20, 50]], "coordinates": "pixels"}
     assert dog["boxes"] == [[0, 0, 9, 9], [50, 0, 59, 9]]
+    far, turned = ({**COCO["annotations"][0], **change} for change in (
+        {"bbox": [-40, 10, 60, 40]}, {"attributes": {"rotation": 30.0}}))
+    (root / "instances.json").write_text(json.dumps(COCO | {"annotations": [far, turned]}))
+    exec(compile(SCRIPTS[0], "own_data.md", "exec"), {})
+    line, = map(json.loads, (root / "mine.jsonl").read_text().splitlines())
+    assert line["boxes"] == [[-40, 10, 20, 50]], "data check names it"
 
 
 def test_the_guides_script_for_conversations(root, monkeypatch, capsys):

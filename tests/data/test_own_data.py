@@ -246,6 +246,32 @@ def test_a_box_that_leaves_its_image_to_the_left_reaches_as_far(root):
     assert "the furthest reaches 350 % of its image's width" in call("check", path)[1]
 
 
+def test_most_boxes_speak_against_the_others(root, tmp_path):
+    """Of x, y, width, height a few pass for corners; --out does not write them."""
+    lines = [changed(box=[60, 40, 20, 30])] * 20 + [changed(box=[10, 10, 60, 40])] * 4
+    path, out = write_lines(root, *lines), tmp_path / "out.jsonl"
+    text = call("check", path, "--out", out)[1]
+    assert "20 are inverted" in text and MANY in text and "nothing written" in text
+    assert not out.exists()
+    path = write_lines(root, *lines[:1], *lines[20:] * 6)
+    text = call("check", path, "--out", out)[1]
+    assert "24 written to" in text and MANY not in text
+
+
+def test_boxes_in_one_corner_are_of_another_frame(root):
+    half = "no box of 24 passes half of its image"
+    assert half in call("check", write_lines(root, *[changed(box=[1, 2, 30, 40])] * 24))[1]
+    path = write_lines(root, *[changed(box=[1, 2, 30, 40])] * 23, changed(box=[1, 2, 190, 40]))
+    assert half not in call("check", path)[1]
+
+
+def test_a_share_of_1_may_be_rounded_up_and_a_question_names_images_that_are_there(root):
+    whole = changed(box=[0, 0, 1.0000001, 0.5], coordinates="normalized_1")
+    assert call("check", write_lines(root, whole))[0] == 0
+    path = write_lines(root, changed(question="Find the cup of image 3."))
+    assert "'question' names image 3, but there are 2 images" in call("check", path)[1]
+
+
 def test_the_sheet_draws_boxes_and_escapes_text(root):
     hostile = changed(question="<script>alert(1)</script> & Find\nit", id="<b>")
     path = write_lines(root, hostile, changed(box=[10, 20, 160, 130]), changed(image=7),

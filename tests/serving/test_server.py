@@ -17,7 +17,13 @@ from mig_kit.common import UserError
 from mig_kit.models import loading
 from mig_kit.models.model_folders import ServedName
 from mig_kit.serving import reply_files, stored_replies
-from mig_kit.serving.server import ServedModel, ServedReply, check_prompt_ids
+from mig_kit.serving.server import (
+    ServedModel,
+    ServedReply,
+    Server,
+    check_answering_model,
+    check_prompt_ids,
+)
 from mig_kit.shared_prefix.generation import SamplingOptions
 from mig_kit.world.tasks import TASKS, make_sample
 
@@ -110,6 +116,36 @@ def test_what_a_server_refuses_is_shown_in_its_words(draw, questions, status, li
     with pytest.raises(UserError) as error:
         draw(server.url, questions[:1])
     assert str(error.value).startswith(f"the server {server.url} {sentence}")
+
+
+def test_what_came_before_a_failure_is_kept(start_server, draw, questions, tmp_path):
+    """Also among the first answers, whose prompts are compared before any is used."""
+    answers = []
+
+    def fail_at_the_third(body, answer):
+        answers.append(answer)
+        return {"error": {"message": "out of memory"}} if len(answers) == 3 else answer
+
+    with pytest.raises(UserError, match="out of memory"):
+        draw(start_server(change=fail_at_the_third).url, questions)
+    assert stored_replies.load_replies(tmp_path / "replies.jsonl")
+
+
+@pytest.mark.parametrize(("listed", "is_refused"), [(("odd", "odd-mini"), True), (("odd",), False)])
+def test_another_name_that_a_server_lists_is_another_model(listed, is_refused):
+    server = Server("http://a/v1", None, listed)
+    check_answering_model("odd", "odd", server, False)
+    if is_refused:
+        with pytest.raises(UserError, match="answered as 'odd-mini', not as 'odd'"):
+            check_answering_model("odd-mini", "odd", server, False)
+    else:
+        check_answering_model("odd-mini", "odd", server, False)
+
+
+def test_a_page_in_place_of_a_list_of_models_is_one_sentence(draw, questions):
+    server = LocalServer(lambda path, headers, body: (200, b"<html>", [("Content-Type", "x")]))
+    with pytest.raises(UserError, match="lists no models: no list but: <html>; is this its API's"):
+        draw(server.url, questions[:1])
 
 
 CUTS = ("MAX_TOKENS", "max_tokens", "model_length", "LENGTH", "length")
