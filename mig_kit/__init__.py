@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 # For every process that the kit runs in or starts, unless the user has set it; before torch loads.
 # glibc returns freed memory at once and faults it in again for every tensor: 9 % of a step (it
