@@ -8,12 +8,14 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
+from inspect import signature
 from math import gcd
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, Image
+from PIL import Image as Pictures
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from trl import GRPOTrainer
@@ -42,7 +44,6 @@ from mig_kit.shared_prefix.prompt_cache import (
 
 IMAGE_COLUMNS = ("images", "image")
 PAYS_FROM = 1.15  # times fewer tokens to read; on CPUs 1.07 was slower, 1.4 faster (trainer.md)
-IMAGES = "images of the row"  # column that takes a row's images past TRL's processor
 DRAWN_LOGPS = "drawn_logps"  # of the decoder's tokens, in a batch
 KEPT_BYTES = 2 * 2**30  # of states of prompts' layers, for updates that learn from the draw's pass
 
@@ -76,13 +77,17 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             self._warn(f"prompts are not shared: {self.unshared}")
         if processing_class is None:
             processing_class = load_image_prompts(model, args)
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
-                         *others, **kwargs)
+        # by name, because another trainer of TRL's may stand between the two
+        names = list(signature(GRPOTrainer.__init__).parameters)[7:]
+        super().__init__(model=model, reward_funcs=reward_funcs, args=args,
+                         train_dataset=train_dataset, eval_dataset=eval_dataset,
+                         processing_class=processing_class, **dict(zip(names, others)), **kwargs)
         self.processor = (self.processing_class if self._is_vlm
                           else ImagePrompts(tokenizer=self._tokenizer))
         self.sources: dict[int, PromptSource] = {}  # prompts of the batch under way, by number
         self.training_numbers: set[int] = set()  # those that evaluation must not drop
         self.draws = Counter()  # by global step, and whether it was for training
+        self.moved: list[tuple[dict, dict]] = []  # rows as TRL is given them, and as they were
         # of the last pass, and by how much an update's tokens were drawn otherwise
         self.last_logps, self.sampling_gaps = torch.zeros(0), []
         self.next_check = 0  # global step from which the next self-check is due
@@ -174,6 +179,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             moved = [move_images(row) for row in inputs]
             self._check_sharing([row["prompt"] for row in moved])
             rows = inputs if self.unshared else moved
+            self.moved = list(zip(rows, inputs))
         output = super()._generate_and_score_completions(rows)
         self._metrics[mode]["shared"].append(float(not self.unshared))
         if self.unshared:
@@ -182,43 +188,48 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             output[DRAWN_LOGPS] = output.pop("sampling_per_token_logps")
         if self.model.training:
             self.training_numbers = set(self.sources)
-        if self.log_multimodal and any(IMAGES in row for row in rows):
+        if self.log_multimodal and any(name in row for row in inputs for name in IMAGE_COLUMNS):
             self._logs["images"].extend(gather_object([list_images(row) for row in inputs]))
         return output
 
     def _check_sharing(self, prompts: list) -> None:
         """Stop sharing if passes cannot be stock TRL's, or would not be cheaper."""
         reason = obstacles.find_late_obstacle(self.model) or self._find_mixed_group(prompts)
-        if not reason and not self.next_check:
-            reason = self._find_loss(prompts)
         if reason := gather_reason(reason):  # processes go on alike
             return self._stop_sharing(reason)
         self._find_sampling_obstacle()
 
-    def _find_loss(self, prompts: list) -> str:
-        """Why sharing would cost more than it saves, or ""."""
-        sources = [source for _, source in self._read_prompts(
-            [prompts[row] for row in self._find_group_starts(len(prompts))])]
-        group, reply = self.num_generations, self.max_completion_length
-        tokens = sum(len(prompt.ids) for prompt in self.cache.get(sources)) // len(sources)
-        gain = group * (tokens + reply) / (tokens + group * reply)
+    def _find_loss(self, numbers: list[int], completions: list[list[int]]) -> str:
+        """Why sharing would cost more than it saves with what was drawn, or ""."""
+        distinct = sorted(set(numbers))
+        lengths = {number: len(prompt.ids)
+                   for number, prompt in zip(distinct, self._prompts_of(distinct))}
+        of_rows, drawn = sum(lengths[number] for number in numbers), sum(map(len, completions))
+        gain = (of_rows + drawn) / (sum(lengths.values()) + drawn)
         return ("" if gain >= PAYS_FROM else
-                f"prompts of {tokens} tokens are too short beside completions of up to {reply}: "
-                f"sharing would read {gain:.2f} times fewer tokens, and pays from {PAYS_FROM} on")
+                f"prompts of {of_rows // len(numbers)} tokens are too short beside completions of "
+                f"{drawn // len(numbers)}: sharing would read {gain:.2f} times fewer tokens, and "
+                f"pays from {PAYS_FROM} on")
 
     def _generate(self, prompts: list):  # checks the passes by what was drawn
-        step = self.state.global_step
+        for moved, row in self.moved:  # TRL has the prompts, and rewards' hooks get its columns
+            if moved is not row:
+                moved.clear()
+                moved.update(row)
+        self.moved, step = [], self.state.global_step
         if self.unshared or step < self.next_check:
             return super()._generate(prompts)
         before = deepcopy(self._metrics), self.state.num_input_tokens_seen
         output = super()._generate(prompts)
         numbers, completions, _, _, drawn_logps, *_ = output
         when = f"update {step}" if self.next_check else "the first batch"
+        numbers = [number for number, in numbers]
+        reason = "" if self.next_check else self._find_loss(numbers, completions)
         self.next_check = step + ((self.check_every or math.inf) if self.next_check else 2)
         of_step = slice(max(self.num_generations, self.args.per_device_train_batch_size))
-        reason = obstacles.run_self_check(
-            self, when, prompts[of_step], [number for number, in numbers[of_step]],
-            completions[of_step], None if self.draws_elsewhere() else drawn_logps)
+        reason = reason or obstacles.run_self_check(
+            self, when, prompts[of_step], numbers[of_step], completions[of_step],
+            None if self.draws_elsewhere() else drawn_logps)
         if reason := gather_reason(reason):
             self._metrics, self.state.num_input_tokens_seen = before
             self._stop_sharing(reason)
@@ -270,11 +281,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             num_images=images and [len(images[0])], **fields)[0][0]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rows = [{name: value for name, value in row.items() if name != IMAGES}
-                | row.get(IMAGES, {}) for row in inputs]
         # copies, because rewards may draw on images, which a group's completions share
-        rows, prompts = map(list, zip(*map(deepcopy, zip(rows, prompts))))
-        return super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        return super()._calculate_rewards(copy_images(inputs), copy_images(prompts), completions,
+                                          completion_ids_list)
 
     def _tokenize_prompts(self, prompts: list):  # a row's prompt becomes a number
         if self.unshared:
@@ -359,9 +368,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if self.unshared:
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        mask = attention_mask[:, -logits_to_keep:]
+        if (mask.diff() > 0).any():
+            raise ValueError("completion_mask hides tokens before others, which then do not see "
+                             "them; set tool_mask to 0 there, which takes them out of the loss")
         logps, entropies = self._logps(model, input_ids[:, -logits_to_keep - 1],
-                                       input_ids[:, -logits_to_keep:],
-                                       attention_mask[:, -logits_to_keep:])
+                                       input_ids[:, -logits_to_keep:], mask)
         self.last_logps = logps.detach()
         return logps, entropies, None
 
@@ -464,14 +476,16 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 def average_gradients(model: torch.nn.Module, processes: int) -> None:
     """Give every trained parameter its mean gradient over all processes, 0 where one has none.
 
-    Adapters that are not active have none, so that weight decay leaves them alone.
+    What no pass uses has none, so that weight decay leaves it alone: adapters that are not active,
+    and in a single process all that is not reached, unless the update read no token at all.
     """
+    reads_nothing = all(parameter.grad is None for parameter in model.parameters())
     inactive = [f".{name}." for name in getattr(model, "peft_config", {})
                 if name not in model.active_adapters]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or any(part in name for part in inactive):
             continue
-        if parameter.grad is None:
+        if parameter.grad is None and (processes > 1 or reads_nothing):
             parameter.grad = torch.zeros_like(parameter)
         if processes > 1:
             torch.distributed.all_reduce(parameter.grad)
@@ -514,17 +528,23 @@ class RowsOnce:
 
 
 def move_images(row: dict) -> dict:
-    """The row with its images inside its prompt and its columns of images under IMAGES, where TRL
-    does not look; a row without images, or with a text for a prompt, as it is.
-
-    TRL would hand images of its own columns to the processor once for every completion.
+    """The row with its images inside its prompt and without its columns of images, which TRL would
+    hand to the processor once for every completion; one without images, or with a text for a
+    prompt, as it is.
     """
-    columns = {name: row[name] for name in IMAGE_COLUMNS if name in row}
-    if not columns or not is_conversational(row):  # TRL refuses images beside a text
+    others = {name: value for name, value in row.items() if name not in IMAGE_COLUMNS}
+    if len(others) == len(row) or not is_conversational(row):  # TRL refuses images beside a text
         return row
-    others = {name: value for name, value in row.items() if name not in columns}
-    prompt = prepare_multimodal_messages(row["prompt"], images=list_images(row))
-    return others | {"prompt": prompt, IMAGES: columns}
+    return others | {"prompt": prepare_multimodal_messages(row["prompt"], images=list_images(row))}
+
+
+def copy_images(value):
+    """A value whose lists, dicts and images are copies; all else is the same object."""
+    if isinstance(value, list):
+        return [copy_images(part) for part in value]
+    if isinstance(value, dict):
+        return {name: copy_images(part) for name, part in value.items()}
+    return deepcopy(value) if isinstance(value, Pictures.Image) else value
 
 
 def list_images(row: dict) -> list:
