@@ -4,7 +4,9 @@ from pathlib import Path
 
 import click
 
+from mig_kit.boxes import BoxFormat
 from mig_kit.commands.options import FILE, profile_box_format, root_option
+from mig_kit.common import UserError
 
 
 @click.group()
@@ -13,28 +15,53 @@ def reward() -> None:
 
 
 @reward.command()
-@click.argument("rewards", metavar="FILE.py:FUNCTION ...", nargs=-1, required=True)
-@click.option("--data", "file", required=True, type=FILE,
-              help="Own data, whose questions the replies are constructed for.")
+@click.argument("rewards", metavar="FILE.py:FUNCTION ...", nargs=-1)
+@click.option("--data", "file", type=FILE,
+              help="Own data, whose questions the replies are constructed for; with --run those "
+                   "that its 04 kept.")
+@click.option("--run", "run_id", default="", show_default=False, metavar="RUN",
+              help="Show what 05 of RUN shows: with its weights and, unless others are named, its "
+                   "rewards.")
 @root_option
 @click.option("--profile", default="tiny",
               help="Whose coordinates, pixel limits and weights count: tiny, or a folder of "
                    "params/.")
-def check(rewards: tuple[str, ...], file: Path, root: Path | None, profile: str) -> None:
-    """Print what REWARDS pay for eight constructed replies to real questions: right, empty, in
+def check(rewards: tuple[str, ...], file: Path | None, run_id: str, root: Path | None,
+          profile: str) -> None:
+    """Print what REWARDS pay for twelve constructed replies to real questions: right, empty, in
     another frame, ... A name of the kit's is a reward, too.
     """
     from mig_kit.data.own_data import iter_samples
+    from mig_kit.pipeline import run_facts, run_folders, store
     from mig_kit.pipeline.params import profile_params
     from mig_kit.pipeline.reward_names import check_rewards
+    from mig_kit.sample import read_samples
     from mig_kit.training import reward_check, reward_loading
 
+    if not run_id and not (rewards and file):
+        raise UserError("name rewards and --data FILE, or --run RUN, which has both")
+    if run_id:
+        run_folders.require_runs(run_id)
+        profile = run_folders.load_profile(run_id) or "tiny"
     box_format, params = profile_box_format(profile), profile_params("05_grpo", profile)
+    if run_id:
+        values = run_facts.run_params(run_id, "mig-kit reward check")
+        box_format = BoxFormat(*map(values.get, ("min_pixels", "max_pixels", "coordinates")))
+        if record := run_folders.load_record("05_grpo", run_id):
+            params = store.recorded_params("05_grpo", record)
+    rewards = rewards or tuple(params["rewards"])
     # a file is named from where the command is given
     references = [f"{Path.cwd() / text}" if ":" in text else text for text in rewards]
     check_rewards(references, {}, {})
     loaded = reward_loading.load_rewards(references, None)
-    samples = list(iter_samples(file, root or file.parent, reward_check.MOST_READ))
-    table = reward_check.tabulate_payments(loaded, samples, box_format, params["reward_weights"])
+    if file:
+        samples = list(iter_samples(file, root or file.parent, reward_check.MOST_READ))
+    else:
+        run_folders.require_record("04_rejection_sampling", run_id, "mig-kit reward check")
+        folder = run_folders.stage_folder("04_rejection_sampling", run_id)
+        samples = read_samples(folder / "kept.parquet")
+    table = reward_check.tabulate_payments(
+        loaded, samples, box_format, params["reward_weights"],
+        params["hallucinated_image_penalty"], params["num_generations"])
     click.echo(f"{len(samples)} questions; boxes in {box_format.coordinates.description}")
     click.echo(table.round(2).to_string(na_rep="-"))

@@ -90,7 +90,10 @@ def _iter_table(path: Path) -> Iterator[dict | Problem]:
     if path.suffix not in (".csv", ".tsv"):
         from pyarrow import parquet  # of an extra
 
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=16):
+        file = parquet.ParquetFile(path)
+        # pandas saves the order of shuffled rows beside their columns
+        columns = [name for name in file.schema_arrow.names if name != "__index_level_0__"]
+        for batch in file.iter_batches(batch_size=16, columns=columns):
             yield from batch.to_pylist()
         return
     for row in iter_csv_rows(path):

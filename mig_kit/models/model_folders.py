@@ -186,7 +186,7 @@ def load_config(model: str | Path):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
         raise UserError(f"config.json of {model}: {str(error).splitlines()[0]}") from error
-    if "quantization_config" in config.to_dict():
+    if config.to_dict().get("quantization_config"):
         raise UserError(f"{model} holds quantised weights, which are neither what training saw "
                          "nor what a merge gives; give the full weights (stage 03 writes them)")
     return config

@@ -49,7 +49,8 @@ def _reward_name(text: str) -> str:
     if function in NAMES_OF_CURVES:
         raise UserError(f"the curves of 05 have a '{function}' of their own; rename the function "
                         f"in {path}")
-    table = symtable.symtable(path.read_text(), str(path), "exec")  # a SyntaxError shows its line
+    source = path.read_text("utf-8-sig")
+    table = symtable.symtable(source, str(path), "exec")  # a SyntaxError shows its line
     names = [symbol.get_name() for symbol in table.get_symbols()
              if symbol.is_assigned() or symbol.is_imported()]
     if function not in names:

@@ -15,7 +15,8 @@ from mig_kit.rewards import REWARDS, Reward
 from mig_kit.sample import Sample
 from mig_kit.training.reward_loading import Score, as_completions, score_functions, takes_batch
 
-KINDS = ("right", "empty", "wrong image", "shifted", "other frame", "hedged", "long", "malformed")
+KINDS = ("right", "empty", "wrong image", "no such image", "shifted", "doubled box", "whole image",
+         "dot", "other frame", "hedged", "long", "malformed")
 QUESTIONS = 24  # that replies are constructed for, some of each task
 MOST_READ = 1000  # questions that these are chosen from
 SHIFT = 0.3  # of a box's width and height
@@ -39,9 +40,16 @@ def construct_replies(sample: Sample, box_format: BoxFormat) -> dict[str, str]:
         x, y = SHIFT * (x2 - x1), SHIFT * (y2 - y1)
         with_target = {target.image for target in sample.targets}
         wrong = format_answer(min({*range(1, len(sample.images) + 2)} - with_target), seen)
+        width, height = coordinate_size(size, box_format.coordinates, box_format)
+        dx, dy, center = (x2 - x1) / 2, (y2 - y1) / 2, ((x1 + x2) // 2, (y1 + y2) // 2)
         answers = {
             "wrong image": wrong,
+            "no such image": format_answer(len(sample.images) + 1, seen),
             "shifted": format_answer(image, (x1 + x, y1 + y, x2 + x, y2 + y)),
+            "doubled box": format_answer(image, (max(x1 - dx, 0), max(y1 - dy, 0),
+                                                 min(x2 + dx, width), min(y2 + dy, height))),
+            "whole image": format_answer(image, (0, 0, width, height)),
+            "dot": format_answer(image, (*center, center[0] + 1, center[1] + 1)),
             "other frame": format_answer(
                 image, rescale_box(box, size, coordinate_size(size, other, box_format)))}
     answers |= {"hedged": f"{right}, {wrong}", "long": right}
@@ -73,6 +81,8 @@ def tabulate_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box
     Args:
         weights: by name, 1 for others. penalty: hallucinated_image_penalty of 05.
         group: a batch has a multiple of so many replies, for a reward that divides it.
+    A wrong reply that earns no less than the right one is printed as a warning.
+
     Returns: a row per kind, NaN where a reward does not apply. Each reply is scored alone; a reward
         in TRL's form has a second column, "NAME, mixed": all kinds in one batch.
     Raises: UserError for a value that is not finite, and if all replies earn the same; what a
@@ -97,6 +107,10 @@ def tabulate_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box
         raise UserError(f"the rewards {', '.join(rewards)} pay the same for every reply to a "
                         "question, so nothing can be learnt; mend them, or add one that is about "
                         "these questions")
+    means = total.mean()
+    for kind in means.index[means >= means["right"]].difference(["right", "long"], sort=False):
+        print(f"warning: the reply '{kind}' earns {means[kind]:.2f}, the right one no more than "
+              f"{means['right']:.2f}: training would learn it", flush=True)
     if len(rewards) > 1:
         columns[SUM] = total
     return pd.DataFrame({name: values.mean() for name, values in columns.items()},

@@ -75,7 +75,7 @@ def _import_file(copy: Path, path: Path) -> ModuleType:
     module = ModuleType(f"own_rewards_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(copy.read_text(), str(path), "exec"), module.__dict__)
+    exec(compile(copy.read_text("utf-8-sig"), str(path), "exec"), module.__dict__)
     return module
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -244,6 +245,12 @@ MANY = "so many that others are probably wrong, too"
 def test_a_box_that_leaves_its_image_to_the_left_reaches_as_far(root):
     path = write_lines(root, changed(box=[-500, 20, 60, 90]))
     assert "the furthest reaches 350 % of its image's width" in call("check", path)[1]
+
+
+def test_a_table_that_pandas_has_shuffled_is_read(root):
+    table = pandas.DataFrame([GOOD] * 5).sample(frac=1, random_state=0)
+    table.to_parquet(root / "shuffled.parquet")
+    assert call("check", root / "shuffled.parquet")[0] == 0
 
 
 def test_most_boxes_speak_against_the_others(root, tmp_path):

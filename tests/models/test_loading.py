@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -17,6 +18,12 @@ from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
 
 NORMALIZED = BoxFormat(coordinates=Coordinates.NORMALIZED_1000)
+
+
+def test_a_quantisation_of_null_is_none(random_folder, float32, tmp_path):
+    folder = Path(shutil.copytree(random_folder, tmp_path / "model"))
+    update("config.json", quantization_config=None)(folder)
+    assert loading.load_model(folder, float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("lora_targets", "names"), [

@@ -10,7 +10,7 @@ from PIL import Image
 from mig_kit.boxes import BoxFormat, iou
 from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline.params import profile_params
-from mig_kit.prompts import parse_reply
+from mig_kit.prompts import parse_reply, reply_boxes_in_original
 from mig_kit.rewards import REWARDS
 from mig_kit.sample import Sample
 from mig_kit.training.reward_check import (
@@ -60,12 +60,13 @@ def test_the_kits_rewards_pay_the_right_reply_most(samples, choices, box_format)
     weights = profile_params("05_grpo")["reward_weights"]
     table = tabulate_payments(REWARDS, [*samples, *choices], box_format, weights)
     assert list(table.index) == list(KINDS) and list(table) == [*REWARDS, SUM]
-    assert table["image"].tolist() == [1, 0, 0, 1, 1, 0, 1, 0]
-    assert table["format"].tolist() == [1, 0, 1, 1, 1, 0.75, 1, 0.75]
+    assert table["image"].tolist() == [1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0]
+    assert table["format"].tolist() == [1, 0, 1, 1, 1, 1, 1, 1, 1, 0.75, 1, 0.75]
     assert table["choice"].dropna().to_dict() == {
         "right": 1, "empty": 0, "wrong image": 0, "hedged": 0, "long": 1, "malformed": 0}
     assert table["box"]["shifted"] == pytest.approx(SHIFTED, abs=0.03), "boxes are rounded"
     assert table["box"]["right"] > 0.9 and table["box"]["other frame"] < 0.3
+    assert table["box"][["doubled box", "whole image", "dot"]].max() < 0.5
     wrong = table[SUM].drop(["right", "long"])
     assert table[SUM]["right"] == table[SUM]["long"] > wrong.max() + 0.3
 
@@ -76,6 +77,29 @@ def test_a_reward_in_another_frame_is_seen(samples):
     brief = {"mine": lambda reply, *_: 1 - len(reply) / 1e4}
     table = tabulate_payments(brief, samples, ABSOLUTE, {})
     assert table["mine"]["empty"] == 1 > table["mine"]["right"] > table["mine"]["long"]
+
+
+def covered(reply, sample, box_format):
+    """The share of the target that the reply's box covers."""
+    best = 0.0
+    for image, (a, b, c, d) in reply_boxes_in_original(sample, reply, box_format):
+        for number, (x1, y1, x2, y2) in sample.targets:
+            width, height = min(c, x2) - max(a, x1), min(d, y2) - max(b, y1)
+            best = max(best, (image == number) * max(width, 0) * max(height, 0) / (
+                (x2 - x1) * (y2 - y1)))
+    return best
+
+
+@pytest.mark.parametrize("rewards, kind", [
+    ({"mine": covered}, "whole image"),
+    (REWARDS | {"mine": lambda reply, *_: -len(reply)}, "empty"),
+    ({"mine": lambda reply, *_: float(parse_reply(reply).image == 4)}, "no such image")])
+def test_a_wrong_reply_that_earns_no_less_than_the_right_one_is_a_warning(
+        rewards, kind, samples, capsys):
+    tabulate_payments(REWARDS, samples, ABSOLUTE, {})
+    assert not capsys.readouterr().out
+    tabulate_payments(rewards, samples, ABSOLUTE, {})
+    assert f"warning: the reply '{kind}' earns" in capsys.readouterr().out
 
 
 def test_a_part_may_be_the_same_for_all_and_its_weight_counts(samples):
@@ -140,3 +164,9 @@ def test_the_command(samples, tmp_path):
     for name, sentence in (("zero", "pay the same for every reply"),
                            ("zer", "has no function 'zer'; it has f, zero")):
         assert sentence in error_of(*words, f"{tmp_path}/my.py:{name}")
+    assert "name rewards and --data FILE, or --run RUN" in error_of("reward", "check")
+
+
+def test_a_runs_rewards_with_its_weights_are_what_05_shows(smoke_runs):
+    output = output_of("reward", "check", "--run", "smoke", MIG_KIT_RUNS=str(smoke_runs))
+    assert SUM in output and "doubled box" in output and "format" in output

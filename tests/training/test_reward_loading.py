@@ -97,6 +97,12 @@ def test_a_reward_in_trls_form_gets_the_batch(load, samples, text, values):
     assert score("a", samples[0]) is None, "a reply alone is no batch"
 
 
+def test_a_byte_order_mark_before_a_reward_is_no_error(load, samples):
+    reward, file = load("\ufeff" + HEAD + "    return 1\n")
+    check_rewards([f"{file}:center"], {}, {})
+    assert reward("", samples[0], BOX_FORMAT) == 1
+
+
 @pytest.mark.parametrize(("text", "error", "words"), [
     ("def center(completions, **columns):\n    return [1 / 0]\n", ZeroDivisionError, "division"),
     ("def center(completions, nowhere, **columns):\n    return 1\n", TypeError, "'nowhere'"),
