@@ -229,7 +229,7 @@ class Grpo(Training, Served):
     """05_grpo."""
 
     learning_rate: Rate = param(0.0006, "peak learning rate")
-    max_steps: Positive = param(75, "updates")
+    max_steps: Positive = param(100, "updates")
     num_generations: int = param(8, "replies per prompt, G", ge=2)
     temperature: Rate = param(1.0, "sampling temperature")
     max_completion_length: Positive = param(128, "longest reply")

@@ -187,7 +187,7 @@ def test_text_of_a_stage_shows_help_and_what_a_profile_changes():
     named = {line.partition(": ")[0]: number for number, line in enumerate(lines) if line[0] > "#"}
     assert list(named) == list(params.default_params("05_grpo"))
     assert lines[named["loss_type"]].startswith("loss_type: dapo  # mean over all tokens")
-    assert lines[named["max_steps"]] == "max_steps: 2  # updates (tiny: 125)"
+    assert lines[named["max_steps"]] == "max_steps: 2  # updates (tiny: 100)"
     assert lines[named["max_steps"] + 1] == "    # type integer, minimum 1"
     assert lines[named["scale_rewards"] + 1] .endswith("enum ['batch', 'group', 'none']")
 
