@@ -158,7 +158,7 @@ def test_a_command_leaves_what_has_finished_unless_it_is_forced(root, no_kernels
     before = describe_files(root)
     sentence = error_of("run", "05", "06", "--run-id", "a", "-p", "max_steps", "60")
     assert "05_grpo of run 'a' has finished, and stays as it is (max_steps: 60, finished with " \
-        "125); for other results use another run (mig-kit run 05 --from a --run" in sentence
+        "100); for other results use another run (mig-kit run 05 --from a --run" in sentence
     assert "05_grpo: up to date" in output_of("run", "05", "06", "--run-id", "a")
     assert describe_files(root) == before
     output_of("run", "05", "--run-id", "a", "-p", "max_steps", "60", "--force")
