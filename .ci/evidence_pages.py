@@ -98,17 +98,18 @@ def seeds(records: dict[str, list[dict]]) -> str:
                 for before, suite in [("sft", name) for name in NAMES[:2]]
                 + [("base", name) for name in NAMES[2:]]]
     signs = [""] * 3 + ["+"] * (len(columns) - 3)
+    spent = np.array([record["processor_seconds"] for record in recipe], dtype=float)
     rows = [[str(record["seed"]), *(f"{column[row]:{sign}.1f}" for column, sign
-                                    in zip(columns, signs)), f"{record['minutes']:.0f}"]
+                                    in zip(columns, signs)), f"{spent[row]:.0f}"]
             for row, record in enumerate(recipe)]
     rows.append(["mean", *(f"{column.mean():{sign}.1f}" for column, sign in zip(columns, signs)),
-                 f"{np.mean([record['minutes'] for record in recipe]):.0f}"])
+                 f"{spent.mean():.0f}"])
     if len(recipe) > 1:
         rows.append(["sd", *(f"{column.std(ddof=1):.1f}" for column in columns), ""])
     head = ["seed", "base", "SFT", "GRPO", f"GRPO - SFT, {short_title(NAMES[0])}",
             *(f"GRPO - {SYSTEM_LABELS[before]}, {short_title(suite)}"
               for before, suite in zip(("sft", "base", "base"), NAMES[1:])),
-            "minutes, 02 to 05"]
+            "processor seconds, 02 to 05"]
     return render(head, rows)
 
 
@@ -152,13 +153,14 @@ def longer(records: dict[str, list[dict]]) -> str:
              if record["seed"] in recipe]
     if not pairs:
         return "Not run yet with this version."
-    rows = [[f"GRPO over SFT of equal time, {count_seeds(pairs)}", *(
+    rows = [[f"GRPO over SFT of equal processor time, {count_seeds(pairs)}", *(
         describe(np.array([100 * (by_task(a, "grpo", suite) - by_task(b, "sft", suite)).mean()
                            for a, b in pairs])) for suite in NAMES)]]
-    longer_minutes, minutes = (", ".join(f"{pair[side]['minutes']:.0f}" for pair in pairs)
-                               for side in (1, 0))
+    longer_seconds, seconds = (", ".join(f"{pair[side]['processor_seconds']:.0f}"
+                                         for pair in pairs) for side in (1, 0))
     return (render(["points", *map(short_title, NAMES)], rows)
-            + f"\n\nMinutes, pair by pair: SFT {longer_minutes}; the recipe's 02 to 05 {minutes}.")
+            + f"\n\nProcessor seconds, pair by pair: SFT {longer_seconds}; the recipe's 02 to 05 "
+            f"{seconds}.")
 
 
 def draws(records: dict[str, list[dict]]) -> str:
@@ -201,10 +203,10 @@ def contest(records: dict[str, list[dict]]) -> str:
     """The first line of the contest: the recipe's."""
     first = [record for record in records["recipe"] if record["seed"] in (0, 1, 2)]
     gaps = scores(first, "grpo", MAIN) - scores(first, "sft", MAIN)
-    minutes = min(record["minutes"] for record in first)
-    return render(["who", "worst of three seeds", "minutes, 02 to 05", "version"],
+    spent = min(record["processor_seconds"] for record in first)
+    return render(["who", "worst of three seeds", "processor seconds, 02 to 05", "version"],
                   [["the recipe", f"{gaps.min():+.1f} ({len(first)} of 3 seeds)",
-                    f"{minutes:.0f}", __version__]])
+                    f"{spent:.0f}", __version__]])
 
 
 def provenance(records: dict[str, list[dict]]) -> str:
