@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -33,6 +35,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.generation import vllm_generation
 
 from mig_kit.image_files import pixel_digest
@@ -962,11 +965,94 @@ def test_weight_decay_leaves_an_adapter_alone_that_is_not_active(random_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("drawn", "reason"), [(1000, "too short beside completions of 1000"),
+                                               (12, "")])
 def test_short_prompts_beside_long_completions_are_left_to_stock_trl(random_folder, processor,
-                                                                      tmp_path):
+                                                                      tmp_path, drawn, reason):
+    """What was drawn decides, not the limit."""
     trainer = make_own(random_folder, processor, tmp_path, max_completion_length=2000)
     prompts = [move_images(row)["prompt"] for row in trainer.train_dataset for _ in range(4)]
     trainer.model.train()
-    with pytest.warns(UserWarning, match="too short beside completions of up to 2000"):
-        trainer._check_sharing(prompts)
-    assert trainer.unshared
+    numbers = [number for number, in trainer._tokenize_prompts(prompts)[0]]
+    sentence = trainer._find_loss(numbers, [[7] * drawn] * len(numbers))
+    assert reason in sentence and bool(sentence) == bool(reason)
+
+
+class GeometricMean(SharedPrefixGRPOTrainer, GMPOTrainer):
+    """Another trainer of TRL's behind the kit's."""
+
+
+@pytest.mark.slow
+def test_another_trainer_of_trl_may_stand_behind(make_pair, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "GRPOTrainer", GMPOTrainer)
+    monkeypatch.setattr(sys.modules[__name__], "SharedPrefixGRPOTrainer", GeometricMean)
+    monkeypatch.setattr(sys.modules[__name__], "GRPOConfig", GMPOConfig)
+    check_same_gradients(make_pair(learning_rate=1e-6), 2)
+
+
+def watch_rewards(trainer, seen):
+    calculate = trainer._calculate_rewards
+    trainer._calculate_rewards = lambda rows, *others: (
+        seen.append([sorted(rows[0]), rows[0]["prompt"], len(rows[0]["images"])])
+        or calculate(rows, *others))
+
+
+class Memory:
+    """An object that a reward keeps something in, and that cannot be copied."""
+
+    def __init__(self):
+        self.replies, self.lock = [], Lock()
+
+
+@pytest.mark.slow
+def test_hooks_see_trls_rows_and_rewards_the_objects_in_them(make_pair):
+    def table():
+        memories = [Memory() for _ in range(4)]
+        return make_table().add_column("row", range(4)).with_transform(lambda rows: rows | {
+            "memory": [memories[row] for row in rows["row"]]})
+
+    def novelty(completions, memory, **columns):
+        values = []
+        for completion, own in zip(completions, memory):
+            values.append(1 / (1 + len(own.replies)))
+            own.replies.append(completion)
+        return values
+
+    trainers, seen = [], ([], [])
+    for index, own_seen in enumerate(seen):
+        trainer = make_pair(table=table(), rewards=[novelty], max_steps=3, log_completions=False,
+                            **ONE_STEP)[index]
+        watch_rewards(trainer, own_seen)
+        trainer.train()
+        trainers.append(trainer)
+    stock, own = ([row["reward"] for row in logged(trainer)] for trainer in trainers)
+    assert stock == own and stock[-1] < stock[0] and not trainers[1].unshared
+    assert seen[0] == seen[1] and len(seen[0]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["completion_mask", "tool_mask"])
+def test_a_mask_with_holes_is_refused_unless_it_is_of_the_loss_alone(make_pair, monkeypatch, name):
+    score = GRPOTrainer._generate_and_score_completions
+
+    def hide_two(trainer, inputs):
+        output = score(trainer, inputs)
+        output[name] = output["completion_mask"].clone()
+        output[name][:, 1:3] = 0
+        return output
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", hide_two)
+    pair = make_pair(learning_rate=1e-6)
+    if name == "tool_mask":
+        return check_same_gradients(pair, 2)
+    with pytest.raises(ValueError, match="completion_mask hides tokens before others"):
+        pair[1].train()
+
+
+@pytest.mark.slow
+def test_a_parameter_that_no_pass_uses_does_not_decay(make_pair):
+    for trainer in make_pair(weight_decay=0.5, max_steps=1):
+        spare = torch.nn.Parameter(torch.ones(3))
+        trainer.model.register_parameter("spare", spare)
+        trainer.train()
+        assert spare.tolist() == [1, 1, 1]
