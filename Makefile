@@ -53,7 +53,7 @@ docs: setup
 cells: setup
 	$(BIN)/python .ci/cells.py
 
-# notebooks/executed/: the notebooks of a finished run, as they were run (RUN_ID=default)
+# notebooks/executed/: the notebooks of a finished run, as they were run (RUN_ID=default); its adapters ship
 executed: setup
 	$(BIN)/python .ci/executed.py $(or $(RUN_ID),default)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, BitsAndBytesConfig
 
 from mig_kit.boxes import BoxFormat
@@ -89,8 +90,6 @@ def attend_packed(module: torch.nn.Module, query: torch.Tensor, key: torch.Tenso
     query, key, value (1, heads, tokens, width) -> (mixed values (1, tokens, heads, width), None).
     cu_seq_lens_q: (windows + 1,), where each begins and the last ends.
     """
-    from torch.nn.attention.varlen import varlen_attn  # seconds, as it imports torch's compiler
-
     packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     bounds = cu_seq_lens_q.to(torch.int32)
     mixed = varlen_attn(*packed, bounds, bounds, max_length_q, max_length_q, scale=scaling)
