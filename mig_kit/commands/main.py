@@ -158,7 +158,6 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     A run that is named without a group is a group of its own; a file of a recorded run takes the
     place of a run.
     """
-    from mig_kit.drawing import plots
     from mig_kit.stages import compare
 
     if figure and figure.suffix not in (".png", ".pdf", ".svg"):
@@ -169,6 +168,8 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     if form == "csv":  # the other forms have the notes below the tables
         click.echo("\n".join(result["notes"]), nl=bool(result["notes"]), err=True)
     if figure:
+        from mig_kit.drawing import plots  # seconds, which a table need not wait for
+
         plots.set_style()
         drawn = compare.figure_rows(result, differences)
         plots.plot_groups(drawn, system, result["reference"] * differences).savefig(

@@ -191,8 +191,8 @@ def _conclude(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
 
 def _read_checked(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     """The only option of a list of tasks that is ticked off."""
-    letters = _CHECKED.findall(text)
-    return None if not letters else "" if len(letters) > 1 else letters[0]
+    letters = _letters(_CHECKED, text, valid)
+    return None if not letters else letters.pop() if len(letters) == 1 else ""
 
 
 def _read_line(lines: list[str], valid: str) -> str:
