@@ -1,6 +1,10 @@
 """The command line's sentences."""
 
+import errno
+import io
 import json
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -50,6 +54,67 @@ def test_a_place_that_can_hold_no_runs_is_one_sentence(runs, words, tmp_path):
     result = run_mig_kit(*words, MIG_KIT_RUNS=runs.format(tmp=tmp_path))
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
     assert "which is no folder and cannot be one; set it to a folder for runs" in result.stderr
+
+
+@pytest.mark.parametrize("words", [
+    ("table", "mine", "--figure", "nodir/x.png"), ("data", "check", __file__, "--out", "nodir/x"),
+    ("eval", "--model", "tiny", "--out", "file/x")])
+def test_where_to_write_is_tried_before_all_else(words, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, words)
+    assert "is no folder that can be written in" in result.output and result.exit_code == 2
+
+
+def test_an_error_of_the_disk_is_a_sentence_with_its_path(tmp_path, monkeypatch):
+    for name, words in (("a.json", "'a.json'"), (None, f"runs are in {tmp_path}")):
+        error = OSError(errno.ENOSPC, "No space left on device", name)
+        monkeypatch.setattr(run_folders, "list_runs", Mock(side_effect=error))
+        result = run_mig_kit("status", MIG_KIT_RUNS=str(tmp_path))
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        assert "No space left on device" in result.stderr and words in result.stderr
+
+
+def test_a_lock_is_read_without_the_right_to_write(tmp_path, monkeypatch):
+    """As on a mount to read only."""
+    (tmp_path / "lock").touch()
+    modes = []
+
+    def note(path, mode="r"):
+        modes.append(mode)
+        return open(path, mode)
+
+    monkeypatch.setattr(Path, "open", note)
+    assert not run_folders.is_locked(tmp_path)
+    with FileLock(tmp_path / "lock"):
+        assert run_folders.is_locked(tmp_path)
+    assert modes == ["r", "r"]
+
+
+def test_rm_without_an_answer_removes_nothing(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    result = run_mig_kit("rm", "mine", MIG_KIT_RUNS=str(tmp_path))
+    assert "nothing removed, for there was no answer; --yes does not ask" in result.stderr
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_an_interrupt_prints_the_command_that_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folders, "list_runs", Mock(side_effect=KeyboardInterrupt))
+    result = run_mig_kit("status", "my run", MIG_KIT_RUNS=str(tmp_path))
+    assert "this goes on where it stopped: mig-kit status 'my run'" in result.stderr
+
+
+@pytest.mark.parametrize(("model", "sentence"), [
+    ("mine/sfft", "run 'mine' has no model 'sfft'; its models are mine/base, mine/sft, mine/grpo"),
+    ("{tmp}/empty", "config.json of"), ("{tmp}/adapter", "holds an adapter (adapter_config.json)")])
+def test_what_is_no_model_is_one_sentence_without_the_hub(model, sentence, tmp_path, monkeypatch):
+    for name in ("runs/mine", "empty", "adapter"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    result = run_mig_kit("eval", "--model", model.format(tmp=tmp_path), "--out",
+                         str(tmp_path / "out"), MIG_KIT_RUNS=str(tmp_path / "runs"))
+    assert sentence in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_run_that_is_being_written_is_not_asked_about(tmp_path, monkeypatch):

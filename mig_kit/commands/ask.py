@@ -29,7 +29,12 @@ def find_model(model: str, changes: dict, server: str = "") -> RunModel:
     changes: of its box format; None keeps the model's own value.
     """
     from mig_kit.models import loading
-    from mig_kit.models.model_folders import FAMILIES, ServedName, read_model_type
+    from mig_kit.models.model_folders import (
+        FAMILIES,
+        ServedName,
+        check_model_folder,
+        read_model_type,
+    )
     from mig_kit.models.processors import read_box_format
 
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -44,6 +49,8 @@ def find_model(model: str, changes: dict, server: str = "") -> RunModel:
     if is_served and "coordinates" not in changes:
         raise UserError(f"only the server knows the model {model}; say with --coordinates how it "
                         "writes boxes")
+    if not found_model and not is_served:
+        check_model_folder(folder)
     own = (found_model.box_format if found_model else BoxFormat() if is_served else
            read_box_format(folder))
     box_format = replace(own, **changes)

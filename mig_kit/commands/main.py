@@ -1,5 +1,6 @@
 """The entry point `mig-kit` and the commands about runs."""
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +27,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit("interrupted; the same command goes on where this one stopped")
+        sys.exit("interrupted; this goes on where it stopped: "
+                 + shlex.join(["mig-kit", *sys.argv[1:]]))
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "mig_kit":
             raise
@@ -34,8 +36,11 @@ def main() -> None:
             "notebooks")
         sys.exit(f"mig-kit: {error.name} is not installed; what this needs comes with: "
                  f"pip install 'mig-kit[{extra}]'")
-    except (UserError, PermissionError) as error:
+    except UserError as error:
         sys.exit(f"mig-kit: {error}")
+    except OSError as error:  # a full disk, a mount to read only, a file without rights
+        place = "" if error.filename else f"; runs are in {run_folders.runs_root()}"
+        sys.exit(f"mig-kit: {error}{place}")
 
 
 @click.group(context_settings={"show_default": True})
@@ -112,7 +117,11 @@ def rm(run_id: str, yes: bool) -> None:
     folder = run_folders.runs_root() / run_id
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     run_folders.lock_run(folder)  # refused before a question is asked
-    if not yes and not click.confirm(f"delete {folder}, {size:.0f} MB?"):
+    try:
+        is_sure = yes or click.confirm(f"delete {folder}, {size:.0f} MB?")
+    except click.Abort:
+        raise UserError("nothing removed, for there was no answer; --yes does not ask") from None
+    if not is_sure:
         run_folders.unlock_run(folder)
         return click.echo("nothing removed")
     shutil.rmtree(folder)
@@ -149,7 +158,6 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     A run that is named without a group is a group of its own; a file of a recorded run takes the
     place of a run.
     """
-    from mig_kit.drawing import plots
     from mig_kit.stages import compare
 
     if figure and figure.suffix not in (".png", ".pdf", ".svg"):
@@ -160,6 +168,8 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     if form == "csv":  # the other forms have the notes below the tables
         click.echo("\n".join(result["notes"]), nl=bool(result["notes"]), err=True)
     if figure:
+        from mig_kit.drawing import plots  # seconds, which a table need not wait for
+
         plots.set_style()
         drawn = compare.figure_rows(result, differences)
         plots.plot_groups(drawn, system, result["reference"] * differences).savefig(

@@ -184,7 +184,7 @@ def load_config(model: str | Path):
                         "--coordinates normalized_1000 or absolute)")
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"config.json of {model}: {str(error).splitlines()[0]}") from error
     if config.to_dict().get("quantization_config"):
         raise UserError(f"{model} holds quantised weights, which are neither what training saw "

@@ -15,6 +15,8 @@ from mig_kit.pipeline.plan import PlannedRun
 from mig_kit.pipeline.run_folders import PROFILE_FILE, load_profile, start_branch
 
 QUIET_SECONDS = 15  # after which a bar's quarter is printed
+# a full disk, a mount to read only, a quota, in the words of Python and of Rust
+NO_SPACE = re.compile(r"(?:\[Errno|os error) (?:28|30|122)\b")
 
 
 class ThisPython(AsyncKernelManager):
@@ -139,7 +141,7 @@ def _execute_notebook(stage: str, run_id: str, params: dict) -> None:
         if isinstance(error, DeadKernelError):
             raise UserError(f"the kernel of {stage} died, often because memory ran out; give the "
                             "same command, which goes on where it stopped") from None
-        if error.ename == UserError.__name__:
+        if error.ename == UserError.__name__ or NO_SPACE.search(error.evalue):
             raise UserError(f"{stage}: {error.evalue}") from None
         sys.exit(str(error).rstrip())  # a traceback, with the user's own line last
     output.replace(folder / f"{stage}.ipynb")

@@ -59,6 +59,9 @@ def find_run_model(text: str) -> RunModel | None:
     """
     run_id, _, system = text.partition("/")
     if system not in ("", *MODELS):
+        if run_id in list_runs() and not Path(text).is_dir():
+            raise UserError(f"run '{run_id}' has no model '{system}'; its models are "
+                            f"{', '.join(f'{run_id}/{name}' for name in MODELS)}")
         return None
     if run_id not in (runs := list_runs()):
         if text in SHIPPED or Path(text).is_dir():

@@ -4,6 +4,7 @@ A branch has a branch.json, {"from": source, "stages": [stage]}: these stages ar
 reference. A source may be a branch itself.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -189,10 +190,11 @@ def is_locked(run: Path) -> bool:
     if not (run / "lock").is_file():
         return False
     try:
-        with FileLock(run / "lock").acquire(blocking=False):
-            return False
-    except Timeout:
+        with (run / "lock").open() as file:  # to read: the folder may be on a read-only mount
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    return False
 
 
 def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:

@@ -73,8 +73,8 @@ def describe_change(before: dict, now: dict, finished: str = "finished") -> str:
                    if digest_json(old.get(name)) != digest_json(new.get(name))]
     for kind in ("file", "input", "code"):
         old, new = before.get(kind, {}), now[kind]
-        differences += [f"{name.rpartition('.')[2]} has changed" for name in sorted({*old, *new})
-                        if old.get(name) != new.get(name)]
+        differences += [f"{name.rpartition('.')[2] if kind == 'code' else name} has changed"
+                        for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     differences += ["a cell of its notebook has changed"] * (before["cells"] != now["cells"])
     # once 01 has stored the images that it needs, they may go
     differences += ["images of data have changed"] * (now["images"] not in ("", before["images"]))

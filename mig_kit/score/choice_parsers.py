@@ -23,7 +23,7 @@ _END = re.compile(r"\bis:?\s+(?:\w{1,20}\s+)?\W{0,4}(?P<letter>[A-Z])\b\W{0,9}\Z
 DENIES = re.compile(r"\b(?:not?|none|nor|neither|never|cannot|unless|except|unlike|if)\b|n't",
                     re.IGNORECASE)
 REJECTS = re.compile(r"\b(?:wrong|incorrect|false|exclude|eliminate|reject|rul(?:e|ed|ing) out"
-                     r"|tempting|maybe|perhaps|distractor|decoy)", re.IGNORECASE)
+                     r"|tempting|maybe|perhaps|distractor|decoy|retract)", re.IGNORECASE)
 _SUPPOSES = re.compile(r"\b(?:would|could|might|format|example|template)\b", re.IGNORECASE)
 _TURNS = re.compile(r"\b(?:actually|wait|hmm+|correction|sorry|mistake|rather|instead|thought"
                     r"|reflection|look|check)\b|\A\W*no\b", re.IGNORECASE)
@@ -69,7 +69,9 @@ def read_choice(text: str, valid: str = "ABCDEFGH", choices: tuple[str, ...] = (
     plain = unicodedata.normalize("NFKC", final)
     if len(bare := re.sub(r"[\s*_.()]", "", plain)) == 1 and bare not in choices:
         plain = plain.upper()
-    if is_taken_back(before, behind) or _TURNS_ROUND.search(more):
+    verdicts = [part for part in more.split("\n") if len(part.split()) < 3]
+    if is_taken_back(before, behind) or _TURNS_ROUND.search(more) or any(
+            map(REJECTS.search, verdicts)):
         return "", ""
 
     def stands(letter: str) -> bool:  # what finds fault with other options takes nothing back
@@ -106,7 +108,7 @@ def is_taken_back(before: str, behind: str) -> bool:
     """Whether the words around a closed answer deny it, only suppose it, or turn to another."""
     sentence = re.split(r"[.!?]\s|\n|</answer>", before)[-1]
     lead, follow = re.sub(r"\A\W*[Nn]o\b", "", sentence), behind.strip().split("\n")[0]
-    return any(pattern.search(part) for pattern, part in (
+    return follow.startswith("?") or any(pattern.search(part) for pattern, part in (
         (_TURNS, behind), (REJECTS, behind), (DENIES, follow), (REJECTS, lead), (DENIES, lead),
         (_SUPPOSES, lead)))
 
@@ -126,10 +128,10 @@ def _json_answer(text: str) -> tuple[str, str]:
     if not (key := next((key for key in ("answer", "choice") if key in value), "")):
         return text, ""
     names = list(value)
-    more = [str(value[name]) for place, name in enumerate(names) if place > names.index(key) or (
-        name != key and re.search("answer|choice", name))]
-    around = text[text.rindex("}") + 1:]
-    return "" if has_no_weight(value) else str(value[key]), "\n".join([*more, around])
+    later = {*names[names.index(key):], *filter(re.compile("answer|choice").search, names)}
+    more = [json.dumps(value[name]) for name in names if name in later - {key}]
+    return "" if has_no_weight(value) else str(value[key]), "\n".join(
+        [*more, text[text.rindex("}") + 1:]])
 
 
 def _letters(pattern: re.Pattern, text: str, valid: str) -> set[str]:
@@ -191,8 +193,8 @@ def _conclude(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
 
 def _read_checked(text: str, valid: str, choices: tuple[str, ...]) -> str | None:
     """The only option of a list of tasks that is ticked off."""
-    letters = _CHECKED.findall(text)
-    return None if not letters else "" if len(letters) > 1 else letters[0]
+    letters = _letters(_CHECKED, text, valid)
+    return None if not letters else letters.pop() if len(letters) == 1 else ""
 
 
 def _read_line(lines: list[str], valid: str) -> str:

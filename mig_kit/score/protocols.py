@@ -124,9 +124,6 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
     has_boxes = in_pixels and any("pred_bbox" in record for record in predictions)
     lines = align_predictions(items, predictions, "pred_bbox" if has_boxes else "response", source,
                               allow_missing, benchmark.left_out)
-    if not has_boxes and not any(line and line["response"].strip() for line in lines):
-        raise UserError(f"{source}: all replies are empty, which is no score; look at what wrote "
-                        "them")
     if not has_boxes and (rules.read_letter or not is_official):
         lines, remarks = _mark_cut_reasoning(lines)
     if lines[0] is None and lines[1:2] != [None]:
@@ -339,6 +336,10 @@ def score_files(name: str, annotations: str | Path, predictions: str | Path, box
         settings["judge"] = judge and Judge(*judge, file.with_name(f"{file.name}.judge.jsonl"))
         scored = score_predictions(benchmark, read_records(file), file.name, box_format, protocol,
                                    **settings)
+        n_empty, n_missing = map(scored.problems.get, ("empty", "missing"), (0, 0))
+        if n_empty and n_empty + n_missing == len(scored.tasks):
+            raise UserError(f"{file.name}: all replies are empty, which is no score; look at what "
+                            "wrote them")
         version = benchmark.version
         is_complete = False if "missing" in scored.problems else benchmark.complete
     return {"benchmark": name, "version": version, "complete": is_complete,

@@ -214,19 +214,15 @@ def _read_prediction(record: dict, field: str, where: str):
 
 def _hint_at_text(record: dict) -> str:
     """What an error adds for a line of a batch, or parts of a message: where its text is."""
-    def locate(value: object, place: str) -> str:
-        parts = value.items() if isinstance(value, dict) else (
+    parts: list[tuple[str, object]] = [("", record)]
+    for place, value in parts:
+        if isinstance(value, str) and place.endswith((".content", ".text")):
+            counts = 'and as "index" what custom_id counts' if "custom_id" in record else ""
+            return f'; write as "response" what is under {place[1:]} here {counts}'.rstrip()
+        children = value.items() if isinstance(value, dict) else (
             enumerate(value) if isinstance(value, list) else ())
-        for key, part in parts:
-            name = f"{place}[{key}]" if isinstance(key, int) else f"{place}.{key}"
-            is_text = key in ("content", "text") and isinstance(part, str)
-            if text_place := name if is_text else locate(part, name):
-                return text_place
-        return ""
-
-    place, names = locate(record, ""), [key for key in ("custom_id", "request_id") if key in record]
-    names = f', and as "index" what {names[0]} counts' if names else ""
-    return f'; write as "response" what is under {place[1:]} here{names}' if place else ""
+        parts += [(f"{place}.{key}", child) for key, child in children]
+    return ""
 
 
 def _flatten(value) -> list:

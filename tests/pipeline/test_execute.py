@@ -4,9 +4,11 @@ import logging
 import shutil
 
 import nbformat
+import papermill
 import pytest
 import torch
 from command_line import error_of, output_of
+from papermill.exceptions import PapermillExecutionError
 
 from mig_kit.commands import main as cli_module
 from mig_kit.common import PROJECT_ROOT, UserError, progress_bar
@@ -137,3 +139,18 @@ def test_a_stage_tells_of_warnings_and_of_a_bars_end_alone(capsys):
         pass
     (line,) = emit(capsys, capsys.readouterr().out)
     assert line.startswith("  replies: 100%|") and "4/4 [00:0" in line
+
+
+@pytest.mark.parametrize("evalue", ["[Errno 28] No space left on device: 'a.parquet'",
+                                    "Error while serializing: I/O error: No space (os error 28)"])
+def test_a_full_disk_in_a_stage_is_a_sentence(evalue, tmp_path, monkeypatch):
+    def fail(notebook, output, *_, **__):
+        output.touch()
+        raise PapermillExecutionError(1, 1, "", "OSError", evalue, ["Traceback"])
+
+    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
+    monkeypatch.setattr(papermill, "execute_notebook", fail)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError) as error:
+        execute._execute_notebook("00_preflight", "mine", {})
+    assert str(error.value) == f"00_preflight: {evalue}"

@@ -155,3 +155,11 @@ def test_a_stored_link_whose_source_was_overwritten_is_not_taken_for_the_old_ima
     second.write_bytes(red)
     again = ImageStore(tmp_path / "images").add(second)
     assert again == stored and again.open().getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_file_of_rewards_is_called_by_its_name():
+    facts = {"parameter": {}, "cells": "", "images": "", "input": {},
+             "code": {"mig_kit.rewards": 1}, "file": {"my_rewards.py:brief": 1}}
+    now = facts | {"code": {"mig_kit.rewards": 2}, "file": {"my_rewards.py:brief": 2}}
+    assert stage_keys.describe_change(facts, now) == (
+        "my_rewards.py:brief has changed; rewards has changed")

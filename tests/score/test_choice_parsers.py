@@ -35,6 +35,7 @@ CLEAR = [  # {} is the letter
     "{}\n\nQuestion: Which?\nAnswer: B", "The answer is {}.\n\nWhy not the rest? Too dark.",
     "**Answer:** {} (not B)", "OTHERS\n\n**Answer** {}", "First choice: {}. Second choice: B.",
     "- [ ] B\n- [x] {}\n- [ ] E", '{{"answer": "{}", "why": "B does not match."}}',
+    '{{"answer": "{}", "why": "The other options are wrong."}}',
     '{{"answer": "{}", "confidence": 0.7}}', "<answer>{}</answer> I hope this helps.",
     "The answer is {}. Why not B? It is too dark."]
 
@@ -60,11 +61,14 @@ def test_explicit_answers_are_read(form, letter):
     "<think>The answer is A", "<think>The answer is A. But wait, let me check",
     '{"answer": "unknown", "options": ["A", "B"]}', "B and C are close, but A fits best.",
     '{"answer": "B", "corrected_answer": "A"}', '{"answer": "B", "confidence": 0.0}',
-    '{"answer": "B", "note": "It is A."}', '{"answer": "B"}\nWait, the second',
+    '{"answer": "B", "note": "It is A."}', '{"answer": "B", "is_correct": false}',
+    '{"answer": "B", "final_answer": {"letter": "A"}}', '{"answer": "B", "verdict": "wrong"}',
+    "<answer>B</answer>?", "<answer>B</answer> I retract this.", '{"answer": "B"}\nWait, the one',
     "<answer>B</answer>\n\nCorrection: A", "<answer>B</answer> That is wrong.",
     "The format would be <answer>B</answer>.", "(A)? Wait, but the second image has",
     "The answer is A? Wait, the rim", "\\boxed{B}. Wait, no.", "The answer is A. Hmm, let me look.",
-    "The answer is A. Not A.", "- [x] A\n- [x] B", "My first choice was B. The second fits."])
+    "The answer is A. Not A.", "- [x] A\n- [x] B", "- [x] Z",
+    "My first choice was B. The second fits."])
 @pytest.mark.parametrize("is_blink", [False, True])
 def test_what_is_not_said_explicitly_is_not_read(text, is_blink):
     assert read_choice(text, "ABCD", OPTIONS, is_blink) == ("", "")

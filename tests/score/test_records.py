@@ -139,11 +139,11 @@ def test_folders_of_parquet_by_subtask(tmp_path):
     ([{"idx": "val_Jigsaw_1", "full_prediction": 3}], "is no text"),
     ([{"id": "batch_1", "custom_id": "0", "response": {"body": {"choices": [
         {"message": {"role": "assistant", "content": "A"}}]}}}],
-     r"under response.body.choices\[0\].message.content here, and as .index. what custom_id"),
+     "under response.body.choices.0.message.content here and as .index. what custom_id counts"),
     ([{"custom_id": "0", "result": {"message": {"content": [{"type": "text", "text": "A"}]}}}],
-     r"under result.message.content\[0\].text here, and as .index. what custom_id counts"),
-    ([{"index": 0, "response": [{"type": "text", "text": "A"}]}], r"under response\[0\].text here"),
-    ([{"request_id": "0", "outputs": [{"index": 0, "text": "A"}]}], r"under outputs\[0\].text"),
+     "under result.message.content.0.text here and as .index. what custom_id counts"),
+    ([{"index": 0, "response": [{"type": "text", "text": "A"}]}], "under response.0.text here"),
+    ([{"request_id": "0", "outputs": [{"index": 0, "text": "A"}]}], "under outputs.0.text here"),
     ([lmms_record(0, "A"), lmms_record(0, "B")], "given more than once")])
 def test_bad_logs_are_one_sentence(benchmark, records, sentence):
     with pytest.raises(ValueError, match=sentence):
