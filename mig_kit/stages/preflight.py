@@ -12,13 +12,13 @@ from mig_kit.common import UserError
 from mig_kit.models.loading import TINY_BASE, Hardware, load_model
 from mig_kit.pipeline.run_folders import runs_root
 
-# Minutes of each stage of `make run` on two cores of an Intel Xeon, beside other work, and GiB of
-# memory that were enough.
+# Minutes of each stage of `make run` on two idle cores of an AMD EPYC (Zen 4), and GiB of memory
+# that were enough.
 TINY_COST = {
-    "01_synthesize": (1.0, 4.0), "02_sft": (10.2, 8.0), "03_merge": (0.4, 4.0),
-    "04_rejection_sampling": (3.8, 4.0), "05_grpo": (8.9, 8.0), "06_evaluate": (5.4, 6.0),
-    "07_report": (0.7, 4.0)}
-REFERENCE_SECONDS = 0.944  # what `time_reference_step` gave in that run
+    "01_synthesize": (0.7, 4.0), "02_sft": (7.0, 8.0), "03_merge": (0.4, 4.0),
+    "04_rejection_sampling": (1.7, 4.0), "05_grpo": (4.2, 8.0), "06_evaluate": (2.5, 6.0),
+    "07_report": (0.5, 4.0)}
+REFERENCE_SECONDS = 1.2  # what `time_reference_step` gave there
 # GiB at the peak of each stage on one H100, version 0.3, random weights, six images of 512 tokens a
 # prompt (notebooks/guide/real_run.md)
 MEASURED_PEAKS = {"qwen2_5_vl_3b": {"02_sft": 11.7, "03_merge": 11.7, "04_rejection_sampling": 14.1,
