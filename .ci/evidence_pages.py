@@ -53,11 +53,15 @@ def scores(records: list[dict], system: str, suite: str) -> np.ndarray:
 
 
 def describe(values: np.ndarray) -> str:
-    """Mean with its interval, bold where that leaves out 0, and the worst."""
+    """Mean with its interval, bold where that leaves out 0, and the worst; of two seeds, which tell
+    little of their spread, both.
+    """
     low, high = stats.mean_interval(values)
     mean = f"{values.mean():+.1f}"
     if np.isnan(low):
         return mean
+    if len(values) == 2:
+        return f"{mean} ({values[0]:+.1f} and {values[1]:+.1f})"
     mean = f"**{mean}**" if low > 0 or high < 0 else mean
     return f"{mean} ({low:+.1f} to {high:+.1f}), worst {values.min():+.1f}"
 
@@ -123,8 +127,9 @@ def claim(records: dict[str, list[dict]]) -> str:
     over_questions = 100 * np.array(stats.gap_interval_by_list([*zip(by_question, lists)]))
     half = np.hypot(np.diff(over_seeds)[0] / 2, np.diff(over_questions)[0] / 2)
     mean = 100 * gaps.mean()
-    if np.isnan(half):
-        return f"One seed: {mean:+.1f}."
+    if len(gaps) < 3:
+        by_seed = " and ".join(f"{gap:+.1f}" for gap in 100 * gaps.mean((1, 2)))
+        return f"In domain RL adds {by_seed} points to SFT ({count_seeds(gaps)})."
     return (f"In domain RL adds {mean:+.1f} points to SFT ({mean - half:+.1f} to {mean + half:+.1f}"
             f" over seeds and questions; {len(gaps)} seeds, worst "
             f"{100 * gaps.mean((1, 2)).min():+.1f}).")

@@ -79,7 +79,9 @@ def test_an_interval_of_the_headline_by_hand():
                             - record["correct"]["sft"]["mig_bench"].count("1")) / 1000
                      for record in records])
     cell = f"{gaps.mean():+.1f}"
-    if len(gaps) > 1:
+    if len(gaps) == 2:
+        cell = f"{cell} ({gaps[0]:+.1f} and {gaps[1]:+.1f})"
+    elif len(gaps) > 2:
         half = student_t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
         is_clear = bool(abs(gaps.mean()) > half)
         cell = (f"{'**' * is_clear}{cell}{'**' * is_clear} ({gaps.mean() - half:+.1f} to "
