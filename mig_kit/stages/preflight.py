@@ -15,9 +15,9 @@ from mig_kit.pipeline.run_folders import runs_root
 # Minutes of each stage of `make run` on two idle cores of an AMD EPYC (Zen 4), and GiB of memory
 # that were enough.
 TINY_COST = {
-    "01_synthesize": (0.7, 4.0), "02_sft": (6.5, 8.0), "03_merge": (0.4, 4.0),
-    "04_rejection_sampling": (1.6, 4.0), "05_grpo": (3.9, 8.0), "06_evaluate": (2.3, 6.0),
-    "07_report": (0.5, 4.0)}
+    "01_synthesize": (0.6, 4.0), "02_sft": (7.5, 8.0), "03_merge": (0.3, 4.0),
+    "04_rejection_sampling": (1.8, 4.0), "05_grpo": (4.3, 8.0), "06_evaluate": (2.4, 6.0),
+    "07_report": (0.4, 4.0)}
 REFERENCE_SECONDS = 0.62  # what `time_reference_step` gave there
 # GiB at the peak of each stage on one H100, version 0.3, random weights, six images of 512 tokens a
 # prompt (notebooks/guide/real_run.md)
