@@ -54,7 +54,8 @@ def outputs_digest(notebook) -> str:
 def keep_notebook(path: Path) -> str:
     """Write an executed notebook into FOLDER, without this machine's paths; its outputs' digest."""
     text = path.read_text()
-    for folder in (PROJECT_ROOT, PROJECT_ROOT.resolve()):
+    # the environment may lie beside another clone
+    for folder in (PROJECT_ROOT, PROJECT_ROOT.resolve(), Path(sys.prefix).parent):
         text = text.replace(f"{folder}/", "")
     notebook = nbformat.reads(text, 4)
     for part in (notebook, *notebook.cells):
