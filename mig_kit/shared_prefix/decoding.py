@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import linear, pad, softmax
 from transformers import Cache
 
-from mig_kit.shared_prefix.groups import product_dtype
+from mig_kit.shared_prefix.groups import KeysValues, product_dtype
 from mig_kit.shared_prefix.prefixes import PaddedPrompts, has_linear_attention
 
 ROW_BLOCK = 16  # tokens by which a row's keys and values grow on a CPU
@@ -43,11 +43,11 @@ class Decoder:
     A prefix is a prompt, and its rows are replies. Attention is over a grid of (prefixes, rows of a
     prefix), which shrinks as rows end; on a CPU, all else is over the rows that go on alone.
 
-    cache: keys and values of the prefixes. capacity: tokens that a row can hold.
+    cache: of `PaddedPrompts.pad_keys`. capacity: tokens that a row can hold.
     """
 
-    def __init__(self, model, cache: Cache, prefixes: PaddedPrompts, rows_per_prefix: int,
-                 capacity: int, fused_weights: FusedWeights):
+    def __init__(self, model, cache: list[KeysValues], prefixes: PaddedPrompts,
+                 rows_per_prefix: int, capacity: int, fused_weights: FusedWeights):
         self.language, self.head = model.model.language_model, model.lm_head
         self.fused_weights = fused_weights
         attention = self.language.layers[0].self_attn
@@ -65,21 +65,19 @@ class Decoder:
         self.places = torch.arange(math.prod(self.grid), device=device)  # of rows, in the grid
         self.row_of_place = self.places  # any row where a place is free
         # Under autocast the cache is float32, and every step would cast all of it again.
-        self.dtype = product_dtype(cache.layers[0].keys)
+        self.dtype = product_dtype(cache[0][0])
 
         # First what all rows of a prefix share: its keys stay where they are, and one product reads
         # them for all rows. Of each layer: (prefixes, kv_heads, prefix tokens, width), twice.
         self.prefix_cache = [
-            tuple(tensor.to(self.dtype).contiguous() for tensor in (layer.keys, layer.values))
-            for layer in cache.layers]
+            tuple(tensor.to(self.dtype).contiguous() for tensor in pair) for pair in cache]
         # Then each row's own keys and values, which grow in place; one cache for both would copy
         # itself at each step. On a CPU, where a product copies what is no whole tensor, they grow
         # by ROW_BLOCK, and `row_bias` hides what is not written yet. Of each layer: (keys or
         # values, prefixes, kv_heads, rows, new tokens, width).
         at_first = min(ROW_BLOCK, capacity) if self.on_cpu else capacity
         row_shape = (2, len(prefixes.mask), self.kv_heads, rows_per_prefix, at_first, self.width)
-        self.row_cache = [torch.zeros(row_shape, dtype=self.dtype, device=device)
-                          for _ in cache.layers]
+        self.row_cache = [torch.zeros(row_shape, dtype=self.dtype, device=device) for _ in cache]
 
         # added to scores: (prefixes * kv_heads, 1, prefix tokens), and (new tokens,), which are
         # hidden until they are drawn

@@ -5,7 +5,6 @@ padded on the left, where masked tokens leave it at zero, and each completion st
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -108,19 +107,6 @@ def state_bytes(model) -> int:
                    for module in list_linear_attention(model))
 
 
-class LayerCache(NamedTuple):
-    """A layer's keys and values, (prompts, kv_heads, tokens, width)."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-class PrefixCache(NamedTuple):
-    """Keys and values of all layers."""
-
-    layers: list[LayerCache]
-
-
 @dataclass(frozen=True)
 class PaddedPrompts:
     """Prompts as one batch, padded on the right; on the left for a model with linear attention.
@@ -138,15 +124,13 @@ class PaddedPrompts:
                           past_key_values=make_cache(language), use_cache=True)
         return output.last_hidden_state[:, -1], output.past_key_values
 
-    def pad_keys(self, read: list[ReadPrompt]) -> PrefixCache:
-        """The prompts' keys and values as a cache."""
-        length, layers = self.mask.shape[1], []
-        dtype = self.inputs["inputs_embeds"].dtype
-        for of_prompts in zip(*(prompt.layers for prompt in read)):
-            layers.append(LayerCache(*(
-                torch.cat([pad(tensor.detach().to(dtype), (0, 0, 0, length - tensor.shape[2]))
-                           for tensor in tensors]) for tensors in zip(*of_prompts))))
-        return PrefixCache(layers)
+    def pad_keys(self, read: list[ReadPrompt]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each layer the prompts' keys and values, (prompts, kv_heads, tokens, width)."""
+        length, dtype = self.mask.shape[1], self.inputs["inputs_embeds"].dtype
+        return [tuple(torch.cat([pad(tensor.detach().to(dtype),
+                                     (0, 0, 0, length - tensor.shape[2])) for tensor in tensors])
+                      for tensors in zip(*of_prompts))
+                for of_prompts in zip(*(prompt.layers for prompt in read))]
 
 
 def pad_prompts(model, prompts: list[Prompt]) -> PaddedPrompts:
