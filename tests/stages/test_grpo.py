@@ -178,7 +178,7 @@ def test_rollouts_are_kept_and_change_nothing_nor_does_a_kill_after_the_last_ste
     assert all(row["rewards"].keys() == {"format", "image", "box", "choice"} for row in rows)
     assert {row["step"] for row in stored_replies.load_rollouts(tmp_path / "99")} == {0, 2}
     curves = grpo.training_curves(trainers[1].state.log_history)
-    assert all(row["method"] + row["finding"] + row["evidence"] == 1 for row in curves)
+    assert all(0 <= row["method"] + row["finding"] + row["evidence"] <= 1 for row in curves)
     resumed = make_trainer(tmp_path / "1")
     resuming.train_or_resume(resumed, tmp_path / "1")
     assert resumed.state.global_step == 2
