@@ -8,7 +8,6 @@ and what it cost. `run` makes what is missing, one after the other, and goes on 
 import hashlib
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import yaml
 from mig_kit import __version__
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
 from mig_kit.pipeline import run_folders, store
-from mig_kit.pipeline.run_facts import describe_machine
+from mig_kit.pipeline.run_facts import describe_machine, processor_seconds
 from mig_kit.stages.evaluated_runs import EvaluatedRun, record_run
 
 FOLDER = NOTEBOOKS / "guide" / "evidence"
@@ -156,12 +155,6 @@ def make_record(item: Item, smoke: str) -> None:
         "curves": {name: round(float(np.mean([row[name] for row in curves])), 7)
                    for name in CURVES if curves and name in curves[0]}}
     write_json(item.path, record)
-
-
-def processor_seconds() -> float:
-    """Of all processes that this one has waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def record_evaluation(run_id: str, seed: int, out: Path) -> Path:

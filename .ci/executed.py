@@ -124,10 +124,10 @@ def ship_adapters(run_id: str, facts: dict) -> None:
         config["base_model_name_or_path"] = STARTS[model][0]  # not a path of this machine
         write_json(folder / "adapter_config.json", config)
         facts[trained_by]["adapter"] = file_sha256(folder / WEIGHTS)
-        made = run_folders.stage_folder(merged_by, run_id) / dict(MODELS.values())[merged_by]
-        facts[merged_by]["weights"] = file_sha256(made / MERGED)
+        merged = run_folders.stage_folder(merged_by, run_id) / dict(MODELS.values())[merged_by]
+        facts[merged_by]["weights"] = file_sha256(merged / MERGED)
         if file_sha256(merge_shipped(model) / MERGED) != facts[merged_by]["weights"]:
-            sys.exit(f"{model} is another model than {made}; was the run made by this version, on "
+            sys.exit(f"{model} is another model than {merged}; was the run made by this version, on "
                      "a CPU, from tiny?")
 
 

@@ -36,7 +36,7 @@ from mig_kit.shared_prefix.generation import (
 )
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
 
-SHIPPED = "shipped.json"  # reply file -> replies in it that were shipped with the base
+SHIPPED_COUNTS = "shipped.json"  # reply file -> replies in it that were shipped with the base
 BATCH_SIZE = 64  # prompts of a batch
 CPU_WORKERS = 2  # batches under way at a time on a CPU, each on its share of the cores
 
@@ -62,7 +62,7 @@ def describe_source(params: SimpleNamespace) -> str:
 
 def describe_shipped(folder: Path) -> str:
     """"3,400 of the base's replies are those shipped with it", or ""; folder: the replies'."""
-    path = folder / SHIPPED
+    path = folder / SHIPPED_COUNTS
     count = sum(json.loads(path.read_text()).values()) if path.is_file() else 0
     return f"{count:,} of the base's replies are those shipped with it" * bool(count)
 
@@ -252,7 +252,7 @@ def _take_shipped(system: str, samples: dict[str, list[Sample]],
     counts = {path.name: shipped_replies.fetch_replies(key, path) for key, path in paths.items()
               if not path.is_file()}
     if any(counts.values()):
-        write_json(folder / SHIPPED, counts)
+        write_json(folder / SHIPPED_COUNTS, counts)
         print(describe_shipped(folder))
 
 
