@@ -127,8 +127,8 @@ def ship_adapters(run_id: str, facts: dict) -> None:
         merged = run_folders.stage_folder(merged_by, run_id) / dict(MODELS.values())[merged_by]
         facts[merged_by]["weights"] = file_sha256(merged / MERGED)
         if file_sha256(merge_shipped(model) / MERGED) != facts[merged_by]["weights"]:
-            sys.exit(f"{model} is another model than {merged}; was the run made by this version, on "
-                     "a CPU, from tiny?")
+            sys.exit(f"{model} is another model than {merged}; was the run made by this version, "
+                     "on a CPU, from tiny?")
 
 
 def keep_replies(run_id: str, path: Path) -> None:
