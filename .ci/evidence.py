@@ -8,6 +8,7 @@ and what it cost. `run` makes what is missing, one after the other, and goes on 
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import yaml
 from mig_kit import __version__
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
 from mig_kit.pipeline import run_folders, store
+from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_facts import describe_machine, processor_seconds
 from mig_kit.stages.evaluated_runs import EvaluatedRun, record_run
 
@@ -31,6 +33,8 @@ LIST = FOLDER / "evidence.yaml"
 STAGES = ("01", "02", "03", "04", "05", "06")
 COMPUTED = (".safetensors", ".parquet", ".jsonl")  # outputs that hold no time and no path
 CURVES = ("reward", "box", "entropy", "length", "logp_difference", "evidence")
+# the questions out of domain: of an eval_seed that nothing was chosen on, 3,200 in four parts
+FAR = {"eval_seed": 211, "suites": {"ood_grounding": 800}}
 LAST = 10  # updates whose mean a record keeps
 
 
@@ -42,12 +46,17 @@ class Item(NamedTuple):
     commands: list[str]
 
     @property
+    def run_id(self) -> str:
+        """The run that the commands make."""
+        return next(read_option(line, "--run-id") for line in self.commands if "--run-id" in line)
+
+    @property
     def path(self) -> Path:
         return FOLDER / f"{self.arm}-{self.seed}.json"
 
 
 def read_list() -> dict[str, dict]:
-    """Arm -> {"title", "seeds", "commands"}."""
+    """Arm -> {"title", "expected", "seeds", "commands"}."""
     return yaml.safe_load(LIST.read_text())
 
 
@@ -69,15 +78,15 @@ def read_option(command: str, option: str) -> str:
 
 
 def list_source_commands(item: Item) -> list[str]:
-    """The recipe's commands that make the runs an item starts from, as far as they are not there.
+    """The commands that make the runs an item starts from, as far as they are not there.
 
-    In a fresh clone the recipe's records are there, and its runs are not.
+    In a fresh clone their records are there, and the runs are not.
     """
-    sources = {read_option(command, "--from") for command in item.commands if "--from" in command}
-    missing = {run_id for run_id in sources
-               if run_folders.load_record("06_evaluate", run_id) is None}
-    return [command for recipe in list_items() if recipe.arm == "recipe"
-            for command in recipe.commands if read_option(command, "--run-id") in missing]
+    words = {word for command in item.commands for word in re.split(r"[\s/]", command)}
+    return [command for other in list_items() if other.run_id in words - {item.run_id}
+            and not other.commands[-1].startswith("mig-kit eval")
+            and run_folders.load_record("06_evaluate", other.run_id) is None
+            for command in other.commands]
 
 
 def add_force(command: str, smoke: str) -> str:
@@ -88,7 +97,7 @@ def add_force(command: str, smoke: str) -> str:
     if not source or not store.find_stale(source):
         return command
     path = next(item.path for item in list_items()
-                if item.arm == "recipe" and read_option(item.commands[0], "--run-id") == source)
+                if item.arm == "recipe" and item.run_id == source)
     record = json.loads(path.read_text()) if path.is_file() else {}
     evaluated = run_folders.load_record("06_evaluate", source)
     is_same = record and record["evidence"]["smoke"] == smoke and all(
@@ -98,9 +107,10 @@ def add_force(command: str, smoke: str) -> str:
 
 def run_command(command: str, **environment: str) -> None:
     """Run a line of the list with this Python; CalledProcessError where it fails."""
-    script = Path(sys.executable).with_name("mig-kit")
-    subprocess.run([sys.executable, str(script), *shlex.split(command)[1:]], check=True,
-                   cwd=PROJECT_ROOT, env=os.environ | environment)
+    first, *words = shlex.split(command)
+    script = [str(Path(sys.executable).with_name(first))] * (first != "python")
+    subprocess.run([sys.executable, *script, *words], check=True, cwd=PROJECT_ROOT,
+                   env=os.environ | environment)
 
 
 def digest_smoke_run() -> str:
@@ -137,7 +147,7 @@ def make_record(item: Item, smoke: str) -> None:
         run_command(command)
     *_, last = item.commands
     is_eval = last.startswith("mig-kit eval")
-    run_id = read_option(item.commands[0], "--run-id")
+    run_id = item.run_id
     is_whole = not (run_folders.runs_root() / run_id).exists()
     before = processor_seconds()
     for command in item.commands:
@@ -154,7 +164,28 @@ def make_record(item: Item, smoke: str) -> None:
         "arm": item.arm, "commands": item.commands, "smoke": smoke, "processor_seconds": spent,
         "curves": {name: round(float(np.mean([row[name] for row in curves])), 7)
                    for name in CURVES if curves and name in curves[0]}}
+    record["out_of_domain"] = {**FAR, "correct": ask_out_of_domain(item)}
     write_json(item.path, record)
+
+
+def ask_out_of_domain(item: Item) -> dict[str, str]:
+    """System -> 0 or 1 for each question of FAR, of the models that the item's own stages made.
+
+    The base, which is the recipe's first, is asked once.
+    """
+    run_id, correct = item.run_id, {}
+    models = {"base": "tiny"} if (item.arm, item.seed) == ("recipe", 0) else {}
+    for system, stage in (("sft", "03_merge"), ("grpo", "05_grpo")):
+        if (run_folders.runs_root() / run_id / stage).is_dir():
+            models[system] = f"{run_id}/sft" if system == "sft" else run_id
+    for system, model in models.items():
+        out = PROJECT_ROOT / "evals" / "out_of_domain" / f"{run_id}-{system}"
+        settings = " ".join(f"-p {name} {shlex.quote(json.dumps(value))}"
+                            for name, value in FAR.items())
+        run_command(f"mig-kit eval --model {model} --suite drawn {settings} --out {out}")
+        (columns,) = json.loads((out / "eval.json").read_text())["items"].values()
+        correct[system] = "".join(str(int(value)) for value in columns["strict"])
+    return correct
 
 
 def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
@@ -163,7 +194,7 @@ def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
     correct = {suite: "".join(str(int(value)) for value in columns["strict"])
                for suite, columns in result["items"].items()}
     trained = run_folders.load_record("02_sft", run_id)
-    asked = run_folders.finished_params("06_evaluate", run_folders.load_branch(run_id)["from"])
+    asked = default_params("06_evaluate")  # as `mig-kit eval` did
     stages = [run_folders.load_record(stage, run_id) for stage in ("02_sft", "03_merge")]
     seconds = sum(stage["seconds"] for stage in stages)
     spent = [stage["processor_seconds"] for stage in stages]
