@@ -2,7 +2,8 @@
 
 A reward is a function of a reply, its sample and the model's box format; it returns a number, or
 None if it does not apply to the sample. Parameter `rewards` of 05 also takes a function from your
-own file: "my_rewards.py:center". The paper publishes no formula; the form is MG-Thinker's.
+own file: "my_rewards.py:center". Of the paper we had the abstracts, without a formula; the form is
+MG-Thinker's.
 """
 
 import re

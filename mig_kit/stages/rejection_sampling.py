@@ -1,7 +1,8 @@
 """Stage 04: rejection sampling with the merged model curates the prompts for RL.
 
-The paper names the step but no rule. Ours: draw N replies at temperature 1 and keep prompts whose
-pass rate lies between two bounds, at most the same number of every task.
+Of the paper we had the abstracts, which name the step; the rule is ours: draw N replies at
+temperature 1 and keep prompts whose pass rate lies between two bounds, at most the same number of
+every task.
 """
 
 import random

@@ -1,6 +1,6 @@
 """Stage 01: synthesise the cold-start set, by a teacher's traces and a filter that keeps good ones.
 
-The paper publishes neither its prompts nor its filter; ours is `filters.drop_reason`.
+Of the paper we had the abstracts alone; prompts and filter (`filters.drop_reason`) are ours.
 """
 
 import random
