@@ -35,6 +35,14 @@ def arbitrary_reward(completions: list, **columns) -> list[float]:
     return [crc32(str(completion).encode()) / 2**32 for completion in completions]
 
 
+def peak_mib() -> float:
+    """The most memory that this process has held so far, on a GPU the GPU's."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    in_kib = torch.cuda.max_memory_allocated() / 2**10 or (
+        resident * (sys.platform != "darwin" or 2**-10))
+    return in_kib / 2**10
+
+
 def measure_training(is_shared: bool, options: Namespace, folder: str, completions: list) -> tuple:
     """Train one side. completions: of each step, for stock TRL to learn from.
 
@@ -71,16 +79,18 @@ def measure_training(is_shared: bool, options: Namespace, folder: str, completio
         return loss
 
     trainer._generate_single_turn, trainer.training_step = draw_and_replace, train_and_record
+    before = peak_mib()
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (sys.platform != "darwin" or 2**-10)
-    side["peak_mib"] = (torch.cuda.max_memory_allocated() / 2**10 or peak) / 2**10
+    side["peak_mib"] = peak_mib()
+    side["added_mib"] = side["peak_mib"] - before
     return learned, gradients, getattr(trainer, "unshared", ""), side
 
 
 def main(words: list[str] | None = None) -> dict:
     """Train both sides, each in a process of its own, and print a table.
 
-    Returns: {"stock TRL", "shared prompts": {"wall_s", "cpu_s": of each step, "peak_mib"},
+    Returns: {"stock TRL", "shared prompts": {"wall_s", "cpu_s": of each step, "peak_mib",
+        "added_mib": by the steps, to the loaded model},
         "times_as_fast": by the median of STEADY steps, "gradient_gap", "unshared": why, or ""}.
     """
     parser = ArgumentParser("python -m mig_kit.shared_prefix.compare", description=__doc__)
@@ -113,11 +123,11 @@ def main(words: list[str] | None = None) -> dict:
 def print_table(result: dict) -> None:
     """Print what `main` returns."""
     print("whole steps, wall (CPU) seconds" + "".join(
-        f"{f'step {step + 1}':>18}" for step in range(STEPS)) + "   peak memory")
+        f"{f'step {step + 1}':>18}" for step in range(STEPS)) + "   peak memory (of it the steps')")
     for name in ("stock TRL", "shared prompts"):
         side = result[name]
         print(f"{name:31}" + "".join(f"{wall:8.2f} ({cpu:6.2f})" for wall, cpu in zip(
-            side["wall_s"], side["cpu_s"])) + f"{side['peak_mib']:10.0f} MiB")
+            side["wall_s"], side["cpu_s"])) + f"{side['peak_mib']:10.0f} ({side['added_mib']:.0f}) MiB")
     if result["unshared"]:
         print(f"prompts were NOT shared, both sides are stock TRL: {result['unshared']}")
     print(f"{result['times_as_fast']:.1f} times as fast, by the median of steps 2, 4 and 5 (1 and "
