@@ -27,6 +27,7 @@ from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_facts import describe_machine, processor_seconds
 from mig_kit.stages.evaluated_runs import EvaluatedRun, record_run
+from mig_kit.world.suites import OUT_OF_DOMAIN, SUITES
 
 FOLDER = NOTEBOOKS / "guide" / "evidence"
 LIST = FOLDER / "evidence.yaml"
@@ -34,7 +35,7 @@ STAGES = ("01", "02", "03", "04", "05", "06")
 COMPUTED = (".safetensors", ".parquet", ".jsonl")  # outputs that hold no time and no path
 CURVES = ("reward", "box", "entropy", "length", "logp_difference", "evidence")
 # the questions out of domain: of an eval_seed that nothing was chosen on, 3,200 in four parts
-FAR = {"eval_seed": 211, "suites": {"ood_grounding": 800}}
+FAR = {"eval_seed": 211, "suites": dict.fromkeys(SUITES, 0) | {OUT_OF_DOMAIN: 800}}
 LAST = 10  # updates whose mean a record keeps
 
 
