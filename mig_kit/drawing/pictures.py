@@ -255,7 +255,7 @@ def colour_tokens(tokens: Sequence[str], values: Sequence[float], title: str,
                   high: float = 1) -> Image.Image:
     """The tokens below a title, each on a ground that is the darker the larger its value.
 
-    values: one a token, white up to 0 and darkest from `high` on.
+    values: one a token, white at 0, blue above and orange below it, darkest from `high` on.
     """
     import matplotlib  # of an extra
 
@@ -270,8 +270,8 @@ def colour_tokens(tokens: Sequence[str], values: Sequence[float], title: str,
     page = Image.new("RGB", (TOKENS_WIDTH, y + TOKENS_LINE + 4), "white")
     pen = ImageDraw.Draw(page)
     for value, (x, y, width, shown) in zip(values, places, strict=True):
-        share = min(1.0, max(0.0, value / high))
-        ground = matplotlib.colormaps["Blues"](0.6 * share)  # black stays readable on it
+        colours = matplotlib.colormaps["Blues" if value >= 0 else "Oranges"]
+        ground = colours(0.6 * min(1.0, abs(value) / high))  # black stays readable on it
         pen.rectangle((x, y, x + width - 2, y + TOKENS_LINE - 5), matplotlib.colors.to_hex(ground))
         pen.text((x + 1, y + 1), shown, fill="#000000", font=font)
     return stack([draw_text(title, TOKENS_WIDTH, 16), page])
