@@ -2,7 +2,7 @@
 
     python notebooks/guide/kept_prompts.py RUN FOLDER
     mig-kit run 01 02 03 --run-id equal_data -p data FOLDER/kept.jsonl -p teacher own \
-        -p base_model runs/RUN/03_merge/merged -p data_shares "[0.998, 0, 0.002]"
+        -p base_model runs/RUN/03_merge/merged -p data_shares "[0.996, 0.002, 0.002]"
 """
 
 import sys
