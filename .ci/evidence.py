@@ -165,16 +165,15 @@ def make_record(item: Item, smoke: str) -> None:
         "arm": item.arm, "commands": item.commands, "smoke": smoke, "processor_seconds": spent,
         "curves": {name: round(float(np.mean([row[name] for row in curves])), 7)
                    for name in CURVES if curves and name in curves[0]}}
-    record["out_of_domain"] = {**FAR, "correct": ask_out_of_domain(item)}
+    record["out_of_domain"] = FAR | ask_out_of_domain(item)
     write_json(item.path, record)
 
 
-def ask_out_of_domain(item: Item) -> dict[str, str]:
-    """System -> 0 or 1 for each question of FAR, of the models that the item's own stages made.
-
-    The base, which is the recipe's first, is asked once.
+def ask_out_of_domain(item: Item) -> dict[str, dict]:
+    """{"correct": system -> 0 or 1 for each question of FAR, "scores": percent} of the models that
+    the item's own stages made; the base, which has no seed, is asked once.
     """
-    run_id, correct = item.run_id, {}
+    run_id, correct, scores = item.run_id, {}, {}
     models = {"base": "tiny"} if (item.arm, item.seed) == ("recipe", 0) else {}
     for system, stage in (("sft", "03_merge"), ("grpo", "05_grpo")):
         if (run_folders.runs_root() / run_id / stage).is_dir():
@@ -184,9 +183,11 @@ def ask_out_of_domain(item: Item) -> dict[str, str]:
         settings = " ".join(f"-p {name} {shlex.quote(json.dumps(value))}"
                             for name, value in FAR.items())
         run_command(f"mig-kit eval --model {model} --suite drawn {settings} --out {out}")
-        (columns,) = json.loads((out / "eval.json").read_text())["items"].values()
-        correct[system] = "".join(str(int(value)) for value in columns["strict"])
-    return correct
+        result = json.loads((out / "eval.json").read_text())
+        correct[system] = "".join(
+            str(int(value)) for value in result["items"][OUT_OF_DOMAIN]["strict"])
+        scores[system] = result["scores"]["strict"][OUT_OF_DOMAIN]["score"]
+    return {"correct": correct, "scores": scores}
 
 
 def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
