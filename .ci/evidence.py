@@ -205,8 +205,8 @@ def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
         run_id, seed, seed, {"sft": correct}, float("nan"), seconds / 60, trained["git"],
         trained["machine"], trained["versions"]["mig-kit"],
         {name: asked[name] for name in ("eval_seed", "suites")}, questions=result["questions"],
-        scores={"sft": {suite: by_protocol["strict"]["score"]
-                        for suite, by_protocol in result["scores"].items()}},
+        scores={"sft": {suite: summary["score"]
+                        for suite, summary in result["scores"]["strict"].items()}},
         processor_seconds=None if None in spent else sum(spent))))
     return path
 
