@@ -22,9 +22,9 @@ import yaml
 
 from mig_kit import __version__
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
+from mig_kit.evaluation.evaluated_runs import EvaluatedRun, record_run
 from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.run_facts import describe_machine, processor_seconds
-from mig_kit.stages.evaluated_runs import EvaluatedRun, record_run
 
 FOLDER = NOTEBOOKS / "guide" / "evidence"
 LIST = FOLDER / "evidence.yaml"

@@ -18,8 +18,8 @@ from evidence import list_items, read_list, read_option
 from mig_kit import __version__, stats
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT
 from mig_kit.drawing.palette import SYSTEM_LABELS
-from mig_kit.stages.evaluated_runs import MARGINS
-from mig_kit.stages.tables import CLAIMS
+from mig_kit.evaluation.evaluated_runs import MARGINS
+from mig_kit.evaluation.tables import CLAIMS
 from mig_kit.world.suites import SUITES, suite_title
 
 PAGES = (PROJECT_ROOT / "README.md", NOTEBOOKS / "guide" / "results.md")

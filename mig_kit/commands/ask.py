@@ -118,10 +118,10 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     if (suite == "drawn") != (file is None):
         raise UserError("--suite drawn has no --file; every other suite needs one: its questions")
+    from mig_kit.evaluation import eval_model
     from mig_kit.models import loading  # seconds, which wrong words need not wait for
     from mig_kit.models.adapters import check_adapter_base
     from mig_kit.models.model_folders import ServedName
-    from mig_kit.stages import eval_model
 
     others = {str(folder): eval_model.read_result(folder) for folder in compare}
     chosen = parse_overrides(overrides, [EVALUATE])

@@ -5,7 +5,7 @@ from benchmark_files import correct_reply
 from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing import plots
-from mig_kit.stages import tables
+from mig_kit.evaluation import tables
 from mig_kit.world.suites import SUITES, make_suite
 
 BOX_FORMAT = BoxFormat()

@@ -22,9 +22,9 @@ from scipy.stats import t as student_t
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
 from mig_kit.drawing import plots
+from mig_kit.evaluation import compare, evaluate, evaluated_runs
+from mig_kit.evaluation.evaluated_runs import EvaluatedRun
 from mig_kit.pipeline import execute
-from mig_kit.stages import compare, evaluate, evaluated_runs
-from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import mean_interval
 from mig_kit.world import suites
 

@@ -14,11 +14,17 @@ import pandas as pd
 from mig_kit import stats
 from mig_kit.common import UserError
 from mig_kit.drawing.palette import SYSTEM_LABELS
+from mig_kit.evaluation import evaluate
+from mig_kit.evaluation.evaluated_runs import (
+    SYSTEMS,
+    EvaluatedRun,
+    list_notes,
+    load_groups,
+    pair_runs,
+)
+from mig_kit.evaluation.tables import CLAIMS
 from mig_kit.pipeline.run_folders import require_runs
 from mig_kit.sample import Sample
-from mig_kit.stages import evaluate
-from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, list_notes, load_groups, pair_runs
-from mig_kit.stages.tables import CLAIMS
 from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
 
 METHOD = ("Intervals: Student's t over runs, of one run beside several a prediction interval for "

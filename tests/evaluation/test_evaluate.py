@@ -8,9 +8,9 @@ import pytest
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.common import write_json
+from mig_kit.evaluation import evaluate
+from mig_kit.evaluation.evaluate import paired_difference, summarize_suite
 from mig_kit.sample import TableRows, read_samples, write_samples
-from mig_kit.stages import evaluate
-from mig_kit.stages.evaluate import paired_difference, summarize_suite
 from mig_kit.stats import to_percent
 from mig_kit.world.suites import make_suite
 from mig_kit.world.tasks import make_sample

@@ -14,12 +14,12 @@ from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
+from mig_kit.evaluation import eval_model
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.prompts import format_answer
 from mig_kit.sample import Sample, read_samples, write_samples
 from mig_kit.score.benchmarks import RUNNABLE
-from mig_kit.stages import eval_model
 from mig_kit.stats import gap_interval_by_list
 from mig_kit.world.suites import suite_title
 

@@ -7,12 +7,12 @@ import numpy as np
 from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing.palette import SYSTEM_LABELS
+from mig_kit.evaluation import evaluate
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import finished_params
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
-from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, interval_text, paired_gap_by_list
 from mig_kit.world.suites import OWN, suite_title, task_title
 

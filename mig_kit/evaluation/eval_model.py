@@ -17,6 +17,7 @@ import pandas as pd
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, digest_json, write_json, write_json_lines
 from mig_kit.data import own_data
+from mig_kit.evaluation import evaluate
 from mig_kit.image_files import image_digests
 from mig_kit.models import merging
 from mig_kit.models.loading import Hardware
@@ -35,7 +36,6 @@ from mig_kit.score.own import is_read, read_freely
 from mig_kit.score.result import NOT_READ, number_lists, summarize
 from mig_kit.serving import reply_files
 from mig_kit.serving.stored_replies import count_endings, describe_endings, reply_file
-from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, interval_text, paired_gap_by_list
 from mig_kit.world.suites import OWN, suite_title
 

@@ -15,13 +15,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
+from mig_kit.evaluation import evaluate
 from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.sample import Sample
 from mig_kit.serving.stored_replies import load_replies, reply_file
-from mig_kit.stages import evaluate
 from mig_kit.world.suites import suite_title
 
 # Runs that differ in one of these did not answer the same questions.
