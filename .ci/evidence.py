@@ -22,7 +22,8 @@ import yaml
 
 from mig_kit import __version__
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
-from mig_kit.evaluation.evaluated_runs import EvaluatedRun, record_run
+from mig_kit.evaluation.eval_model import read_result
+from mig_kit.evaluation.evaluated_runs import EvaluatedRun, correct_bits, record_run
 from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.run_facts import describe_machine, processor_seconds
 
@@ -159,9 +160,8 @@ def make_record(item: Item, smoke: str) -> None:
 
 def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
     """Write FOLDER/RUN_ID.json of an SFT model that `mig-kit eval` has asked."""
-    result = json.loads((out / "eval.json").read_text())
-    correct = {suite: "".join(str(int(value)) for value in columns["strict"])
-               for suite, columns in result["items"].items()}
+    result = read_result(out)
+    correct = correct_bits(result["items"], "protocol")["strict"]
     trained = run_folders.load_record("02_sft", run_id)
     asked = run_folders.finished_params("06_evaluate", run_folders.load_branch(run_id)["from"])
     stages = [run_folders.load_record(stage, run_id) for stage in ("02_sft", "03_merge")]

@@ -56,12 +56,12 @@ def describe(values: np.ndarray) -> str:
     """Mean with its interval, bold where that leaves out 0, and the worst; of two seeds, which tell
     little of their spread, both.
     """
-    low, high = stats.mean_interval(values)
-    mean = f"{values.mean():+.1f}"
-    if np.isnan(low):
+    mean, interval = f"{values.mean():+.1f}", stats.mean_interval(values)
+    if interval is None:
         return mean
     if len(values) == 2:
         return f"{mean} ({values[0]:+.1f} and {values[1]:+.1f})"
+    low, high = interval
     mean = f"**{mean}**" if low > 0 or high < 0 else mean
     return f"{mean} ({low:+.1f} to {high:+.1f}), worst {values.min():+.1f}"
 

@@ -49,17 +49,17 @@ def share_interval(count: float, total: float) -> list[float]:
     return [float(low), float(high)]
 
 
-def mean_interval(values: Sequence[float], others: Sequence[float] = ()) -> list[float]:
+def mean_interval(values: Sequence[float], others: Sequence[float] = ()) -> list[float] | None:
     """95 % interval [low, high] of the mean of independent values, Student's t.
 
     others: the mean's difference to theirs, with unequal variances (Welch); of a single value it is
-    a prediction interval, as if that were one more of the other side's. NaN where no side has two
+    a prediction interval, as if that were one more of the other side's. None where no side has two
     values, and for values that do not differ.
     """
     sides = [np.asarray(side, dtype=float) for side in (values, others) if len(side)]
     several = [side for side in sides if len(side) > 1]
     if not any(map(np.ptp, several)):
-        return [float("nan")] * 2
+        return None
     if len(several) < len(sides):
         (side,) = several
         error, degrees = side.var(ddof=1) * (1 + 1 / len(side)), len(side) - 1

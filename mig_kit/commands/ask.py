@@ -137,8 +137,8 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
         {**run_model.evaluation, **chosen, "replies": 0}, EVALUATE))
     hardware = loading.choose_hardware(params.dtype, params.device)
     task = eval_model.Task(suite, file, images or (file.parent if file else None), limit)
-    result = eval_model.evaluate_model(run_model, task, hardware, out, params, adapter, four_bit)
-    for text in eval_model.result_tables({str(out): result, **others}):
+    eval_model.evaluate_model(run_model, task, hardware, out, params, adapter, four_bit)
+    for text in eval_model.result_tables({str(out): eval_model.read_result(out), **others}):
         click.echo(text)
 
 
