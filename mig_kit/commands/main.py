@@ -84,7 +84,7 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrid
     run_plan(plan, force)
     if "06_evaluate" not in plan.params:
         return False
-    from mig_kit.evaluation.evaluated_runs import check_margins  # imports torch
+    from mig_kit.evaluation.evaluated_runs import check_margins  # a second, as scipy
 
     line, is_outside = check_margins(run_id)
     if line:
