@@ -23,10 +23,11 @@ import yaml
 
 from mig_kit import __version__
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
+from mig_kit.evaluation.eval_model import read_result
+from mig_kit.evaluation.evaluated_runs import EvaluatedRun, correct_bits, record_run
 from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_facts import describe_machine, processor_seconds
-from mig_kit.stages.evaluated_runs import EvaluatedRun, record_run
 from mig_kit.world.suites import OUT_OF_DOMAIN, SUITES
 
 FOLDER = NOTEBOOKS / "guide" / "evidence"
@@ -183,18 +184,16 @@ def ask_out_of_domain(item: Item) -> dict[str, dict]:
         settings = " ".join(f"-p {name} {shlex.quote(json.dumps(value))}"
                             for name, value in FAR.items())
         run_command(f"mig-kit eval --model {model} --suite drawn {settings} --out {out}")
-        result = json.loads((out / "eval.json").read_text())
-        correct[system] = "".join(
-            str(int(value)) for value in result["items"][OUT_OF_DOMAIN]["strict"])
+        result = read_result(out)
+        correct[system] = correct_bits(result["items"], "protocol")["strict"][OUT_OF_DOMAIN]
         scores[system] = result["scores"]["strict"][OUT_OF_DOMAIN]["score"]
     return {"correct": correct, "scores": scores}
 
 
 def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
     """Write FOLDER/RUN_ID.json of an SFT model that `mig-kit eval` has asked."""
-    result = json.loads((out / "eval.json").read_text())
-    correct = {suite: "".join(str(int(value)) for value in columns["strict"])
-               for suite, columns in result["items"].items()}
+    result = read_result(out)
+    correct = correct_bits(result["items"], "protocol")["strict"]
     trained = run_folders.load_record("02_sft", run_id)
     asked = default_params("06_evaluate")  # as `mig-kit eval` did
     stages = [run_folders.load_record(stage, run_id) for stage in ("02_sft", "03_merge")]

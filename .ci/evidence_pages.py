@@ -21,8 +21,8 @@ from evidence import list_items, read_list, read_option
 from mig_kit import __version__, stats
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT
 from mig_kit.drawing.palette import SYSTEM_LABELS
-from mig_kit.stages.evaluated_runs import MARGINS
-from mig_kit.stages.tables import CLAIMS
+from mig_kit.evaluation.evaluated_runs import MARGINS
+from mig_kit.evaluation.tables import CLAIMS
 from mig_kit.world.suites import OUT_OF_DOMAIN, SUITES, suite_title, task_title
 
 PAGES = (PROJECT_ROOT / "README.md", NOTEBOOKS / "guide" / "results.md")
@@ -72,12 +72,10 @@ def gaps_between(pairs: list[tuple[dict, dict]], after: str, before: str,
 
 
 def interval(gaps: np.ndarray) -> tuple[float, float]:
-    """Of the mean of gaps (seeds, tasks, questions), points, over seeds and questions; NaN for one
-    seed.
-    """
+    """Of the mean of gaps (several seeds, tasks, questions), points, over seeds and questions."""
     by_question = gaps.mean(0)
     questions = np.arange(by_question.size).reshape(by_question.shape)
-    halves = [np.diff(stats.mean_interval(100 * gaps.mean((1, 2)))) / 2,
+    halves = [np.diff(stats.mean_interval(100 * gaps.mean((1, 2))) or [0, 0]) / 2,
               50 * np.diff(stats.gap_interval_by_list([*zip(by_question, questions)]))]
     half = float(np.hypot(*halves)[0])
     return 100 * gaps.mean() - half, 100 * gaps.mean() + half

@@ -26,6 +26,7 @@ import papermill
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, file_sha256, model_folder, write_json
+from mig_kit.evaluation.evaluate import draw_test_samples, first_per_task
 from mig_kit.models.adapters import WEIGHTS
 from mig_kit.models.shipped import AS_THE_RUN, STARTS, merge_shipped
 from mig_kit.pipeline import run_folders
@@ -33,7 +34,6 @@ from mig_kit.pipeline.execute import ThisPython
 from mig_kit.pipeline.run_facts import EVALUATE, MODELS, describe_machine
 from mig_kit.serving import reply_files, shipped_replies
 from mig_kit.serving.stored_replies import load_replies, reply_file
-from mig_kit.stages.evaluate import draw_test_samples, first_per_task
 
 FOLDER = NOTEBOOKS / "executed"
 BY_HAND = "05b_grpo_by_hand"

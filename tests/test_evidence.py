@@ -12,9 +12,9 @@ from scipy.stats import t as student_t
 from mig_kit import __version__
 from mig_kit.commands.main import stage_name
 from mig_kit.common import PROJECT_ROOT
+from mig_kit.evaluation.evaluated_runs import MARGINS, read_recorded
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_folders import RECIPE
-from mig_kit.stages.evaluated_runs import MARGINS, read_recorded
 from mig_kit.world.suites import SUITES
 
 sys.path.insert(0, str(PROJECT_ROOT / ".ci"))

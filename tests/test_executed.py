@@ -10,12 +10,12 @@ import torch
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, SHIPPED, file_sha256, model_folder
+from mig_kit.evaluation.evaluate import draw_test_samples
 from mig_kit.models import loading
 from mig_kit.models.adapters import WEIGHTS
 from mig_kit.pipeline.run_facts import MODELS
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.serving.reply_files import greedy_replies
-from mig_kit.stages.evaluate import draw_test_samples
 
 FOLDER = NOTEBOOKS / "executed"
 FACTS = json.loads((FOLDER / "run.json").read_text())

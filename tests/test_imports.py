@@ -27,18 +27,14 @@ WINGS = {
     "training": {"models", "serving", "shared_prefix", "pipeline", "drawing"},
     "data": {"drawing", "models"}, "pipeline": {"world"},
     "stages": {"world", "data", *ENGINE, "pipeline", "drawing"},
-    "commands": {"stages", "world", "data", "score", *ENGINE, "pipeline", "drawing"},
+    "evaluation": {"world", "data", "score", *ENGINE, "pipeline", "drawing"},
+    "commands": {"stages", "evaluation", "world", "data", "score", *ENGINE, "pipeline", "drawing"},
 }
 # what stages share; train is what launchers start
-STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "tables": set(),
-                 "launched_worker": {"sft", "grpo"}}
-# compare and tables read the results of finished ones; eval_model asks and judges as 06 does
-READS_STAGES = {"compare": {"evaluate", "evaluated_runs"},
-                "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate"},
-                "tables": {"evaluate"}}
-# the notebook-less 06 judges real benchmarks; 06 refits the edges of boxes
-READS_SCORING = {"stages.eval_model": "", "stages.evaluate": "calibration"}  # module: "" for all
-OTHER_HOMES = {  # module and test of a stage that is none of the recipe
+STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "launched_worker": {"sft", "grpo"}}
+OTHER_HOMES = {  # module and test of a notebook that no module of `stages` belongs to
+    "06_evaluate": ("mig_kit/evaluation/evaluate.py", "tests/evaluation/test_evaluate.py"),
+    "07_report": ("mig_kit/evaluation/report.py", "tests/evaluation/test_report.py"),
     "08_benchmark": ("mig_kit/shared_prefix/compare.py", "tests/shared_prefix/test_trainer.py"),
     "90_tiny_base": ("notebooks/tiny_base/training.py", "tests/test_tiny_base.py")}
 
@@ -66,11 +62,8 @@ def is_allowed(name, other):
     other_wing, _, other_module = other.rpartition(".")
     if not wing:
         return other in HALL[name]
-    if name in READS_SCORING and other_wing == "score":
-        return READS_SCORING[name] in ("", other_module)
     if wing == other_wing == "stages":
-        may_read = STAGE_HELPERS.get(module, set()) | READS_STAGES.get(module, set())
-        return other_module in STAGE_HELPERS or other_module in may_read
+        return other_module in STAGE_HELPERS or other_module in STAGE_HELPERS.get(module, ())
     return not other or other in HALL or other_wing == wing or other_wing in WINGS[wing]
 
 

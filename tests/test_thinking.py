@@ -11,6 +11,7 @@ from published import save_model
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.evaluation import eval_model
 from mig_kit.models import loading
 from mig_kit.models.processors import load_processor, render_prompt
 from mig_kit.models.sample_prompts import reply_logps
@@ -18,7 +19,7 @@ from mig_kit.pipeline.run_facts import RunModel
 from mig_kit.prompts import chat_messages, format_answer, parse_reply
 from mig_kit.sample import Sample
 from mig_kit.serving import reply_files
-from mig_kit.stages import eval_model, grpo, rejection_sampling, sft
+from mig_kit.stages import grpo, rejection_sampling, sft
 from mig_kit.training import reward_loading
 from mig_kit.world.tasks import make_sample
 

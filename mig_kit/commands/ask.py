@@ -118,10 +118,10 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     if (suite == "drawn") != (file is None):
         raise UserError("--suite drawn has no --file; every other suite needs one: its questions")
+    from mig_kit.evaluation import eval_model
     from mig_kit.models import loading  # seconds, which wrong words need not wait for
     from mig_kit.models.adapters import check_adapter_base
     from mig_kit.models.model_folders import ServedName
-    from mig_kit.stages import eval_model
 
     others = {str(folder): eval_model.read_result(folder) for folder in compare}
     chosen = parse_overrides(overrides, [EVALUATE])
@@ -137,8 +137,8 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
         {**run_model.evaluation, **chosen, "replies": 0}, EVALUATE))
     hardware = loading.choose_hardware(params.dtype, params.device)
     task = eval_model.Task(suite, file, images or (file.parent if file else None), limit)
-    result = eval_model.evaluate_model(run_model, task, hardware, out, params, adapter, four_bit)
-    for text in eval_model.result_tables({str(out): result, **others}):
+    eval_model.evaluate_model(run_model, task, hardware, out, params, adapter, four_bit)
+    for text in eval_model.result_tables({str(out): eval_model.read_result(out), **others}):
         click.echo(text)
 
 

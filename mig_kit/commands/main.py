@@ -84,7 +84,7 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrid
     run_plan(plan, force)
     if "06_evaluate" not in plan.params:
         return False
-    from mig_kit.stages.evaluated_runs import check_margins  # imports torch
+    from mig_kit.evaluation.evaluated_runs import check_margins  # a second, as scipy
 
     line, is_outside = check_margins(run_id)
     if line:
@@ -158,7 +158,7 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     A run that is named without a group is a group of its own; a file of a recorded run takes the
     place of a run.
     """
-    from mig_kit.stages import compare
+    from mig_kit.evaluation import compare
 
     if figure and figure.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")

@@ -29,7 +29,7 @@ BASE_CODE = "tiny_base"  # what made the tiny base, beside notebook 90
 PLUMBING = "mig_kit.pipeline."
 # what no result follows from: packages and modules that keep runs, show something or check it
 NOT_PART_OF_A_KEY = (
-    PLUMBING, "mig_kit.drawing.", "mig_kit.stages.tables.", "mig_kit.stages.sanity_checks.")
+    PLUMBING, "mig_kit.drawing.", "mig_kit.evaluation.tables.", "mig_kit.stages.sanity_checks.")
 STAGES_OF_PICTURES = {"07_report", "08_benchmark"}  # all of that counts but PLUMBING
 
 

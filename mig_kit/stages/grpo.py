@@ -68,7 +68,7 @@ def detail_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str
 
 
 def reasoning_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-    """{"truth", "coverage"} of all replies, as `evaluate.summarize_reasoning` counts, 0..1.
+    """{"truth", "coverage"} of all replies, as `items.summarize_reasoning` counts, 0..1.
 
     Judged by the samples' notes. A share of nothing is left out; {} for own data.
     """

@@ -9,9 +9,9 @@ from command_line import describe_files, error_of, output_of
 
 from mig_kit.commands.main import cli
 from mig_kit.common import PROJECT_ROOT, UserError, digest_json, write_json
+from mig_kit.evaluation import evaluated_runs
 from mig_kit.pipeline import execute, plan, run_facts, run_folders, stage_keys, store
 from mig_kit.pipeline.run_folders import RECIPE
-from mig_kit.stages import evaluated_runs
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def replace_text(old, new):
 
 # what a researcher changes, and the number of every stage that uses it
 @pytest.mark.parametrize(("path", "text", "stages"), [
-    ("drawing/palette.py", "#0072B2", "07"), ("stages/tables.py", "RL over SFT", "07"),
+    ("drawing/palette.py", "#0072B2", "07"), ("evaluation/tables.py", "RL over SFT", "07"),
     ("prompts.py", "Think in", "00 01 02 03 04 05 06 07"),
     ("data/endpoint.py", "You are an", "01"), ("stats.py", "def pass_at_k", "04 05 06 07"),
     ("rewards.py", "floor: float = 0.1", "01 04 05 06 07"),

@@ -9,9 +9,9 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.drawing import plots
+from mig_kit.evaluation import report
 from mig_kit.prompts import correct_answer, format_answer
 from mig_kit.rewards import REWARDS
-from mig_kit.stages import report
 from mig_kit.training.reward_loading import score_functions
 from mig_kit.world.scenes import Object, Scene
 from mig_kit.world.suites import iter_free_form, make_suite
