@@ -22,8 +22,9 @@ import yaml
 
 from mig_kit import __version__
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
-from mig_kit.pipeline import run_folders, store
+from mig_kit.pipeline import store
 from mig_kit.pipeline.run_facts import describe_machine, processor_seconds
+from mig_kit.pipeline.runs import Run
 from mig_kit.stages.evaluated_runs import EvaluatedRun, record_run
 
 FOLDER = NOTEBOOKS / "guide" / "evidence"
@@ -74,26 +75,9 @@ def list_source_commands(item: Item) -> list[str]:
     In a fresh clone the recipe's records are there, and its runs are not.
     """
     sources = {read_option(command, "--from") for command in item.commands if "--from" in command}
-    missing = {run_id for run_id in sources
-               if run_folders.load_record("06_evaluate", run_id) is None}
+    missing = {run_id for run_id in sources if not Run(run_id).record("06_evaluate")}
     return [command for recipe in list_items() if recipe.arm == "recipe"
             for command in recipe.commands if read_option(command, "--run-id") in missing]
-
-
-def add_force(command: str, smoke: str) -> str:
-    """A command with --force where the run that it starts from is stale, and its record shows that
-    the code of then computes what the code of now does on this machine.
-    """
-    source = read_option(command, "--from") if "--from" in command else ""
-    if not source or not store.find_stale(source):
-        return command
-    path = next(item.path for item in list_items()
-                if item.arm == "recipe" and read_option(item.commands[0], "--run-id") == source)
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    evaluated = run_folders.load_record("06_evaluate", source)
-    is_same = record and record["evidence"]["smoke"] == smoke and all(
-        record[name] == evaluated[name] for name in ("git", "machine"))
-    return f"{command} --force" if is_same else command  # else refused, with a sentence
 
 
 def run_command(command: str, **environment: str) -> None:
@@ -138,10 +122,10 @@ def make_record(item: Item, smoke: str) -> None:
     *_, last = item.commands
     is_eval = last.startswith("mig-kit eval")
     run_id = read_option(item.commands[0], "--run-id")
-    is_whole = not (run_folders.runs_root() / run_id).exists()
+    is_whole = not Run(run_id).folder.exists()
     before = processor_seconds()
     for command in item.commands:
-        run_command(add_force(command, smoke))
+        run_command(command)
     # of a run that was begun before, only a part was seen
     spent = round(processor_seconds() - before) if is_whole else None
     path = (record_evaluation(run_id, item.seed, PROJECT_ROOT / read_option(last, "--out"))
@@ -149,7 +133,7 @@ def make_record(item: Item, smoke: str) -> None:
     record = json.loads(path.read_text())
     path.unlink()
     curves = [] if is_eval else store.read_metrics(
-        run_folders.stage_folder("05_grpo", run_id))["curves"][-LAST:]
+        Run(run_id).stage_folder("05_grpo"))["curves"][-LAST:]
     record["evidence"] = {
         "arm": item.arm, "commands": item.commands, "smoke": smoke, "processor_seconds": spent,
         "curves": {name: round(float(np.mean([row[name] for row in curves])), 7)
@@ -162,9 +146,9 @@ def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
     result = json.loads((out / "eval.json").read_text())
     correct = {suite: "".join(str(int(value)) for value in columns["strict"])
                for suite, columns in result["items"].items()}
-    trained = run_folders.load_record("02_sft", run_id)
-    asked = run_folders.finished_params("06_evaluate", run_folders.load_branch(run_id)["from"])
-    stages = [run_folders.load_record(stage, run_id) for stage in ("02_sft", "03_merge")]
+    run = Run(run_id)
+    trained, asked = run.record("02_sft"), Run(run.branch["from"]).params("06_evaluate")
+    stages = [run.record(stage) for stage in ("02_sft", "03_merge")]
     seconds = sum(stage["seconds"] for stage in stages)
     spent = [stage["processor_seconds"] for stage in stages]
     path = FOLDER / f"{run_id}.json"

@@ -15,9 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
-from mig_kit.pipeline import run_folders, store
+from mig_kit.pipeline import store
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.sample import Sample
 from mig_kit.serving.stored_replies import load_replies, reply_file
@@ -47,7 +48,7 @@ class EvaluatedRun:
     start_from: str = "merged"  # what 05 trained
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `changed_params`
-    stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
+    stale: list[str] = field(default_factory=list)  # of `Run.notes`
     # by system and suite: truth and grounded of `evaluate.summarize_reasoning`
     reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # percent, as 06 wrote them
@@ -85,8 +86,9 @@ def _asked(run_id: str) -> dict:
     """What decides which questions a run answered: SAMPLE_PARAMS, and the file of own data."""
     if is_recorded(run_id):
         return read_recorded(run_id).params | {"own data": ""}
-    record = run_folders.require_record("06_evaluate", run_id, "mig-kit table")
-    held_out = (run_folders.load_record("01_synthesize", run_id)["outputs"]["val.parquet"]
+    run = Run(run_id)
+    record = run.require("06_evaluate", "mig-kit table")
+    held_out = (run.record("01_synthesize")["outputs"]["val.parquet"]
                 if evaluate.has_own_data(run_id) else "")
     return _sample_params(record["params"]) | {"own data": held_out}
 
@@ -100,13 +102,14 @@ def _sample_params(params: dict) -> dict:
 def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
     if is_recorded(run_id):
         return read_recorded(run_id)
-    record = run_folders.load_record("06_evaluate", run_id)
-    params, folder = record["params"], run_folders.stage_folder("06_evaluate", run_id)
+    run = Run(run_id)
+    record = run.record("06_evaluate")
+    params, folder = record["params"], run.stage_folder("06_evaluate")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    stages = {stage: run_folders.load_record(stage, run_id) or {} for stage in RECIPE[1:6]}
+    stages = {stage: run.record(stage) or {} for stage in RECIPE[1:6]}
     trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
-    seed, has_sft = trained.get("seed", 0), run_folders.has_cold_start(run_id)
-    curves = store.read_metrics(run_folders.stage_folder("05_grpo", run_id)).get("curves", [])
+    seed, has_sft = trained.get("seed", 0), run.has_cold_start
+    curves = store.read_metrics(run.stage_folder("05_grpo")).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
     summaries = store.read_metrics(folder)["systems"]
     spent = [stage.get("processor_seconds") for name, stage in stages.items()
@@ -121,7 +124,7 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         record.get("git", ""), record.get("machine", ""),
         record.get("versions", {}).get("mig-kit", ""), _sample_params(params),
         trained.get("start_from", "merged"), record.get("questions", {}),
-        changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id),
+        changed_params(run_id, RECIPE[1:7]), run.notes("06_evaluate"),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
                   if summary.get("reasoning")} for system, by_suite in summaries.items()},
         {system: {suite: summary["score"] for suite, summary in by_suite.items()}
@@ -170,7 +173,7 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
     """Finished stage -> its parameters that differ from the defaults and change results."""
     changed = {}
     for stage in stages:
-        params, defaults = run_folders.finished_params(stage, run_id), default_params(stage)
+        params, defaults = Run(run_id).params(stage), default_params(stage)
         if values := {name: value for name, value in params.items()
                       if name not in EXECUTION_PARAMS and value != defaults.get(name, value)}:
             changed[stage] = values
@@ -223,10 +226,10 @@ def check_margins(run_id: str) -> tuple[str, bool]:
     A margin lies outside if its whole interval does. ("", False) for a run with other parameters
     than the recipe's, or without a finished 06.
     """
-    file, record = PROJECT_ROOT / MARGINS, run_folders.load_record("06_evaluate", run_id)
-    if not record or not file.is_file() or changed_params(run_id, RECIPE[1:7]):
+    file, run = PROJECT_ROOT / MARGINS, Run(run_id)
+    if not run.record("06_evaluate") or not file.is_file() or changed_params(run_id, RECIPE[1:7]):
         return "", False
-    metrics = store.read_metrics(run_folders.stage_folder("06_evaluate", run_id))
+    metrics = store.read_metrics(run.stage_folder("06_evaluate"))
     texts, is_outside = [], False
     for suite, margins in json.loads(file.read_text()).items():
         gap, lowest, highest = metrics["deltas"]["grpo-sft"][suite], min(margins), max(margins)

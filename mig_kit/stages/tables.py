@@ -8,7 +8,7 @@ from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.params import default_params
-from mig_kit.pipeline.run_folders import finished_params
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
@@ -142,7 +142,7 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
                    if record["run_id"] != run_id), "")
     rows = []
     for stage, record in records.items():
-        others = finished_params(stage, source) if source else default_params(stage)
+        others = Run(source).params(stage) if source else default_params(stage)
         rows += [{"stage": stage, "parameter": name, "this run": str(value),
                   f"run {source}" if source else "default": str(others[name])}
                  for name, value in record["params"].items()

@@ -39,7 +39,7 @@ draw_suite = functools.cache(suites.make_suite)
 @pytest.fixture(autouse=True)
 def runs(monkeypatch, tmp_path):
     """Records hold no keys here; pipeline/test_plan.py looks at stale runs."""
-    monkeypatch.setattr(evaluated_runs.store, "stale_notes", lambda *_: [])
+    monkeypatch.setattr(evaluated_runs.Run, "notes", lambda *_: [])
     monkeypatch.setattr(suites, "make_suite", draw_suite)
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     return tmp_path
@@ -199,8 +199,8 @@ def test_the_models_before_rl_are_compared_too(nine_runs, monkeypatch):
     figure = plots.plot_groups(compare.figure_rows(result), "sft")
     assert "SFT models" in figure.get_suptitle()
     plots.plt.close(figure)
-    monkeypatch.setattr(evaluated_runs.run_folders, "has_cold_start",
-                        lambda run: run != "dr_grpo-1")
+    monkeypatch.setattr(evaluated_runs.Run, "has_cold_start",
+                        property(lambda run: run.id != "dr_grpo-1"))
     with pytest.raises(UserError, match="no SFT model; leave them out, .*: dr_grpo-1"):
         compare.compare_groups(groups, system="sft")
 
@@ -386,7 +386,7 @@ def margins_of(gaps, monkeypatch, changed=None):
     """`check_margins` of a run with a gap (value, low, high) for each suite of MARGINS."""
     deltas = {suite: {"value": value, "ci95": bounds}
               for suite, (value, *bounds) in zip(MARGINS, gaps)}
-    monkeypatch.setattr(evaluated_runs.run_folders, "load_record", lambda *_: {"params": {}})
+    monkeypatch.setattr(evaluated_runs.Run, "record", lambda *_: {"params": {}})
     monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: changed or {})
     monkeypatch.setattr(evaluated_runs.store, "read_metrics",
                         lambda _: {"deltas": {"grpo-sft": deltas}})

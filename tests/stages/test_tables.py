@@ -83,7 +83,7 @@ def test_how_a_run_was_made(monkeypatch):
     assert tables.describe_run(RECORDS, samples) == (
         "3 held-out questions of own data and 6 drawn questions, to be compared with each other "
         f"alone; 2.0 minutes; CPU <b>; mig-kit {__version__}")
-    monkeypatch.setattr(tables, "finished_params", lambda stage, run: {"learning_rate": 2})
+    monkeypatch.setattr(tables.Run, "params", lambda *_: {"learning_rate": 2})
     assert tables.changed_rows("sharp", RECORDS) == [
         {"stage": "05_grpo", "parameter": "learning_rate", "this run": "1.0", "run default": "2"}]
 
