@@ -29,6 +29,7 @@ from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, file_sha256, model_folder, w
 from mig_kit.models.adapters import WEIGHTS
 from mig_kit.models.shipped import AS_THE_RUN, STARTS, merge_shipped
 from mig_kit.pipeline.execute import ThisPython
+from mig_kit.pipeline.processes import prepare_process
 from mig_kit.pipeline.run_facts import EVALUATE, MODELS, describe_machine
 from mig_kit.pipeline.run_folders import STAGES
 from mig_kit.pipeline.runs import Run
@@ -75,6 +76,8 @@ def refresh_texts(path: Path) -> None:
     cells = [cell for cell in kept.cells
              if "injected-parameters" not in cell.metadata.get("tags", ())]
     for cell, now in zip(cells, present.cells, strict=True):
+        if "parameters" in now.metadata.get("tags", ()):
+            continue  # the run had those that are kept
         if now.cell_type == "code" and parse_code(cell) != parse_code(now):
             sys.exit(f"{path.name} was run with other code; make executed after a run")
         cell.source = now.source
@@ -172,6 +175,7 @@ def show_ground(page: Path) -> None:
 
 def main(run_id: str) -> None:
     """Write the notebooks of all stages that the run has finished."""
+    prepare_process()
     FOLDER.mkdir(exist_ok=True)
     facts = {}
     for stage in STAGES:
