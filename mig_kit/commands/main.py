@@ -16,10 +16,12 @@ from mig_kit.commands.score import score_command
 from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline import run_folders, runs, store
 from mig_kit.pipeline.plan import plan_run
+from mig_kit.pipeline.processes import prepare_process
 
 
 def main() -> None:
     """Entry point: what the user has to change ends with one sentence, a bug with its traceback."""
+    prepare_process()
     try:
         if code := cli(standalone_mode=False):
             sys.exit(code)

@@ -18,7 +18,7 @@ from mig_kit.pipeline.stage_params import RUN_PARAMS, RUN_PARAMS_STAGE
 
 BRANCH_FILE = "branch.json"
 PROFILE_FILE = "profile.txt"
-MARKS = ("stale",)
+MARKS = ("stale", "edited")
 
 
 class Run:
@@ -130,17 +130,18 @@ class Run:
 
     @cached_property
     def marks(self) -> dict[str, dict[str, str]]:
-        """Finished stage -> {"stale": "STAGE: why" of the first stage that makes it so}."""
+        """Finished stage -> {one of MARKS: "STAGE: why" of the first stage that makes it so}."""
         marks: dict[str, dict[str, str]] = {}
         for stage in filter(self.record, STAGES):
-            reason = self._describe_staleness(stage)
-            own = {"stale": f"{stage}: {reason}"} if reason else {}
+            reasons = {"stale": self._describe_staleness(stage),
+                       "edited": self.record(stage).get("edited")}
+            own = {word: f"{stage}: {reason}" for word, reason in reasons.items() if reason}
             of_inputs = (marks.get(name, {}) for name in self.inputs(stage))
             marks[stage] = dict(ChainMap(own, *of_inputs))
         return marks
 
     def describe_marks(self, stage: str) -> list[str]:
-        """"stale (STAGE: why)" of a finished stage whose results are not of the present code."""
+        """"stale (STAGE: why)" and the like, of a finished stage."""
         return [f"{word} ({cause})" for word, cause in self.marks.get(stage, {}).items()]
 
     def notes(self, stage: str) -> list[str]:

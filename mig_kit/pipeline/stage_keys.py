@@ -123,7 +123,7 @@ def describe_code(stage: str) -> dict:
     """The code of a stage: {"code": module -> digest, "cells": one of all but its parameters}."""
     left_out = (PLUMBING,) if stage in STAGES_OF_PICTURES else NOT_PART_OF_A_KEY
     cells = json.loads((NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
-    trees = [_parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"
+    trees = [parse_cell("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"
              and "parameters" not in cell["metadata"].get("tags", ())]
     todo, digests = set().union(*map(_imported_modules, trees)), {}
     while todo:
@@ -144,11 +144,11 @@ def _module_path(module: str) -> Path:
 @cache
 def _read_module(path: Path, modified: int) -> tuple[str, set[str]]:
     """(digest of a module's code, modules that it imports)."""
-    tree = _parse(path.read_text())
+    tree = parse_cell(path.read_text())
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], _imported_modules(tree)
 
 
-def _parse(source: str) -> ast.Module:
+def parse_cell(source: str) -> ast.Module:
     """The syntax tree of a module or of a notebook's cell, without docstrings and magics."""
     lines = ("" if line.startswith(("%", "!")) else line for line in source.splitlines())
     flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT

@@ -6,7 +6,6 @@ the folder is renamed. A stopped stage goes on there. Cells of a finished stage 
 NN_stage.shown, a copy that is deleted at their end.
 """
 
-import ast
 import atexit
 import json
 import shutil
@@ -19,9 +18,11 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, file_sha256, write_json
 from mig_kit.image_files import IMAGE_FOLDER, link_or_copy
 from mig_kit.pipeline import run_folders, runs, stage_keys
+from mig_kit.pipeline.cells import KernelCells
 from mig_kit.pipeline.model_cards import CARD, write_card
 from mig_kit.pipeline.params import default_params, validate_params
 from mig_kit.pipeline.plan import check_run
+from mig_kit.pipeline.processes import prepare_process
 from mig_kit.pipeline.run_facts import describe_machine, package_versions, processor_seconds
 from mig_kit.pipeline.runs import Run
 
@@ -33,8 +34,8 @@ STARTED = "started.json"
 class Stage:
     """A running stage; work: the folder it writes to, params: its own and the run's.
 
-    facts: of `stage_facts`. is_shown: whether it has finished before, and its cells only show it.
-    spent: seconds before.
+    facts: of `stage_facts`. cells: what its kernel has run. is_shown: whether it has finished
+    before, and its cells only show it. spent: seconds before.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     work: Path
     params: dict
     facts: dict
+    cells: KernelCells
     is_shown: bool = False
     spent: float = 0.0
     started: float = field(default_factory=time.time)
@@ -95,6 +97,8 @@ class Stage:
             write_json(folder / "metrics.json", metrics)
             write_card(self.name, folder, self.run, self.params)
             record = self._describe() | {"summary": summary.replace(str(folder), str(final))}
+            if record["edited"]:
+                print(f"warning: the record says that {self.name} is edited: {record['edited']}")
             write_json(folder / "run.json", record | facts)
             if final.exists():
                 shutil.rmtree(final)
@@ -110,6 +114,7 @@ class Stage:
         used = None if self.spent else round(processor_seconds() - self.cpu_clock, 1)
         return {"stage": self.name, "run_id": self.run_id, "params": self.params,
                 "facts": self.facts, "branch": self.run.branch,
+                "edited": self.cells.describe_edit(),
                 "outputs": {name: file_sha256(path) for name, path in files.items()},
                 "stats": {name: stage_keys.file_stats(path) for name, path in files.items()},
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
@@ -129,31 +134,21 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     Returns: the stage, and its parameters.
     Raises: UserError as `validate_params` and `is_done`, and for a damaged input.
     """
-    params = _read_params(stage, names)
+    prepare_process()
+    cells = KernelCells(stage, names)
+    params = _read_params(stage, names, cells)
     run = _open_run(stage, params)
     run.require_intact_inputs(stage)
     is_shown = _lock_and_look(run, stage, params)
-    begun = (_show if is_shown else _go_on)(run, stage, params)
+    begun = (_show if is_shown else _go_on)(run, stage, params, cells)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
 
 
-def _read_params(stage: str, names: dict) -> dict:
+def _read_params(stage: str, names: dict, cells: KernelCells) -> dict:
     """The parameters of a stage among a notebook's globals(), validated."""
-    known = {*default_params(stage), *_names_in_parameters_cells(names)}
+    known = {*default_params(stage), *cells.list_parameters()}
     return validate_params({name: names[name] for name in known & names.keys()}, stage)
-
-
-def _names_in_parameters_cells(names: dict) -> set[str]:
-    """What a notebook's `parameters` cell, and papermill's behind it, have assigned.
-
-    names: the notebook's globals(), in which IPython keeps the cells that were run.
-    """
-    cells = [source for source in names.get("In", ())
-             if source.lower().startswith("# parameters\n")]
-    targets = [target for source in cells for node in ast.parse(source).body
-               for target in getattr(node, "targets", [getattr(node, "target", None)])]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _open_run(stage: str, params: dict) -> Run:
@@ -208,7 +203,7 @@ def is_done(run: Run, stage: str, params: dict) -> bool:
                     "it")
 
 
-def _go_on(run: Run, stage: str, params: dict) -> Stage:
+def _go_on(run: Run, stage: str, params: dict, cells: KernelCells) -> Stage:
     """The stage in the folder that it is made in, with what a stopped one has left there."""
     folder, facts = run.unfinished_folder(stage), run.stage_facts(stage, params)
     spent = seconds_spent(folder)
@@ -218,10 +213,10 @@ def _go_on(run: Run, stage: str, params: dict) -> Stage:
         facts = stage_keys.mix_facts(started["facts"], facts)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STARTED, {"facts": facts, "spent": spent})
-    return Stage(stage, run, folder, run.with_run_params(stage, params), facts, spent=spent)
+    return Stage(stage, run, folder, run.with_run_params(stage, params), facts, cells, spent=spent)
 
 
-def _show(run: Run, stage: str, params: dict) -> Stage:
+def _show(run: Run, stage: str, params: dict, cells: KernelCells) -> Stage:
     """A finished stage with a copy of its folder, for the cells that show it; the copy goes when
     this process ends.
     """
@@ -238,7 +233,7 @@ def _show(run: Run, stage: str, params: dict) -> Stage:
                     ignore=shutil.ignore_patterns("run.json", "*.ipynb"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Stage(stage, run, folder, run.with_run_params(stage, params),
-                 run.record(stage)["facts"], is_shown=True)
+                 run.record(stage)["facts"], cells, is_shown=True)
 
 
 def _print_stage(stage: Stage) -> None:

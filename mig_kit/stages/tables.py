@@ -160,17 +160,19 @@ def reasoning_bars(systems: dict) -> list[dict]:
             if (figures := result.get("reasoning"))]
 
 
-def stage_rows(records: dict[str, dict]) -> list[dict]:
+def stage_rows(records: dict[str, dict], marks: dict[str, dict]) -> list[dict]:
     """Rows {stage, run, minutes, seed, commit, machine} of finished stages, and their sum.
 
-    records: stage -> run.json. The + of a commit says that its tree had changes.
+    records: stage -> run.json. marks: of `Run.marks`. The + of a commit says that its tree had
+    changes.
     """
     rows = []
     for stage, record in records.items():
         seeds = [f"{name} {record['params'][name]}" for name in ("seed", "eval_seed")
                  if name in record["params"]]
         commit = record["git"]
-        rows.append({"stage": stage, "run": record["run_id"],
+        words = f" ({', '.join(marks[stage])})" if marks.get(stage) else ""
+        rows.append({"stage": f"{stage}{words}", "run": record["run_id"],
                      "minutes": f"{record['seconds'] / 60:.1f}", "seed": ", ".join(seeds),
                      "commit": commit[:8] + "+" * commit.endswith("+"),
                      "machine": record["machine"]})
