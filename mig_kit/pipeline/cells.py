@@ -39,7 +39,10 @@ class KernelCells:
         executed = list(filter(None, map(_normalize, self.history)))
         foreign = [cell for cell in executed if cell not in self.saved]
         if foreign:
-            return f"it ran {foreign[-1].splitlines()[0]!r}, which the saved notebook does not have"
+            lines = foreign[-1].splitlines()
+            known = {line for cell in self.saved for line in cell.splitlines()}
+            line = next((line for line in lines if line not in known), lines[0])
+            return f"it ran {line!r}, which the saved notebook does not have"
         since = list(filter(None, map(_normalize, self.history[self.begun:])))
         bounds = [self.saved.index(cell) for cell in (since[:1] + since[-1:])]
         due = self.saved[bounds[0]:bounds[1] + 1] if bounds else []

@@ -139,6 +139,8 @@ def _execute_notebook(stage: str, run_id: str, params: dict) -> None:
     except (PapermillExecutionError, DeadKernelError) as error:
         kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))
         print(f"{stage}: failed; the notebook is {kept}", flush=True)
+        if isinstance(error, PapermillExecutionError) and error.ename == KeyboardInterrupt.__name__:
+            raise KeyboardInterrupt from None  # Ctrl-C reaches the kernel, too
         if isinstance(error, DeadKernelError):
             raise UserError(f"the kernel of {stage} died, often because memory ran out; give the "
                             "same command, which goes on where it stopped") from None

@@ -9,7 +9,6 @@ import yaml
 from pydantic import ValidationError
 
 from mig_kit.common import PROFILES, UserError, suggest_word
-from mig_kit.pipeline.run_folders import STAGES
 from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS, RUN_PARAMS_STAGE, stage_fields
 
 # TRL's config class of the stages that train
@@ -29,12 +28,6 @@ def default_params(stage: str) -> dict:
     """A stage's parameters in the profile tiny."""
     return {name: field.get_default(call_default_factory=True)
             for name, field in stage_fields(stage).items()}
-
-
-def known_params(stage: str) -> dict:
-    """A stage's parameters and, if it builds on earlier stages, the run's, in the profile tiny."""
-    of_run = default_params(RUN_PARAMS_STAGE) if STAGES[stage] else {}
-    return default_params(stage) | {name: of_run[name] for name in RUN_PARAMS if of_run}
 
 
 def profile_params(stage: str, profile: str = "tiny") -> dict:

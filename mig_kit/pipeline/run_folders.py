@@ -90,10 +90,10 @@ def is_locked(run: Path) -> bool:
     """Whether a process writes the run."""
     import fcntl  # of Unix; scoring, which looks at no run, does without
 
-    if not (run / "lock").is_file():
-        return False
+    if not (run / "lock").is_file() or os.statvfs(run).f_flag & os.ST_RDONLY:
+        return False  # on a mount to read only nobody writes
     try:
-        with (run / "lock").open() as file:  # to read: the folder may be on a read-only mount
+        with (run / "lock").open() as file:  # to read: it may be another user's
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -12,7 +12,7 @@ from pathlib import Path
 from mig_kit.common import UserError, file_sha256, suggest_word, write_json
 from mig_kit.image_files import IMAGE_FOLDER, IMAGE_MANIFEST
 from mig_kit.pipeline import run_folders, stage_keys
-from mig_kit.pipeline.params import known_params, merge_mappings
+from mig_kit.pipeline.params import default_params, merge_mappings
 from mig_kit.pipeline.run_folders import COLD_START, RECIPE, STAGES, runs_root
 from mig_kit.pipeline.stage_params import RUN_PARAMS, RUN_PARAMS_STAGE
 
@@ -91,11 +91,13 @@ class Run:
 
     def params(self, stage: str) -> dict:
         """The parameters that a stage has finished with, {} if it has not; one that its record
-        lacks has its default, and one that is gone is left out.
+        lacks has its default.
         """
-        record = self.record(stage)
-        return record and {name: merge_mappings(default, record["params"].get(name, default))
-                           for name, default in known_params(stage).items()} or {}
+        if not self.record(stage):
+            return {}
+        defaults, params = default_params(stage), self.record(stage)["params"]
+        return defaults | {name: merge_mappings(defaults.get(name), value)
+                           for name, value in params.items()}
 
     def run_params(self, needed_by: str) -> dict:
         """RUN_PARAMS, set by stage 01; UserError if that has not finished."""

@@ -73,23 +73,6 @@ def describe_change(before: dict, now: dict) -> str:
     differences += ["a cell of its notebook has changed"] * (before["cells"] != now["cells"])
     # once 01 has stored the images that it needs, they may go
     differences += ["images of data have changed"] * (now["images"] not in ("", before["images"]))
-    return join_first(differences)
-
-
-def mix_facts(before: dict, now: dict) -> dict:
-    """Facts of a stage that began with the one and goes on with the other: where they differ, they
-    are neither's.
-    """
-    def mix(old, new):
-        if isinstance(old, dict):
-            return {name: mix(old.get(name), new.get(name)) for name in {**old, **new}}
-        return new if old == new else [old, new]
-
-    return mix(before, now) | {"parameter": now["parameter"]}
-
-
-def join_first(differences: list[str]) -> str:
-    """The first three, and how many more there are."""
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
     return "; ".join(differences[:3]) + more
 

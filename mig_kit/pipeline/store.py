@@ -35,7 +35,8 @@ class Stage:
     """A running stage; work: the folder it writes to, params: its own and the run's.
 
     facts: of `stage_facts`. cells: what its kernel has run. is_shown: whether it has finished
-    before, and its cells only show it. spent: seconds before.
+    before, and its cells only show it. spent: seconds before. edited: how what ran before differs
+    from what would be recorded.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Stage:
     cells: KernelCells
     is_shown: bool = False
     spent: float = 0.0
+    edited: str = ""
     started: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
     cpu_clock: float = field(default_factory=processor_seconds)
@@ -98,7 +100,7 @@ class Stage:
             write_card(self.name, folder, self.run, self.params)
             record = self._describe() | {"summary": summary.replace(str(folder), str(final))}
             if record["edited"]:
-                print(f"warning: the record says that {self.name} is edited: {record['edited']}")
+                print(f"warning: it is recorded as edited: {record['edited']}")
             write_json(folder / "run.json", record | facts)
             if final.exists():
                 shutil.rmtree(final)
@@ -114,7 +116,7 @@ class Stage:
         used = None if self.spent else round(processor_seconds() - self.cpu_clock, 1)
         return {"stage": self.name, "run_id": self.run_id, "params": self.params,
                 "facts": self.facts, "branch": self.run.branch,
-                "edited": self.cells.describe_edit(),
+                "edited": self.edited or self.cells.describe_edit(),
                 "outputs": {name: file_sha256(path) for name, path in files.items()},
                 "stats": {name: stage_keys.file_stats(path) for name, path in files.items()},
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
@@ -196,24 +198,22 @@ def is_done(run: Run, stage: str, params: dict) -> bool:
     state = "has finished" if record else "was stopped"
     number = stage[:2]
     source = f" --from {run.id}" if "02" <= number < "08" else ""
-    raise UserError(f"{stage} of run '{run.id}' {state}, and stays as it is "
-                    f"({stage_keys.join_first(changes)}); for other results use another run "
-                    f"(mig-kit run {number}{source} --run-id mine; in a notebook run_id = "
-                    f"\"mine\"), or mig-kit run {number} --run-id {run.id} --force, which replaces "
-                    "it")
+    raise UserError(f"{stage} of run '{run.id}' {state}, and stays as it is ({'; '.join(changes)})"
+                    f"; for other results use another run (mig-kit run {number}{source} --run-id "
+                    f"mine; in a notebook run_id = \"mine\"), or mig-kit run {number} --run-id "
+                    f"{run.id} --force, which replaces it")
 
 
 def _go_on(run: Run, stage: str, params: dict, cells: KernelCells) -> Stage:
     """The stage in the folder that it is made in, with what a stopped one has left there."""
     folder, facts = run.unfinished_folder(stage), run.stage_facts(stage, params)
-    spent = seconds_spent(folder)
-    if started := read_started(folder):
-        if change := stage_keys.describe_change(started["facts"], facts):
-            print(f"warning: {change} since {stage} began, so what comes of it is stale")
-        facts = stage_keys.mix_facts(started["facts"], facts)
+    started, spent = read_started(folder), seconds_spent(folder)
+    change = started and stage_keys.describe_change(started["facts"], facts)
+    edited = f"{change} since it was begun" if change else started.get("edited", "")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / STARTED, {"facts": facts, "spent": spent})
-    return Stage(stage, run, folder, run.with_run_params(stage, params), facts, cells, spent=spent)
+    write_json(folder / STARTED, {"facts": facts, "spent": spent, "edited": edited})
+    return Stage(stage, run, folder, run.with_run_params(stage, params), facts, cells, spent=spent,
+                 edited=edited)
 
 
 def _show(run: Run, stage: str, params: dict, cells: KernelCells) -> Stage:
@@ -232,8 +232,8 @@ def _show(run: Run, stage: str, params: dict, cells: KernelCells) -> Stage:
     shutil.copytree(final, folder, copy_function=bring_along,
                     ignore=shutil.ignore_patterns("run.json", "*.ipynb"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Stage(stage, run, folder, run.with_run_params(stage, params),
-                 run.record(stage)["facts"], cells, is_shown=True)
+    return Stage(stage, run, folder, run.params(stage) | params, run.record(stage)["facts"], cells,
+                 is_shown=True)
 
 
 def _print_stage(stage: Stage) -> None:
@@ -248,6 +248,8 @@ def _print_stage(stage: Stage) -> None:
         print(f"it has finished ({summary}): the cells show what is there, and train nothing again")
     elif stage.spent:
         print(f"it goes on where it was stopped after {stage.spent / 60:.1f} min")
+    if edited := stage.edited or stage.cells.describe_edit() * (not stage.is_shown):
+        print(f"warning: it will be recorded as edited: {edited}")
     marked = [stage.name] if stage.is_shown else stage.inputs
     notes = [note for name in marked for note in stage.run.describe_marks(name)]
     for note in dict.fromkeys(notes):
@@ -255,7 +257,7 @@ def _print_stage(stage: Stage) -> None:
 
 
 def read_started(folder: Path) -> dict:
-    """started.json: {"facts" of `stage_facts`, "spent": seconds before}, else {}."""
+    """started.json: {"facts" of `stage_facts`, "spent": seconds, "edited": of `Stage`}, else {}."""
     path = folder / STARTED
     return json.loads(path.read_text()) if path.is_file() else {}
 

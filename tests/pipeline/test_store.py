@@ -110,16 +110,16 @@ def test_a_stopped_stage_goes_on_with_the_same_values_alone_and_its_minutes_coun
     assert "half.txt" in load_record()["outputs"] and 100 <= load_record()["seconds"] < 110
 
 
-def test_a_stopped_stage_goes_on_with_changed_code_and_is_stale_for_good(root, monkeypatch, capsys):
+def test_a_stopped_stage_goes_on_with_changed_code_and_is_edited(root, monkeypatch, capsys):
     facts = stage_keys.describe_code
     (begin().folder / "half.txt").write_text("x")
     monkeypatch.setattr(stage_keys, "describe_code", lambda stage: {**facts(stage), "cells": "2"})
-    begun = begin()
-    assert "a cell of its notebook has changed since 00_preflight began" in capsys.readouterr().out
-    begun.finish({})
-    for code in (stage_keys.describe_code, facts):
-        monkeypatch.setattr(stage_keys, "describe_code", code)
-        assert "stale" in Run("a").marks["00_preflight"]
+    begin()
+    begin().finish({})  # as it was when it was stopped again
+    words = "edited: a cell of its notebook has changed since it was begun"
+    assert capsys.readouterr().out.count(f"warning: it will be recorded as {words}") == 2
+    assert Run("a").describe_marks("00_preflight") == [
+        "edited (00_preflight: a cell of its notebook has changed since it was begun)"]
 
 
 def test_force_replaces_at_the_end_and_goes_on_after_a_kill(root):
