@@ -320,7 +320,7 @@ def provenance(records: dict[str, list[dict]]) -> str:
     codes = sorted({record["evidence"]["smoke"][:12] for record in everyone})
     return (f"{len(everyone)} of {len(list_items())} records, version {__version__}, commits "
             f"{', '.join(commits)} ({changed} with changed files beside), digest of the smoke run "
-            f"{', '.join(codes)}; {of_others} started, with --force, from a run of another of "
+            f"{', '.join(codes)}; {of_others} started from a run of another of "
             f"these commits; {'; '.join(machines)}. All records: SHA-256 {digest[:12]}.")
 
 

@@ -173,14 +173,5 @@ def test_a_fresh_clone_makes_the_run_that_an_arm_starts_from(name, source, tmp_p
         evidence.make_record(item, "")
     assert f" --run-id {source} " in ran.pop(0) and ran == item.commands
     (tmp_path / source / "06_evaluate").mkdir(parents=True)
-    (tmp_path / source / "06_evaluate" / "run.json").write_text("{}")
+    (tmp_path / source / "06_evaluate" / "run.json").write_text('{"params": {}}')
     assert evidence.list_source_commands(item) == []
-    monkeypatch.setattr(evidence.store, "find_stale", {source: {"05_grpo": "grpo"}}.get)
-    record = json.loads((evidence.FOLDER / f"recipe-{item.seed if name == 'kl-1' else 0}.json"
-                         ).read_text())
-    evaluated, smoke = {key: record[key] for key in ("git", "machine")}, record["evidence"]["smoke"]
-    for of_run, digest, ending in ((evaluated, smoke, " --force"), (evaluated, "f" * 64, ""),
-                                   (evaluated | {"machine": "another"}, smoke, "")):
-        monkeypatch.setattr(evidence.run_folders, "load_record", lambda *_, run=of_run: run)
-        assert evidence.add_force(item.commands[0], digest) == f"{item.commands[0]}{ending}"
-    assert evidence.add_force("mig-kit eval --model kl-1/grpo", smoke).endswith("/grpo")

@@ -6,6 +6,8 @@ import sys
 import tomllib
 from graphlib import TopologicalSorter
 
+import pytest
+
 from mig_kit.common import PACKAGE, PROJECT_ROOT
 from mig_kit.pipeline import run_folders
 
@@ -100,3 +102,30 @@ def test_one_number_one_notebook_one_module_one_test():
                                                f"tests/stages/test_{stage[3:]}.py"))
         for path in (f"notebooks/{stage}.ipynb", module, test):
             assert (PROJECT_ROOT / path).is_file(), path
+
+
+IMPORT_ALL = """
+import importlib, logging, os, pkgutil, warnings
+# what these do when they are imported is theirs
+import accelerate, bitsandbytes, datasets, matplotlib.pyplot, nbconvert, papermill, peft, seaborn
+import torch, transformers, trl
+import mig_kit
+
+def describe_process():
+    loggers = logging.root.manager.loggerDict.values()
+    return (dict(os.environ), [str(entry) for entry in warnings.filters],
+            [(logger.name, logger.level) for logger in loggers if getattr(logger, "level", 0)])
+
+before = describe_process()
+for module in pkgutil.walk_packages(mig_kit.__path__, "mig_kit."):
+    importlib.import_module(module.name)
+    assert describe_process() == before, module.name
+from mig_kit.pipeline.processes import prepare_process
+prepare_process()
+assert all(map(lambda one, other: one != other, describe_process(), before))
+"""
+
+
+@pytest.mark.slow
+def test_an_import_changes_nobodys_process():
+    subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True)

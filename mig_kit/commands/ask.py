@@ -16,7 +16,7 @@ from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_facts import EVALUATE, MODELS, RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
-from mig_kit.pipeline.store import stale_notes
+from mig_kit.pipeline.runs import Run
 from mig_kit.prompts import format_question, parse_reply, reply_boxes_in_original
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
@@ -59,7 +59,7 @@ def find_model(model: str, changes: dict, server: str = "") -> RunModel:
     click.echo(f"{model} is asked with {box_format.description}{further}", err=True)
     if not found_model:
         return RunModel(ServedName(folder) if is_served else folder, box_format, {})
-    for note in stale_notes(found_model.stage, found_model.run_id) if found_model.stage else ():
+    for note in Run(found_model.run_id).notes(found_model.stage):
         click.echo(f"warning: {note}", err=True)
     return replace(found_model, folder=folder, box_format=box_format)
 

@@ -14,12 +14,14 @@ from mig_kit.commands.options import NEW_FILE
 from mig_kit.commands.reward import reward
 from mig_kit.commands.score import score_command
 from mig_kit.common import NOTEBOOKS, UserError
-from mig_kit.pipeline import run_folders, store
+from mig_kit.pipeline import run_folders, runs, store
 from mig_kit.pipeline.plan import plan_run
+from mig_kit.pipeline.processes import prepare_process
 
 
 def main() -> None:
     """Entry point: what the user has to change ends with one sentence, a bug with its traceback."""
+    prepare_process()
     try:
         if code := cli(standalone_mode=False):
             sys.exit(code)
@@ -69,12 +71,11 @@ def stage_name(text: str) -> str:
               help="Take the stages before STAGES from this run, by reference.")
 @click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
               help="Set a parameter in every stage that has it.")
-@click.option("--force", is_flag=True, help="Replace what has finished or was stopped, and build "
-                                            "on stale stages.")
+@click.option("--force", is_flag=True, help="Replace what has finished or was stopped.")
 def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrides,
         force: bool) -> bool:
     """Run STAGES (all by default) as notebooks; a stage that has finished is skipped, and refused
-    if it would now be made otherwise.
+    with other parameters.
     """
     from mig_kit.pipeline.execute import run_plan  # a second, as papermill
 
@@ -113,7 +114,7 @@ def status(run_id: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(run_id: str, yes: bool) -> None:
     """Delete the run RUN_ID with all its stages, unless branches start from it."""
-    run_folders.require_no_branches(run_id)
+    runs.require_no_branches(run_id)
     folder = run_folders.runs_root() / run_id
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     run_folders.lock_run(folder)  # refused before a question is asked

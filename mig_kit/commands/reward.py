@@ -32,9 +32,10 @@ def check(rewards: tuple[str, ...], file: Path | None, run_id: str, root: Path |
     another frame, ... A name of the kit's is a reward, too.
     """
     from mig_kit.data.own_data import iter_samples
-    from mig_kit.pipeline import run_facts, run_folders, store
+    from mig_kit.pipeline import run_folders
     from mig_kit.pipeline.params import profile_params
     from mig_kit.pipeline.reward_names import check_rewards
+    from mig_kit.pipeline.runs import Run
     from mig_kit.sample import read_samples
     from mig_kit.training import reward_check, reward_loading
 
@@ -42,13 +43,13 @@ def check(rewards: tuple[str, ...], file: Path | None, run_id: str, root: Path |
         raise UserError("name rewards and --data FILE, or --run RUN, which has both")
     if run_id:
         run_folders.require_runs(run_id)
-        profile = run_folders.load_profile(run_id) or "tiny"
+        run = Run(run_id)
+        profile = run.profile or "tiny"
     box_format, params = profile_box_format(profile), profile_params("05_grpo", profile)
     if run_id:
-        values = run_facts.run_params(run_id, "mig-kit reward check")
+        values = run.run_params("mig-kit reward check")
         box_format = BoxFormat(*map(values.get, ("min_pixels", "max_pixels", "coordinates")))
-        if record := run_folders.load_record("05_grpo", run_id):
-            params = store.recorded_params("05_grpo", record)
+        params = run.params("05_grpo") or params
     rewards = rewards or tuple(params["rewards"])
     # a file is named from where the command is given
     references = [f"{Path.cwd() / text}" if ":" in text else text for text in rewards]
@@ -57,8 +58,8 @@ def check(rewards: tuple[str, ...], file: Path | None, run_id: str, root: Path |
     if file:
         samples = list(iter_samples(file, root or file.parent, reward_check.MOST_READ))
     else:
-        run_folders.require_record("04_rejection_sampling", run_id, "mig-kit reward check")
-        folder = run_folders.stage_folder("04_rejection_sampling", run_id)
+        run.require("04_rejection_sampling", "mig-kit reward check")
+        folder = run.stage_folder("04_rejection_sampling")
         samples = read_samples(folder / "kept.parquet")
     table = reward_check.tabulate_payments(
         loaded, samples, box_format, params["reward_weights"],

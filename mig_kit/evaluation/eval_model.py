@@ -32,7 +32,7 @@ from mig_kit.models.model_folders import ServedName, find_file
 from mig_kit.models.processors import load_processor, prompt_measure
 from mig_kit.openai_client import read_request_fields
 from mig_kit.pipeline.run_facts import RunModel
-from mig_kit.pipeline.run_folders import stage_folder
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_keys import model_fingerprint
 from mig_kit.prompts import format_question
 from mig_kit.sample import Sample, read_samples
@@ -131,7 +131,7 @@ def _compare_with_run(task: Task, samples: dict[str, Sequence[Sample]], run_id: 
     """Of own data: are these held out, and how many did 01 of the model's run give to training?"""
     if task.suite != OWN:
         return {}
-    files = [stage_folder("01_synthesize", run_id) / f"{name}.parquet"
+    files = [Run(run_id).stage_folder("01_synthesize") / f"{name}.parquet"
              for name in ("cot", "rl") if run_id]
     trained = {_question_key(sample) for file in files if file.is_file()
                for sample in read_samples(file)}

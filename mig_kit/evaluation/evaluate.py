@@ -17,8 +17,7 @@ from mig_kit.boxes import BoxFormat, iou
 from mig_kit.common import UserError, model_folder
 from mig_kit.evaluation.items import number_image_lists, score_part
 from mig_kit.image_files import image_digests
-from mig_kit.pipeline import run_folders
-from mig_kit.pipeline.run_facts import name_data
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_params import START_WORDS
 from mig_kit.prompts import reply_boxes_in_original
 from mig_kit.sample import Sample, TableRows, read_samples
@@ -32,7 +31,7 @@ def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample
     """Suite -> scored samples: held-out own data, then synthetic suites; params: of 06."""
     samples: dict[str, Sequence[Sample]] = {}
     if has_own_data(run_id):
-        folder = run_folders.stage_folder("01_synthesize", run_id)
+        folder = Run(run_id).stage_folder("01_synthesize")
         samples[suites.OWN] = read_samples(folder / "val.parquet")
     return samples | draw_test_samples(params)
 
@@ -57,7 +56,7 @@ def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
 
 def has_own_data(run_id: str) -> bool:
     """Whether the run was trained on data of its own, not on drawn scenes."""
-    return name_data(run_id) != "scenes"
+    return Run(run_id).data != "scenes"
 
 
 def find_rl_start(start_from: str) -> Path | None:

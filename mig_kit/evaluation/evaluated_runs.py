@@ -17,9 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
 from mig_kit.evaluation.evaluate import has_own_data
 from mig_kit.evaluation.items import QUESTION, pick, read_items
-from mig_kit.pipeline import run_folders, store
+from mig_kit.pipeline import store
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.world.suites import SUITES, suite_title
 
@@ -46,7 +47,7 @@ class EvaluatedRun:
     start_from: str = "merged"  # what 05 trained
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `changed_params`
-    stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
+    stale: list[str] = field(default_factory=list)  # of `Run.notes`
     # by system and suite: truth and grounded of `evaluate.summarize_reasoning`
     reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # percent, as 06 wrote them
@@ -95,11 +96,12 @@ def _read_run(word: str) -> tuple[EvaluatedRun, pd.MultiIndex]:
         # questions of drawn suites share no images, so that each is a list of its own
         asked = pd.DataFrame(rows, columns=QUESTION[:3]).assign(list=range(len(rows)))
         return run, pd.MultiIndex.from_frame(asked)
-    record = run_folders.require_record("06_evaluate", word, "mig-kit table")
-    greedy = pick(read_items(run_folders.stage_folder("06_evaluate", word)), kind="greedy")
+    run = Run(word)
+    record = run.require("06_evaluate", "mig-kit table")
+    greedy = pick(read_items(run.stage_folder("06_evaluate")), kind="greedy")
     greedy = greedy[greedy["model"].isin(SYSTEMS)]
     asked = greedy[greedy["model"] == greedy["model"].iloc[0]]
-    return _load_run(word, record, greedy), pd.MultiIndex.from_frame(asked[QUESTION[:4]])
+    return _load_run(run, record, greedy), pd.MultiIndex.from_frame(asked[QUESTION[:4]])
 
 
 def _sample_params(params: dict) -> dict:
@@ -108,26 +110,24 @@ def _sample_params(params: dict) -> dict:
     return {name: params[name] for name in SAMPLE_PARAMS} | {"suites": drawn}
 
 
-def _load_run(run_id: str, record: dict, greedy: pd.DataFrame) -> EvaluatedRun:
+def _load_run(run: Run, record: dict, greedy: pd.DataFrame) -> EvaluatedRun:
     """record: of 06; greedy: rows of its `items`."""
-    stages = {stage: run_folders.load_record(stage, run_id) or {} for stage in RECIPE[1:6]}
+    stages = {stage: run.record(stage) or {} for stage in RECIPE[1:6]}
     trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
     seed = trained.get("seed", 0)
-    curves = store.read_metrics(run_folders.stage_folder("05_grpo", run_id)).get("curves", [])
+    curves = store.read_metrics(run.stage_folder("05_grpo")).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
-    summaries = store.read_metrics(run_folders.stage_folder("06_evaluate", run_id))["systems"]
+    summaries = store.read_metrics(run.stage_folder("06_evaluate"))["systems"]
     spent = [stage.get("processor_seconds") for name, stage in stages.items()
              if name > "02" and stage]
     return EvaluatedRun(
-        run_id, synthesized.get("seed", seed), seed,
-        correct_bits(greedy),
+        run.id, synthesized.get("seed", seed), seed, correct_bits(greedy),
         float(np.mean(lengths or [np.nan])),
         sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
         record.get("git", ""), record.get("machine", ""),
-        record.get("versions", {}).get("mig-kit", ""), 
-        _sample_params(record["params"]),
+        record.get("versions", {}).get("mig-kit", ""), _sample_params(record["params"]),
         trained.get("start_from", "merged"), record.get("questions", {}),
-        changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id),
+        changed_params(run.id, RECIPE[1:7]), run.notes("06_evaluate"),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
                   if summary.get("reasoning")} for system, by_suite in summaries.items()},
         {system: {suite: summary["score"] for suite, summary in by_suite.items()}
@@ -176,7 +176,7 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
     """Finished stage -> its parameters that differ from the defaults and change results."""
     changed = {}
     for stage in stages:
-        params, defaults = run_folders.finished_params(stage, run_id), default_params(stage)
+        params, defaults = Run(run_id).params(stage), default_params(stage)
         if values := {name: value for name, value in params.items()
                       if name not in EXECUTION_PARAMS and value != defaults.get(name, value)}:
             changed[stage] = values
@@ -229,10 +229,10 @@ def check_margins(run_id: str) -> tuple[str, bool]:
     A margin lies outside if its whole interval does. ("", False) for a run with other parameters
     than the recipe's, or without a finished 06.
     """
-    file, record = PROJECT_ROOT / MARGINS, run_folders.load_record("06_evaluate", run_id)
-    if not record or not file.is_file() or changed_params(run_id, RECIPE[1:7]):
+    file, run = PROJECT_ROOT / MARGINS, Run(run_id)
+    if not run.record("06_evaluate") or not file.is_file() or changed_params(run_id, RECIPE[1:7]):
         return "", False
-    metrics = store.read_metrics(run_folders.stage_folder("06_evaluate", run_id))
+    metrics = store.read_metrics(run.stage_folder("06_evaluate"))
     texts, is_outside = [], False
     for suite, margins in json.loads(file.read_text()).items():
         gap, lowest, highest = metrics["deltas"]["grpo-sft"][suite], min(margins), max(margins)

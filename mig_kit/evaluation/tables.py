@@ -9,7 +9,7 @@ from mig_kit import __version__
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.evaluation.items import paired_gap, pick
 from mig_kit.pipeline.params import default_params
-from mig_kit.pipeline.run_folders import finished_params
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.sample import Sample
 from mig_kit.stats import interval_text
@@ -133,7 +133,7 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
                    if record["run_id"] != run_id), "")
     rows = []
     for stage, record in records.items():
-        others = finished_params(stage, source) if source else default_params(stage)
+        others = Run(source).params(stage) if source else default_params(stage)
         rows += [{"stage": stage, "parameter": name, "this run": str(value),
                   f"run {source}" if source else "default": str(others[name])}
                  for name, value in record["params"].items()
@@ -151,17 +151,19 @@ def reasoning_bars(systems: dict) -> list[dict]:
             if (figures := result.get("reasoning"))]
 
 
-def stage_rows(records: dict[str, dict]) -> list[dict]:
+def stage_rows(records: dict[str, dict], marks: dict[str, dict]) -> list[dict]:
     """Rows {stage, run, minutes, seed, commit, machine} of finished stages, and their sum.
 
-    records: stage -> run.json. The + of a commit says that its tree had changes.
+    records: stage -> run.json. marks: of `Run.marks`. The + of a commit says that its tree had
+    changes.
     """
     rows = []
     for stage, record in records.items():
         seeds = [f"{name} {record['params'][name]}" for name in ("seed", "eval_seed")
                  if name in record["params"]]
         commit = record["git"]
-        rows.append({"stage": stage, "run": record["run_id"],
+        words = f" ({', '.join(marks[stage])})" if marks.get(stage) else ""
+        rows.append({"stage": f"{stage}{words}", "run": record["run_id"],
                      "minutes": f"{record['seconds'] / 60:.1f}", "seed": ", ".join(seeds),
                      "commit": commit[:8] + "+" * commit.endswith("+"),
                      "machine": record["machine"]})

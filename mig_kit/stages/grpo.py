@@ -3,8 +3,9 @@
 Advantages and loss are TRL's (`training.recipe_trainer` says where); here are model, data, rewards.
 
 Of the paper we had the abstracts, which say "rule-based RL"; GRPO, group size, rates and KL weight
-are our choices: the tiny profile's own, the full profiles' VLM-R1's and MG-Thinker's. The loss averages over the tokens of an update (TRL's
-`loss_type` dapo), not first over each reply as in the GRPO paper (arXiv 2402.03300).
+are our choices: the tiny profile's own, the full profiles' VLM-R1's and MG-Thinker's. The loss
+averages over the tokens of an update (TRL's `loss_type` dapo), not first over each reply as in the
+GRPO paper (arXiv 2402.03300).
 """
 
 import shutil

@@ -32,7 +32,7 @@ PARAMS = {"eval_seed": 3, "min_pixels": 3136, "max_pixels": 401408, "coordinates
 @pytest.fixture(autouse=True)
 def runs(monkeypatch, tmp_path):
     """Records hold no keys here; pipeline/test_plan.py looks at stale runs."""
-    monkeypatch.setattr(evaluated_runs.store, "stale_notes", lambda *_: [])
+    monkeypatch.setattr(evaluated_runs.Run, "notes", lambda *_: [])
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     return tmp_path
 
@@ -383,7 +383,7 @@ def margins_of(gaps, monkeypatch, changed=None):
     """`check_margins` of a run with a gap (value, low, high) for each suite of MARGINS."""
     deltas = {suite: {"value": value, "ci95": bounds}
               for suite, (value, *bounds) in zip(MARGINS, gaps)}
-    monkeypatch.setattr(evaluated_runs.run_folders, "load_record", lambda *_: {"params": {}})
+    monkeypatch.setattr(evaluated_runs.Run, "record", lambda *_: {"params": {}})
     monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: changed or {})
     monkeypatch.setattr(evaluated_runs.store, "read_metrics",
                         lambda _: {"deltas": {"grpo-sft": deltas}})

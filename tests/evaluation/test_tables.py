@@ -82,16 +82,17 @@ def test_pass_at_k_where_06_has_it():
 
 
 def test_how_a_run_was_made(monkeypatch):
-    first, _, second, total = tables.stage_rows(RECORDS)
-    assert first == {"stage": "02_sft", "run": "default", "minutes": "1.5", "seed": "seed 3",
-                     "commit": "01234567+", "machine": "two cores"}
+    first, _, second, total = tables.stage_rows(
+        RECORDS, {"02_sft": {"stale": "02_sft: sft has changed"}})
+    assert first == {"stage": "02_sft (stale)", "run": "default", "minutes": "1.5",
+                     "seed": "seed 3", "commit": "01234567+", "machine": "two cores"}
     assert second["seed"] == "seed 3, eval_seed 14" and second["commit"] == ""
     assert total == {"stage": "together", "minutes": "2.0"}
     samples = {"own": make_suite("mmiu", "test", 1), "mmiu": make_suite("mmiu", "test", 2)}
     assert tables.describe_run(RECORDS, samples) == (
         "3 held-out questions of own data and 6 drawn questions, to be compared with each other "
         f"alone; 2.0 minutes; CPU <b>; mig-kit {__version__}")
-    monkeypatch.setattr(tables, "finished_params", lambda stage, run: {"learning_rate": 2})
+    monkeypatch.setattr(tables.Run, "params", lambda *_: {"learning_rate": 2})
     assert tables.changed_rows("sharp", RECORDS) == [
         {"stage": "05_grpo", "parameter": "learning_rate", "this run": "1.0", "run default": "2"}]
 
