@@ -19,7 +19,7 @@ from mig_kit.image_files import image_digests
 from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.run_facts import name_data
 from mig_kit.pipeline.stage_params import START_WORDS
-from mig_kit.prompts import parse_reply, reply_boxes_in_original
+from mig_kit.prompts import Answer, parse_reply, read_reply
 from mig_kit.rewards import is_correct, names_image, reply_iou
 from mig_kit.sample import Sample, TableRows, read_samples
 from mig_kit.score import calibration
@@ -79,24 +79,23 @@ def list_pairs(systems: Mapping) -> list[tuple[str, str]]:
     return [pair for pair in PAIRS if set(pair) <= set(systems)]
 
 
-def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, float]:
+def score_answer(answer: Answer, sample: Sample) -> dict[str, float]:
     """{"iou", "correct", "image", "format"} of one reply, 0..1 each.
 
     image: whether the image is correct. In multiple choice, and without a target, iou and image
     repeat correct.
     """
-    correct = float(is_correct(reply, sample, box_format))
-    well_formed = float(parse_reply(reply).well_formed)
+    correct, well_formed = float(is_correct(answer, sample)), float(answer.well_formed)
     if sample.options or not sample.targets:
         return {"iou": correct, "correct": correct, "image": correct,
                 "format": well_formed if sample.options else max(correct, well_formed)}
-    return {"iou": reply_iou(reply, sample, box_format), "correct": correct,
-            "image": float(names_image(reply, sample)), "format": well_formed}
+    return {"iou": reply_iou(answer, sample), "correct": correct,
+            "image": float(names_image(answer, sample)), "format": well_formed}
 
 
 def reply_is_correct(reply: str, sample: Sample, box_format: BoxFormat) -> float:
     """1.0 if the reply is correct."""
-    return float(is_correct(reply, sample, box_format))
+    return float(is_correct(read_reply(reply, sample, box_format), sample))
 
 
 def first_per_task(samples: Sequence[Sample], per_task: int) -> Sequence[Sample]:
@@ -138,7 +137,7 @@ def summarize_suite(samples: list[Sample], greedy: list[str], drawn: list[list[s
         "sampled", "pass_at_k"} of those drawn, where sampled is None if no sample has any;
         "reasoning" for drawn scenes.
     """
-    scores = [score_reply(reply, sample, box_format)
+    scores = [score_answer(read_reply(reply, sample, box_format), sample)
               for reply, sample in zip(greedy, samples, strict=True)]
     columns = {name: np.array([score[name] for score in scores])
                for name in ("iou", "correct", "format", "image")}
@@ -172,7 +171,8 @@ def summarize_reasoning(samples: list[Sample], replies: list[str], box_format: B
         grounded: share of the correct replies that make a claim, and no false one.
         Figures without a case are None.
     """
-    counts = [count_claims(reply, sample) for reply, sample in zip(replies, samples)]
+    counts = [count_claims(parse_reply(reply), sample)
+              for reply, sample in zip(replies, samples)]
     n_true, judged = np.array([(count.true, count.judged) for count in counts], dtype=float).T
     correct = np.array([reply_is_correct(reply, sample, box_format)
                         for reply, sample in zip(replies, samples)])
@@ -188,7 +188,7 @@ def summarize_reasoning(samples: list[Sample], replies: list[str], box_format: B
 
 
 def _summarize_task(columns: dict[str, np.ndarray]) -> dict:
-    """Greedy scores of one task in percent; columns: of `score_reply`, and the lists of images."""
+    """Greedy scores of one task in percent; columns: of `score_answer`, and the lists of images."""
     overlap = columns["iou"]
     accuracies = {f"acc@{t}": to_percent((overlap >= t).mean()) for t in (0.3, 0.5, 0.7)}
     return {"n": len(overlap), **accuracies, "mean_iou": to_percent(overlap.mean()),
@@ -271,7 +271,8 @@ def calibrate_boxes(samples: list[Sample], greedy: list[str], box_format: BoxFor
              if _asks_for_one_box(sample)]
     asked, boxes, answers = [sample for sample, _ in pairs], [], []
     for sample, reply in pairs:
-        image, box = next(iter(reply_boxes_in_original(sample, reply, box_format)), (None, None))
+        answer = read_reply(reply, sample, box_format)
+        image, box = (answer.image, answer.box) if answer.box else (None, None)
         target = max(sample.targets, key=lambda target: (
             target.image == image, box is not None and iou(box, target.box)))
         sides = sample.sizes[target.image - 1] * 2

@@ -10,7 +10,6 @@ from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import finished_params
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
-from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.stages import evaluate
 from mig_kit.stats import group_by_task, interval_text, paired_gap_by_list
@@ -71,8 +70,8 @@ def out_of_domain_rows(samples: Sequence[Sample], replies: dict[str, dict[str, s
     replies: of base, sft (if the run has it) and grpo, by sample id.
     """
     lists = evaluate.number_image_lists(samples)
-    correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
-                                 for sample in samples], dtype=float)
+    correct = {system: np.array([
+        evaluate.reply_is_correct(by_id[sample.id], sample, box_format) for sample in samples])
                for system, by_id in replies.items()}
     rows = []
     for task, indices in group_by_task([sample.task for sample in samples],

@@ -23,6 +23,7 @@ from mig_kit.common import UserError, write_json_lines
 from mig_kit.models.loading import Policy
 from mig_kit.models.processors import check_image_grids
 from mig_kit.models.sample_prompts import make_cache, prompt_source
+from mig_kit.prompts import Answer, read_reply
 from mig_kit.sample import Sample
 from mig_kit.serving.served_rollouts import ServedRollouts
 from mig_kit.serving.stored_replies import ROLLOUTS, load_rollouts
@@ -124,11 +125,11 @@ class KeepRollouts(TrainerCallback):
     with the training's sampling options and always the same random numbers, and change nothing in
     it. Nothing is kept where the kit's decoder lacks one of these options.
 
-    describe: makes the rest of a row from a reply and its sample.
+    describe: makes the rest of a row from an answer and its sample.
     """
 
     def __init__(self, trainer: GRPOTrainer, policy: Policy, samples: Sequence[Sample],
-                 folder: Path, every: int, describe: Callable[[str, Sample], dict]):
+                 folder: Path, every: int, describe: Callable[[Answer, Sample], dict]):
         self.trainer, self.policy = trainer, policy
         self.folder, self.every, self.describe = folder, every, describe
         count = min(PROMPTS, len(samples))  # evenly spaced, because a table is often sorted by task
@@ -158,8 +159,10 @@ class KeepRollouts(TrainerCallback):
         # after a kill, a step that is drawn again replaces its rows and all later ones
         rows = [row for row in load_rollouts(self.folder) if row["step"] < step]
         for (index, sample), completions in zip(self.samples.items(), rollouts):
-            rows += [{"step": step, "prompt": index, **self.describe(reply, sample)}
-                     for reply in processor.batch_decode(completions, skip_special_tokens=True)]
+            replies = processor.batch_decode(completions, skip_special_tokens=True)
+            answers = [read_reply(reply, sample, self.policy.box_format) for reply in replies]
+            rows += [{"step": step, "prompt": index, **self.describe(answer, sample)}
+                     for answer in answers]
         write_json_lines(self.folder / ROLLOUTS, rows)
 
 

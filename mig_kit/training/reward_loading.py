@@ -1,7 +1,7 @@
 """Rewards by name, the kit's and those in users' files, as 05 counts them.
 
 A completion's way to its reward: TRL calls a function of `grpo.reward_functions`, this calls
-`Score.score_batch` with the replies of a batch, and that calls a function of `rewards` per reply.
+`Score.score_batch` with the answers of a batch, and that calls a function of `rewards` per answer.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from types import ModuleType
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, split_function_name, write_atomically
-from mig_kit.prompts import chat_messages, correct_answer
+from mig_kit.prompts import Answer, chat_messages, correct_answer
 from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
 
@@ -45,7 +45,7 @@ def load_rewards(references: Sequence[str], folder: Path | None) -> dict[str, Re
     Args:
         references: names that `reward_names.check_rewards` accepts.
         folder: the stage's, which holds copies of the files; None to read the files.
-    Raises: whatever a file raises.
+    Raises: whatever a file raises; UserError for a function that takes other arguments.
     """
     rewards = {}
     for text in references:
@@ -55,19 +55,31 @@ def load_rewards(references: Sequence[str], folder: Path | None) -> dict[str, Re
         path, name = split_function_name(text)
         module = _import_file(folder / FOLDER / path.name if folder else path, path)
         rewards[name] = getattr(module, name)
+        if not takes_batch(rewards[name]) and not _takes_answer(rewards[name]):
+            raise UserError(f"{path}: a reward is called as {name}(answer, sample); write it so: "
+                            "answer.text is the reply, answer.image, answer.box (in pixels of "
+                            "the original) and answer.letter what it says")
     return rewards
 
 
 def takes_batch(reward: Callable) -> bool:
     """Whether a reward has TRL's form, of a whole batch: it takes TRL's arguments by name, and not
-    the kit's three by position.
+    the kit's two by position.
     """
     parameters = inspect.signature(reward).parameters
     kinds = [parameter.kind for parameter in parameters.values()]
     kind = inspect.Parameter
     takes_rest = kind.VAR_KEYWORD in kinds and kind.VAR_POSITIONAL not in kinds
     return bool(parameters.keys() & {"prompts", "completions", "completion_ids"}) or (
-        takes_rest and len(kinds) < 4)
+        takes_rest and len(kinds) < 3)
+
+
+def _takes_answer(reward: Callable) -> bool:
+    try:
+        inspect.signature(reward).bind("answer", "sample")
+    except TypeError:
+        return False
+    return True
 
 
 def _import_file(copy: Path, path: Path) -> ModuleType:
@@ -88,8 +100,9 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 @contextmanager
-def _show_reply(name: str, replies: Sequence[str]) -> Iterator[None]:
+def _show_reply(name: str, answers: Sequence[Answer]) -> Iterator[None]:
     """Adds to an error of a reward the shortest of the replies that it was given."""
+    replies = [answer.text for answer in answers]
     try:
         yield
     except Exception as error:
@@ -107,13 +120,13 @@ class Score:
     box_format: BoxFormat
     is_penalised: bool = False
 
-    def __call__(self, reply: str, sample: Sample) -> float | None:
-        """What one reply earns; None if the reward does not apply, or judges whole batches."""
-        return None if takes_batch(self.reward) else self.score_batch([reply], [sample])[0]
+    def __call__(self, answer: Answer, sample: Sample) -> float | None:
+        """What one answer earns; None if the reward does not apply, or judges whole batches."""
+        return None if takes_batch(self.reward) else self.score_batch([answer], [sample])[0]
 
-    def score_batch(self, replies: Sequence[str], samples: Sequence[Sample],
+    def score_batch(self, answers: Sequence[Answer], samples: Sequence[Sample],
                     **given) -> list[float | None]:
-        """What each reply of a batch earns.
+        """What each answer of a batch earns.
 
         given: TRL's arguments, for a reward in its form, which also gets the columns question,
         sizes ((width, height), pixels), targets ((image number, box), pixels of the original),
@@ -122,21 +135,21 @@ class Score:
         values = []
         if takes_batch(self.reward):
             arguments = given | _batch_columns(samples, self.box_format)
-            with _show_reply(self.name, replies):
+            with _show_reply(self.name, answers):
                 results = self.reward(**arguments)
                 if inspect.iscoroutine(results):
                     results = asyncio.run_coroutine_threadsafe(results, _event_loop()).result()
             values = [None if value != value else value for value in results]  # NaN is TRL's None
         else:
-            for reply, sample in zip(replies, samples):
-                with _show_reply(self.name, [reply]):
-                    values.append(self.reward(reply, sample, self.box_format))
-        if len(values) != len(replies):
+            for answer, sample in zip(answers, samples):
+                with _show_reply(self.name, [answer]):
+                    values.append(self.reward(answer, sample))
+        if len(values) != len(answers):
             raise UserError(f"the reward '{self.name}' gave {len(values)} values for "
-                            f"{len(replies)} completions")
-        return list(map(self._check_value, values, replies, samples))
+                            f"{len(answers)} completions")
+        return list(map(self._check_value, values, answers, samples))
 
-    def _check_value(self, value: object, reply: str, sample: Sample) -> float | None:
+    def _check_value(self, value: object, answer: Answer, sample: Sample) -> float | None:
         """The value as a number, 0 if the penalty applies; UserError if it is none."""
         if type(value).__module__ in ("torch", "numpy"):  # of no dimension
             value = value.item()
@@ -145,7 +158,7 @@ class Score:
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise UserError(f"the reward '{self.name}' gave {value!r} for sample {sample.id}; "
                             "return a finite number, or None where it does not apply")
-        is_lost = self.is_penalised and not cites_only_existing_images(reply, sample)
+        is_lost = self.is_penalised and not cites_only_existing_images(answer, sample)
         return 0.0 if is_lost else float(value)
 
 

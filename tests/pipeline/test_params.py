@@ -85,7 +85,7 @@ REFUSED = [
 
 @pytest.fixture
 def reward_files(tmp_path):
-    center = "def center(reply, sample, box_format):\n    return 1.0\n\n\n"
+    center = "def center(answer, sample):\n    return 1.0\n\n\n"
     texts = {"FILE": ("my_rewards.py", center + center.replace("center", "length")),
              "OTHER": ("other/my_rewards.py", center.replace("center", "edge"))}
     (tmp_path / "other").mkdir()

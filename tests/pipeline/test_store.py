@@ -196,7 +196,7 @@ def test_what_makes_another_key_of_a_stage(root, leave):
         keys.add(key_of("06_evaluate"))
     own_reward = root / "my_rewards.py"
     for value in (1.0, 0.5):
-        own_reward.write_text(f"def center(reply, sample, box_format):\n    return {value}\n")
+        own_reward.write_text(f"def center(answer, sample):\n    return {value}\n")
         keys.add(key_of("05_grpo", rewards=["format", f"{own_reward}:center"]))
     assert len(keys) == 8
 

@@ -19,7 +19,7 @@ from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou
 from mig_kit.models import loading
-from mig_kit.prompts import correct_answer
+from mig_kit.prompts import correct_answer, parse_reply, read_reply
 from mig_kit.rewards import REWARDS
 from mig_kit.serving import stored_replies
 from mig_kit.shared_prefix import generation, obstacles
@@ -54,7 +54,8 @@ def make_trainer(random_folder, float32, stage_params):
 def test_rewards_apply_where_they_mean_something():
     samples = [make_sample("diff", "rl", 0), next(iter_free_form("rl", 1))]
     reply = f"<think></think><answer>{samples[1].letter}</answer>"
-    functions = grpo.reward_functions(reward_loading.score_functions(REWARDS, BOX_FORMAT), samples)
+    functions = grpo.reward_functions(reward_loading.score_functions(REWARDS, BOX_FORMAT), samples,
+                                      BOX_FORMAT)
     scores = {reward.__name__: reward(completions=as_completions([reply, reply]), sample=[0, 1])
               for reward in functions}
     expected = {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None],
@@ -68,8 +69,9 @@ def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, is_all
     sample = make_sample("diff", "rl", 0)
     answer = f"<answer>{correct_answer(sample, BOX_FORMAT)}</answer>"
     scores = reward_loading.score_functions(REWARDS, BOX_FORMAT, penalty)
-    sound, unsound = ([scores[name](f"<think>image {n}: a.</think>{answer}", sample)
-                       for name in ("format", "image", "box")] for n in (2, 3))
+    replies = (f"<think>image {n}: a.</think>{answer}" for n in (2, 3))
+    sound, unsound = ([scores[name](read_reply(reply, sample, BOX_FORMAT), sample)
+                       for name in ("format", "image", "box")] for reply in replies)
     assert sound[:2] == [1, 1] and sound[2] > 0.9
     assert unsound == ([0, 0, 0] if is_all_lost else [format_score, *sound[1:]])
 
@@ -78,10 +80,11 @@ def test_shares_of_what_replies_write_down():
     drawn, own = make_sample("diff", "rl", 0), replace(make_sample("diff", "rl", 1), notes=())
     replies = ["<think>Compare.</think>", "<think>Compare. new: b.</think>",
                "<think>image 1: a. image 2: b.</think>", "<think>image 1: a. image 2: b.</think>"]
-    shares = grpo.detail_shares(replies, [drawn] * 4)
+    answers = list(map(parse_reply, replies))
+    shares = grpo.detail_shares(answers, [drawn] * 4)
     assert shares == {"evidence": 0.5, "finding": 0.25, "method": 0.25}
-    assert grpo.detail_shares(replies, [own] * 4) == {}
-    assert grpo.detail_shares(replies, [own] * 3 + [drawn])["evidence"] == 1
+    assert grpo.detail_shares(answers, [own] * 4) == {}
+    assert grpo.detail_shares(answers, [own] * 3 + [drawn])["evidence"] == 1
 
 
 def test_shares_of_what_is_true_and_of_what_is_listed():
@@ -92,25 +95,26 @@ def test_shares_of_what_is_true_and_of_what_is_listed():
                f"<think>{drawn.notes[0]} new: x.</think>",
                "<think>image 9: red star.</think>"]
     total = sum(note.count(",") + 1 for note in drawn.notes)
-    assert grpo.reasoning_shares(replies, [drawn] * 3) == {
+    answers = list(map(parse_reply, replies))
+    assert grpo.reasoning_shares(answers, [drawn] * 3) == {
         "truth": 3 / 4, "coverage": (total + listed) / (3 * total)}
-    assert grpo.reasoning_shares(["", "<think>Compare.</think>"], [drawn] * 2) == {}
-    assert grpo.reasoning_shares(replies, [own] * 3) == {}
-    false, = grpo.describe_reply(replies[2], drawn, BOX_FORMAT, {}, {})["false"]
+    assert grpo.reasoning_shares([parse_reply("")] * 2, [drawn] * 2) == {}
+    assert grpo.reasoning_shares(answers, [own] * 3) == {}
+    false, = grpo.describe_answer(answers[2], drawn, {}, {})["false"]
     assert replies[2][slice(*false)] == "image 9: red star."
 
 
 def test_what_is_kept_of_a_rollout():
     sample = make_sample("diff", "rl", 0)
-    reply = correct_reply(sample, BOX_FORMAT)
+    answer = read_reply(correct_reply(sample, BOX_FORMAT), sample, BOX_FORMAT)
     rewards = {name: REWARDS[name] for name in ("box", "choice")}
     scores = reward_loading.score_functions(rewards, BOX_FORMAT)
-    row = grpo.describe_reply(reply, sample, BOX_FORMAT, scores, {"box": 2.0})
+    row = grpo.describe_answer(answer, sample, scores, {"box": 2.0})
     assert row["reward"] == 2 * row["rewards"]["box"] > 1.8 and row["rewards"]["choice"] is None
     assert row["correct"] and row["detail"] == "method"
     (image, box), = row["boxes"]
     assert image == sample.targets[0].image and iou(box, sample.targets[0].box) > 0.9
-    assert grpo.describe_reply("", sample, BOX_FORMAT, scores, {})["boxes"] == []
+    assert grpo.describe_answer(parse_reply(""), sample, scores, {})["boxes"] == []
 
 
 IN_TRLS_FORM = """
