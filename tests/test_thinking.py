@@ -176,7 +176,7 @@ def test_rewards_read_replies_whole(taught, questions, float32, stage_params, tm
         "05_grpo", rewards=["format", "box", f"{own}:starts"], num_generations=4,
         per_device_train_batch_size=8, gradient_accumulation_steps=1, max_steps=1,
         max_completion_length=64, temperature=0.1, lora_r=4)
-    reward_loading.copy_reward_files(params.rewards, tmp_path)
+    reward_loading.copy_own_files(params.rewards, tmp_path)
     policy = loading.load_policy(taught, float32, BOX_FORMAT)
     trainer = grpo.grpo_trainer(policy, questions, tmp_path, params)
     trainer.train()

@@ -28,7 +28,12 @@ from mig_kit.serving import served_rollouts
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 from mig_kit.training import recipe_trainer, resuming
-from mig_kit.training.reward_loading import Score, load_rewards, score_functions
+from mig_kit.training.reward_loading import (
+    Score,
+    load_function,
+    load_rewards,
+    score_functions,
+)
 from mig_kit.world.claims import count_claims, read_claims
 from mig_kit.world.teacher import DETAILS, recognize_detail
 
@@ -168,6 +173,8 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
             micro_completions=params.micro_replies, served=served)
     else:
         trainer = recipe_trainer.ResumableGRPOTrainer(**common)  # stock TRL
+    if params.advantage:
+        trainer.advantage = load_function(params.advantage, folder)
     trainer.add_callback(recipe_trainer.KeepRollouts(  # draws before the first update, too
         trainer, policy, samples, folder, ROLLOUT_STEPS, describe))
     resuming.train_in_float32(trainer.model)

@@ -50,11 +50,54 @@ class _ResumableOrder:
                                   stock.repeat_count, stock.shuffle, stock.seed)
 
 
-class ResumableGRPOTrainer(_ResumableOrder, GRPOTrainer):
+def own_advantages(function: Callable, rewards: torch.Tensor) -> torch.Tensor:
+    """What a function of one's own makes of rewards.
+
+    Args:
+        rewards: (prompts, group), the weighted sums of all processes; NaN where no reward applies.
+    Returns: (prompts, group), 0 where no reward applies.
+    Raises: UserError for another shape and for a value that is not finite.
+    """
+    values = torch.as_tensor(function(rewards.clone()), dtype=rewards.dtype, device=rewards.device)
+    if values.shape != rewards.shape:
+        raise UserError(f"the function of advantage gave values of shape {tuple(values.shape)} for "
+                        f"rewards of shape {tuple(rewards.shape)} (prompts, group); return one per "
+                        "reply")
+    values = values.where(~rewards.isnan(), 0.0)
+    if not values.isfinite().all():
+        raise UserError("the function of advantage gave a value that is not finite; do not divide "
+                        "by 0, and leave out rewards that are NaN")
+    return values
+
+
+class _OwnAdvantage:
+    """Mixin: where TRL has computed advantages, `advantage` replaces them, if there is one."""
+
+    advantage: Callable | None = None
+
+    def _calculate_rewards(self, *args):
+        self.rewards = super()._calculate_rewards(*args)
+        return self.rewards
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.advantage is None:
+            return output
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        weighted = self.rewards * self.reward_weights.to(self.rewards.device)
+        rewards = weighted.nansum(1).where(~weighted.isnan().all(1), torch.nan)
+        values = own_advantages(self.advantage, rewards.view(-1, group)).flatten()
+        self._logs["advantages"].extend(values.tolist())  # TRL's fall out of this queue
+        count = len(output["advantages"])  # rewards are gathered
+        first = self.accelerator.process_index * count
+        return output | {"advantages": values[first:first + count]}
+
+
+class ResumableGRPOTrainer(_ResumableOrder, _OwnAdvantage, GRPOTrainer):
     """Stock TRL, resumable."""
 
 
-class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
+class RecipeTrainer(_ResumableOrder, _OwnAdvantage, SharedPrefixGRPOTrainer):
     """The shared-prefix trainer of the recipe; its prompts are made of samples, by number.
 
     Args:
@@ -92,10 +135,6 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         # stock TRL cannot go on: the rows hold no images
         raise UserError(f"prompts cannot be shared: {reason.partition(';')[0]}; set "
                         "share_prefix to false")
-
-    def _calculate_rewards(self, *args):
-        self.rewards = super()._calculate_rewards(*args)
-        return self.rewards
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)

@@ -1,4 +1,4 @@
-"""Rewards by name, the kit's and those in users' files, as 05 counts them.
+"""Rewards by name, the kit's and those in users' files, as 05 counts them; and users' advantages.
 
 A completion's way to its reward: TRL calls a function of `grpo.reward_functions`, this calls
 `Score.score_batch` with the answers of a batch, and that calls a function of `rewards` per answer.
@@ -20,20 +20,21 @@ from types import ModuleType
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, split_function_name, write_atomically
+from mig_kit.pipeline.reward_names import list_own_files
 from mig_kit.prompts import Answer, chat_messages, correct_answer
 from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
 
-FOLDER = "rewards"  # in a stage's folder: copies of the files that its rewards are from
+FOLDER = "rewards"  # in a stage's folder: copies of the files of its rewards and advantage
 RL_NEEDS = ("RL only strengthens what a model sometimes gets right; let it learn from traces first "
             "(teacher own or endpoint in 01), or start from the folder of a model that answers "
             "some of these questions (start_from of 05, with min_pass_rate 0 in 04); stages that "
             "have begun take other values with --force")
 
 
-def copy_reward_files(references: Sequence[str], folder: Path) -> None:
+def copy_own_files(references: Sequence[str], folder: Path) -> None:
     """Copy the files of `references` ("file.py:function") into the stage's folder."""
-    for path in {split_function_name(text)[0] for text in references if ":" in text}:
+    for path in list_own_files(references):
         (folder / FOLDER).mkdir(exist_ok=True)
         write_atomically(folder / FOLDER / path.name,
                          lambda temporary, path=path: shutil.copyfile(path, temporary))
@@ -53,13 +54,18 @@ def load_rewards(references: Sequence[str], folder: Path | None) -> dict[str, Re
             rewards[text] = REWARDS[text]
             continue
         path, name = split_function_name(text)
-        module = _import_file(folder / FOLDER / path.name if folder else path, path)
-        rewards[name] = getattr(module, name)
+        rewards[name] = load_function(text, folder)
         if not takes_batch(rewards[name]) and not _takes_answer(rewards[name]):
             raise UserError(f"{path}: a reward is called as {name}(answer, sample); write it so: "
                             "answer.text is the reply, answer.image, answer.box (in pixels of "
                             "the original) and answer.letter what it says")
     return rewards
+
+
+def load_function(reference: str, folder: Path | None) -> Callable:
+    """The function of "file.py:function"; folder and errors: as of `load_rewards`."""
+    path, name = split_function_name(reference)
+    return getattr(_import_file(folder / FOLDER / path.name if folder else path, path), name)
 
 
 def takes_batch(reward: Callable) -> bool:

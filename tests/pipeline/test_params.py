@@ -75,6 +75,8 @@ REFUSED = [
     ("05", {"reward_weights": {"boxes": 1.0}}, "reward_weights has 'boxes', which is not one of"),
     ("05", {"rewards": [*KIT, "none.py:center"]}, "none.py, which does not exist"),
     ("05", {"rewards": [*KIT, "FILE:centre"]}, "has no function 'centre'; it has center, length"),
+    ("05", {"advantage": "maxrl"}, "advantage is 'maxrl'; write file.py:function"),
+    ("05", {"advantage": "none.py:maxrl"}, "advantage names "),
     ("05", {"rewards": [*KIT, "FILE:length"]}, "have a 'length' of their own; rename the function"),
     ("05", {"rewards": [*KIT, "FILE:center", "OTHER:edge"]}, "two files called my_rewards.py"),
     ("06", {"suites": {"mig": 1}}, "suites.mig.[key] is 'mig': Input should be 'mig_bench', 'ood_"),

@@ -18,6 +18,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou
+from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.models import loading
 from mig_kit.prompts import correct_answer, parse_reply, read_reply
 from mig_kit.rewards import REWARDS
@@ -141,7 +142,7 @@ def test_rewards_in_trls_form_are_those_of_stock_trl(tmp_path, make_trainer, sha
     (tmp_path / "mine.py").write_text(IN_TRLS_FORM)
     names = ["overlong", "shortest", "ids", "judge"]
     references = [f"{tmp_path / 'mine.py'}:{name}" for name in names]
-    reward_loading.copy_reward_files(references, tmp_path)
+    reward_loading.copy_own_files(references, tmp_path)
     trainer = make_trainer(tmp_path, rewards=references, max_steps=1, share_prefix=share_prefix)
     stock, batches = GRPOTrainer._calculate_rewards, []
 
@@ -163,6 +164,52 @@ def test_rewards_in_trls_form_are_those_of_stock_trl(tmp_path, make_trainer, sha
     expected = stock(trainer, rows, prompts, completions, ids)
     assert torch.equal(rewards.nan_to_num(-9), expected.nan_to_num(-9))
     assert expected.nan_to_num(-9).unique().numel() > 5
+
+
+TRLS = """
+from trl.trainer.utils import nanstd
+def trls(rewards):
+    return (rewards - rewards.nanmean(1, keepdim=True)) / (nanstd(rewards.flatten()) + 1e-4)
+def flat(rewards):
+    return rewards.flatten()
+def endless(rewards):
+    return rewards / 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_advantages_of_ones_own_stand_where_trls_would(tmp_path, make_trainer, share_prefix,
+                                                       monkeypatch):
+    monkeypatch.setitem(REWARDS, "format", lambda answer, sample: len(set(answer.text)) / 10)
+    (tmp_path / "mine.py").write_text(TRLS)
+    names = {name: f"{tmp_path / 'mine.py'}:{name}" for name in ("trls", "flat", "endless")}
+    reward_loading.copy_own_files(list(names.values()), tmp_path)
+    trainers = []
+    for advantage in ("", names["trls"]):
+        trainers.append(make_trainer(tmp_path, share_prefix=share_prefix, scale_rewards="batch",
+                                     advantage=advantage, save_steps=9))
+        torch.manual_seed(0)
+        trainers[-1].train()
+    check_same_training(*trainers)
+    assert trainers[0]._logs["advantages"] == trainers[1]._logs["advantages"]
+    assert any(trainers[0]._logs["advantages"])
+    for name, sentence in (("flat", "one per reply"), ("endless", "not finite")):
+        with pytest.raises(UserError, match=sentence):
+            make_trainer(tmp_path, share_prefix=share_prefix, advantage=names[name]).train()
+
+
+def test_advantages_by_hand():
+    guide = NOTEBOOKS / "guide" / "advantages.py"
+    maxrl, rloo = (reward_loading.load_function(f"{guide}:{name}", None)
+                   for name in ("maxrl", "rloo"))
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.allclose(recipe_trainer.own_advantages(maxrl, rewards), torch.tensor(
+        [[3.0, -1, -1, -1], [1 / 3, 1 / 3, 1 / 3, -1], [0, 0, 0, 0]]))
+    assert torch.allclose(recipe_trainer.own_advantages(rloo, rewards)[0], torch.tensor(
+        [1, -1 / 3, -1 / 3, -1 / 3]))
+    rewards[2] = torch.nan
+    assert not recipe_trainer.own_advantages(rloo, rewards)[2].any(), "no reward applies"
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def load(tmp_path):
     def load_text(text):
         file = tmp_path / "my_rewards.py"
         file.write_text(text)
-        reward_loading.copy_reward_files(["box", f"{file}:center"], tmp_path)
+        reward_loading.copy_own_files(["box", f"{file}:center"], tmp_path)
         rewards = load_rewards(["box", f"{file}:center"], tmp_path)
         assert list(rewards) == ["box", "center"] and rewards["box"] is REWARDS["box"]
         return rewards["center"], file

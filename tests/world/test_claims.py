@@ -135,7 +135,7 @@ def test_every_suite_can_be_judged():
 
 def test_the_guides_reward_pays_true_claims_about_every_image(tmp_path):
     file = PROJECT_ROOT / "notebooks" / "guide" / "true_claims.py"
-    reward_loading.copy_reward_files([f"{file}:true_claims"], tmp_path)
+    reward_loading.copy_own_files([f"{file}:true_claims"], tmp_path)
     reward = reward_loading.load_rewards([f"{file}:true_claims"], tmp_path)["true_claims"]
     sample = replace(SAMPLE, spec=None)
     for thought, value in ((" ".join([*sample.notes, sample.finding]), 1.0),
