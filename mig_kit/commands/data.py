@@ -99,7 +99,7 @@ def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
     model = (run_folders.stage_folder("03_merge", run_id) / "merged" if start == "merged" else
              loading.resolve_model(params["base_model"] if start == "base" else start))
     samples = read_samples(kept / "kept.parquet")
-    files = (folder / "rewards").glob("*.py") if record else list_own_files(params["rewards"])
+    files = (folder / "rewards").glob("*") if record else list_own_files(params["rewards"])
     recipe = exports.Recipe(run_id, samples, params, model, params["trl"], tuple(files))
     differences = exports.write_export(engine, recipe, out, gpus)
     click.echo(f"{len(samples)} prompts, their rewards and the recipe for {engine}: {out}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from mig_kit import common
 from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT, digest_json, file_sha256
 from mig_kit.image_files import is_regular_file
-from mig_kit.pipeline.reward_names import list_own_functions
+from mig_kit.pipeline.reward_names import list_own_files, list_own_functions
 from mig_kit.pipeline.run_facts import run_params
 from mig_kit.pipeline.run_folders import STAGES, input_stages, require_record
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
@@ -52,8 +52,7 @@ def stage_facts(stage: str, run_id: str, params: dict) -> dict:
                      if file not in left_out} for name in input_stages(stage, run_id)}
     files = hash_named_files(params)
     images = files.pop("images", None)
-    files |= {name: file_sha256(common.split_function_name(name)[0])
-              for name in list_own_functions(params)}
+    files |= {path.name: file_sha256(path) for path in list_own_files(list_own_functions(params))}
     files |= {name: model_fingerprint(params[name]) for name in MODEL_PARAMS if params.get(name)}
     params = {name: value for name, value in params.items() if name not in EXECUTION_PARAMS}
     return {"parameter": params,

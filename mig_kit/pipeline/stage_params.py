@@ -15,7 +15,7 @@ from mig_kit.boxes import MODEL_COORDINATES, BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, model_folder
 from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
 from mig_kit.pipeline.processes import parse_launcher
-from mig_kit.pipeline.reward_names import check_advantage, check_rewards
+from mig_kit.pipeline.reward_names import check_rewards
 from mig_kit.pipeline.run_folders import validate_run_id
 from mig_kit.world.suites import SUITES
 
@@ -266,8 +266,7 @@ class Grpo(Training, Served):
     @model_validator(mode="after")
     def _trains_as_it_says(self):
         check_rewards(self.rewards, self.reward_weights,
-                      type(self).model_fields["reward_weights"].default)
-        check_advantage(self.advantage)
+                      type(self).model_fields["reward_weights"].default, self.advantage)
         rows = self.per_device_train_batch_size
         rows *= 1 if self.share_prefix else self.gradient_accumulation_steps
         require(rows % self.num_generations == 0,

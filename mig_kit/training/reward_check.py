@@ -109,10 +109,11 @@ def tabulate_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box
         raise UserError(f"the rewards {', '.join(rewards)} pay the same for every reply to a "
                         "question, so nothing can be learnt; mend them, or add one that is about "
                         "these questions")
-    means = total.mean()
-    for kind in means.index[means >= means["right"]].difference(["right", "long"], sort=False):
-        print(f"warning: the reply '{kind}' earns {means[kind]:.2f}, the right one no more than "
-              f"{means['right']:.2f}: training would learn it", flush=True)
+    for kind in total.columns.difference(["right", "long"], sort=False):
+        wrong, right = total[[kind, "right"]].dropna().mean()  # of the same questions
+        if wrong >= right - 1e-6:
+            print(f"warning: the reply '{kind}' earns {wrong:.2f}, the right one no more than "
+                  f"{right:.2f}: training would learn it", flush=True)
     if len(rewards) > 1:
         columns[SUM] = total
     return pd.DataFrame({name: values.mean() for name, values in columns.items()},

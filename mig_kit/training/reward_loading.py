@@ -5,6 +5,7 @@ A completion's way to its reward: TRL calls a function of `grpo.reward_functions
 """
 
 import asyncio
+import importlib
 import inspect
 import math
 import numbers
@@ -20,7 +21,7 @@ from types import ModuleType
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, split_function_name, write_atomically
-from mig_kit.pipeline.reward_names import list_own_files
+from mig_kit.pipeline.reward_names import OWN_MODULE, list_own_files
 from mig_kit.prompts import Answer, chat_messages, correct_answer
 from mig_kit.rewards import REWARDS, Reward, cites_only_existing_images
 from mig_kit.sample import Sample
@@ -33,7 +34,9 @@ RL_NEEDS = ("RL only strengthens what a model sometimes gets right; let it learn
 
 
 def copy_own_files(references: Sequence[str], folder: Path) -> None:
-    """Copy the files of `references` ("file.py:function") into the stage's folder."""
+    """Copy the files of `references` ("file.py:function"), and what they use, into the stage's
+    folder.
+    """
     for path in list_own_files(references):
         (folder / FOLDER).mkdir(exist_ok=True)
         write_atomically(folder / FOLDER / path.name,
@@ -90,11 +93,30 @@ def _takes_answer(reward: Callable) -> bool:
 
 def _import_file(copy: Path, path: Path) -> ModuleType:
     """The module in file `copy`; its tracebacks name `path`, of which it is the copy."""
-    module = ModuleType(f"own_rewards_{path.stem}")
-    module.__file__ = str(path)
+    module = ModuleType(f"{OWN_MODULE}{path.stem}")
+    module.__file__ = str(copy)
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(copy.read_text("utf-8-sig"), str(path), "exec"), module.__dict__)
+    with _import_from(copy):
+        exec(compile(copy.read_text("utf-8-sig"), str(path), "exec"), module.__dict__)
     return module
+
+
+@contextmanager
+def _import_from(file: Path) -> Iterator[None]:
+    """Imports the modules beside a file that it uses, read anew, as if it were a script."""
+    names = {path.stem for path in list_own_files([f"{file.resolve()}:"])}
+    others = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    sys.path.insert(0, str(file.parent.resolve()))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        del sys.path[0]
+        sys.dont_write_bytecode = writes_bytecode
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(others)
 
 
 @cache

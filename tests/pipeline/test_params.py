@@ -78,7 +78,7 @@ REFUSED = [
     ("05", {"advantage": "maxrl"}, "advantage is 'maxrl'; write file.py:function"),
     ("05", {"advantage": "none.py:maxrl"}, "advantage names "),
     ("05", {"rewards": [*KIT, "FILE:length"]}, "have a 'length' of their own; rename the function"),
-    ("05", {"rewards": [*KIT, "FILE:center", "OTHER:edge"]}, "two files called my_rewards.py"),
+    ("05", {"rewards": [*KIT, "FILE:center", "OTHER:edge"]}, "use two files called my_rewards.py"),
     ("06", {"suites": {"mig": 1}}, "suites.mig.[key] is 'mig': Input should be 'mig_bench', 'ood_"),
     ("06", {"suites": {"blink": -1}}, "suites.blink is -1: Input should be greater"),
     ("08", {"model": "nowhere"}, "a folder that exists, or USER/NAME of the hub"),

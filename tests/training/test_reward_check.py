@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from command_line import error_of, output_of
@@ -164,6 +166,11 @@ def test_the_command(samples, tmp_path):
                            ("zer", "has no function 'zer'; it has f, zero")):
         assert sentence in error_of(*words, f"{tmp_path}/my.py:{name}")
     assert "name rewards and --data FILE, or --run RUN" in error_of("reward", "check")
+    (tmp_path / "lacks.py").write_text("import not_of_the_kit\ndef f(answer, sample): return 1\n")
+    script = "from mig_kit.commands.main import main; main()"
+    error = subprocess.run([sys.executable, "-c", script, *words, f"{tmp_path}/lacks.py:f"],
+                           capture_output=True, text=True).stderr
+    assert "lacks.py\", line 1" in error and "pip install" not in error, "no extra of the kit"
 
 
 def test_a_runs_rewards_with_its_weights_are_what_05_shows(smoke_runs):

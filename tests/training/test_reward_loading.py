@@ -1,5 +1,6 @@
 """Rewards in files of users: loaded from the stage's copy, tried; a failing one shows its line."""
 
+import sys
 import traceback
 
 import pytest
@@ -137,6 +138,30 @@ def test_a_value_that_is_no_number_is_one_sentence(load, samples, text, sentence
     reward, _ = load(text)
     with pytest.raises(UserError, match=f"the reward 'center' {sentence}"):
         try_rewards({"center": reward}, samples)
+
+
+def test_what_a_reward_uses_of_its_folder_is_copied_with_it(tmp_path, samples):
+    folder, stage = tmp_path / "mine", tmp_path / "stage"
+    for path, text in {
+            folder / "rules.py": "from json import load\nimport deeper\nVALUE = deeper.VALUE\n",
+            folder / "deeper.py": "VALUE = 2\n", folder / "unused.py": "1 / 0\n",
+            folder / "table.json": "[3]",
+            folder / "my.py": "from pathlib import Path\nfrom rules import VALUE, load\n"
+                              "FILES = ['table.json']\ndef f(answer, sample):\n"
+                              "    with Path(__file__).with_name('table.json').open() as file:\n"
+                              "        return VALUE * load(file)[0]\n"}.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    stage.mkdir()
+    reward_loading.copy_own_files([f"{folder / 'my.py'}:f"], stage)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "my.py").write_text("")
+    reward = load_rewards([f"{folder / 'my.py'}:f"], stage)["f"]
+    assert reward(right_answer(samples[0]), samples[0]) == 6
+    assert sorted(path.name for path in (stage / "rewards").iterdir()) == [
+        "deeper.py", "my.py", "rules.py", "table.json"]
+    assert not {"rules", "deeper"} & sys.modules.keys()
 
 
 @pytest.mark.parametrize("arguments", ["reply", "reply, sample, box_format"])
