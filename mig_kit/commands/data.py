@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mig_kit.commands.options import FILE, NEW_FILE, NEW_FOLDER, profile_box_format, root_option
-from mig_kit.common import UserError, split_function_name
+from mig_kit.common import UserError
 from mig_kit.pipeline.params import profile_params
 
 
@@ -78,6 +78,7 @@ def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
     from mig_kit.data import exports
     from mig_kit.models import loading
     from mig_kit.pipeline import run_folders
+    from mig_kit.pipeline.reward_names import list_own_files
     from mig_kit.pipeline.runs import Run
     from mig_kit.sample import read_samples
     from mig_kit.training.reward_loading import load_rewards, takes_batch
@@ -91,15 +92,14 @@ def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
     rewards = load_rewards(params["rewards"], folder if has_trained else None)
     if of_batch := [name for name in rewards if takes_batch(rewards[name])]:
         raise UserError(f"the reward '{of_batch[0]}' judges whole batches, which other engines do "
-                         "not give; write it as a function of reply, sample and box format")
+                         "not give; write it as a function of answer and sample")
     for note in run.notes("04_rejection_sampling"):
         click.echo(f"warning: {note}", err=True)
     start, kept = params["start_from"], run.stage_folder("04_rejection_sampling")
     model = (run.stage_folder("03_merge") / "merged" if start == "merged" else
              loading.resolve_model(params["base_model"] if start == "base" else start))
     samples = read_samples(kept / "kept.parquet")
-    files = (folder / "rewards").glob("*.py") if has_trained else {
-        split_function_name(text)[0] for text in params["rewards"] if ":" in text}
+    files = (folder / "rewards").glob("*") if has_trained else list_own_files(params["rewards"])
     recipe = exports.Recipe(run_id, samples, params, model, params["trl"], tuple(files))
     differences = exports.write_export(engine, recipe, out, gpus)
     click.echo(f"{len(samples)} prompts, their rewards and the recipe for {engine}: {out}")

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline import run_folders, runs, store
 from mig_kit.pipeline.plan import plan_run
 from mig_kit.pipeline.processes import prepare_process
+from mig_kit.pipeline.reward_names import OWN_MODULE
 
 
 def main() -> None:
@@ -32,7 +34,10 @@ def main() -> None:
         sys.exit("interrupted; this goes on where it stopped: "
                  + shlex.join(["mig-kit", *sys.argv[1:]]))
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "mig_kit":
+        modules = [frame.f_globals.get("__name__", "")
+                   for frame, _ in traceback.walk_tb(error.__traceback__)]
+        is_users = any(name.startswith(OWN_MODULE) for name in modules)
+        if is_users or (error.name or "").split(".")[0] == "mig_kit":
             raise
         extra = "eval" if sys.argv[1:2] in (["score"], ["data"], ["eval"], ["ground"]) else (
             "notebooks")

@@ -19,7 +19,7 @@ from mig_kit.evaluation.items import number_image_lists, score_part
 from mig_kit.image_files import image_digests
 from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_params import START_WORDS
-from mig_kit.prompts import reply_boxes_in_original
+from mig_kit.prompts import read_reply
 from mig_kit.sample import Sample, TableRows, read_samples
 from mig_kit.score import calibration
 from mig_kit.world import suites
@@ -108,7 +108,8 @@ def calibrate_boxes(samples: list[Sample], greedy: list[str], box_format: BoxFor
              if _asks_for_one_box(sample)]
     asked, boxes, answers = [sample for sample, _ in pairs], [], []
     for sample, reply in pairs:
-        image, box = next(iter(reply_boxes_in_original(sample, reply, box_format)), (None, None))
+        answer = read_reply(reply, sample, box_format)
+        image, box = (answer.image, answer.box) if answer.box else (None, None)
         target = max(sample.targets, key=lambda target: (
             target.image == image, box is not None and iou(box, target.box)))
         sides = sample.sizes[target.image - 1] * 2

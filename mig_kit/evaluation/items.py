@@ -16,7 +16,7 @@ from mig_kit import stats
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
 from mig_kit.image_files import image_digests
-from mig_kit.prompts import parse_reply
+from mig_kit.prompts import Answer, read_reply
 from mig_kit.rewards import is_correct, names_image, reply_iou
 from mig_kit.sample import Sample
 from mig_kit.score.own import is_read
@@ -29,21 +29,21 @@ QUESTION = ["suite", "task", "part", "list", "id"]  # columns that tell a questi
 TEXTS = ("model", "protocol", "suite", "task", "part", "id", "kind", "reply")
 
 
-def score_reply(reply: str, sample: Sample, box_format: BoxFormat) -> dict[str, float | None]:
-    """What one reply is worth.
+def score_answer(answer: Answer, sample: Sample) -> dict[str, float | None]:
+    """What one answer is worth.
 
     Returns: {"correct", "iou", "image": whether the image is correct, "format", "read": whether it
         names a box, a letter or that there is none} of 0..1, and {"true", "judged"}, claims of the
         reasoning (None without a scene). In multiple choice, and without a target, iou and image
         repeat correct.
     """
-    answer, correct = parse_reply(reply), float(is_correct(reply, sample, box_format))
-    claims = count_claims(reply, sample) if sample.spec else None
+    correct = float(is_correct(answer, sample))
+    claims = count_claims(answer, sample) if sample.spec else None
     asks_for_box = bool(sample.targets) and not sample.options
     is_none = not sample.targets and not sample.options
     return {"correct": correct,
-            "iou": reply_iou(reply, sample, box_format) if asks_for_box else correct,
-            "image": float(names_image(reply, sample)) if asks_for_box else correct,
+            "iou": reply_iou(answer, sample) if asks_for_box else correct,
+            "image": float(names_image(answer, sample)) if asks_for_box else correct,
             "format": max(float(answer.well_formed), correct * is_none),
             "read": float(is_read(answer, sample.options) or answer.names_none),
             "true": claims and claims.true, "judged": claims and claims.judged}
@@ -79,7 +79,7 @@ def make_items(samples: Mapping[str, Sequence[Sample]], replies: Mapping[str, Ma
                 question = {by: name, "suite": suite, "task": sample.task,
                             "part": score_part(sample), "list": number, "id": sample.id}
                 rows += [{**question, "kind": kind, "draw": draw, "reply": _digest(reply),
-                          **score_reply(reply, sample, box_format)}
+                          **score_answer(read_reply(reply, sample, box_format), sample)}
                          for kind, texts in (("greedy", [greedy]), ("drawn", drawn))
                          for draw, reply in enumerate(texts)]
     return pd.DataFrame(rows)

@@ -102,8 +102,9 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
 def locate_paths(name: str, value: object) -> object:
     """A value of `-p`; paths relative to the working directory become relative to the project."""
     if name == "rewards" and isinstance(value, list):
-        return [re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), str(text))
-                for text in value]
+        return [locate_paths("advantage", str(text)) for text in value]
+    if name == "advantage":
+        return re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), str(value))
     is_model = name in MODEL_PARAMS and value not in (*SHIPPED, *START_WORDS)
     is_path = (name == "image_root" or name == "data" and value != "scenes"
                or is_model and Path(value).is_dir())

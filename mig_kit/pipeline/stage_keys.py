@@ -15,6 +15,7 @@ from pathlib import Path
 from mig_kit import common
 from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT, digest_json, file_sha256
 from mig_kit.image_files import is_regular_file
+from mig_kit.pipeline.reward_names import list_own_files, list_own_functions
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 
 NOT_PRODUCTS = ("metrics.json",)  # they hold times and names of runs
@@ -43,8 +44,7 @@ def stage_facts(stage: str, params: dict, outputs: dict[str, dict[str, str]]) ->
     """
     files = hash_named_files(params)
     images = files.pop("images", None)
-    files |= {name: file_sha256(common.split_function_name(name)[0])
-              for name in params.get("rewards", ()) if ":" in name}
+    files |= {path.name: file_sha256(path) for path in list_own_files(list_own_functions(params))}
     files |= {name: model_fingerprint(params[name]) for name in MODEL_PARAMS if params.get(name)}
     params = {name: value for name, value in params.items() if name not in EXECUTION_PARAMS}
     left_out = () if stage in STAGES_OF_PICTURES else NOT_PRODUCTS

@@ -10,6 +10,7 @@ import pytest
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.common import write_json
 from mig_kit.evaluation import evaluate, items
+from mig_kit.prompts import read_reply
 from mig_kit.sample import TableRows, read_samples, write_samples
 from mig_kit.stats import to_percent
 from mig_kit.world.suites import make_suite
@@ -81,7 +82,8 @@ def test_the_truth_of_reasoning_by_hand():
         ('{"image": 1, "box": [1, 2, 3, 4]}', 0), ('{"image": 1, "box": [1, 2', 0))),
     ("There is nothing.", 0)])
 def test_where_there_is_nothing_to_find_the_correct_answer_names_no_box(reply, correct):
-    scores = items.score_reply(reply, sample_without_target(), BOX_FORMAT)
+    sample = sample_without_target()
+    scores = items.score_answer(read_reply(reply, sample, BOX_FORMAT), sample)
     assert scores["correct"] == correct and scores["format"] >= correct
 
 

@@ -211,9 +211,14 @@ def test_what_makes_another_key_of_a_stage(root, leave):
         keys.add(key_of("06_evaluate"))
     own_reward = root / "my_rewards.py"
     for value in (1.0, 0.5):
-        own_reward.write_text(f"def center(reply, sample, box_format):\n    return {value}\n")
+        own_reward.write_text(f"def center(answer, sample):\n    return {value}\n")
         keys.add(key_of("05_grpo", rewards=["format", f"{own_reward}:center"]))
-    assert len(keys) == 8
+    own_reward.write_text("from rules import center\nFILES = ['table.json']\n")
+    for rules, table in (("a", "1"), ("b", "1"), ("b", "2")):
+        (root / "rules.py").write_text(f"center = '{rules}'\n")
+        (root / "table.json").write_text(table)
+        keys.add(key_of("05_grpo", rewards=["format", f"{own_reward}:center"]))
+    assert len(keys) == 11
 
 
 def test_how_a_stage_runs_is_recorded_and_makes_nothing_stale(root, leave):
