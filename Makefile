@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PROFILE ?= tiny
-# glibc hands freed memory back at once and faults it in again for every tensor; see mig_kit/__init__.py
+# glibc hands freed memory back at once and faults it in again for every tensor; see mig_kit/pipeline/processes.py
 export MALLOC_MMAP_THRESHOLD_ := 8589934592
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export MALLOC_TOP_PAD_ := 268435456

@@ -23,10 +23,12 @@ import yaml
 
 from mig_kit import __version__
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
-from mig_kit.pipeline import run_folders, store
+from mig_kit.evaluation.eval_model import read_result
+from mig_kit.evaluation.evaluated_runs import EvaluatedRun, correct_bits, record_run
+from mig_kit.pipeline import store
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_facts import describe_machine, processor_seconds
-from mig_kit.stages.evaluated_runs import EvaluatedRun, record_run
+from mig_kit.pipeline.runs import Run
 from mig_kit.world.suites import OUT_OF_DOMAIN, SUITES
 
 FOLDER = NOTEBOOKS / "guide" / "evidence"
@@ -86,24 +88,7 @@ def list_source_commands(item: Item) -> list[str]:
     words = {word for command in item.commands for word in re.split(r"[\s/]", command)}
     return [command for other in list_items() if other.run_id in words - {item.run_id}
             and not other.commands[-1].startswith("mig-kit eval")
-            and run_folders.load_record("06_evaluate", other.run_id) is None
-            for command in other.commands]
-
-
-def add_force(command: str, smoke: str) -> str:
-    """A command with --force where the run that it starts from is stale, and its record shows that
-    the code of then computes what the code of now does on this machine.
-    """
-    source = read_option(command, "--from") if "--from" in command else ""
-    if not source or not store.find_stale(source):
-        return command
-    path = next(item.path for item in list_items()
-                if item.arm == "recipe" and item.run_id == source)
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    evaluated = run_folders.load_record("06_evaluate", source)
-    is_same = record and record["evidence"]["smoke"] == smoke and all(
-        record[name] == evaluated[name] for name in ("git", "machine"))
-    return f"{command} --force" if is_same else command  # else refused, with a sentence
+            and not Run(other.run_id).record("06_evaluate") for command in other.commands]
 
 
 def run_command(command: str, **environment: str) -> None:
@@ -149,10 +134,10 @@ def make_record(item: Item, smoke: str) -> None:
     *_, last = item.commands
     is_eval = last.startswith("mig-kit eval")
     run_id = item.run_id
-    is_whole = not (run_folders.runs_root() / run_id).exists()
+    is_whole = not Run(run_id).folder.exists()
     before = processor_seconds()
     for command in item.commands:
-        run_command(add_force(command, smoke))
+        run_command(command)
     # of a run that was begun before, only a part was seen
     spent = round(processor_seconds() - before) if is_whole else None
     path = (record_evaluation(run_id, item.seed, PROJECT_ROOT / read_option(last, "--out"))
@@ -160,43 +145,41 @@ def make_record(item: Item, smoke: str) -> None:
     record = json.loads(path.read_text())
     path.unlink()
     curves = [] if is_eval else store.read_metrics(
-        run_folders.stage_folder("05_grpo", run_id))["curves"][-LAST:]
+        Run(run_id).stage_folder("05_grpo"))["curves"][-LAST:]
     record["evidence"] = {
         "arm": item.arm, "commands": item.commands, "smoke": smoke, "processor_seconds": spent,
         "curves": {name: round(float(np.mean([row[name] for row in curves])), 7)
                    for name in CURVES if curves and name in curves[0]}}
-    record["out_of_domain"] = {**FAR, "correct": ask_out_of_domain(item)}
+    record["out_of_domain"] = FAR | ask_out_of_domain(item)
     write_json(item.path, record)
 
 
-def ask_out_of_domain(item: Item) -> dict[str, str]:
-    """System -> 0 or 1 for each question of FAR, of the models that the item's own stages made.
-
-    The base, which is the recipe's first, is asked once.
+def ask_out_of_domain(item: Item) -> dict[str, dict]:
+    """{"correct": system -> 0 or 1 for each question of FAR, "scores": percent} of the models that
+    the item's own stages made; the base, which has no seed, is asked once.
     """
-    run_id, correct = item.run_id, {}
+    run_id, correct, scores = item.run_id, {}, {}
     models = {"base": "tiny"} if (item.arm, item.seed) == ("recipe", 0) else {}
     for system, stage in (("sft", "03_merge"), ("grpo", "05_grpo")):
-        if (run_folders.runs_root() / run_id / stage).is_dir():
+        if (Run(run_id).folder / stage).is_dir():
             models[system] = f"{run_id}/sft" if system == "sft" else run_id
     for system, model in models.items():
         out = PROJECT_ROOT / "evals" / "out_of_domain" / f"{run_id}-{system}"
         settings = " ".join(f"-p {name} {shlex.quote(json.dumps(value))}"
                             for name, value in FAR.items())
         run_command(f"mig-kit eval --model {model} --suite drawn {settings} --out {out}")
-        (columns,) = json.loads((out / "eval.json").read_text())["items"].values()
-        correct[system] = "".join(str(int(value)) for value in columns["strict"])
-    return correct
+        result = read_result(out)
+        correct[system] = correct_bits(result["items"], "protocol")["strict"][OUT_OF_DOMAIN]
+        scores[system] = result["scores"]["strict"][OUT_OF_DOMAIN]["score"]
+    return {"correct": correct, "scores": scores}
 
 
 def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
     """Write FOLDER/RUN_ID.json of an SFT model that `mig-kit eval` has asked."""
-    result = json.loads((out / "eval.json").read_text())
-    correct = {suite: "".join(str(int(value)) for value in columns["strict"])
-               for suite, columns in result["items"].items()}
-    trained = run_folders.load_record("02_sft", run_id)
-    asked = default_params("06_evaluate")  # as `mig-kit eval` did
-    stages = [run_folders.load_record(stage, run_id) for stage in ("02_sft", "03_merge")]
+    result, run = read_result(out), Run(run_id)
+    correct = correct_bits(result["items"], "protocol")["strict"]
+    trained, asked = run.record("02_sft"), default_params("06_evaluate")  # as `mig-kit eval` did
+    stages = [run.record(stage) for stage in ("02_sft", "03_merge")]
     seconds = sum(stage["seconds"] for stage in stages)
     spent = [stage["processor_seconds"] for stage in stages]
     path = FOLDER / f"{run_id}.json"
@@ -204,8 +187,8 @@ def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
         run_id, seed, seed, {"sft": correct}, float("nan"), seconds / 60, trained["git"],
         trained["machine"], trained["versions"]["mig-kit"],
         {name: asked[name] for name in ("eval_seed", "suites")}, questions=result["questions"],
-        scores={"sft": {suite: by_protocol["strict"]["score"]
-                        for suite, by_protocol in result["scores"].items()}},
+        scores={"sft": {suite: summary["score"]
+                        for suite, summary in result["scores"]["strict"].items()}},
         processor_seconds=None if None in spent else sum(spent))))
     return path
 

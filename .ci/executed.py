@@ -26,14 +26,16 @@ import papermill
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, file_sha256, model_folder, write_json
+from mig_kit.evaluation.evaluate import draw_test_samples, first_per_task
 from mig_kit.models.adapters import WEIGHTS
 from mig_kit.models.shipped import AS_THE_RUN, STARTS, merge_shipped
-from mig_kit.pipeline import run_folders
 from mig_kit.pipeline.execute import ThisPython
+from mig_kit.pipeline.processes import prepare_process
 from mig_kit.pipeline.run_facts import EVALUATE, MODELS, describe_machine
+from mig_kit.pipeline.run_folders import STAGES
+from mig_kit.pipeline.runs import Run
 from mig_kit.serving import reply_files, shipped_replies
 from mig_kit.serving.stored_replies import load_replies, reply_file
-from mig_kit.stages.evaluate import draw_test_samples, first_per_task
 
 FOLDER = NOTEBOOKS / "executed"
 BY_HAND = "05b_grpo_by_hand"
@@ -74,6 +76,8 @@ def refresh_texts(path: Path) -> None:
     cells = [cell for cell in kept.cells
              if "injected-parameters" not in cell.metadata.get("tags", ())]
     for cell, now in zip(cells, present.cells, strict=True):
+        if "parameters" in now.metadata.get("tags", ()):
+            continue  # the run had those that are kept
         if now.cell_type == "code" and parse_code(cell) != parse_code(now):
             sys.exit(f"{path.name} was run with other code; make executed after a run")
         cell.source = now.source
@@ -100,7 +104,7 @@ def run_by_hand(run_id: str) -> dict:
 
 def copy_pictures(run_id: str) -> None:
     """Write guide/question.png and guide/report.png; the latter needs `chromium` on the path."""
-    guide, report = NOTEBOOKS / "guide", run_folders.stage_folder("07_report", run_id)
+    guide, report = NOTEBOOKS / "guide", Run(run_id).stage_folder("07_report")
     shutil.copy(report / "question.png", guide)
     if not (browser := shutil.which("chromium")):
         sys.exit("chromium is not on the path, so report.png is still of an earlier run; install it"
@@ -116,7 +120,7 @@ def ship_adapters(run_id: str, facts: dict) -> None:
     Raises: SystemExit if the merged weights are not the run's.
     """
     for model, (trained_by, merged_by) in MADE_BY.items():
-        source = run_folders.stage_folder(trained_by, run_id) / "adapter"
+        source = Run(run_id).stage_folder(trained_by) / "adapter"
         folder = model_folder(model)
         folder.mkdir(exist_ok=True)
         shutil.copyfile(source / WEIGHTS, folder / WEIGHTS)
@@ -124,7 +128,7 @@ def ship_adapters(run_id: str, facts: dict) -> None:
         config["base_model_name_or_path"] = STARTS[model][0]  # not a path of this machine
         write_json(folder / "adapter_config.json", config)
         facts[trained_by]["adapter"] = file_sha256(folder / WEIGHTS)
-        merged = run_folders.stage_folder(merged_by, run_id) / dict(MODELS.values())[merged_by]
+        merged = Run(run_id).stage_folder(merged_by) / dict(MODELS.values())[merged_by]
         facts[merged_by]["weights"] = file_sha256(merged / MERGED)
         if file_sha256(merge_shipped(model) / MERGED) != facts[merged_by]["weights"]:
             sys.exit(f"{model} is another model than {merged}; was the run made by this version, "
@@ -133,10 +137,10 @@ def ship_adapters(run_id: str, facts: dict) -> None:
 
 def keep_replies(run_id: str, path: Path) -> None:
     """Write the greedy replies of all models to the first questions of every task of 06."""
-    params = run_folders.load_record(EVALUATE, run_id)["params"]
+    params = Run(run_id).params(EVALUATE)
     asked = {"eval_seed": params["eval_seed"], "max_new_tokens": params["max_new_tokens"],
              "suites": dict.fromkeys(params["suites"], REPLIES_PER_TASK)}
-    folder, replies = run_folders.stage_folder(EVALUATE, run_id) / "replies", {}
+    folder, replies = Run(run_id).stage_folder(EVALUATE) / "replies", {}
     for suite, samples in draw_test_samples(asked).items():
         for system in MODELS:
             stored = load_replies(reply_file(folder, system, suite))
@@ -147,10 +151,9 @@ def keep_replies(run_id: str, path: Path) -> None:
 
 def ship_base_replies(run_id: str) -> None:
     """Put the base's replies to the questions of 06 beside the base, so that others take them."""
-    record, folder = (read(EVALUATE, run_id) for read in (run_folders.load_record,
-                                                          run_folders.stage_folder))
-    params = SimpleNamespace(**record["params"])
-    samples = draw_test_samples(record["params"])
+    run = Run(run_id)
+    folder, params = run.stage_folder(EVALUATE), SimpleNamespace(**run.params(EVALUATE))
+    samples = draw_test_samples(vars(params))
     drawn = {suite: first_per_task(part, params.sampled_per_task)
              for suite, part in samples.items()}
     box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
@@ -172,12 +175,13 @@ def show_ground(page: Path) -> None:
 
 def main(run_id: str) -> None:
     """Write the notebooks of all stages that the run has finished."""
+    prepare_process()
     FOLDER.mkdir(exist_ok=True)
     facts = {}
-    for stage in run_folders.STAGES:
-        path = run_folders.stage_folder(stage, run_id) / f"{stage}.ipynb"
+    for stage in STAGES:
+        path = Run(run_id).stage_folder(stage) / f"{stage}.ipynb"
         if path.is_file():
-            record = run_folders.load_record(stage, run_id)
+            record = Run(run_id).record(stage)
             facts[stage] = {name: record[name] for name in FACTS} | {
                 "outputs": keep_notebook(path)}
     ship_adapters(run_id, facts)

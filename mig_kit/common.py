@@ -17,8 +17,7 @@ PACKAGE = Path(__file__).resolve().parent
 IS_CLONE = (PACKAGE.parent / "pyproject.toml").is_file()
 # Relative paths start here, and runs/ lies here: the clone or, if a wheel is installed, the folder
 # in which the command was given. Processes that it starts inherit it by the environment.
-PROJECT_ROOT = PACKAGE.parent if IS_CLONE else Path(
-    os.environ.setdefault("MIG_KIT_PROJECT", os.getcwd()))
+PROJECT_ROOT = PACKAGE.parent if IS_CLONE else Path(os.environ.get("MIG_KIT_PROJECT") or Path.cwd())
 # a wheel has them inside the package
 NOTEBOOKS, PROFILES = ((PACKAGE.parent if IS_CLONE else PACKAGE) / name
                        for name in ("notebooks", "params"))

@@ -8,7 +8,7 @@ ours.
 import re
 
 from mig_kit.boxes import BoxFormat, iou, rescale_box, to_model_box
-from mig_kit.prompts import parse_reply
+from mig_kit.prompts import parse_reply, read_reply
 from mig_kit.rewards import names_image, reply_iou
 from mig_kit.sample import Sample, Trace
 
@@ -34,17 +34,17 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat) -> str:
 
     "box" means an IoU below 0.5 with the target.
     """
-    answer = parse_reply(reply)
-    has_answer = answer.letter if sample.options else answer.box is not None
+    answer = read_reply(reply, sample, box_format)
+    has_answer = answer.letter if sample.options else answer.has_box
     if not has_answer or not answer.well_formed:
         return "format"
     if sample.options:
         if answer.letter != sample.letter:
             return "choice"
         return "leak" if OPTION_LETTER.search(answer.thinking) else ""
-    if not names_image(reply, sample):
+    if not names_image(answer, sample):
         return "image"
-    if reply_iou(reply, sample, box_format) < 0.5:
+    if reply_iou(answer, sample) < 0.5:
         return "box"
     return "leak" if contains_target_box(answer.thinking, sample, box_format) else ""
 

@@ -10,7 +10,6 @@ import io
 import os
 import shutil
 import struct
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from mig_kit.common import UserError
 IMAGE_FOLDER = "images"  # of stored images, in a stage's folder
 IMAGE_MANIFEST = "images.txt"  # lists them
 MAX_PIXELS = 2**26  # of an image, some 67 million: decoded and copied it takes 400 MB
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused by MAX_PIXELS
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_ASPECT_RATIO = 200
 AGAIN = "run 01_synthesize again with --force"

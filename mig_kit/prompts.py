@@ -6,7 +6,7 @@ MG-Thinker's: reasoning in `<think>`, then one JSON object in `<answer>`.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box, to_original_box
 from mig_kit.sample import Sample
@@ -21,21 +21,26 @@ LARGEST = 1e6  # a coordinate beyond it is no coordinate
 
 
 @dataclass(frozen=True)
-class Reply:
+class Answer:
     """A model's reply, read; image, box and letter are empty if it has none.
 
     Args:
-        image, box: number of the image, from 1, and xyxy in the model's coordinates.
+        text: the whole reply. thinking: what its `<think>` block holds.
+        image: number of the image, from 1; the sample may have fewer images.
+        box: xyxy, pixels of that original (`parse_reply`: as it is written); None without one.
+        has_box: it gives a box, be it in an image that the sample does not have.
         well_formed: it is one `<think>` and one `<answer>` block with one answer, nothing else.
         names_none: likewise, but the answer holds neither number nor letter, or is NO_BOX.
     """
 
+    text: str
     thinking: str
     image: int | None
     box: Box | None
+    has_box: bool
     letter: str
     well_formed: bool
-    names_none: bool = False
+    names_none: bool
 
 
 def format_box(box: Box) -> str:
@@ -88,8 +93,22 @@ def chat_messages(sample: Sample, box_format: BoxFormat) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def parse_reply(text: str) -> Reply:
-    """Read a reply; never raises. Several boxes or `<answer>` blocks count as no answer."""
+def read_reply(text: str, sample: Sample, box_format: BoxFormat) -> Answer:
+    """Read a reply to a sample, its box in pixels of the original that it names."""
+    answer = parse_reply(text)
+    if not answer.box:
+        return answer
+    if not 1 <= answer.image <= len(sample.images):
+        return replace(answer, box=None)
+    size = sample.sizes[answer.image - 1]
+    return replace(answer, box=to_original_box(answer.box, size, box_format))
+
+
+def parse_reply(text: str) -> Answer:
+    """Read a reply without its sample; never raises.
+
+    Several boxes or `<answer>` blocks count as no answer.
+    """
     thinking, answers = _find_blocks(text, "think"), _find_blocks(text, "answer")
     image, box, letter = None, None, ""
     if len(answers) == 1:
@@ -99,8 +118,8 @@ def parse_reply(text: str) -> Reply:
     has_answer = box is not None or letter != ""
     names_none = is_clean and not letter and (
         answers[0].strip() == NO_BOX or not re.search(r"\d", answers[0]))
-    return Reply(thinking[0].strip() if thinking else "", image, box, letter,
-                 well_formed=is_clean and has_answer, names_none=names_none)
+    return Answer(text, thinking[0].strip() if thinking else "", image, box, box is not None,
+                  letter, well_formed=is_clean and has_answer, names_none=names_none)
 
 
 def _find_blocks(text: str, tag: str) -> list[str]:
@@ -145,15 +164,3 @@ def _parse_box(answer: str) -> tuple[int | None, Box | None]:
 def cut_reasoning(reply: str) -> str:
     """The reply from its `<answer>` block on; all of it if it has none."""
     return reply[max(0, reply.find("<answer>")):]
-
-
-def reply_boxes_in_original(sample: Sample, text: str,
-                            box_format: BoxFormat) -> list[tuple[int, Box]]:
-    """[(image number, box in pixels of that original)] of the reply's box.
-
-    Returns: [] for a reply without a box, or with one in an image that the sample does not have.
-    """
-    reply = parse_reply(text)
-    if reply.box is None or not 1 <= reply.image <= len(sample.images):
-        return []
-    return [(reply.image, to_original_box(reply.box, sample.sizes[reply.image - 1], box_format))]

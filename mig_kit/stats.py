@@ -49,17 +49,17 @@ def share_interval(count: float, total: float) -> list[float]:
     return [float(low), float(high)]
 
 
-def mean_interval(values: Sequence[float], others: Sequence[float] = ()) -> list[float]:
+def mean_interval(values: Sequence[float], others: Sequence[float] = ()) -> list[float] | None:
     """95 % interval [low, high] of the mean of independent values, Student's t.
 
     others: the mean's difference to theirs, with unequal variances (Welch); of a single value it is
-    a prediction interval, as if that were one more of the other side's. NaN where no side has two
+    a prediction interval, as if that were one more of the other side's. None where no side has two
     values, and for values that do not differ.
     """
     sides = [np.asarray(side, dtype=float) for side in (values, others) if len(side)]
     several = [side for side in sides if len(side) > 1]
     if not any(map(np.ptp, several)):
-        return [float("nan")] * 2
+        return None
     if len(several) < len(sides):
         (side,) = several
         error, degrees = side.var(ddof=1) * (1 + 1 / len(side)), len(side) - 1
@@ -107,12 +107,13 @@ def share_interval_by_list(groups: Groups) -> list[float]:
     if count == 1:
         return [0.0, 1.0]
     total, degrees = sum(len(values) for values, _ in groups), _degrees(groups)
-    variance = float(_resample_means(groups).var()) * (1 + 1 / degrees)
+    means = _resample_means(groups)
+    variance = float(means.var()) * (1 + 1 / degrees)
     size = min(total, mean * (1 - mean) / variance) if variance else total
     if size * min(mean, 1 - mean) < FEW or count < FEW_LISTS:
         ratio = student_t.ppf(0.975, total - 1) / student_t.ppf(0.975, degrees)
         return share_interval(mean * size * ratio ** 2, size * ratio ** 2)
-    return [min(max(bound, 0.0), 1.0) for bound in _bootstrap_interval(groups)]
+    return [min(max(bound, 0.0), 1.0) for bound in _bootstrap_interval(groups, means)]
 
 
 def gap_interval_by_list(groups: Groups) -> list[float]:
@@ -129,7 +130,7 @@ def gap_interval_by_list(groups: Groups) -> list[float]:
     if len(names) == 1:
         return [-1.0, 1.0]
     if np.sum(np.bincount(places, np.abs(values)) > 0) >= FEW:
-        low, high = _bootstrap_interval(groups)
+        low, high = _bootstrap_interval(groups, _resample_means(groups))
         return [max(-1.0, low), min(1.0, high)]
     won, lost = (macro_mean([np.maximum(sign * part, 0) for part, _ in groups]) for sign in (1, -1))
     (won_low, won_high), (lost_low, lost_high) = (share_interval(share * len(names), len(names))
@@ -149,11 +150,11 @@ def paired_gap_by_list(groups: Groups, is_same: bool = False) -> dict:
             "ci95": [to_percent(bound) for bound in interval]}
 
 
-def _bootstrap_interval(groups: Groups) -> list[float]:
-    """Percentile bootstrap over clusters, widened as Student's t is, which few clusters need."""
+def _bootstrap_interval(groups: Groups, means: np.ndarray) -> list[float]:
+    """Percentile interval of `_resample_means`, widened as Student's t is, for few clusters."""
     mean, degrees = macro_mean([values for values, _ in groups]), _degrees(groups)
     wider = student_t.ppf(0.975, degrees) / norm.ppf(0.975) * (1 + 1 / degrees) ** 0.5
-    bounds = np.percentile(_resample_means(groups), [2.5, 97.5])
+    bounds = np.percentile(means, [2.5, 97.5])
     return [float(mean + wider * (bound - mean)) for bound in bounds]
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.pipeline.params import profile_params
-from mig_kit.prompts import format_answer
+from mig_kit.prompts import format_answer, read_reply
 
 SIZE = (1152, 864)
 BOX = (100, 200, 500, 700)
@@ -76,8 +76,9 @@ def read_all(own_file: Path, out: Path) -> None:
     counts = synthesize.keep_good_traces(out / "cot.parquet", sets["cot"], traces, reasons)
     seconds, decodes = time.monotonic() - start, {"01": count[0]}
     candidates = read_samples(out / "rl.parquet")
-    replies = {sample.id: ["no", "yes"] for sample in candidates}
-    rejection_sampling.pass_rates(candidates, replies, box_format)
+    answers = {sample.id: [read_reply(reply, sample, box_format) for reply in ("no", "yes")]
+               for sample in candidates}
+    rejection_sampling.pass_rates(candidates, answers)
     kept, _ = rejection_sampling.select_by_pass_rate(
         candidates, np.full(len(candidates), 0.5), lowest=0.1, highest=0.9, per_task=10**9, seed=0)
     (out / "04").mkdir(exist_ok=True)

@@ -19,10 +19,11 @@ from transformers import TrainerCallback, TrainerState
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.reward_names import list_own_functions
 from mig_kit.sample import write_samples
 from mig_kit.shared_prefix.trainer import SharedPrefixGRPOTrainer
 from mig_kit.stages import grpo, launched_worker, sft, synthesize
-from mig_kit.training import jobs, resuming
+from mig_kit.training import jobs, resuming, reward_loading
 from mig_kit.world.tasks import TASKS, make_sample
 
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"
@@ -57,6 +58,7 @@ def run(stage: str, folder: Path, model: Path, launcher: str, **changes) -> Trai
     samples = [make_sample(task, "cot", i) for task in TASKS for i in range(2)]
     traces = synthesize.RuleBasedTraces(samples, 0, box_format, error_rate=0.0)
     write_samples(folder / "samples.parquet", samples, traces)
+    reward_loading.copy_own_files(list_own_functions(vars(params)), folder)
     names = {"02_sft": ("base", "traces"), "05_grpo": ("start", "kept")}[stage]
     inputs = dict(zip(names, (model, folder / "samples.parquet")))
     with changed_training(folder):

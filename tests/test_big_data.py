@@ -11,7 +11,7 @@ from mig_kit import filters
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256
 from mig_kit.image_files import BadImage, ImageStore, LazyImages, image_digests
-from mig_kit.pipeline import store
+from mig_kit.pipeline import runs
 from mig_kit.sample import SampleWriter, read_replies, read_samples, write_samples
 from mig_kit.stages import sources, synthesize
 from mig_kit.world.tasks import make_sample
@@ -135,9 +135,9 @@ def test_a_stored_image_that_is_gone_or_changed_is_one_sentence(own, tmp_path):
         images[0]
     digest = file_sha256(tmp_path / "out" / "images.txt")
     record = {"outputs": {"images.txt": digest}, "stats": {}}
-    assert not store.find_damaged(tmp_path / "out", record)
+    assert not runs.find_damaged(tmp_path / "out", record)
     path.unlink()
-    assert store.find_damaged(tmp_path / "out", record)
+    assert runs.find_damaged(tmp_path / "out", record)
 
 
 def test_replies_of_the_data_become_the_cold_start(own, tmp_path):

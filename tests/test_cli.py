@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -76,7 +77,7 @@ def test_an_error_of_the_disk_is_a_sentence_with_its_path(tmp_path, monkeypatch)
 
 
 def test_a_lock_is_read_without_the_right_to_write(tmp_path, monkeypatch):
-    """As on a mount to read only."""
+    """As of another user; on a mount to read only none is taken."""
     (tmp_path / "lock").touch()
     modes = []
 
@@ -88,6 +89,10 @@ def test_a_lock_is_read_without_the_right_to_write(tmp_path, monkeypatch):
     assert not run_folders.is_locked(tmp_path)
     with FileLock(tmp_path / "lock"):
         assert run_folders.is_locked(tmp_path)
+    assert modes == ["r", "r"]
+    with FileLock(tmp_path / "lock"):
+        monkeypatch.setattr("os.statvfs", lambda path: Mock(f_flag=os.ST_RDONLY))
+        assert not run_folders.is_locked(tmp_path)
     assert modes == ["r", "r"]
 
 

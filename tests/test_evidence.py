@@ -1,6 +1,7 @@
 """Records of runs, and the tables that pages print of them."""
 
 import json
+import re
 import shlex
 import sys
 
@@ -11,9 +12,9 @@ from scipy.stats import t as student_t
 from mig_kit import __version__
 from mig_kit.commands.main import stage_name
 from mig_kit.common import PROJECT_ROOT
+from mig_kit.evaluation.evaluated_runs import MARGINS, read_recorded
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_folders import RECIPE
-from mig_kit.stages.evaluated_runs import MARGINS, read_recorded
 from mig_kit.world.suites import SUITES
 
 sys.path.insert(0, str(PROJECT_ROOT / ".ci"))
@@ -58,9 +59,13 @@ def test_records_are_of_the_list_and_of_this_version():
 def test_a_record_s_bits_give_the_scores_that_06_wrote(item):
     record = json.loads(item.path.read_text())
     for system, by_suite in record["correct"].items():
-        for suite in by_suite:
-            score = 100 * evidence_pages.by_task(record, system, suite).mean()
-            assert score == pytest.approx(record["scores"][system][suite], abs=1e-6)
+        for suite, bits in by_suite.items():  # every task has as many questions
+            assert 100 * bits.count("1") / len(bits) == pytest.approx(
+                record["scores"][system][suite], abs=1e-6)
+    far = record.get("out_of_domain", {"correct": {}})
+    for system, bits in far["correct"].items():
+        assert len(bits) == 3200 and far["suites"] == evidence.FAR["suites"]
+        assert 100 * bits.count("1") / 3200 == pytest.approx(far["scores"][system], abs=1e-6)
 
 
 def test_pages_hold_what_the_records_say():
@@ -74,19 +79,47 @@ def test_pages_hold_what_the_records_say():
 
 
 def test_an_interval_of_the_headline_by_hand():
+    """Student's t over seeds, and the questions' variance within tasks by the normal law."""
     records = [json.loads(item.path.read_text()) for item in RECORDED if item.arm == "recipe"]
-    gaps = np.array([100 * (record["correct"]["grpo"]["mig_bench"].count("1")
-                            - record["correct"]["sft"]["mig_bench"].count("1")) / 1000
-                     for record in records])
-    cell = f"{gaps.mean():+.1f}"
-    if len(gaps) == 2:
-        cell = f"{cell} ({gaps[0]:+.1f} and {gaps[1]:+.1f})"
-    elif len(gaps) > 2:
-        half = student_t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
-        is_clear = bool(abs(gaps.mean()) > half)
-        cell = (f"{'**' * is_clear}{cell}{'**' * is_clear} ({gaps.mean() - half:+.1f} to "
-                f"{gaps.mean() + half:+.1f}), worst {gaps.min():+.1f}")
-    assert f"| GRPO over SFT | {cell} |" in (PROJECT_ROOT / "README.md").read_text()
+    grpo, sft = (np.array([[*map(int, record["correct"][system]["mig_bench"])]
+                           for record in records]).reshape(len(records), 10, 100)
+                 for system in ("grpo", "sft"))
+    gaps = 100 * (grpo - sft).mean((1, 2))
+    of_seeds = student_t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5
+    of_questions = 1.96 * (100 * (grpo - sft).mean(0)).var(axis=1, ddof=1).mean() ** 0.5 / 1000**0.5
+    row = next(line for line in (PROJECT_ROOT / "README.md").read_text().splitlines()
+               if line.startswith("| GRPO over SFT |"))
+    mean, low, high, worst = map(float, re.findall(r"[+-]\d+\.\d", row.split("|")[2]))
+    assert mean == pytest.approx(gaps.mean(), abs=0.051)
+    assert worst == pytest.approx(gaps.min(), abs=0.051)
+    assert (high - low) / 2 == pytest.approx(np.hypot(of_seeds, of_questions), rel=0.05)
+    assert ("**" in row.split("|")[2]) == (low > 0)
+
+
+def make_records(gains, questions=800):
+    """Records of seeds whose GRPO models answer so many more of `questions` a task correctly."""
+    def bits(right, tasks):
+        return "".join("1" * right + "0" * (questions - right) for _ in range(tasks))
+
+    return [{"seed": seed, "correct": {
+        system: {suite: bits(100 + gain * (system == "grpo"), len(SUITES[suite].tasks))
+                 for suite in SUITES} for system in ("sft", "grpo")},
+        "out_of_domain": {"correct": {"grpo": bits(100 + gain, 4)}}}
+        for seed, gain in enumerate(gains)]
+
+
+@pytest.mark.parametrize(("gains", "stars"), [((40, 41, 42, 43), 4), ((0, 9, -9, 1), 0)])
+def test_arms_are_marked_where_holm_leaves_them(gains, stars, monkeypatch):
+    monkeypatch.setattr(evidence_pages, "read_list", lambda: {
+        "kl": {"title": "KL", "commands": ["mig-kit run"]}})
+    table = evidence_pages.arms({"recipe": make_records((0, 0, 0, 0)), "kl": make_records(gains)})
+    assert table.count(" *") - table.count(" **") == stars and "| KL | 4 |" in table
+
+
+def test_two_equal_arms_differ_in_nothing():
+    same = make_records((3, 5, 9))
+    gaps = evidence_pages.gaps_between([*zip(same, same)], "grpo", "grpo", "ood_grounding")
+    assert gaps.shape == (3, 4, 800) and not gaps.any()
 
 
 def test_a_record_of_another_version_is_refused(tmp_path, monkeypatch):
@@ -140,14 +173,5 @@ def test_a_fresh_clone_makes_the_run_that_an_arm_starts_from(name, source, tmp_p
         evidence.make_record(item, "")
     assert f" --run-id {source} " in ran.pop(0) and ran == item.commands
     (tmp_path / source / "06_evaluate").mkdir(parents=True)
-    (tmp_path / source / "06_evaluate" / "run.json").write_text("{}")
+    (tmp_path / source / "06_evaluate" / "run.json").write_text('{"params": {}}')
     assert evidence.list_source_commands(item) == []
-    monkeypatch.setattr(evidence.store, "find_stale", {source: {"05_grpo": "grpo"}}.get)
-    record = json.loads((evidence.FOLDER / f"recipe-{item.seed if name == 'kl-1' else 0}.json"
-                         ).read_text())
-    evaluated, smoke = {key: record[key] for key in ("git", "machine")}, record["evidence"]["smoke"]
-    for of_run, digest, ending in ((evaluated, smoke, " --force"), (evaluated, "f" * 64, ""),
-                                   (evaluated | {"machine": "another"}, smoke, "")):
-        monkeypatch.setattr(evidence.run_folders, "load_record", lambda *_, run=of_run: run)
-        assert evidence.add_force(item.commands[0], digest) == f"{item.commands[0]}{ending}"
-    assert evidence.add_force("mig-kit eval --model kl-1/grpo", smoke).endswith("/grpo")

@@ -10,12 +10,12 @@ import torch
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, SHIPPED, file_sha256, model_folder
+from mig_kit.evaluation.evaluate import draw_test_samples
 from mig_kit.models import loading
 from mig_kit.models.adapters import WEIGHTS
 from mig_kit.pipeline.run_facts import MODELS
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.serving.reply_files import greedy_replies
-from mig_kit.stages.evaluate import draw_test_samples
 
 FOLDER = NOTEBOOKS / "executed"
 FACTS = json.loads((FOLDER / "run.json").read_text())
@@ -32,8 +32,9 @@ def load_tool():
 
 
 def cells_of(path):
+    """But those of parameters: the present one may have more, and the run had values of its own."""
     return [(cell.cell_type, cell.source) for cell in nbformat.read(path, 4).cells
-            if "injected-parameters" not in cell.metadata.get("tags", ())]
+            if not {"parameters", "injected-parameters"} & {*cell.metadata.get("tags", ())}]
 
 
 def test_they_are_all_of_one_run():

@@ -6,6 +6,8 @@ import sys
 import tomllib
 from graphlib import TopologicalSorter
 
+import pytest
+
 from mig_kit.common import PACKAGE, PROJECT_ROOT
 from mig_kit.pipeline import run_folders
 
@@ -27,18 +29,14 @@ WINGS = {
     "training": {"models", "serving", "shared_prefix", "pipeline", "drawing"},
     "data": {"drawing", "models"}, "pipeline": {"world"},
     "stages": {"world", "data", *ENGINE, "pipeline", "drawing"},
-    "commands": {"stages", "world", "data", "score", *ENGINE, "pipeline", "drawing"},
+    "evaluation": {"world", "data", "score", *ENGINE, "pipeline", "drawing"},
+    "commands": {"stages", "evaluation", "world", "data", "score", *ENGINE, "pipeline", "drawing"},
 }
 # what stages share; train is what launchers start
-STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "tables": set(),
-                 "launched_worker": {"sft", "grpo"}}
-# compare and tables read the results of finished ones; eval_model asks and judges as 06 does
-READS_STAGES = {"compare": {"evaluate", "evaluated_runs"},
-                "evaluated_runs": {"evaluate"}, "eval_model": {"evaluate"},
-                "tables": {"evaluate"}}
-# the notebook-less 06 judges real benchmarks; 06 refits the edges of boxes
-READS_SCORING = {"stages.eval_model": "", "stages.evaluate": "calibration"}  # module: "" for all
-OTHER_HOMES = {  # module and test of a stage that is none of the recipe
+STAGE_HELPERS = {"sources": set(), "sanity_checks": set(), "launched_worker": {"sft", "grpo"}}
+OTHER_HOMES = {  # module and test of a notebook that no module of `stages` belongs to
+    "06_evaluate": ("mig_kit/evaluation/evaluate.py", "tests/evaluation/test_evaluate.py"),
+    "07_report": ("mig_kit/evaluation/report.py", "tests/evaluation/test_report.py"),
     "08_benchmark": ("mig_kit/shared_prefix/compare.py", "tests/shared_prefix/test_trainer.py"),
     "90_tiny_base": ("notebooks/tiny_base/training.py", "tests/test_tiny_base.py")}
 
@@ -66,11 +64,8 @@ def is_allowed(name, other):
     other_wing, _, other_module = other.rpartition(".")
     if not wing:
         return other in HALL[name]
-    if name in READS_SCORING and other_wing == "score":
-        return READS_SCORING[name] in ("", other_module)
     if wing == other_wing == "stages":
-        may_read = STAGE_HELPERS.get(module, set()) | READS_STAGES.get(module, set())
-        return other_module in STAGE_HELPERS or other_module in may_read
+        return other_module in STAGE_HELPERS or other_module in STAGE_HELPERS.get(module, ())
     return not other or other in HALL or other_wing == wing or other_wing in WINGS[wing]
 
 
@@ -107,3 +102,30 @@ def test_one_number_one_notebook_one_module_one_test():
                                                f"tests/stages/test_{stage[3:]}.py"))
         for path in (f"notebooks/{stage}.ipynb", module, test):
             assert (PROJECT_ROOT / path).is_file(), path
+
+
+IMPORT_ALL = """
+import importlib, logging, os, pkgutil, warnings
+# what these do when they are imported is theirs
+import accelerate, bitsandbytes, datasets, matplotlib.pyplot, nbconvert, papermill, peft, seaborn
+import torch, transformers, trl
+import mig_kit
+
+def describe_process():
+    loggers = logging.root.manager.loggerDict.values()
+    return (dict(os.environ), [str(entry) for entry in warnings.filters],
+            [(logger.name, logger.level) for logger in loggers if getattr(logger, "level", 0)])
+
+before = describe_process()
+for module in pkgutil.walk_packages(mig_kit.__path__, "mig_kit."):
+    importlib.import_module(module.name)
+    assert describe_process() == before, module.name
+from mig_kit.pipeline.processes import prepare_process
+prepare_process()
+assert all(map(lambda one, other: one != other, describe_process(), before))
+"""
+
+
+@pytest.mark.slow
+def test_an_import_changes_nobodys_process():
+    subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True)

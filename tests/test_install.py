@@ -31,7 +31,7 @@ MODULES = {
      "mig_kit.rewards", "mig_kit.data.inspection", "mig_kit.pipeline.status"): [
         *OF_NOTEBOOKS, "torch", "transformers", "peft", "datasets", "pandas", "pyarrow",
         "matplotlib", "seaborn", "openai", "jinja2", "psutil", "safetensors", "huggingface_hub"],
-    ("mig_kit.stages.eval_model", "mig_kit.drawing.pictures"): OF_NOTEBOOKS}
+    ("mig_kit.evaluation.eval_model", "mig_kit.drawing.pictures"): OF_NOTEBOOKS}
 OF_UNIX = ["pwd", "grp", "fcntl"]
 
 

@@ -19,6 +19,7 @@ from try_blocks import read_blocks, write_with_blocks
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, model_folder
 from mig_kit.pipeline import execute, run_folders
 from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.pipeline.runs import Run
 
 pytestmark = pytest.mark.slow
 COMMANDS = [line for stage in run_folders.STAGES for block in read_blocks(stage, "sh")
@@ -115,9 +116,9 @@ def test_the_readmes_papermill_command_is_a_branch_of_the_finished_run(runs, tmp
     shutil.copytree(runs / "smoke", tmp_path / "default")
     small |= {"per_device_train_batch_size": 16, "max_steps": 1}  # groups of 16 divide it
     execute_here(PROJECT_ROOT / words[1], tmp_path, tmp_path, monkeypatch, **small | told)
-    record = run_folders.load_record("05_grpo", told["run_id"])
-    assert record["params"]["num_generations"] == told["num_generations"]
-    assert run_folders.load_branch(told["run_id"])["from"] == "default"
+    run = Run(told["run_id"])
+    assert run.params("05_grpo")["num_generations"] == told["num_generations"]
+    assert run.branch["from"] == "default"
 
 
 @pytest.mark.nightly

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mig_kit import prompts
 from mig_kit.boxes import BoxFormat
-from mig_kit.prompts import chat_messages, format_question, parse_reply, reply_boxes_in_original
+from mig_kit.prompts import chat_messages, format_question, parse_reply, read_reply
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -81,7 +81,7 @@ def test_messages_announce_every_image_in_order():
 def test_the_replys_box_is_read_in_the_image_that_it_names():
     sample = first_sample("refer_grounding", lambda sizes: sizes[1] == (76, 104))
     answer = '<think></think><answer>{"image": 2, "box": [0,0,84,112]}</answer>'
-    (image, box), = reply_boxes_in_original(sample, answer, BOX_FORMAT)
-    assert image == 2 and [round(value, 6) for value in box] == [0, 0, 76, 104]
-    no_such_image = answer.replace('"image": 2', '"image": 7')
-    assert reply_boxes_in_original(sample, no_such_image, BOX_FORMAT) == []
+    read = read_reply(answer, sample, BOX_FORMAT)
+    assert read.image == 2 and [round(value, 6) for value in read.box] == [0, 0, 76, 104]
+    elsewhere = read_reply(answer.replace('"image": 2', '"image": 7'), sample, BOX_FORMAT)
+    assert (elsewhere.image, elsewhere.box, elsewhere.has_box) == (7, None, True)

@@ -11,14 +11,15 @@ from published import save_model
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.evaluation import eval_model
 from mig_kit.models import loading
 from mig_kit.models.processors import load_processor, render_prompt
 from mig_kit.models.sample_prompts import reply_logps
 from mig_kit.pipeline.run_facts import RunModel
-from mig_kit.prompts import chat_messages, format_answer, parse_reply
+from mig_kit.prompts import chat_messages, format_answer, parse_reply, read_reply
 from mig_kit.sample import Sample
 from mig_kit.serving import reply_files
-from mig_kit.stages import eval_model, grpo, rejection_sampling, sft
+from mig_kit.stages import grpo, rejection_sampling, sft
 from mig_kit.training import reward_loading
 from mig_kit.world.tasks import make_sample
 
@@ -148,7 +149,9 @@ def test_evaluation_and_rejection_sampling_read_replies_whole(taught, questions,
     replies = reply_files.sample_replies(
         policy, questions, tmp_path / "replies.jsonl", replies=3, temperature=0.1,
         max_new_tokens=64, seed=0)
-    assert rejection_sampling.pass_rates(questions, replies, BOX_FORMAT).tolist() == [1, 1]
+    answers = {sample.id: [read_reply(reply, sample, BOX_FORMAT) for reply in replies[sample.id]]
+               for sample in questions}
+    assert rejection_sampling.pass_rates(questions, answers).tolist() == [1, 1]
     questions[0].images[0].save(tmp_path / "a.png")
     (tmp_path / "own.jsonl").write_text(json.dumps({
         "id": "a", "images": ["a.png"], "question": questions[0].question, "image": 1,
@@ -174,7 +177,7 @@ def test_rewards_read_replies_whole(taught, questions, float32, stage_params, tm
         "05_grpo", rewards=["format", "box", f"{own}:starts"], num_generations=4,
         per_device_train_batch_size=8, gradient_accumulation_steps=1, max_steps=1,
         max_completion_length=64, temperature=0.1, lora_r=4)
-    reward_loading.copy_reward_files(params.rewards, tmp_path)
+    reward_loading.copy_own_files(params.rewards, tmp_path)
     policy = loading.load_policy(taught, float32, BOX_FORMAT)
     trainer = grpo.grpo_trainer(policy, questions, tmp_path, params)
     trainer.train()

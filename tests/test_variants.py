@@ -11,16 +11,14 @@ from mig_kit.pipeline.run_folders import RECIPE
 
 pytestmark = pytest.mark.slow
 CENTER = '''\
-from mig_kit.prompts import reply_boxes_in_original
-
-
-def center(reply, sample, box_format):
-    """1 where the middle of the reply's box lies in a target of the image that it names."""
-    boxes = reply_boxes_in_original(sample, reply, box_format)
-    return None if sample.options else float(any(
-        image == number and x1 < (left + right) / 2 < x2 and y1 < (top + bottom) / 2 < y2
-        for image, (left, top, right, bottom) in boxes
-        for number, (x1, y1, x2, y2) in sample.targets))
+def center(answer, sample):
+    """1 where the middle of the answer's box lies in a target of the image that it names."""
+    if sample.options or not answer.box:
+        return None if sample.options else 0.0
+    left, top, right, bottom = answer.box
+    return float(any(
+        answer.image == image and x1 < (left + right) / 2 < x2 and y1 < (top + bottom) / 2 < y2
+        for image, (x1, y1, x2, y2) in sample.targets))
 '''
 RUN = ("run", "--profile", "smoke", "--run-id", "variant")
 FROM_SMOKE = (*RUN, "05", "06", "07", "--from", "smoke")

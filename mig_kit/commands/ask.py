@@ -16,8 +16,8 @@ from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_facts import EVALUATE, MODELS, RunModel, find_run_model
 from mig_kit.pipeline.run_folders import list_runs
-from mig_kit.pipeline.store import stale_notes
-from mig_kit.prompts import format_question, parse_reply, reply_boxes_in_original
+from mig_kit.pipeline.runs import Run
+from mig_kit.prompts import format_question, read_reply
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.world.tasks import TASKS, make_sample
@@ -59,7 +59,7 @@ def find_model(model: str, changes: dict, server: str = "") -> RunModel:
     click.echo(f"{model} is asked with {box_format.description}{further}", err=True)
     if not found_model:
         return RunModel(ServedName(folder) if is_served else folder, box_format, {})
-    for note in stale_notes(found_model.stage, found_model.run_id) if found_model.stage else ():
+    for note in Run(found_model.run_id).notes(found_model.stage):
         click.echo(f"warning: {note}", err=True)
     return replace(found_model, folder=folder, box_format=box_format)
 
@@ -118,10 +118,10 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
     """Ask MODEL all questions of a suite and score its replies by two protocols."""
     if (suite == "drawn") != (file is None):
         raise UserError("--suite drawn has no --file; every other suite needs one: its questions")
+    from mig_kit.evaluation import eval_model
     from mig_kit.models import loading  # seconds, which wrong words need not wait for
     from mig_kit.models.adapters import check_adapter_base
     from mig_kit.models.model_folders import ServedName
-    from mig_kit.stages import eval_model
 
     others = {str(folder): eval_model.read_result(folder) for folder in compare}
     chosen = parse_overrides(overrides, [EVALUATE])
@@ -137,8 +137,8 @@ def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, f
         {**run_model.evaluation, **chosen, "replies": 0}, EVALUATE))
     hardware = loading.choose_hardware(params.dtype, params.device)
     task = eval_model.Task(suite, file, images or (file.parent if file else None), limit)
-    result = eval_model.evaluate_model(run_model, task, hardware, out, params, adapter, four_bit)
-    for text in eval_model.result_tables({str(out): result, **others}):
+    eval_model.evaluate_model(run_model, task, hardware, out, params, adapter, four_bit)
+    for text in eval_model.result_tables({str(out): eval_model.read_result(out), **others}):
         click.echo(text)
 
 
@@ -188,17 +188,15 @@ def _ground_images(model: str, images: tuple[str, ...], out: str, max_new_tokens
     run_model = find_model(model, changes)
     box_format = run_model.box_format
     reply = ask_models({model: run_model.folder}, sample, box_format, max_new_tokens)[model]
-    read_reply = read_freely(reply, (), len(images))
-    boxes = reply_boxes_in_original(sample, read_reply, box_format)
-    click.echo(f"reasoning: {parse_reply(read_reply).thinking or '-'}")
-    if not boxes:
+    answer = read_reply(read_freely(reply, (), len(images)), sample, box_format)
+    click.echo(f"reasoning: {answer.thinking or '-'}")
+    if not answer.box:
         click.echo(f"no box; the model said: {reply}")
         return
-    for number, box in boxes:
-        numbers = ", ".join(f"{value:.0f}" for value in box)
-        click.echo(f"image: {number} ({images[number - 1]})\nbox: {numbers} (xyxy, pixels of that "
-                   "image, {}x{})".format(*opened[number - 1].size))
-    draw_sample(sample, read_reply, box_format, 320).save(Path(out))
+    number, numbers = answer.image, ", ".join(f"{value:.0f}" for value in answer.box)
+    click.echo(f"image: {number} ({images[number - 1]})\nbox: {numbers} (xyxy, pixels of that "
+               "image, {}x{})".format(*opened[number - 1].size))
+    draw_sample(sample, answer.text, box_format, 320).save(Path(out))
     click.echo(f"image: {out}")
 
 
@@ -215,7 +213,7 @@ def _ground_example(model: str, number: int, out: str, max_new_tokens: int, chan
     replies = ask_models(folders, sample, box_format, max_new_tokens)
     click.echo(f"{format_question(sample, box_format, False)} ({len(sample.images)} images)")
     for name, reply in replies.items():
-        verdict = "correct" if is_correct(reply, sample, box_format) else "wrong"
-        click.echo(f"{name}, {verdict}: {reply}")
+        answer = read_reply(reply, sample, box_format)
+        click.echo(f"{name}, {'correct' if is_correct(answer, sample) else 'wrong'}: {reply}")
     draw_replies(sample, replies, box_format).save(Path(out))
     click.echo(f"picture: {out}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mig_kit.commands.options import FILE, NEW_FILE, NEW_FOLDER, profile_box_format, root_option
-from mig_kit.common import UserError, split_function_name
+from mig_kit.common import UserError
 from mig_kit.pipeline.params import profile_params
 
 
@@ -77,29 +77,29 @@ def export_command(engine: str, run_id: str, out: Path, gpus: int) -> None:
     """
     from mig_kit.data import exports
     from mig_kit.models import loading
-    from mig_kit.pipeline import run_facts, run_folders, store
+    from mig_kit.pipeline import run_folders
+    from mig_kit.pipeline.reward_names import list_own_files
+    from mig_kit.pipeline.runs import Run
     from mig_kit.sample import read_samples
     from mig_kit.training.reward_loading import load_rewards, takes_batch
 
     run_folders.require_runs(run_id)
-    run_folders.require_record("04_rejection_sampling", run_id, "mig-kit data export")
-    record = run_folders.load_record("05_grpo", run_id)
-    params = (store.recorded_params("05_grpo", record) if record else
-              profile_params("05_grpo", run_folders.load_profile(run_id) or "tiny"))
-    params |= run_facts.run_params(run_id, "mig-kit data export")
-    folder = run_folders.stage_folder("05_grpo", run_id)
-    rewards = load_rewards(params["rewards"], folder if record else None)
+    run = Run(run_id)
+    run.require("04_rejection_sampling", "mig-kit data export")
+    has_trained, folder = bool(run.record("05_grpo")), run.stage_folder("05_grpo")
+    params = run.params("05_grpo") or profile_params("05_grpo", run.profile or "tiny")
+    params |= run.run_params("mig-kit data export")
+    rewards = load_rewards(params["rewards"], folder if has_trained else None)
     if of_batch := [name for name in rewards if takes_batch(rewards[name])]:
         raise UserError(f"the reward '{of_batch[0]}' judges whole batches, which other engines do "
-                         "not give; write it as a function of reply, sample and box format")
-    for note in store.stale_notes("04_rejection_sampling", run_id):
+                         "not give; write it as a function of answer and sample")
+    for note in run.notes("04_rejection_sampling"):
         click.echo(f"warning: {note}", err=True)
-    start, kept = params["start_from"], run_folders.stage_folder("04_rejection_sampling", run_id)
-    model = (run_folders.stage_folder("03_merge", run_id) / "merged" if start == "merged" else
+    start, kept = params["start_from"], run.stage_folder("04_rejection_sampling")
+    model = (run.stage_folder("03_merge") / "merged" if start == "merged" else
              loading.resolve_model(params["base_model"] if start == "base" else start))
     samples = read_samples(kept / "kept.parquet")
-    files = (folder / "rewards").glob("*.py") if record else {
-        split_function_name(text)[0] for text in params["rewards"] if ":" in text}
+    files = (folder / "rewards").glob("*") if has_trained else list_own_files(params["rewards"])
     recipe = exports.Recipe(run_id, samples, params, model, params["trl"], tuple(files))
     differences = exports.write_export(engine, recipe, out, gpus)
     click.echo(f"{len(samples)} prompts, their rewards and the recipe for {engine}: {out}")

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 import click
@@ -14,12 +15,15 @@ from mig_kit.commands.options import NEW_FILE
 from mig_kit.commands.reward import reward
 from mig_kit.commands.score import score_command
 from mig_kit.common import NOTEBOOKS, UserError
-from mig_kit.pipeline import run_folders, store
+from mig_kit.pipeline import run_folders, runs, store
 from mig_kit.pipeline.plan import plan_run
+from mig_kit.pipeline.processes import prepare_process
+from mig_kit.pipeline.reward_names import OWN_MODULE
 
 
 def main() -> None:
     """Entry point: what the user has to change ends with one sentence, a bug with its traceback."""
+    prepare_process()
     try:
         if code := cli(standalone_mode=False):
             sys.exit(code)
@@ -30,7 +34,10 @@ def main() -> None:
         sys.exit("interrupted; this goes on where it stopped: "
                  + shlex.join(["mig-kit", *sys.argv[1:]]))
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "mig_kit":
+        modules = [frame.f_globals.get("__name__", "")
+                   for frame, _ in traceback.walk_tb(error.__traceback__)]
+        is_users = any(name.startswith(OWN_MODULE) for name in modules)
+        if is_users or (error.name or "").split(".")[0] == "mig_kit":
             raise
         extra = "eval" if sys.argv[1:2] in (["score"], ["data"], ["eval"], ["ground"]) else (
             "notebooks")
@@ -69,12 +76,11 @@ def stage_name(text: str) -> str:
               help="Take the stages before STAGES from this run, by reference.")
 @click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
               help="Set a parameter in every stage that has it.")
-@click.option("--force", is_flag=True, help="Replace what has finished or was stopped, and build "
-                                            "on stale stages.")
+@click.option("--force", is_flag=True, help="Replace what has finished or was stopped.")
 def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrides,
         force: bool) -> bool:
     """Run STAGES (all by default) as notebooks; a stage that has finished is skipped, and refused
-    if it would now be made otherwise.
+    with other parameters.
     """
     from mig_kit.pipeline.execute import run_plan  # a second, as papermill
 
@@ -84,7 +90,7 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrid
     run_plan(plan, force)
     if "06_evaluate" not in plan.params:
         return False
-    from mig_kit.stages.evaluated_runs import check_margins  # imports torch
+    from mig_kit.evaluation.evaluated_runs import check_margins  # a second, as scipy
 
     line, is_outside = check_margins(run_id)
     if line:
@@ -113,7 +119,7 @@ def status(run_id: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(run_id: str, yes: bool) -> None:
     """Delete the run RUN_ID with all its stages, unless branches start from it."""
-    run_folders.require_no_branches(run_id)
+    runs.require_no_branches(run_id)
     folder = run_folders.runs_root() / run_id
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     run_folders.lock_run(folder)  # refused before a question is asked
@@ -158,7 +164,7 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     A run that is named without a group is a group of its own; a file of a recorded run takes the
     place of a run.
     """
-    from mig_kit.stages import compare
+    from mig_kit.evaluation import compare
 
     if figure and figure.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--figure {figure} is no picture; end its name in .png, .pdf or .svg")

@@ -1,6 +1,7 @@
 """`mig-kit reward check`: what a reward pays for, before anyone trains with it."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
@@ -32,9 +33,10 @@ def check(rewards: tuple[str, ...], file: Path | None, run_id: str, root: Path |
     another frame, ... A name of the kit's is a reward, too.
     """
     from mig_kit.data.own_data import iter_samples
-    from mig_kit.pipeline import run_facts, run_folders, store
+    from mig_kit.pipeline import run_folders
     from mig_kit.pipeline.params import profile_params
     from mig_kit.pipeline.reward_names import check_rewards
+    from mig_kit.pipeline.runs import Run
     from mig_kit.sample import read_samples
     from mig_kit.training import reward_check, reward_loading
 
@@ -42,26 +44,34 @@ def check(rewards: tuple[str, ...], file: Path | None, run_id: str, root: Path |
         raise UserError("name rewards and --data FILE, or --run RUN, which has both")
     if run_id:
         run_folders.require_runs(run_id)
-        profile = run_folders.load_profile(run_id) or "tiny"
+        run = Run(run_id)
+        profile = run.profile or "tiny"
     box_format, params = profile_box_format(profile), profile_params("05_grpo", profile)
+    record = None
     if run_id:
-        values = run_facts.run_params(run_id, "mig-kit reward check")
+        values = run.run_params("mig-kit reward check")
         box_format = BoxFormat(*map(values.get, ("min_pixels", "max_pixels", "coordinates")))
-        if record := run_folders.load_record("05_grpo", run_id):
-            params = store.recorded_params("05_grpo", record)
-    rewards = rewards or tuple(params["rewards"])
+        if record := run.record("05_grpo"):
+            params = run.params("05_grpo")
     # a file is named from where the command is given
     references = [f"{Path.cwd() / text}" if ":" in text else text for text in rewards]
-    check_rewards(references, {}, {})
-    loaded = reward_loading.load_rewards(references, None)
+    references = references or params["rewards"]
     if file:
         samples = list(iter_samples(file, root or file.parent, reward_check.MOST_READ))
     else:
-        run_folders.require_record("04_rejection_sampling", run_id, "mig-kit reward check")
-        folder = run_folders.stage_folder("04_rejection_sampling", run_id)
+        run.require("04_rejection_sampling", "mig-kit reward check")
+        folder = run.stage_folder("04_rejection_sampling")
         samples = read_samples(folder / "kept.parquet")
-    table = reward_check.tabulate_payments(
-        loaded, samples, box_format, params["reward_weights"],
-        params["hallucinated_image_penalty"], params["num_generations"])
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if record and not rewards:
+            folder = run.stage_folder("05_grpo")
+        else:  # copied, as 05 copies them
+            check_rewards(references, {}, {})
+            reward_loading.copy_own_files(references, folder)
+        table = reward_check.tabulate_payments(
+            reward_loading.load_rewards(references, folder), samples, box_format,
+            params["reward_weights"], params["hallucinated_image_penalty"],
+            params["num_generations"])
     click.echo(f"{len(samples)} questions; boxes in {box_format.coordinates.description}")
     click.echo(table.round(2).to_string(na_rep="-"))

@@ -183,6 +183,8 @@ def _differences(engine: str, recipe: Recipe) -> list[str]:
     left_out = [f"{name} {value}" for name, value in recipe.further.items()
                 if (engine, name) != ("swift", "adam_beta2")]
     remarks = [f"it does not get what the run sets besides: {', '.join(left_out)}"] * bool(left_out)
+    if p["advantage"]:
+        remarks.append(f"advantages are {engine}'s, not those of {p['advantage']}")
     if engine != "verl":
         return remarks
     if p["loss_type"] not in VERL_MEANS or p["importance_sampling_level"] != "token":

@@ -22,7 +22,7 @@ from mig_kit.drawing.palette import (
     TARGET,
     text_colour,
 )
-from mig_kit.prompts import format_question, reply_boxes_in_original
+from mig_kit.prompts import Answer, format_question, read_reply
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 
@@ -64,14 +64,15 @@ def draw_sample(sample: Sample, reply: str = "", box_format: BoxFormat | None = 
 
     height: of the images, pixels. A reply needs a box_format.
     """
-    sheet = _draw_reply(sample, reply, box_format, height)
+    answer = read_reply(reply, sample, box_format) if reply else None
+    sheet = _draw_answer(sample, answer, height)
     return _add_caption(sheet, sample, "orange: the reply's box" if reply else "")
 
 
-def _draw_reply(sample: Sample, reply: str, box_format: BoxFormat | None,
-                height: int) -> Image.Image:
-    boxes = reply_boxes_in_original(sample, reply, box_format) if reply else []
-    return draw_boxes(sample, [Stroke(*named, PREDICTED, DASHES) for named in boxes], height)
+def _draw_answer(sample: Sample, answer: Answer | None, height: int) -> Image.Image:
+    has_box = answer is not None and answer.box is not None
+    strokes = [Stroke(answer.image, answer.box, PREDICTED, DASHES)] if has_box else []
+    return draw_boxes(sample, strokes, height)
 
 
 def _add_caption(sheet: Image.Image, sample: Sample, boxes: str) -> Image.Image:
@@ -89,13 +90,10 @@ def _fit_height(sample: Sample, height: int) -> int:
     return min(height, int(room / sum(width / tall for width, tall in sample.sizes)))
 
 
-def draw_group(sample: Sample, replies: Sequence[str], box_format: BoxFormat) -> Image.Image:
-    """A sample's images with the numbered boxes of all replies, and a line that explains them."""
-    strokes = []
-    for place, reply in enumerate(replies):
-        style = STYLES[is_correct(reply, sample, box_format)]
-        strokes += [Stroke(image, box, *style, str(place + 1))
-                    for image, box in reply_boxes_in_original(sample, reply, box_format)]
+def draw_group(sample: Sample, answers: Sequence[Answer]) -> Image.Image:
+    """A sample's images with the numbered boxes of all answers, and a line that explains them."""
+    strokes = [Stroke(answer.image, answer.box, *STYLES[is_correct(answer, sample)], str(number))
+               for number, answer in enumerate(answers, 1) if answer.box]
     sheet = draw_boxes(sample, strokes, _fit_height(sample, 300))
     return _add_caption(sheet, sample, f"{CORRECTNESS}, with the reply's number")
 
@@ -163,8 +161,9 @@ def draw_replies(sample: Sample, replies: dict[str, str], box_format: BoxFormat,
     height = _fit_height(sample, height)
     rows = []
     for system, reply in replies.items():
-        is_right = is_correct(reply, sample, box_format)
-        rows.append((_draw_reply(sample, reply, box_format, height), STYLES[is_right][0],
+        answer = read_reply(reply, sample, box_format)
+        is_right = is_correct(answer, sample)
+        rows.append((_draw_answer(sample, answer, height), STYLES[is_right][0],
                      f"{system} ({'correct' if is_right else 'wrong'}): {reply}"))
     width = max(520, *(sheet.width for sheet, _, _ in rows))
     question = format_question(sample, box_format, with_instruction=False)

@@ -1,1 +1,1 @@
-"""Run folders, parameters, what makes a stage stale, comparisons of runs, and upload."""
+"""Run folders, parameters, what makes a stage stale, and the commands that run notebooks."""

@@ -10,9 +10,9 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
 from mig_kit.common import NOTEBOOKS, UserError
-from mig_kit.pipeline import run_folders, stage_keys, store
+from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.plan import PlannedRun
-from mig_kit.pipeline.run_folders import PROFILE_FILE, load_profile, start_branch
+from mig_kit.pipeline.runs import PROFILE_FILE, Run, start_branch
 
 QUIET_SECONDS = 15  # after which a bar's quarter is printed
 # a full disk, a mount to read only, a quota, in the words of Python and of Rust
@@ -64,14 +64,14 @@ class StageLines(logging.Handler):
 
 
 def check_plan(plan: PlannedRun) -> None:
-    """UserError if a stage has finished otherwise, or would read a stale one."""
+    """UserError if a stage has finished with other parameters, or lacks what it reads."""
+    run = Run(plan.run_id)
     for stage in [stage for stage, values in plan.params.items()
-                  if not store.is_done(stage, plan.run_id, values)]:
-        inputs = run_folders.input_stages(stage, plan.origin)
+                  if not store.is_done(run, stage, values)]:
+        inputs = plan.origin.inputs(stage)
         if not set(inputs) & set(plan.params):
             for name in inputs:
-                run_folders.require_record(name, plan.origin, stage)
-            store.require_fresh_inputs(stage, plan.origin)
+                plan.origin.require(name, stage)
 
 
 def require_parameters_cell(stage: str) -> None:
@@ -97,28 +97,29 @@ def run_plan(plan: PlannedRun, force: bool = False) -> None:
     if plan.source:
         start_branch(plan.source, plan.run_id, *plan.params)
     for stage, values in plan.params.items():
-        if not force and store.is_done(stage, plan.run_id, values):
-            print(f"{stage}: up to date", flush=True)
+        run = Run(plan.run_id)
+        if not force and store.is_done(run, stage, values):
+            state = "; ".join(run.describe_marks(stage)) or "up to date"
+            print(f"{stage}: {state}", flush=True)
             continue
-        _prepare(stage, plan, force)
+        _prepare(run, stage, plan, force)
         print(f"{stage}: running", flush=True)
         start = time.monotonic()
         _execute_notebook(stage, plan.run_id, values)
         minutes = (time.monotonic() - start) / 60
-        summary = run_folders.require_record(stage, plan.run_id, stage)["summary"]
+        summary = Run(plan.run_id).require(stage, stage)["summary"]
         print(f"{stage}: done in {minutes:.1f} min{'; ' * bool(summary)}{summary}", flush=True)
 
 
-def _prepare(stage: str, plan: PlannedRun, force: bool) -> None:
+def _prepare(run: Run, stage: str, plan: PlannedRun, force: bool) -> None:
     """Raise if an earlier stage is missing or another process writes the run."""
-    facts = stage_keys.stage_facts(stage, plan.run_id, plan.params[stage])
-    run = run_folders.runs_root() / plan.run_id
-    run_folders.lock_run(run)
-    if not load_profile(plan.run_id):
-        (run / PROFILE_FILE).write_text(f"{plan.profile}\n")
+    facts = run.stage_facts(stage, plan.params[stage])
+    run_folders.lock_run(run.folder)
+    if not run.profile:
+        (run.folder / PROFILE_FILE).write_text(f"{plan.profile}\n")
     if force:
-        store.begin_again(stage, plan.run_id, facts)
-    run_folders.unlock_run(run)
+        store.begin_again(run.unfinished_folder(stage), facts)
+    run_folders.unlock_run(run.folder)
 
 
 def _execute_notebook(stage: str, run_id: str, params: dict) -> None:
@@ -138,6 +139,8 @@ def _execute_notebook(stage: str, run_id: str, params: dict) -> None:
     except (PapermillExecutionError, DeadKernelError) as error:
         kept = output.replace(folder.with_name(f"{stage}.failed.ipynb"))
         print(f"{stage}: failed; the notebook is {kept}", flush=True)
+        if isinstance(error, PapermillExecutionError) and error.ename == KeyboardInterrupt.__name__:
+            raise KeyboardInterrupt from None  # Ctrl-C reaches the kernel, too
         if isinstance(error, DeadKernelError):
             raise UserError(f"the kernel of {stage} died, often because memory ran out; give the "
                             "same command, which goes on where it stopped") from None

@@ -11,8 +11,9 @@ from typing import Literal, get_origin
 import yaml
 
 from mig_kit.common import PROJECT_ROOT, SHIPPED, UserError
-from mig_kit.pipeline import run_folders
+from mig_kit.pipeline import run_folders, runs
 from mig_kit.pipeline.params import choose_params, needs_gpu, unknown_parameter_message
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_keys import MODEL_PARAMS
 from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS_STAGE, START_WORDS
 
@@ -30,7 +31,7 @@ class PlannedRun:
     source: str
     params: dict[str, dict]
     profile: str
-    origin: str
+    origin: Run
 
 
 def plan_run(names: list[str], profile: str, run_id: str, source: str,
@@ -45,21 +46,19 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
     Raises: UserError if the run could not start.
     """
     run_folders.validate_run_id(run_id)
-    recorded = run_folders.load_profile(run_id) or run_folders.load_profile(source or run_id)
+    run, origin = Run(run_id), Run(source or run_id)
+    recorded = run.profile or origin.profile
     if profile and recorded not in ("", profile):
         raise UserError(f"run '{source or run_id}' is of profile {recorded}; leave --profile out, "
                         "or use another --run-id for a run of its own")
     profile = profile or recorded or "tiny"
     for stage in names:
-        run_folders.require_own_stage(stage, run_id)
-    branch = run_folders.load_branch(run_id)
-    origin = source if source and not branch else run_id
-    stages = names or [stage for stage in run_folders.RECIPE
-                       if stage not in branch.get("stages", ())]
+        run.require_own(stage)
+    origin = run if run.branch else origin
+    stages = names or [stage for stage in run_folders.RECIPE if run.owner(stage) is run]
     values = parse_overrides(overrides, stages)
     params = {stage: choose_params(stage, profile, run_id, values) for stage in stages}
-    synthesized = params.get(RUN_PARAMS_STAGE) or run_folders.finished_params(
-        RUN_PARAMS_STAGE, origin)
+    synthesized = params.get(RUN_PARAMS_STAGE) or origin.params(RUN_PARAMS_STAGE)
     if not names and synthesized.get("teacher") == "none":  # nothing to learn a cold start from
         for stage in run_folders.COLD_START:
             params.pop(stage, None)
@@ -69,11 +68,11 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
             f"profile '{profile}' would train a full model on synthetic scenes; name the file of "
             "your data (-p data mine.jsonl), or say -p data scenes to train on them")
     if source:
-        run_folders.check_branch(source, run_id, stages)
+        runs.check_branch(source, run_id, stages)
     if any(run_folders.STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
-        run_folders.require_record(RUN_PARAMS_STAGE, origin, min(params))
+        origin.require(RUN_PARAMS_STAGE, min(params))
     check_run({stage: values for stage, values in params.items()
-               if force or not run_folders.load_record(stage, run_id)}, origin)
+               if force or not run.record(stage)}, origin)
     return PlannedRun(run_id, source, params, profile, origin)
 
 
@@ -103,8 +102,9 @@ def parse_overrides(pairs: tuple[tuple[str, str], ...], stages: list[str]) -> di
 def locate_paths(name: str, value: object) -> object:
     """A value of `-p`; paths relative to the working directory become relative to the project."""
     if name == "rewards" and isinstance(value, list):
-        return [re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), str(text))
-                for text in value]
+        return [locate_paths("advantage", str(text)) for text in value]
+    if name == "advantage":
+        return re.sub(r".+(?=:)", lambda match: relative_to_project(match[0]), str(value))
     is_model = name in MODEL_PARAMS and value not in (*SHIPPED, *START_WORDS)
     is_path = (name == "image_root" or name == "data" and value != "scenes"
                or is_model and Path(value).is_dir())
@@ -117,13 +117,12 @@ def relative_to_project(text: str) -> str:
     return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
 
 
-def check_run(planned: dict[str, dict], run_id: str) -> None:
+def check_run(planned: dict[str, dict], run: Run) -> None:
     """UserError if a planned stage cannot work on what the run's other stages make.
 
-    planned: parameters by stage. run_id: the run, or the one that it starts from.
+    planned: parameters by stage. run: the run, or the one that it starts from.
     """
-    synthesized = planned.get(RUN_PARAMS_STAGE) or run_folders.finished_params(
-        RUN_PARAMS_STAGE, run_id)
+    synthesized = planned.get(RUN_PARAMS_STAGE) or run.params(RUN_PARAMS_STAGE)
     rl, evaluation = planned.get("05_grpo"), planned.get("06_evaluate")
     if "02_sft" in planned and synthesized.get("teacher") == "none":
         raise UserError("02_sft: teacher is 'none', so there is no cold-start set to learn from; "
@@ -133,7 +132,7 @@ def check_run(planned: dict[str, dict], run_id: str) -> None:
         raise UserError("05_grpo: start_from is 'merged', and there is no cold start; set "
                         "start_from to base, for RL alone, or teacher to own (the key 'reply' of "
                         "your data) or endpoint")
-    curated = run_folders.stage_folder(CURATION, run_id) / "metrics.json"
+    curated = run.stage_folder(CURATION) / "metrics.json"
     if rl and CURATION not in planned and curated.is_file():
         kept = json.loads(curated.read_text()).get("kept", math.inf)
         replies = rl["per_device_train_batch_size"] * rl["gradient_accumulation_steps"]

@@ -1,4 +1,4 @@
-"""What a finished run records: data, parameters, models, machine and packages."""
+"""What a run's models are, and on what machine and with which packages it was made."""
 
 import importlib.metadata
 import os
@@ -12,14 +12,8 @@ from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import IS_CLONE, PROJECT_ROOT, SHIPPED, UserError, suggest_word
 from mig_kit.pipeline.params import profile_params
-from mig_kit.pipeline.run_folders import (
-    finished_params,
-    list_runs,
-    load_profile,
-    require_record,
-    stage_folder,
-)
-from mig_kit.pipeline.stage_params import RUN_PARAMS, RUN_PARAMS_STAGE
+from mig_kit.pipeline.run_folders import list_runs
+from mig_kit.pipeline.runs import Run
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
             "accelerate", "papermill", "numpy", "pillow")
@@ -27,17 +21,6 @@ EVALUATE = "06_evaluate"
 ASKED = ("eval_seed", "suites", "max_new_tokens", "dtype")  # of 06: what a model is asked, and how
 # a model's name in a run -> the stage that makes it, and its folder there
 MODELS = {"base": ("", ""), "sft": ("03_merge", "merged"), "grpo": ("05_grpo", "model")}
-
-
-def run_params(run_id: str, needed_by: str) -> dict:
-    """RUN_PARAMS of a run, set by its stage 01; UserError if that has not finished."""
-    params = require_record(RUN_PARAMS_STAGE, run_id, needed_by)["params"]
-    return {name: params[name] for name in RUN_PARAMS}
-
-
-def name_data(run_id: str) -> str:
-    """`data` of the run's 01, "scenes" if that has not finished."""
-    return finished_params(RUN_PARAMS_STAGE, run_id).get("data", "scenes")
 
 
 @dataclass(frozen=True)
@@ -69,15 +52,15 @@ def find_run_model(text: str) -> RunModel | None:
         near = suggest_word(run_id, runs | {"tiny"}, 0.5)
         raise UserError(f"there is no run and no folder '{text}'; "
                         f"{near or 'a model of the hub is USER/NAME'}")
-    params = run_params(run_id, "a run's model")
+    run = Run(run_id)
+    params = run.run_params("a run's model")
     box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
     stage, name = MODELS[system or "grpo"]
     folder = params["base_model"]
     if stage:
-        require_record(stage, run_id, f"the model {text}")
-        folder = stage_folder(stage, run_id) / name
-    params = finished_params(EVALUATE, run_id) or profile_params(
-        EVALUATE, load_profile(run_id) or "tiny")
+        run.require(stage, f"the model {text}")
+        folder = run.stage_folder(stage) / name
+    params = run.params(EVALUATE) or profile_params(EVALUATE, run.profile or "tiny")
     asked = {name: value for name, value in params.items() if name in ASKED}
     return RunModel(folder, box_format, asked, stage, run_id)
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from mig_kit import common
 from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT, digest_json, file_sha256
 from mig_kit.image_files import is_regular_file
-from mig_kit.pipeline.run_facts import run_params
-from mig_kit.pipeline.run_folders import STAGES, input_stages, require_record
+from mig_kit.pipeline.reward_names import list_own_files, list_own_functions
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 
 NOT_PRODUCTS = ("metrics.json",)  # they hold times and names of runs
@@ -29,48 +28,44 @@ BASE_CODE = "tiny_base"  # what made the tiny base, beside notebook 90
 PLUMBING = "mig_kit.pipeline."
 # what no result follows from: packages and modules that keep runs, show something or check it
 NOT_PART_OF_A_KEY = (
-    PLUMBING, "mig_kit.drawing.", "mig_kit.stages.tables.", "mig_kit.stages.sanity_checks.")
+    PLUMBING, "mig_kit.drawing.", "mig_kit.evaluation.tables.", "mig_kit.stages.sanity_checks.")
 STAGES_OF_PICTURES = {"07_report", "08_benchmark"}  # all of that counts but PLUMBING
 
 
-def with_run_params(stage: str, run_id: str, params: dict) -> dict:
-    """The stage's parameters; if it builds on earlier stages, also those of the whole run."""
-    return {**params, **run_params(run_id, stage)} if STAGES[stage] else params
-
-
-def stage_facts(stage: str, run_id: str, params: dict) -> dict:
+def stage_facts(stage: str, params: dict, outputs: dict[str, dict[str, str]]) -> dict:
     """What a stage's results follow from: kind -> name -> value or digest.
 
-    A finished stage is stale where `describe_change` has something to say about the two, or an
-    output is damaged, or a stage that it reads is stale (`store.find_stale`).
+    A finished stage is stale if `describe_change` has something to say about the two, or an
+    output is damaged, or a stage that it reads is stale (`Run.marks`).
+
+    Args:
+        params: the stage's, and the run's if it builds on earlier stages.
+        outputs: of each stage that it reads, file name -> digest.
     """
-    params = with_run_params(stage, run_id, params)
-    left_out = () if stage in STAGES_OF_PICTURES else NOT_PRODUCTS
-    inputs = {name: {file: digest
-                     for file, digest in require_record(name, run_id, stage)["outputs"].items()
-                     if file not in left_out} for name in input_stages(stage, run_id)}
     files = hash_named_files(params)
     images = files.pop("images", None)
-    files |= {name: file_sha256(common.split_function_name(name)[0])
-              for name in params.get("rewards", ()) if ":" in name}
+    files |= {path.name: file_sha256(path) for path in list_own_files(list_own_functions(params))}
     files |= {name: model_fingerprint(params[name]) for name in MODEL_PARAMS if params.get(name)}
     params = {name: value for name, value in params.items() if name not in EXECUTION_PARAMS}
+    left_out = () if stage in STAGES_OF_PICTURES else NOT_PRODUCTS
+    inputs = {name: {file: digest for file, digest in digests.items() if file not in left_out}
+              for name, digests in outputs.items()}
     return {"parameter": params,
             "file": {name: digest_json(value) for name, value in files.items()},
-            "input": {name: digest_json(outputs) for name, outputs in inputs.items()},
+            "input": {name: digest_json(digests) for name, digests in inputs.items()},
             "images": digest_json(images) if images else "", **describe_code(stage)}
 
 
-def describe_change(before: dict, now: dict, finished: str = "finished") -> str:
-    """What differs between two stages' facts, as "max_steps: 60, finished with 125", at most three;
-    "" if nothing does.
+def list_changed_params(before: dict, now: dict, verb: str = "finished") -> list[str]:
+    """Parameters that both have, in two values, as "max_steps: 60, finished with 125"."""
+    names = sorted(before.keys() & now.keys() - set(EXECUTION_PARAMS))
+    return [f"{name}: {now[name]!r}, {verb} with {before[name]!r}" for name in names
+            if digest_json(before[name]) != digest_json(now[name])]
 
-    finished: what the one before is, in a word.
-    """
-    old, new = before["parameter"], now["parameter"]
-    differences = [f"{name}: {new.get(name)!r}, {finished} with {old.get(name)!r}"
-                   for name in sorted({*old, *new})
-                   if digest_json(old.get(name)) != digest_json(new.get(name))]
+
+def describe_change(before: dict, now: dict) -> str:
+    """What differs between two stages' facts, at most three; "" if nothing does."""
+    differences = list_changed_params(before["parameter"], now["parameter"])
     for kind in ("file", "input", "code"):
         old, new = before.get(kind, {}), now[kind]
         differences += [f"{name.rpartition('.')[2] if kind == 'code' else name} has changed"
@@ -111,7 +106,7 @@ def describe_code(stage: str) -> dict:
     """The code of a stage: {"code": module -> digest, "cells": one of all but its parameters}."""
     left_out = (PLUMBING,) if stage in STAGES_OF_PICTURES else NOT_PART_OF_A_KEY
     cells = json.loads((NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
-    trees = [_parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"
+    trees = [parse_cell("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"
              and "parameters" not in cell["metadata"].get("tags", ())]
     todo, digests = set().union(*map(_imported_modules, trees)), {}
     while todo:
@@ -132,11 +127,11 @@ def _module_path(module: str) -> Path:
 @cache
 def _read_module(path: Path, modified: int) -> tuple[str, set[str]]:
     """(digest of a module's code, modules that it imports)."""
-    tree = _parse(path.read_text())
+    tree = parse_cell(path.read_text())
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], _imported_modules(tree)
 
 
-def _parse(source: str) -> ast.Module:
+def parse_cell(source: str) -> ast.Module:
     """The syntax tree of a module or of a notebook's cell, without docstrings and magics."""
     lines = ("" if line.startswith(("%", "!")) else line for line in source.splitlines())
     flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT

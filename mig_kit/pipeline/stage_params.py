@@ -241,6 +241,7 @@ class Grpo(Training, Served):
         "format", "what citing an image that is not there costs: none, format or all")
     scale_rewards: Scale = param(
         "batch", "whose standard deviation of rewards divides advantages: batch, group or none")
+    advantage: str = param("", 'gives the advantages: "" (TRL), or "file.py:function"')
     beta: Amount = param(0.0, "weight of the KL term; 0 needs no reference")
     loss_type: Loss = param("dapo", "mean over all tokens (dapo), replies (grpo), and more")
     start_from: str = param("merged", "merged (03), base or a folder")
@@ -265,7 +266,7 @@ class Grpo(Training, Served):
     @model_validator(mode="after")
     def _trains_as_it_says(self):
         check_rewards(self.rewards, self.reward_weights,
-                      type(self).model_fields["reward_weights"].default)
+                      type(self).model_fields["reward_weights"].default, self.advantage)
         rows = self.per_device_train_batch_size
         rows *= 1 if self.share_prefix else self.gradient_accumulation_steps
         require(rows % self.num_generations == 0,

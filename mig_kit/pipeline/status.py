@@ -1,19 +1,22 @@
 """What `mig-kit status` shows: runs in a line each, or the stages of one."""
 
 from mig_kit.pipeline import run_folders, store
+from mig_kit.pipeline.runs import MARKS, Run
 from mig_kit.world.suites import suite_title
 
 
 def run_line(run_id: str) -> str:
     """A run in one line: profile, what has finished, the scores of its first suite."""
-    branch, stale = run_folders.load_branch(run_id), store.find_stale(run_id)
-    done = [stage[:2] for stage, state in _stage_states(run_id).items() if "done" in state]
-    parts = [f"{run_id} ({run_folders.load_profile(run_id) or 'by hand'})"]
-    parts += [f"from {branch['from']}"] if branch else []
+    run = Run(run_id)
+    done = [stage[:2] for stage, state in _stage_states(run).items() if "done" in state]
+    parts = [f"{run_id} ({run.profile or 'by hand'})"]
+    parts += [f"from {run.branch['from']}"] if run.branch else []
     parts += [f"{' '.join(done) or 'nothing'} done"]
-    parts += [f"{' '.join(stage[:2] for stage in stale)} stale"] if stale else []
-    parts += ["running"] if run_folders.is_locked(run_folders.runs_root() / run_id) else []
-    if systems := _scores(run_id):
+    for word in MARKS:
+        marked = [stage[:2] for stage, marks in run.marks.items() if word in marks]
+        parts += [f"{' '.join(marked)} {word}"] if marked else []
+    parts += ["running"] if run_folders.is_locked(run.folder) else []
+    if systems := _scores(run):
         suite, summary = next(iter(systems["grpo"].items()))
         scores = " / ".join(f"{by_suite[suite]['score']:.1f}" for by_suite in systems.values())
         parts.append(f"{suite_title(suite)} {scores} ({' / '.join(systems)}; n = {summary['n']})")
@@ -22,11 +25,11 @@ def run_line(run_id: str) -> str:
 
 def run_lines(run_id: str) -> list[str]:
     """A run's stages, why they are stale, and all greedy scores."""
-    stale, states, systems = store.find_stale(run_id), _stage_states(run_id), _scores(run_id)
-    lines = [run_line(run_id)]
-    for stage, state in states.items():
-        reason = f"; stale, {stale[stage]}" if stage in stale else ""
-        lines.append(f"  {stage:<24}{state}{reason}")
+    run = Run(run_id)
+    lines, systems = [run_line(run_id)], _scores(run)
+    for stage, state in _stage_states(run).items():
+        marks = [f"; {word}, {cause}" for word, cause in run.marks.get(stage, {}).items()]
+        lines.append(f"  {stage:<24}{state}{''.join(marks)}")
     for suite, summary in systems.get("grpo", {}).items():
         scores = ", ".join(f"{system} {by_suite[suite]['score']:.1f}"
                            for system, by_suite in systems.items())
@@ -34,19 +37,18 @@ def run_lines(run_id: str) -> list[str]:
     return lines
 
 
-def _scores(run_id: str) -> dict:
-    folder = run_folders.runs_root() / run_id / "06_evaluate"
+def _scores(run: Run) -> dict:
+    folder = run.folder / "06_evaluate"
     return store.read_metrics(folder)["systems"] if (folder / "run.json").is_file() else {}
 
 
-def _stage_states(run_id: str) -> dict[str, str]:
+def _stage_states(run: Run) -> dict[str, str]:
     """What became of the run's own stages, of those that have begun."""
-    states, run = {}, run_folders.runs_root() / run_id
-    word = "running" if run_folders.is_locked(run) else "stopped"
-    inherited = run_folders.load_branch(run_id).get("stages", ())
-    for stage in [stage for stage in run_folders.STAGES if stage not in inherited]:
-        unfinished = store.unfinished_folder(stage, run_id)
-        if record := run_folders.load_record(stage, run_id):
+    states = {}
+    word = "running" if run_folders.is_locked(run.folder) else "stopped"
+    for stage in [stage for stage in run_folders.STAGES if run.owner(stage) is run]:
+        unfinished = run.unfinished_folder(stage)
+        if record := run.record(stage):
             states[stage] = f"done in {record['seconds'] / 60:.1f} min"
         elif unfinished.exists():
             states[stage] = f"{word} after {store.seconds_spent(unfinished) / 60:.1f} min"

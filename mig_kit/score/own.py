@@ -9,7 +9,7 @@ from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, iou, rescale_
 from mig_kit.common import UserError
 from mig_kit.data.line_checks import parse_line
 from mig_kit.data.records import READ_FORMS, Problem, iter_entries
-from mig_kit.prompts import LETTERS, Reply, parse_reply
+from mig_kit.prompts import LETTERS, Answer, parse_reply
 from mig_kit.score.annotations import Benchmark, BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
 from mig_kit.score.records import require_file
@@ -68,9 +68,9 @@ def read_freely(reply: str, options: tuple[str, ...], n_images: int) -> str:
     return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply
 
 
-def is_read(answer: Reply, options: Sequence[str]) -> bool:
-    """Whether a reply states what its question asks for: a letter if it has options, else a box."""
-    return bool(answer.letter) if options else answer.box is not None
+def is_read(answer: Answer, options: Sequence[str]) -> bool:
+    """Whether it states what its question asks for: a letter if it has options, else a box."""
+    return bool(answer.letter) if options else answer.has_box
 
 
 def judge_own(item: BenchmarkItem, reply: str, protocol: str, coordinates: Coordinates,

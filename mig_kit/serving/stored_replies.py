@@ -59,7 +59,7 @@ def load_rollouts(folder: Path) -> list[dict]:
     """The rows that a stage folder holds, in order; [] if none were kept.
 
     A row is a reply: step (updates before it), prompt (the index of its sample) and what
-    `grpo.describe_reply` gives.
+    `grpo.describe_answer` gives.
     """
     return load_json_lines(folder / ROLLOUTS)
 

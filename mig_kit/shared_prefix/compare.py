@@ -127,7 +127,8 @@ def print_table(result: dict) -> None:
     for name in ("stock TRL", "shared prompts"):
         side = result[name]
         print(f"{name:31}" + "".join(f"{wall:8.2f} ({cpu:6.2f})" for wall, cpu in zip(
-            side["wall_s"], side["cpu_s"])) + f"{side['peak_mib']:10.0f} ({side['added_mib']:.0f}) MiB")
+            side["wall_s"], side["cpu_s"]))
+            + f"{side['peak_mib']:10.0f} ({side['added_mib']:.0f}) MiB")
     if result["unshared"]:
         print(f"prompts were NOT shared, both sides are stock TRL: {result['unshared']}")
     print(f"{result['times_as_fast']:.1f} times as fast, by the median of steps 2, 4 and 5 (1 and "

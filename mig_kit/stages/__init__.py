@@ -1,1 +1,1 @@
-"""The stages of the recipe, one module a notebook; a stage never imports another stage."""
+"""Stages 00 to 05, a module a notebook; 06 and 07 are notebooks over `evaluation`."""

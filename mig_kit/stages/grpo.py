@@ -3,13 +3,14 @@
 Advantages and loss are TRL's (`training.recipe_trainer` says where); here are model, data, rewards.
 
 Of the paper we had the abstracts, which say "rule-based RL"; GRPO, group size, rates and KL weight
-are our choices: the tiny profile's own, the full profiles' VLM-R1's and MG-Thinker's. The loss averages over the tokens of an update (TRL's
-`loss_type` dapo), not first over each reply as in the GRPO paper (arXiv 2402.03300).
+are our choices: the tiny profile's own, the full profiles' VLM-R1's and MG-Thinker's. The loss
+averages over the tokens of an update (TRL's `loss_type` dapo), not first over each reply as in the
+GRPO paper (arXiv 2402.03300).
 """
 
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,14 +22,19 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.models import loading
 from mig_kit.models.model_folders import check_model_folder
 from mig_kit.models.processors import describe_other_format
-from mig_kit.prompts import chat_messages, reply_boxes_in_original
+from mig_kit.prompts import Answer, chat_messages, read_reply
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
 from mig_kit.serving import served_rollouts
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 from mig_kit.training import recipe_trainer, resuming
-from mig_kit.training.reward_loading import Score, load_rewards, score_functions
+from mig_kit.training.reward_loading import (
+    Score,
+    load_function,
+    load_rewards,
+    score_functions,
+)
 from mig_kit.world.claims import count_claims, read_claims
 from mig_kit.world.teacher import DETAILS, recognize_detail
 
@@ -40,57 +46,65 @@ CURVES = {
     "sampling/sampling_logp_difference/mean": "logp_difference"}
 
 
-def reward_functions(scores: dict[str, Score], samples: Sequence[Sample]) -> list[Callable]:
+def reward_functions(scores: dict[str, Score], samples: Sequence[Sample],
+                     box_format: BoxFormat) -> list[Callable]:
     """The rewards in TRL's form; its column `sample` is the index into `samples`."""
-    return [_trl_reward(score, samples, logs_details=number == 0)
+    @lru_cache(4096)  # TRL calls one reward after the other
+    def read(reply: str, index: int) -> Answer:
+        return read_reply(reply, samples[index], box_format)
+
+    return [_trl_reward(score, samples, read, logs_details=number == 0)
             for number, score in enumerate(scores.values())]
 
 
-def _trl_reward(score: Score, samples: Sequence[Sample], logs_details: bool) -> Callable:
+def _trl_reward(score: Score, samples: Sequence[Sample], read: Callable[[str, int], Answer],
+                logs_details: bool) -> Callable:
     def score_all(completions, sample, log_metric=None, **given) -> list[float | None]:
-        replies = [completion[0]["content"] for completion in completions]
+        answers = [read(completion[0]["content"], index)
+                   for completion, index in zip(completions, sample)]
         answered = [samples[index] for index in sample]
         if logs_details and log_metric:
-            shares = detail_shares(replies, answered) | reasoning_shares(replies, answered)
+            shares = detail_shares(answers, answered) | reasoning_shares(answers, answered)
             for name, share in shares.items():
                 log_metric(f"detail/{name}", share)
-        return score.score_batch(replies, answered, completions=completions, sample=sample,
+        return score.score_batch(answers, answered, completions=completions, sample=sample,
                                  log_metric=log_metric, **given)
 
     score_all.__name__ = score.name  # TRL logs a reward under its function's name
     return score_all
 
 
-def detail_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
+def detail_shares(answers: Sequence[Answer], samples: Sequence[Sample]) -> dict[str, float]:
     """Share of the replies that reason at each of the teacher's DETAILS; {} for own data."""
-    details = [recognize_detail(reply) for reply, sample in zip(replies, samples) if sample.notes]
+    details = [recognize_detail(answer) for answer, sample in zip(answers, samples)
+               if sample.notes]
     return {detail: details.count(detail) / len(details) for detail in DETAILS} if details else {}
 
 
-def reasoning_shares(replies: Sequence[str], samples: Sequence[Sample]) -> dict[str, float]:
-    """{"truth", "coverage"} of all replies, as `evaluate.summarize_reasoning` counts, 0..1.
+def reasoning_shares(answers: Sequence[Answer], samples: Sequence[Sample]) -> dict[str, float]:
+    """{"truth", "coverage"} of all replies, as `items.summarize_reasoning` counts, 0..1.
 
     Judged by the samples' notes. A share of nothing is left out; {} for own data.
     """
-    counts = [count_claims(reply, sample) for reply, sample in zip(replies, samples)]
+    counts = [count_claims(answer, sample) for answer, sample in zip(answers, samples)]
     true, judged, _, listed, to_list = map(sum, zip(*counts))
     ratios = {"truth": (true, judged), "coverage": (listed, to_list)}
     return {name: part / total for name, (part, total) in ratios.items() if total}
 
 
-def describe_reply(reply: str, sample: Sample, box_format: BoxFormat, scores: dict[str, Score],
-                   weights: dict[str, float]) -> dict:
+def describe_answer(answer: Answer, sample: Sample, scores: dict[str, Score],
+                    weights: dict[str, float]) -> dict:
     """The row of a rollout's log: reply, rewards, their weighted sum, correctness, boxes as
     (image number, box in pixels of the original) pairs, and (start, end) of its false claims.
     """
-    rewards = {name: score(reply, sample) for name, score in scores.items()}
+    rewards = {name: score(answer, sample) for name, score in scores.items()}
     total = sum(weights.get(name, 1.0) * value for name, value in rewards.items()
                 if value is not None)
-    return {"reply": reply, "reward": total, "rewards": rewards,
-            "correct": is_correct(reply, sample, box_format),
-            "boxes": reply_boxes_in_original(sample, reply, box_format),
-            "detail": recognize_detail(reply) if sample.notes else "",
-            "false": [(claim.start, claim.end) for claim in read_claims(reply, sample)
+    return {"reply": answer.text, "reward": total, "rewards": rewards,
+            "correct": is_correct(answer, sample),
+            "boxes": [(answer.image, answer.box)] if answer.box else [],
+            "detail": recognize_detail(answer) if sample.notes else "",
+            "false": [(claim.start, claim.end) for claim in read_claims(answer.text, sample)
                       if claim.is_true is False]}
 
 
@@ -138,8 +152,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
     resuming.use_one_device(config)
     scores = score_functions(rewards, policy.box_format, params.hallucinated_image_penalty)
     logged = ("reward", *(f"rewards/{name}/mean" for name in rewards), "entropy")
-    describe = partial(describe_reply, box_format=policy.box_format, scores=scores,
-                       weights=params.reward_weights)
+    describe = partial(describe_answer, scores=scores, weights=params.reward_weights)
     callbacks = [resuming.ProgressLines(logged), StopIfNothingLearns()]
     served = None
     if params.server:
@@ -148,7 +161,7 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
         callbacks.append(served_rollouts.StopIfServerDiffers())
     common = {
         "model": policy.model, "args": config, "processing_class": policy.processor,
-        "reward_funcs": reward_functions(scores, samples),
+        "reward_funcs": reward_functions(scores, samples, policy.box_format),
         "train_dataset": grpo_rows(samples, policy.box_format, not params.share_prefix),
         "peft_config": resuming.lora_config(params.lora_r, lora_targets=params.lora_targets),
         "callbacks": callbacks}
@@ -161,6 +174,8 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
             micro_completions=params.micro_replies, served=served)
     else:
         trainer = recipe_trainer.ResumableGRPOTrainer(**common)  # stock TRL
+    if params.advantage:
+        trainer.advantage = load_function(params.advantage, folder)
     trainer.add_callback(recipe_trainer.KeepRollouts(  # draws before the first update, too
         trainer, policy, samples, folder, ROLLOUT_STEPS, describe))
     resuming.train_in_float32(trainer.model)

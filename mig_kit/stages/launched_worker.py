@@ -5,15 +5,16 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from mig_kit.common import end_with_parent
-from mig_kit.training import jobs, resuming
+from mig_kit.pipeline.processes import prepare_process
 
 
 def train_job(folder: Path) -> None:
     """Train the job.json of a stage folder, as the process that the environment names."""
-    from mig_kit.stages import grpo, sft  # seconds, in which the parent may end
+    import torch
+
+    from mig_kit.stages import grpo, sft
+    from mig_kit.training import jobs, resuming
 
     stage, params, inputs = jobs.read_job(folder)
     if torch.cuda.is_available():
@@ -28,6 +29,9 @@ def train_job(folder: Path) -> None:
 def main() -> None:
     """Train; on failure say why in the stage folder, where the notebook looks."""
     end_with_parent()
+    prepare_process()
+    from mig_kit.training import jobs  # seconds, in which the parent may end
+
     folder = Path(sys.argv[1])
     try:
         train_job(folder)

@@ -11,20 +11,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
+from mig_kit.prompts import Answer
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.training.reward_loading import RL_NEEDS
 from mig_kit.world.teacher import recognize_detail
 
 
-def pass_rates(samples: Sequence[Sample], replies: dict[str, list[str]],
-               box_format: BoxFormat) -> np.ndarray:
-    """Share of correct replies per sample, (samples,) float in 0..1."""
-    return np.array([
-        np.mean([is_correct(reply, sample, box_format) for reply in replies[sample.id]])
-        for sample in samples])
+def pass_rates(samples: Sequence[Sample], answers: dict[str, list[Answer]]) -> np.ndarray:
+    """Share of correct answers per sample, (samples,) float in 0..1; answers: by sample id."""
+    return np.array([np.mean([is_correct(answer, sample) for answer in answers[sample.id]])
+                     for sample in samples])
 
 
 def question_kind(sample: Sample) -> str:
@@ -32,17 +30,16 @@ def question_kind(sample: Sample) -> str:
     return "a letter" if sample.options else "a box" if sample.targets else "none"
 
 
-def accuracy_by_detail(samples: Sequence[Sample], replies: dict[str, list[str]],
-                       box_format: BoxFormat) -> list[dict]:
-    """Rows {asked, detail, n, correct (0..1)}: share of correct replies by kind of question and by
+def accuracy_by_detail(samples: Sequence[Sample],
+                       answers: dict[str, list[Answer]]) -> list[dict]:
+    """Rows {asked, detail, n, correct (0..1)}: share of correct answers by kind of question and by
     the detail of the reasoning.
     """
     outcomes = defaultdict(list)
     for sample in samples:
         asked = question_kind(sample)
-        for reply in replies[sample.id]:
-            correct = is_correct(reply, sample, box_format)
-            outcomes[asked, recognize_detail(reply)].append(correct)
+        for answer in answers[sample.id]:
+            outcomes[asked, recognize_detail(answer)].append(is_correct(answer, sample))
     return [{"asked": asked, "detail": detail, "n": len(values), "correct": float(np.mean(values))}
             for (asked, detail), values in sorted(outcomes.items())]
 

@@ -17,6 +17,7 @@ from mig_kit.common import UserError
 from mig_kit.image_files import image_digests
 from mig_kit.models.loading import Policy
 from mig_kit.models.sample_prompts import reply_logps
+from mig_kit.prompts import read_reply
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.training.reward_loading import RL_NEEDS
@@ -29,7 +30,7 @@ def check_box_coordinates(samples: Sequence[Sample], replies: Sequence[str], box
     Raises UserError below `lowest_share`: 01 keeps only correct replies, so a miss means that it
     saw images of another size, or wrote boxes in other coordinates.
     """
-    correct = [is_correct(reply, sample, box_format)
+    correct = [is_correct(read_reply(reply, sample, box_format), sample)
                for reply, sample in zip(replies, samples, strict=True) if sample.targets]
     share = float(np.mean(correct)) if correct else 1.0
     if share < lowest_share:

@@ -23,6 +23,7 @@ from mig_kit.common import UserError, write_json_lines
 from mig_kit.models.loading import Policy
 from mig_kit.models.processors import check_image_grids
 from mig_kit.models.sample_prompts import make_cache, prompt_source
+from mig_kit.prompts import Answer, read_reply
 from mig_kit.sample import Sample
 from mig_kit.serving.served_rollouts import ServedRollouts
 from mig_kit.serving.stored_replies import ROLLOUTS, load_rollouts
@@ -49,11 +50,54 @@ class _ResumableOrder:
                                   stock.repeat_count, stock.shuffle, stock.seed)
 
 
-class ResumableGRPOTrainer(_ResumableOrder, GRPOTrainer):
+def own_advantages(function: Callable, rewards: torch.Tensor) -> torch.Tensor:
+    """What a function of one's own makes of rewards.
+
+    Args:
+        rewards: (prompts, group), the weighted sums of all processes; NaN where no reward applies.
+    Returns: (prompts, group), 0 where no reward applies.
+    Raises: UserError for another shape and for a value that is not finite.
+    """
+    values = torch.as_tensor(function(rewards.clone()), dtype=rewards.dtype, device=rewards.device)
+    if values.shape != rewards.shape:
+        raise UserError(f"the function of advantage gave values of shape {tuple(values.shape)} for "
+                        f"rewards of shape {tuple(rewards.shape)} (prompts, group); return one per "
+                        "reply")
+    values = values.where(~rewards.isnan(), 0.0)
+    if not values.isfinite().all():
+        raise UserError("the function of advantage gave a value that is not finite; do not divide "
+                        "by 0, and leave out rewards that are NaN")
+    return values
+
+
+class _OwnAdvantage:
+    """Mixin: where TRL has computed advantages, `advantage` replaces them, if there is one."""
+
+    advantage: Callable | None = None
+
+    def _calculate_rewards(self, *args):
+        self.rewards = super()._calculate_rewards(*args)
+        return self.rewards
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.advantage is None:
+            return output
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        weighted = self.rewards * self.reward_weights.to(self.rewards.device)
+        rewards = weighted.nansum(1).where(~weighted.isnan().all(1), torch.nan)
+        values = own_advantages(self.advantage, rewards.view(-1, group)).flatten()
+        self._logs["advantages"].extend(values.tolist())  # TRL's fall out of this queue
+        count = len(output["advantages"])  # rewards are gathered
+        first = self.accelerator.process_index * count
+        return output | {"advantages": values[first:first + count]}
+
+
+class ResumableGRPOTrainer(_ResumableOrder, _OwnAdvantage, GRPOTrainer):
     """Stock TRL, resumable."""
 
 
-class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
+class RecipeTrainer(_ResumableOrder, _OwnAdvantage, SharedPrefixGRPOTrainer):
     """The shared-prefix trainer of the recipe; its prompts are made of samples, by number.
 
     Args:
@@ -92,10 +136,6 @@ class RecipeTrainer(_ResumableOrder, SharedPrefixGRPOTrainer):
         raise UserError(f"prompts cannot be shared: {reason.partition(';')[0]}; set "
                         "share_prefix to false")
 
-    def _calculate_rewards(self, *args):
-        self.rewards = super()._calculate_rewards(*args)
-        return self.rewards
-
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
@@ -124,11 +164,11 @@ class KeepRollouts(TrainerCallback):
     with the training's sampling options and always the same random numbers, and change nothing in
     it. Nothing is kept where the kit's decoder lacks one of these options.
 
-    describe: makes the rest of a row from a reply and its sample.
+    describe: makes the rest of a row from an answer and its sample.
     """
 
     def __init__(self, trainer: GRPOTrainer, policy: Policy, samples: Sequence[Sample],
-                 folder: Path, every: int, describe: Callable[[str, Sample], dict]):
+                 folder: Path, every: int, describe: Callable[[Answer, Sample], dict]):
         self.trainer, self.policy = trainer, policy
         self.folder, self.every, self.describe = folder, every, describe
         count = min(PROMPTS, len(samples))  # evenly spaced, because a table is often sorted by task
@@ -158,8 +198,10 @@ class KeepRollouts(TrainerCallback):
         # after a kill, a step that is drawn again replaces its rows and all later ones
         rows = [row for row in load_rollouts(self.folder) if row["step"] < step]
         for (index, sample), completions in zip(self.samples.items(), rollouts):
-            rows += [{"step": step, "prompt": index, **self.describe(reply, sample)}
-                     for reply in processor.batch_decode(completions, skip_special_tokens=True)]
+            replies = processor.batch_decode(completions, skip_special_tokens=True)
+            answers = [read_reply(reply, sample, self.policy.box_format) for reply in replies]
+            rows += [{"step": step, "prompt": index, **self.describe(answer, sample)}
+                     for answer in answers]
         write_json_lines(self.folder / ROLLOUTS, rows)
 
 

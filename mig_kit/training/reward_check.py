@@ -10,7 +10,7 @@ import pandas as pd
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, rescale_box, to_model_box
 from mig_kit.common import UserError
-from mig_kit.prompts import LETTERS, correct_answer, format_answer
+from mig_kit.prompts import LETTERS, Answer, correct_answer, format_answer, read_reply
 from mig_kit.rewards import REWARDS, Reward
 from mig_kit.sample import Sample
 from mig_kit.training.reward_loading import Score, as_completions, score_functions, takes_batch
@@ -89,13 +89,15 @@ def tabulate_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box
         reward raises.
     """
     questions = choose_questions(samples)
-    replies = [construct_replies(sample, box_format) for sample in questions]
+    answers = [{kind: read_reply(reply, sample, box_format)
+                for kind, reply in construct_replies(sample, box_format).items()}
+               for sample in questions]
     columns, parts = {}, []
     for name, score in score_functions(rewards, box_format, penalty).items():
         is_of_batch = takes_batch(score.reward)
-        columns[name] = _pay_all(score, questions, replies, group if is_of_batch else 1)
+        columns[name] = _pay_all(score, questions, answers, group if is_of_batch else 1)
         if is_of_batch:
-            columns[f"{name}, mixed"] = _pay_all(score, questions, replies, group, is_mixed=True)
+            columns[f"{name}, mixed"] = _pay_all(score, questions, answers, group, is_mixed=True)
         if rewards[name] is not REWARDS.get(name) and columns[name].isna().all(axis=None):
             raise UserError(f"the reward '{name}' gave None for every reply, so nothing would "
                             "learn from it: it may lack a return; return a number, or None only "
@@ -107,38 +109,39 @@ def tabulate_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box
         raise UserError(f"the rewards {', '.join(rewards)} pay the same for every reply to a "
                         "question, so nothing can be learnt; mend them, or add one that is about "
                         "these questions")
-    means = total.mean()
-    for kind in means.index[means >= means["right"]].difference(["right", "long"], sort=False):
-        print(f"warning: the reply '{kind}' earns {means[kind]:.2f}, the right one no more than "
-              f"{means['right']:.2f}: training would learn it", flush=True)
+    for kind in total.columns.difference(["right", "long"], sort=False):
+        wrong, right = total[[kind, "right"]].dropna().mean()  # of the same questions
+        if wrong >= right - 1e-6:
+            print(f"warning: the reply '{kind}' earns {wrong:.2f}, the right one no more than "
+                  f"{right:.2f}: training would learn it", flush=True)
     if len(rewards) > 1:
         columns[SUM] = total
     return pd.DataFrame({name: values.mean() for name, values in columns.items()},
                         index=pd.Index(KINDS, name="reply"))
 
 
-def _pay_all(score: Score, questions: list[Sample], replies: list[dict[str, str]], group: int,
+def _pay_all(score: Score, questions: list[Sample], answers: list[dict[str, Answer]], group: int,
              is_mixed: bool = False) -> pd.DataFrame:
     """(questions, kinds); None counts 0 where other replies to the question are paid."""
     rows = []
-    for sample, by_kind in zip(questions, replies):
-        texts = list(by_kind.values())
+    for sample, by_kind in zip(questions, answers):
+        batch = list(by_kind.values())
         if is_mixed:
-            paid = _pay(score, texts + [""] * (-len(texts) % group), sample)
+            paid = _pay(score, batch + [by_kind["empty"]] * (-len(batch) % group), sample)
         else:
-            paid = [_pay(score, [text] * group, sample)[0] for text in texts]
+            paid = [_pay(score, [answer] * group, sample)[0] for answer in batch]
         rows.append(dict(zip(by_kind, paid if np.isnan(paid).all() else np.nan_to_num(paid))))
     return pd.DataFrame(rows, columns=KINDS)
 
 
-def _pay(score: Score, replies: list[str], sample: Sample) -> list[float]:
-    """What the replies earn, as one batch; NaN for None. Their tokens are letters."""
-    fields = {}
+def _pay(score: Score, answers: list[Answer], sample: Sample) -> list[float]:
+    """What the answers earn, as one batch; NaN for None. Their tokens are letters."""
+    fields, replies = {}, [answer.text for answer in answers]
     if takes_batch(score.reward):
         from transformers import TrainerState
 
         fields = {"completions": as_completions(replies), "trainer_state": TrainerState(),
                   "completion_ids": [[*map(ord, reply), 0] for reply in replies],
                   "log_extra": lambda *_: None, "log_metric": lambda *_: None}
-    values = score.score_batch(replies, [sample] * len(replies), **fields)
+    values = score.score_batch(answers, [sample] * len(answers), **fields)
     return [np.nan if value is None else value for value in values]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from mig_kit.prompts import LETTERS
+from mig_kit.prompts import LETTERS, Answer
 from mig_kit.sample import Sample
 from mig_kit.world.scenes import COLOURS, SHAPES
 from mig_kit.world.tasks import EXTREMES, find_extreme
@@ -48,9 +48,9 @@ class ClaimCounts(NamedTuple):
     to_list: int  # what the notes list, or all objects; 0 if the reply lists no image
 
 
-def count_claims(reply: str, sample: Sample) -> ClaimCounts:
+def count_claims(answer: Answer, sample: Sample) -> ClaimCounts:
     """How much of a reply's reasoning is true, and how complete it is where it lists images."""
-    claims = read_claims(reply, sample)
+    claims = read_claims(answer.text, sample)
     judged = [claim.is_true for claim in claims if claim.is_true is not None]
     listed = {named for claim in claims for named in claim.objects}
     wanted = known_objects(replace(sample, spec=None) if sample.notes else sample)

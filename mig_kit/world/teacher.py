@@ -7,7 +7,7 @@ cannot follow the last two: too many cost it skills, and RL finds out which it c
 import random
 
 from mig_kit.boxes import Box, BoxFormat, Coordinates, coordinate_size, to_model_box
-from mig_kit.prompts import LETTERS, format_answer, format_box, parse_reply
+from mig_kit.prompts import LETTERS, Answer, format_answer, format_box
 from mig_kit.sample import Sample, Trace
 from mig_kit.world.scenes import CELL
 
@@ -31,16 +31,15 @@ def write_reasoning(sample: Sample, detail: str) -> str:
     return " ".join(parts)
 
 
-def recognize_detail(reply: str) -> str:
+def recognize_detail(answer: Answer) -> str:
     """The one of DETAILS at which a reply reasons, by its number of statements ("name: value");
     NO_REASONING for a reply without a closed block of reasoning.
 
     "method" has no statement, "finding" one, "evidence" several.
     """
-    thinking = parse_reply(reply).thinking
-    if not thinking:
+    if not answer.thinking:
         return NO_REASONING
-    return ("method", "finding", "evidence")[min(thinking.count(": "), 2)]
+    return ("method", "finding", "evidence")[min(answer.thinking.count(": "), 2)]
 
 
 def write_trace(sample: Sample, rng: random.Random, box_format: BoxFormat,

@@ -5,12 +5,11 @@
 """
 
 from mig_kit.boxes import iou
-from mig_kit.prompts import reply_boxes_in_original
 
 
-def box_in_any_image(reply, sample, box_format):
-    """The best IoU of the reply's box with a target, whichever image the reply names."""
+def box_in_any_image(answer, sample):
+    """The best IoU of the answer's box with a target, whichever image the answer names."""
     if sample.options:
         return None
-    boxes = [box for _, box in reply_boxes_in_original(sample, reply, box_format)]
-    return max((iou(box, target.box) for box in boxes for target in sample.targets), default=0.0)
+    return max((iou(answer.box, target.box) for target in sample.targets if answer.box),
+               default=0.0)

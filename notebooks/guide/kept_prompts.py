@@ -2,7 +2,7 @@
 
     python notebooks/guide/kept_prompts.py RUN FOLDER
     mig-kit run 01 02 03 --run-id equal_data -p data FOLDER/kept.jsonl -p teacher own \
-        -p base_model runs/RUN/03_merge/merged -p data_shares "[0.998, 0, 0.002]"
+        -p base_model runs/RUN/03_merge/merged -p data_shares "[0.996, 0.002, 0.002]"
 """
 
 import sys
@@ -10,16 +10,17 @@ from pathlib import Path
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import write_json_lines
-from mig_kit.pipeline import run_folders
+from mig_kit.pipeline.runs import Run
 from mig_kit.sample import read_samples
 from mig_kit.stages.synthesize import RuleBasedTraces
 
 TRACES = 2  # of a question, as in 01
 
-run, folder = sys.argv[1], Path(sys.argv[2])
-params = run_folders.finished_params("04_rejection_sampling", run)
+run, folder = Run(sys.argv[1]), Path(sys.argv[2])
+params = run.with_run_params(
+    "04_rejection_sampling", run.params("04_rejection_sampling"))
 box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-kept = read_samples(run_folders.stage_folder("04_rejection_sampling", run) / "kept.parquet")
+kept = read_samples(run.stage_folder("04_rejection_sampling") / "kept.parquet")
 samples = kept.select([row for row in range(len(kept)) for _ in range(TRACES)])
 lines = []
 for number, (sample, trace) in enumerate(zip(

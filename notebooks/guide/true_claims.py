@@ -7,7 +7,7 @@
 from mig_kit.world.claims import read_claims
 
 
-def true_claims(reply, sample, box_format):
+def true_claims(answer, sample):
     """The share of a reply's distinct claims that are true, 0..1.
 
     0 unless it lists every image in question; None for questions whose scenes are not known. What
@@ -17,7 +17,8 @@ def true_claims(reply, sample, box_format):
         return None
     asked = {image for claim in read_claims(f"<think>{' '.join(sample.notes)}</think>", sample)
              for image in claim.images}
-    claims = {reply[claim.start:claim.end]: claim for claim in read_claims(reply, sample)}.values()
+    claims = {answer.text[claim.start:claim.end]: claim
+              for claim in read_claims(answer.text, sample)}.values()
     told = {image for claim in claims if claim.kind in ("list", "detail") for image in claim.images}
     judged = [claim.is_true for claim in claims if claim.is_true is not None]
     return sum(judged) / len(judged) if judged and asked <= told else 0.0

@@ -19,11 +19,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import file_sha256, progress_bar, release_memory, write_atomically
+from mig_kit.evaluation.items import make_items, summarize_suite
 from mig_kit.models.loading import Hardware, PatchProduct, load_policy
 from mig_kit.models.processors import StillImageProcessor
 from mig_kit.serving.reply_files import greedy_replies
 from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
-from mig_kit.stages.evaluate import summarize_suite
 from mig_kit.world.scenes import COLOURS, SHAPES
 from mig_kit.world.suites import SUITES, make_suite
 from tiny_base import attention
@@ -237,7 +237,9 @@ def evaluate_base(folder: Path, hardware: Hardware, per_task: int) -> dict:
     scores = {}
     for suite in [name for name, suite in SUITES.items() if suite.default]:
         samples = make_suite(suite, "val", per_task)
-        result = summarize_suite(samples, greedy_replies(policy, samples), [], BoxFormat())
+        replies = {"greedy": greedy_replies(policy, samples), "drawn": [[]] * len(samples)}
+        result = summarize_suite(make_items({suite: samples}, {"base": {suite: replies}},
+                                            BoxFormat()))
         tasks = {task: values["acc@0.5"] for task, values in result["tasks"].items()}
         scores[suite] = {"score": result["score"], "tasks": tasks}
     return scores

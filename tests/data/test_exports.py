@@ -21,7 +21,7 @@ from mig_kit.common import PACKAGE, PROJECT_ROOT, UserError
 from mig_kit.data import exports, own_data
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_folders import RECIPE
-from mig_kit.prompts import correct_answer
+from mig_kit.prompts import correct_answer, read_reply
 from mig_kit.training.reward_loading import load_rewards, score_functions
 
 SIZES = ((40, 30), (300, 200), (1600, 900))  # enlarged, nearly kept, shrunk
@@ -51,11 +51,12 @@ def judged(questions):
     for number, sample in enumerate(questions):
         right = correct_answer(sample, box_format)
         for _ in range(21):
-            answer = "".join(str(rng.randrange(10)) if letter.isdigit() and rng.random() < 0.2
-                             else letter for letter in right)
+            text = "".join(str(rng.randrange(10)) if letter.isdigit() and rng.random() < 0.2
+                           else letter for letter in right)
             thought = rng.choice(["Search.", "It is in image 9.", "ä 图", "</think>"])
-            reply = f"<think>{thought}</think><answer>{answer}</answer>"
-            values = {name: score(reply, sample) for name, score in scores.items()}
+            reply = f"<think>{thought}</think><answer>{text}</answer>"
+            answer = read_reply(reply, sample, box_format)
+            values = {name: score(answer, sample) for name, score in scores.items()}
             rows.append((number, reply, sum(p["reward_weights"][name] * value
                                             for name, value in values.items()
                                             if value is not None)))

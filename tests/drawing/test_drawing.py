@@ -8,7 +8,7 @@ from PIL import ImageColor
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.drawing import palette, pictures, plots
-from mig_kit.prompts import format_answer
+from mig_kit.prompts import format_answer, read_reply
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()
@@ -82,7 +82,8 @@ def test_a_group_shows_every_box_in_its_image_and_colour(task, monkeypatch):
     monkeypatch.setattr(pictures, "draw_boxes",
                         lambda drawn, marks, height: strokes.extend(marks) or draw(
                             drawn, marks, height))
-    pictures.draw_group(sample, [*replies, "nothing"], BOX_FORMAT)
+    pictures.draw_group(sample, [read_reply(reply, sample, BOX_FORMAT)
+                                 for reply in (*replies, "nothing")])
     assert [(stroke[0], stroke[2]) for stroke in strokes] == [
         (image, palette.CORRECT), (image, palette.CORRECT), (other, palette.PREDICTED)]
     assert [stroke.letter for stroke in strokes] == ["1", "2", "3"]

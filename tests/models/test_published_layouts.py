@@ -17,10 +17,12 @@ from published import format_of, save_model
 
 from mig_kit import rewards
 from mig_kit.boxes import BoxFormat, Coordinates, iou, seen_size
+from mig_kit.evaluation import items
 from mig_kit.models import loading, processors, sample_prompts
+from mig_kit.prompts import read_reply
 from mig_kit.sample import Sample, Target
 from mig_kit.serving import reply_files
-from mig_kit.stages import evaluate, grpo
+from mig_kit.stages import grpo
 
 SIZES = [(1024, 768), (3000, 2000), (200, 150)]
 BOXES = [(120.0, 96.0, 700.0, 560.0), (300.0, 500.0, 2100.0, 1900.0), (20.0, 30.0, 150.0, 140.0)]
@@ -99,8 +101,9 @@ def test_images_are_shown_at_the_size_that_boxes_are_computed_for_and_a_known_bo
         reply = reply_with(target.box, size, seen, family, target.image)
         sample = Sample("x", "", "", "", tuple(photos), "Where?", targets=(target,))
         # half a pixel of rounding on each side of a box of 130 of 196 px
-        assert rewards.box_reward(reply, sample, policy.box_format) > 0.985
-        scores = evaluate.score_reply(reply, sample, policy.box_format)
+        answer = read_reply(reply, sample, policy.box_format)
+        assert rewards.box_reward(answer, sample) > 0.985
+        scores = items.score_answer(answer, sample)
         assert scores["iou"] > 0.985 and scores["image"] == scores["format"] == 1
 
 

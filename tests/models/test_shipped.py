@@ -12,11 +12,12 @@ from mig_kit import common
 from mig_kit.boxes import BoxFormat
 from mig_kit.commands.main import cli
 from mig_kit.common import SHIPPED, UserError, model_folder
+from mig_kit.evaluation import evaluate
 from mig_kit.models import loading
 from mig_kit.models.model_folders import check_weights
 from mig_kit.pipeline.run_facts import MODELS, find_run_model
 from mig_kit.serving.reply_files import greedy_replies
-from mig_kit.stages import evaluate, grpo
+from mig_kit.stages import grpo
 
 TOOL = load_tool()
 

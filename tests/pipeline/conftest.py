@@ -7,8 +7,8 @@ import papermill
 import pytest
 
 from mig_kit.common import UserError, file_sha256, write_json
-from mig_kit.pipeline import stage_keys
 from mig_kit.pipeline.params import validate_params
+from mig_kit.pipeline.runs import Run
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def leave(root):
                   "outputs": {name: file_sha256(folder / name) for name in ("x", "metrics.json")}}
         write_json(folder / "run.json", record)
         with suppress(UserError):  # a stage before it is not there
-            record["facts"] = stage_keys.stage_facts(stage, run_id, record["params"])
+            record["facts"] = Run(run_id).stage_facts(stage, record["params"])
             write_json(folder / "run.json", record)
         return folder
 

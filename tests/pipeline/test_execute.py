@@ -141,6 +141,13 @@ def test_a_stage_tells_of_warnings_and_of_a_bars_end_alone(capsys):
     assert line.startswith("  replies: 100%|") and "4/4 [00:0" in line
 
 
+def test_an_interrupt_that_reaches_the_kernel_first_is_an_interrupt(write_stage):
+    """So that the command says how to go on."""
+    write_stage("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        run_stage()
+
+
 @pytest.mark.parametrize("evalue", ["[Errno 28] No space left on device: 'a.parquet'",
                                     "Error while serializing: I/O error: No space (os error 28)"])
 def test_a_full_disk_in_a_stage_is_a_sentence(evalue, tmp_path, monkeypatch):

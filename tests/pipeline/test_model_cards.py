@@ -7,6 +7,7 @@ from mig_kit import __version__
 from mig_kit.common import write_json
 from mig_kit.pipeline import model_cards, store
 from mig_kit.pipeline.params import profile_params
+from mig_kit.pipeline.runs import Run
 
 NAME = "a|b`<script>.jsonl\n# x"
 FORMAT = {"min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute"}
@@ -25,7 +26,7 @@ def write_card(tmp_path, monkeypatch):
         write_json(tmp_path / "mine" / "01_synthesize" / "run.json",
                    {"params": params | {"data": data}})
         (folder / "model" / "config.json").touch()
-        model_cards.write_card("05_grpo", folder, "mine", params)
+        model_cards.write_card("05_grpo", folder, Run("mine"), params)
         return folder / "model"
 
     return write

@@ -75,8 +75,10 @@ REFUSED = [
     ("05", {"reward_weights": {"boxes": 1.0}}, "reward_weights has 'boxes', which is not one of"),
     ("05", {"rewards": [*KIT, "none.py:center"]}, "none.py, which does not exist"),
     ("05", {"rewards": [*KIT, "FILE:centre"]}, "has no function 'centre'; it has center, length"),
+    ("05", {"advantage": "maxrl"}, "advantage is 'maxrl'; write file.py:function"),
+    ("05", {"advantage": "none.py:maxrl"}, "advantage names "),
     ("05", {"rewards": [*KIT, "FILE:length"]}, "have a 'length' of their own; rename the function"),
-    ("05", {"rewards": [*KIT, "FILE:center", "OTHER:edge"]}, "two files called my_rewards.py"),
+    ("05", {"rewards": [*KIT, "FILE:center", "OTHER:edge"]}, "use two files called my_rewards.py"),
     ("06", {"suites": {"mig": 1}}, "suites.mig.[key] is 'mig': Input should be 'mig_bench', 'ood_"),
     ("06", {"suites": {"blink": -1}}, "suites.blink is -1: Input should be greater"),
     ("08", {"model": "nowhere"}, "a folder that exists, or USER/NAME of the hub"),
@@ -85,7 +87,7 @@ REFUSED = [
 
 @pytest.fixture
 def reward_files(tmp_path):
-    center = "def center(reply, sample, box_format):\n    return 1.0\n\n\n"
+    center = "def center(answer, sample):\n    return 1.0\n\n\n"
     texts = {"FILE": ("my_rewards.py", center + center.replace("center", "length")),
              "OTHER": ("other/my_rewards.py", center.replace("center", "edge"))}
     (tmp_path / "other").mkdir()

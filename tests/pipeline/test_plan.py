@@ -1,6 +1,7 @@
 """Runs that start from another run's stages, and what `mig-kit run` refuses before a kernel."""
 
 import hashlib
+import json
 import shutil
 
 import pytest
@@ -9,9 +10,10 @@ from command_line import describe_files, error_of, output_of
 
 from mig_kit.commands.main import cli
 from mig_kit.common import PROJECT_ROOT, UserError, digest_json, write_json
-from mig_kit.pipeline import execute, plan, run_facts, run_folders, stage_keys, store
+from mig_kit.evaluation import evaluated_runs
+from mig_kit.pipeline import execute, plan, runs, stage_keys, store
 from mig_kit.pipeline.run_folders import RECIPE
-from mig_kit.stages import evaluated_runs
+from mig_kit.pipeline.runs import Run
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def no_kernels(monkeypatch):
         (begun.folder / "x").write_text(str(getattr(p, "max_steps", "x")))
         begun.finish({"systems": {"grpo": {"blink": {"score": 1.0, "n": 9}}}})
         write_json(begun.final_folder / "run.json",
-                   {**run_folders.load_record(stage, run_id), "seconds": 90.0})
+                   {**Run(run_id).record(stage), "seconds": 90.0})
 
     monkeypatch.setattr(execute, "_execute_notebook", execute_notebook)
     monkeypatch.setattr(evaluated_runs, "check_margins", lambda run_id: ("", False))
@@ -49,45 +51,45 @@ def no_kernels(monkeypatch):
 
 def test_a_branch_takes_earlier_stages_by_reference_and_changes_none(root):
     before = describe_files(root / "a")
-    run_folders.start_branch("a", "b", "05_grpo", "06_evaluate")
+    runs.start_branch("a", "b", "05_grpo", "06_evaluate")
     branch = {"from": "a", "stages": list(RECIPE[1:5])}
-    assert run_folders.load_branch("b") == branch
+    assert Run("b").branch == branch
     stage = finish_stage("b", "05_grpo", "b")
     assert stage.final_folder == root / "b" / "05_grpo"
     assert stage.input_path("03_merge", "x") == root / "a" / "03_merge" / "x"
-    record = run_folders.load_record("05_grpo", "b")
+    record = Run("b").record("05_grpo")
     assert record["branch"] == branch
     digest = digest_json({"x": hashlib.sha256(b"1").hexdigest()})
     assert record["facts"]["input"] == {"03_merge": digest, "04_rejection_sampling": digest}
-    assert run_facts.run_params("b", "05_grpo")["base_model"] == "tiny"
+    assert Run("b").run_params("05_grpo")["base_model"] == "tiny"
     assert describe_files(root / "a") == before, "neither changed nor locked"
     with pytest.raises(UserError, match="03_merge of run 'b' is that of run 'a'; run it there"):
         store.begin_stage("03_merge", {"run_id": "b"})
     assert not (root / "b" / "03_merge").exists()
     finish_stage("b", "06_evaluate", "b")
-    assert store.is_done("05_grpo", "b", stage.params)
+    assert store.is_done(Run("b"), "05_grpo", stage.params)
 
 
 def test_a_branch_of_a_branch(root):
-    run_folders.start_branch("a", "b", "05_grpo")
+    runs.start_branch("a", "b", "05_grpo")
     finish_stage("b", "05_grpo", "b")
-    run_folders.start_branch("b", "c", "06_evaluate")
-    assert run_folders.stage_folder("02_sft", "c") == root / "a" / "02_sft"
-    assert run_folders.stage_folder("05_grpo", "c") == root / "b" / "05_grpo"
-    outputs = run_folders.load_record("05_grpo", "b")["outputs"]
+    runs.start_branch("b", "c", "06_evaluate")
+    assert Run("c").stage_folder("02_sft") == root / "a" / "02_sft"
+    assert Run("c").stage_folder("05_grpo") == root / "b" / "05_grpo"
+    outputs = Run("b").record("05_grpo")["outputs"]
     assert finish_stage("c", "06_evaluate", "c").facts["input"]["05_grpo"] == digest_json(
         {"x": outputs["x"]})
-    run_folders.start_branch("c", "d", "03_merge")
-    assert [run for run in "abcd" if run_folders.find_owner("02_sft", run) != "a"] == []
-    assert run_folders.find_owner("04_rejection_sampling", "d") == "d"
+    runs.start_branch("c", "d", "03_merge")
+    assert [run for run in "abcd" if Run(run).owner("02_sft").id != "a"] == []
+    assert Run("d").owner("04_rejection_sampling").id == "d"
 
 
 def test_going_on_needs_no_source_and_runs_what_is_the_branchs(root):
-    run_folders.start_branch("a", "b", "05_grpo")
+    runs.start_branch("a", "b", "05_grpo")
     for run_id, stages in (("a", list(RECIPE)),
                            ("b", ["00_preflight", "05_grpo", "06_evaluate", "07_report"])):
         assert list(plan.plan_run([], "", run_id, "", ()).params) == stages
-    assert run_folders.check_branch("a", "b", ["06_evaluate"]) == [], "naming it again is no error"
+    assert runs.check_branch("a", "b", ["06_evaluate"]) == [], "naming it again is no error"
     planned = plan.plan_run(["06_evaluate"], "", "b", "", ())
     assert (planned.source, list(planned.params)) == ("", ["06_evaluate"])
 
@@ -112,7 +114,7 @@ SIZES = "{mig_bench: 0, ood_grounding: 0, blink: 0, mmiu: 0}"
      "04_rejection_sampling of run 'b' is that of run 'a'; run it there, or start another branch: "
      "mig-kit run 04 --from a --run-id NAME")])
 def test_what_a_command_refuses_writes_nothing(root, leave, words, sentence):
-    run_folders.start_branch("a", "b", "05_grpo")
+    runs.start_branch("a", "b", "05_grpo")
     leave("02_sft", "c")
     before = describe_files(root)
     assert sentence in error_of(*words)
@@ -120,11 +122,11 @@ def test_what_a_command_refuses_writes_nothing(root, leave, words, sentence):
 
 
 def test_a_source_that_is_gone_is_one_sentence(root):
-    run_folders.start_branch("a", "b", "05_grpo")
+    runs.start_branch("a", "b", "05_grpo")
     finish_stage("b", "05_grpo", "b")
     shutil.rmtree(root / "a" / "03_merge")
-    assert "05_grpo needs 03_merge of run 'a', which has not finished; run: mig-kit run 03 " \
-        "--run-id a, with every -p of that run" in error_of("run", "05", "--run-id", "b")
+    assert "05_grpo: stale (05_grpo: 05_grpo needs 03_merge of run 'a', which has not finished; " \
+        "run: mig-kit run 03 --run-id a, with every" in output_of("run", "05", "--run-id", "b")
     (root / "a").rename(root / "other")
     for text in (error_of("run", "05", "--run-id", "b"), output_of("status", "b")):
         assert "needs 01_synthesize of run 'a', and there is no such run in " in text
@@ -134,10 +136,10 @@ def test_a_source_that_is_gone_is_one_sentence(root):
 
 def test_runs_are_a_line_each(root, leave):
     leave("05_grpo", "a")
-    run_folders.start_branch("a", "z", "05_grpo")
+    runs.start_branch("a", "z", "05_grpo")
     finish_stage("z", "05_grpo", "z")
-    run_folders.start_branch("a", "b", "06_evaluate")
-    run_folders.start_branch("z", "c", "06_evaluate")
+    runs.start_branch("a", "b", "06_evaluate")
+    runs.start_branch("z", "c", "06_evaluate")
     leave("01_synthesize", "aa")
     assert output_of("status").splitlines() == [
         "a (by hand); 01 02 03 04 05 done", "aa (by hand); 01 done",
@@ -150,7 +152,7 @@ def test_a_runs_name_makes_nothing_stale(root):
     (root / "a").rename(root / "renamed")
     shutil.copytree(root / "renamed", root / "copied")
     for run_id in ("renamed", "copied"):
-        assert store.is_done("05_grpo", run_id, {**stage.params, "run_id": run_id})
+        assert store.is_done(Run(run_id), "05_grpo", {**stage.params, "run_id": run_id})
 
 
 def test_a_command_leaves_what_has_finished_unless_it_is_forced(root, no_kernels):
@@ -163,8 +165,8 @@ def test_a_command_leaves_what_has_finished_unless_it_is_forced(root, no_kernels
     assert describe_files(root) == before
     output_of("run", "05", "--run-id", "a", "-p", "max_steps", "60", "--force")
     assert (root / "a" / "05_grpo" / "x").read_text() == "60"
-    sentence = error_of("run", "06", "--run-id", "a")
-    assert "06_evaluate of run 'a' has finished, and stays as it is (05_grpo has ch" in sentence
+    reason = "06_evaluate: stale (06_evaluate: 05_grpo has changed)"
+    assert reason in output_of("run", "06", "--run-id", "a")
     output_of("run", "06", "--run-id", "a", "--force")
     assert "stale" not in output_of("status", "a")
 
@@ -182,11 +184,12 @@ def test_a_run_keeps_the_profile_that_it_began_with(root, leave, no_kernels):
     leave("03_merge", "smoke")
     leave("04_rejection_sampling", "smoke")
     output_of("run", "05", "--from", "smoke", "--run-id", "b", "-p", "seed", "1")
-    assert run_folders.load_record("05_grpo", "b")["params"]["max_steps"] == 2, "that of its source"
+    assert Run("b").record("05_grpo")["params"]["max_steps"] == 2, "that of its source"
     assert output_of("status").splitlines()[1].startswith("b (smoke); from smoke; 05 done")
 
 
-def test_what_is_stale_is_refused_and_said_wherever_it_is_read(root, no_kernels, monkeypatch):
+def test_what_is_stale_is_built_on_and_said_wherever_it_is_read(root, no_kernels, monkeypatch,
+                                                               capsys):
     output_of("run", "05", "06", "--run-id", "a")
     facts, module = stage_keys.describe_code, "mig_kit.stages.rejection_sampling"
     assert module in facts("04_rejection_sampling")["code"]
@@ -203,22 +206,36 @@ def test_what_is_stale_is_refused_and_said_wherever_it_is_read(root, no_kernels,
     assert f"; stale, {reason}" in lines["04_rejection_sampling"]
     assert "; stale, 04_" in lines["05_grpo"] and "; stale, 04_" in lines["06_evaluate"]
     assert "stale" not in lines["03_merge"]
-    words = ["run", "05", "--from", "a", "--run-id", "b"]
-    sentence = error_of(*words)
-    assert f"05_grpo would build on what is stale in run 'a' ({reason}" in sentence
-    assert not (root / "b").exists()
-    with pytest.raises(UserError, match="05_grpo would build on what is stale in run 'c'"):
-        run_folders.start_branch("a", "c", "05_grpo")
-        store.begin_stage("05_grpo", {"run_id": "c"})
-    output_of(*words, "--force")
+    before = describe_files(root / "a")
+    assert f"05_grpo: stale ({reason}" in output_of("run", "05", "--run-id", "a")
+    assert f"warning: it builds on what is stale ({reason}" in output_of(
+        "run", "05", "--from", "a", "--run-id", "b")
+    assert describe_files(root / "a") == before
+    store.begin_stage("05_grpo", {"run_id": "a"})
+    assert f"warning: it is stale ({reason}" in capsys.readouterr().out
     assert f"; stale, {reason}" in output_of("status", "b")
-    assert "05_grpo of run 'b' is stale (04_" in " ".join(store.stale_notes("05_grpo", "b"))
+    assert "05_grpo of run 'b' is stale (04_" in " ".join(Run("b").notes("05_grpo"))
     monkeypatch.setattr(stage_keys, "describe_code", facts)
     assert "stale" not in output_of("status", "b"), "04 is what it was"
 
 
+def test_a_parameter_that_a_record_lacks_has_its_default_and_one_that_is_gone_is_ignored(root):
+    """Of a run that an earlier version has made."""
+    finish_stage("a", "05_grpo", "x")
+    path = root / "a" / "05_grpo" / "run.json"
+    record = json.loads(path.read_text())
+    for params in (record["params"], record["facts"]["parameter"]):
+        del params["top_entropy_quantile"], params["reward_weights"]["choice"]
+        params["of_old"] = 1
+    write_json(path, record)
+    assert "stale" not in output_of("status", "a")
+    assert store.begin_stage("05_grpo", {"run_id": "a"})[0].is_shown
+    with pytest.raises(UserError, match="top_entropy_quantile: 0.2, finished with 1.0"):
+        store.begin_stage("05_grpo", {"run_id": "a", "top_entropy_quantile": 0.2})
+
+
 def test_rm_asks_and_keeps_what_branches_start_from(root):
-    run_folders.start_branch("a", "b", "05_grpo")
+    runs.start_branch("a", "b", "05_grpo")
     assert "run 'a' stays: b start from it" in error_of("rm", "a")
     assert "no run 'c'" in error_of("rm", "c", "--yes")
     assert "run_id is '../a'" in error_of("rm", "../a", "--yes")
@@ -249,10 +266,10 @@ def test_without_a_teacher_02_and_03_are_left_out_and_rl_starts_from_the_base(ro
         with pytest.raises(UserError, match=sentence):
             planned_stages([stage], ())
     leave("04_rejection_sampling", "new")
-    run_folders.start_branch("new", "branch", "05_grpo")
+    runs.start_branch("new", "branch", "05_grpo")
     for run_id in ("new", "branch"):
-        assert not run_folders.has_cold_start(run_id)
-        assert [run_folders.input_stages(stage, run_id) for stage in RECIPE[3:7]] == [
+        assert not Run(run_id).has_cold_start
+        assert [Run(run_id).inputs(stage) for stage in RECIPE[3:7]] == [
             ("02_sft",), ("01_synthesize",), ("04_rejection_sampling",),
             ("01_synthesize", "05_grpo")]
     assert planned_stages([], OWN[2:], "branch") == ["00", "05", "06", "07"]
@@ -265,7 +282,7 @@ def test_too_few_prompts_are_known_after_04(root):
     with pytest.raises(UserError, match=sentence):
         store.begin_stage("05_grpo", {"run_id": "a"})
     assert not (root / "a" / "05_grpo").exists()
-    run_folders.start_branch("a", "b", "05_grpo")
+    runs.start_branch("a", "b", "05_grpo")
     with pytest.raises(UserError, match=sentence):
         planned_stages(["05_grpo"], (), "b")
     again = ["04_rejection_sampling", "05_grpo"]

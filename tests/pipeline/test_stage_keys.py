@@ -8,11 +8,12 @@ import shutil
 import pytest
 from PIL import Image
 
-from mig_kit.common import NOTEBOOKS, PACKAGE, UserError
+from mig_kit.common import NOTEBOOKS, PACKAGE
 from mig_kit.image_files import ImageStore
 from mig_kit.pipeline import stage_keys, store
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.pipeline.runs import Run
 from mig_kit.stages import sources
 
 
@@ -62,7 +63,7 @@ def replace_text(old, new):
 
 # what a researcher changes, and the number of every stage that uses it
 @pytest.mark.parametrize(("path", "text", "stages"), [
-    ("drawing/palette.py", "#0072B2", "07"), ("stages/tables.py", "RL over SFT", "07"),
+    ("drawing/palette.py", "#0072B2", "07"), ("evaluation/tables.py", "RL over SFT", "07"),
     ("prompts.py", "Think in", "00 01 02 03 04 05 06 07"),
     ("data/endpoint.py", "You are an", "01"), ("stats.py", "def pass_at_k", "04 05 06 07"),
     ("rewards.py", "floor: float = 0.1", "01 04 05 06 07"),
@@ -130,19 +131,20 @@ def synthesize(params):
 
 def test_images_exported_again_under_their_names_are_another_run(own, tmp_path):
     assert synthesize(own) == {(255, 0, 0)}
-    assert store.is_done("01_synthesize", "a", own)
+    assert store.is_done(Run("a"), "01_synthesize", own)
     export(tmp_path / "data", "blue")
-    with pytest.raises(UserError, match="stays as it is .images of data have changed"):
-        store.is_done("01_synthesize", "a", own)
+    assert store.is_done(Run("a"), "01_synthesize", own)
+    assert Run("a").describe_marks("01_synthesize") == [
+        "stale (01_synthesize: images of data have changed)"]
     assert synthesize(own | {"run_id": "b"}) == {(0, 0, 255)}
 
 
 def test_images_that_are_gone_once_they_are_stored_change_nothing(own, tmp_path):
     synthesize(own)
     Image.new("RGB", (9, 9)).save(tmp_path / "data/images/other.png")  # no question names it
-    assert store.is_done("01_synthesize", "a", own)
+    assert store.is_done(Run("a"), "01_synthesize", own)
     shutil.rmtree(tmp_path / "data/images")
-    assert store.is_done("01_synthesize", "a", own), "01 has stored what it needs"
+    assert store.is_done(Run("a"), "01_synthesize", own), "01 has stored what it needs"
 
 
 def test_a_stored_link_whose_source_was_overwritten_is_not_taken_for_the_old_image(tmp_path):

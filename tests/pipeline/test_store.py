@@ -16,6 +16,7 @@ from mig_kit.common import UserError, write_json
 from mig_kit.pipeline import run_folders, stage_keys, store
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.pipeline.runs import Run
 
 
 def begin(**values) -> store.Stage:
@@ -24,7 +25,7 @@ def begin(**values) -> store.Stage:
 
 
 def load_record(stage: str = "00_preflight"):
-    return run_folders.load_record(stage, "a")
+    return Run("a").record(stage)
 
 
 def test_a_stage_gives_its_parameters_and_prints_those_that_differ(root, leave, capsys):
@@ -109,12 +110,25 @@ def test_a_stopped_stage_goes_on_with_the_same_values_alone_and_its_minutes_coun
     assert "half.txt" in load_record()["outputs"] and 100 <= load_record()["seconds"] < 110
 
 
+def test_a_stopped_stage_goes_on_with_changed_code_and_is_edited(root, monkeypatch, capsys):
+    facts = stage_keys.describe_code
+    (begin().folder / "half.txt").write_text("x")
+    monkeypatch.setattr(stage_keys, "describe_code", lambda stage: {**facts(stage), "cells": "2"})
+    begin()
+    begin().finish({})  # as it was when it was stopped again
+    words = "edited: a cell of its notebook has changed since it was begun"
+    assert capsys.readouterr().out.count(f"warning: it will be recorded as {words}") == 2
+    assert Run("a").describe_marks("00_preflight") == [
+        "edited (00_preflight: a cell of its notebook has changed since it was begun)"]
+
+
 def test_force_replaces_at_the_end_and_goes_on_after_a_kill(root):
     stage = begin()
     (stage.folder / "out.txt").write_text("old")
     stage.finish({"n": 1})
-    facts = stage_keys.stage_facts("00_preflight", "a", stage.params)
-    store.begin_again("00_preflight", "a", facts)
+    run = Run("a")
+    store.begin_again(run.unfinished_folder(stage.name),
+                      run.stage_facts(stage.name, stage.params))
     begun = begin()
     finished = stage.final_folder
     assert not (begun.folder / "out.txt").exists() and (finished / "out.txt").is_file()
@@ -165,16 +179,17 @@ def test_a_flipped_byte_in_what_a_stage_reads_is_one_sentence(root, leave):
     sentence = (f"{path} is not what 02_sft of run 'a' wrote: damaged or changed since; make it "
                 "again: mig-kit run 02 --run-id a --force, with every -p")
     with pytest.raises(UserError, match=re.escape(sentence)):
-        store.require_intact_inputs("03_merge", "a")
-    with pytest.raises(UserError, match="is gone or damaged"):
-        store.is_done("02_sft", "a", stage.params)
+        Run("a").require_intact_inputs("03_merge")
+    assert store.is_done(Run("a"), "02_sft", stage.params)
+    assert Run("a").notes("02_sft") == [
+        f"02_sft of run 'a' is stale (02_sft: {path} is gone or damaged)"]
     os.utime(path, ns=(time, time))
     with pytest.raises(UserError, match=re.escape(sentence)):
         store.begin_stage("03_merge", {"run_id": "a"})
 
 
 def key_of(stage, **values):
-    return json.dumps(stage_keys.stage_facts(stage, "a", validate_params(values, stage)))
+    return json.dumps(Run("a").stage_facts(stage, validate_params(values, stage)))
 
 
 def test_what_makes_another_key_of_a_stage(root, leave):
@@ -196,9 +211,14 @@ def test_what_makes_another_key_of_a_stage(root, leave):
         keys.add(key_of("06_evaluate"))
     own_reward = root / "my_rewards.py"
     for value in (1.0, 0.5):
-        own_reward.write_text(f"def center(reply, sample, box_format):\n    return {value}\n")
+        own_reward.write_text(f"def center(answer, sample):\n    return {value}\n")
         keys.add(key_of("05_grpo", rewards=["format", f"{own_reward}:center"]))
-    assert len(keys) == 8
+    own_reward.write_text("from rules import center\nFILES = ['table.json']\n")
+    for rules, table in (("a", "1"), ("b", "1"), ("b", "2")):
+        (root / "rules.py").write_text(f"center = '{rules}'\n")
+        (root / "table.json").write_text(table)
+        keys.add(key_of("05_grpo", rewards=["format", f"{own_reward}:center"]))
+    assert len(keys) == 11
 
 
 def test_how_a_stage_runs_is_recorded_and_makes_nothing_stale(root, leave):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat, Coordinates
 from mig_kit.data import own_data
-from mig_kit.prompts import format_answer, parse_reply
+from mig_kit.prompts import format_answer, parse_reply, read_reply
 from mig_kit.rewards import is_correct
 from mig_kit.score import own, reply_boxes
 from mig_kit.world.suites import make_suite
@@ -62,7 +62,8 @@ def test_every_reply_is_judged_as_by_eval(folder, lines):
                                    ("free_text", read_freely(reply, sample))):
                 verdict = own.judge_own(item, reply, protocol, Coordinates.NORMALIZED_1000,
                                         box_format, SIZES)
-                assert verdict.value == is_correct(text, sample, box_format), reply
+                answer = read_reply(text, sample, box_format)
+                assert verdict.value == is_correct(answer, sample), reply
 
 
 @pytest.mark.parametrize("protocol", ["strict", "free_text"])

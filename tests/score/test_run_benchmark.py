@@ -10,7 +10,7 @@ from mig_bench_records import MIG_FILE, needs_data
 from mig_kit import image_files
 from mig_kit.boxes import BoxFormat, seen_size, to_model_box
 from mig_kit.image_files import EncodedImage, LazyImages
-from mig_kit.prompts import format_question
+from mig_kit.prompts import format_question, read_reply
 from mig_kit.rewards import is_correct
 from mig_kit.score import annotations, benchmarks, protocols, run_benchmark
 from mig_kit.score.benchmarks import read_benchmark
@@ -50,7 +50,7 @@ def test_correct_replies_score_everything_under_both_protocols(root, name):
     options = {"mmiu": "A. one B. the other", "blink": "A. 1 B. 3"}.get(name, "")
     assert all(options in format_question(sample, BOX_FORMAT) for sample in samples)
     correct = [correct_reply(sample, BOX_FORMAT) for sample in samples]
-    assert all(is_correct(reply, sample, box_format=BOX_FORMAT)
+    assert all(is_correct(read_reply(reply, sample, BOX_FORMAT), sample)
                for reply, sample in zip(correct, samples)), "the kit's own rule agrees"
     assert score(benchmark, correct, root) == [100, 100]
     wrong = ["<think>x</think><answer>H</answer>"] * len(samples)

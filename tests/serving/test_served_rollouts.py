@@ -33,7 +33,7 @@ def make_served(random_folder, float32, stage_params, tmp_path, monkeypatch):
     A random model earns no reward; here a reply earns by its letters.
     """
     monkeypatch.setitem(rewards.REWARDS, "format",
-                        lambda reply, sample, box_format: len(set(reply)) / 10)
+                        lambda answer, sample: len(set(answer.text)) / 10)
 
     def make(change=lambda body, answer: answer, server=None, fault="", **changes):
         server = server or RolloutServer(

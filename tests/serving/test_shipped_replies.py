@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.evaluation.evaluate import draw_test_samples
 from mig_kit.models import loading
 from mig_kit.pipeline.params import default_params
 from mig_kit.serving import reply_files, shipped_replies
 from mig_kit.serving.stored_replies import load_replies, reply_row
 from mig_kit.shared_prefix.generation import SamplingOptions
-from mig_kit.stages.evaluate import draw_test_samples
 from mig_kit.world.tasks import make_sample
 
 BOX_FORMAT = BoxFormat()

@@ -94,7 +94,7 @@ def make_trainer(random_folder, float32, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rewards.REWARDS, "format",
-                      lambda reply, sample, box_format: len(set(reply)) / 10)
+                      lambda answer, sample: len(set(answer.text)) / 10)
         yield make
 
 

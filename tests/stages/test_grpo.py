@@ -18,8 +18,9 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
 from mig_kit.boxes import BoxFormat, iou
+from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.models import loading
-from mig_kit.prompts import correct_answer
+from mig_kit.prompts import correct_answer, parse_reply, read_reply
 from mig_kit.rewards import REWARDS
 from mig_kit.serving import stored_replies
 from mig_kit.shared_prefix import generation, obstacles
@@ -54,7 +55,8 @@ def make_trainer(random_folder, float32, stage_params):
 def test_rewards_apply_where_they_mean_something():
     samples = [make_sample("diff", "rl", 0), next(iter_free_form("rl", 1))]
     reply = f"<think></think><answer>{samples[1].letter}</answer>"
-    functions = grpo.reward_functions(reward_loading.score_functions(REWARDS, BOX_FORMAT), samples)
+    functions = grpo.reward_functions(reward_loading.score_functions(REWARDS, BOX_FORMAT), samples,
+                                      BOX_FORMAT)
     scores = {reward.__name__: reward(completions=as_completions([reply, reply]), sample=[0, 1])
               for reward in functions}
     expected = {"format": [1.0, 1.0], "image": [0.0, None], "box": [0.0, None],
@@ -68,8 +70,9 @@ def test_citing_an_image_that_does_not_exist_costs(penalty, format_score, is_all
     sample = make_sample("diff", "rl", 0)
     answer = f"<answer>{correct_answer(sample, BOX_FORMAT)}</answer>"
     scores = reward_loading.score_functions(REWARDS, BOX_FORMAT, penalty)
-    sound, unsound = ([scores[name](f"<think>image {n}: a.</think>{answer}", sample)
-                       for name in ("format", "image", "box")] for n in (2, 3))
+    replies = (f"<think>image {n}: a.</think>{answer}" for n in (2, 3))
+    sound, unsound = ([scores[name](read_reply(reply, sample, BOX_FORMAT), sample)
+                       for name in ("format", "image", "box")] for reply in replies)
     assert sound[:2] == [1, 1] and sound[2] > 0.9
     assert unsound == ([0, 0, 0] if is_all_lost else [format_score, *sound[1:]])
 
@@ -78,10 +81,11 @@ def test_shares_of_what_replies_write_down():
     drawn, own = make_sample("diff", "rl", 0), replace(make_sample("diff", "rl", 1), notes=())
     replies = ["<think>Compare.</think>", "<think>Compare. new: b.</think>",
                "<think>image 1: a. image 2: b.</think>", "<think>image 1: a. image 2: b.</think>"]
-    shares = grpo.detail_shares(replies, [drawn] * 4)
+    answers = list(map(parse_reply, replies))
+    shares = grpo.detail_shares(answers, [drawn] * 4)
     assert shares == {"evidence": 0.5, "finding": 0.25, "method": 0.25}
-    assert grpo.detail_shares(replies, [own] * 4) == {}
-    assert grpo.detail_shares(replies, [own] * 3 + [drawn])["evidence"] == 1
+    assert grpo.detail_shares(answers, [own] * 4) == {}
+    assert grpo.detail_shares(answers, [own] * 3 + [drawn])["evidence"] == 1
 
 
 def test_shares_of_what_is_true_and_of_what_is_listed():
@@ -92,25 +96,26 @@ def test_shares_of_what_is_true_and_of_what_is_listed():
                f"<think>{drawn.notes[0]} new: x.</think>",
                "<think>image 9: red star.</think>"]
     total = sum(note.count(",") + 1 for note in drawn.notes)
-    assert grpo.reasoning_shares(replies, [drawn] * 3) == {
+    answers = list(map(parse_reply, replies))
+    assert grpo.reasoning_shares(answers, [drawn] * 3) == {
         "truth": 3 / 4, "coverage": (total + listed) / (3 * total)}
-    assert grpo.reasoning_shares(["", "<think>Compare.</think>"], [drawn] * 2) == {}
-    assert grpo.reasoning_shares(replies, [own] * 3) == {}
-    false, = grpo.describe_reply(replies[2], drawn, BOX_FORMAT, {}, {})["false"]
+    assert grpo.reasoning_shares([parse_reply("")] * 2, [drawn] * 2) == {}
+    assert grpo.reasoning_shares(answers, [own] * 3) == {}
+    false, = grpo.describe_answer(answers[2], drawn, {}, {})["false"]
     assert replies[2][slice(*false)] == "image 9: red star."
 
 
 def test_what_is_kept_of_a_rollout():
     sample = make_sample("diff", "rl", 0)
-    reply = correct_reply(sample, BOX_FORMAT)
+    answer = read_reply(correct_reply(sample, BOX_FORMAT), sample, BOX_FORMAT)
     rewards = {name: REWARDS[name] for name in ("box", "choice")}
     scores = reward_loading.score_functions(rewards, BOX_FORMAT)
-    row = grpo.describe_reply(reply, sample, BOX_FORMAT, scores, {"box": 2.0})
+    row = grpo.describe_answer(answer, sample, scores, {"box": 2.0})
     assert row["reward"] == 2 * row["rewards"]["box"] > 1.8 and row["rewards"]["choice"] is None
     assert row["correct"] and row["detail"] == "method"
     (image, box), = row["boxes"]
     assert image == sample.targets[0].image and iou(box, sample.targets[0].box) > 0.9
-    assert grpo.describe_reply("", sample, BOX_FORMAT, scores, {})["boxes"] == []
+    assert grpo.describe_answer(parse_reply(""), sample, scores, {})["boxes"] == []
 
 
 IN_TRLS_FORM = """
@@ -137,7 +142,7 @@ def test_rewards_in_trls_form_are_those_of_stock_trl(tmp_path, make_trainer, sha
     (tmp_path / "mine.py").write_text(IN_TRLS_FORM)
     names = ["overlong", "shortest", "ids", "judge"]
     references = [f"{tmp_path / 'mine.py'}:{name}" for name in names]
-    reward_loading.copy_reward_files(references, tmp_path)
+    reward_loading.copy_own_files(references, tmp_path)
     trainer = make_trainer(tmp_path, rewards=references, max_steps=1, share_prefix=share_prefix)
     stock, batches = GRPOTrainer._calculate_rewards, []
 
@@ -159,6 +164,52 @@ def test_rewards_in_trls_form_are_those_of_stock_trl(tmp_path, make_trainer, sha
     expected = stock(trainer, rows, prompts, completions, ids)
     assert torch.equal(rewards.nan_to_num(-9), expected.nan_to_num(-9))
     assert expected.nan_to_num(-9).unique().numel() > 5
+
+
+TRLS = """
+from trl.trainer.utils import nanstd
+def trls(rewards):
+    return (rewards - rewards.nanmean(1, keepdim=True)) / (nanstd(rewards.flatten()) + 1e-4)
+def flat(rewards):
+    return rewards.flatten()
+def endless(rewards):
+    return rewards / 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_advantages_of_ones_own_stand_where_trls_would(tmp_path, make_trainer, share_prefix,
+                                                       monkeypatch):
+    monkeypatch.setitem(REWARDS, "format", lambda answer, sample: len(set(answer.text)) / 10)
+    (tmp_path / "mine.py").write_text(TRLS)
+    names = {name: f"{tmp_path / 'mine.py'}:{name}" for name in ("trls", "flat", "endless")}
+    reward_loading.copy_own_files(list(names.values()), tmp_path)
+    trainers = []
+    for advantage in ("", names["trls"]):
+        trainers.append(make_trainer(tmp_path, share_prefix=share_prefix, scale_rewards="batch",
+                                     advantage=advantage, save_steps=9))
+        torch.manual_seed(0)
+        trainers[-1].train()
+    check_same_training(*trainers)
+    assert trainers[0]._logs["advantages"] == trainers[1]._logs["advantages"]
+    assert any(trainers[0]._logs["advantages"])
+    for name, sentence in (("flat", "one per reply"), ("endless", "not finite")):
+        with pytest.raises(UserError, match=sentence):
+            make_trainer(tmp_path, share_prefix=share_prefix, advantage=names[name]).train()
+
+
+def test_advantages_by_hand():
+    guide = NOTEBOOKS / "guide" / "advantages.py"
+    maxrl, rloo = (reward_loading.load_function(f"{guide}:{name}", None)
+                   for name in ("maxrl", "rloo"))
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.allclose(recipe_trainer.own_advantages(maxrl, rewards), torch.tensor(
+        [[3.0, -1, -1, -1], [1 / 3, 1 / 3, 1 / 3, -1], [0, 0, 0, 0]]))
+    assert torch.allclose(recipe_trainer.own_advantages(rloo, rewards)[0], torch.tensor(
+        [1, -1 / 3, -1 / 3, -1 / 3]))
+    rewards[2] = torch.nan
+    assert not recipe_trainer.own_advantages(rloo, rewards)[2].any(), "no reward applies"
 
 
 @pytest.mark.slow

@@ -76,7 +76,8 @@ def losses(folder):
     return [row["loss"] for row in state["log_history"] if "loss" in row]
 
 
-LEARN_TWICE = {"num_iterations": 2, "max_steps": 4, "epsilon": 0.01}
+LEARN_TWICE = {"num_iterations": 2, "max_steps": 4, "epsilon": 0.01,
+               "advantage": "notebooks/guide/advantages.py:rloo"}  # of rewards that are gathered
 
 
 @pytest.mark.parametrize(("stage", "launcher", "changes"), [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat
-from mig_kit.prompts import correct_answer
+from mig_kit.prompts import correct_answer, read_reply
 from mig_kit.serving import reply_files
 from mig_kit.shared_prefix import generation
 from mig_kit.stages import rejection_sampling
@@ -50,7 +50,8 @@ def test_accuracy_by_detail_by_hand():
     thoughts = ["Compare.", "Compare. new: red star.", "Compare. image 1: a. new: red star."]
     replies = [f"<think>{thought}</think>{answer}" for thought in thoughts]
     replies.append("<think>Compare. new: x.</think><answer>?: ?: ?</answer>")
-    rows = rejection_sampling.accuracy_by_detail([sample], {sample.id: replies}, BOX_FORMAT)
+    answers = [read_reply(reply, sample, BOX_FORMAT) for reply in replies]
+    rows = rejection_sampling.accuracy_by_detail([sample], {sample.id: answers})
     assert {row["asked"] for row in rows} == {"a box"}
     by_detail = {row["detail"]: (row["n"], row["correct"]) for row in rows}
     assert by_detail == {"method": (1, 1.0), "finding": (2, 0.5), "evidence": (1, 1.0)}

@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat
 from mig_kit.image_files import image_digests
+from mig_kit.prompts import read_reply
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Trace, write_samples
 from mig_kit.shared_prefix.prompt_cache import unwrap_peft
@@ -171,7 +172,8 @@ def test_answers_alone_are_learned_without_reasoning(tmp_path, stage_params):
     assert [sample.id for sample in rows[True][0]] == [sample.id for sample in rows[False][0]]
     for sample, reply, answer in zip(*rows[True], rows[False][1]):
         assert answer.startswith("<answer>") and reply.endswith(f"</think>{answer}")
-        assert is_correct(answer, sample, BOX_FORMAT), "an answer alone still counts"
+        read = read_reply(answer, sample, BOX_FORMAT)
+        assert is_correct(read, sample), "an answer alone still counts"
 
 
 def test_like_lengths_are_together_within_an_update_only():

@@ -168,7 +168,7 @@ def test_a_training_does_not_notice_the_lesson(make_lesson, make_params, random_
                                                tmp_path, monkeypatch):
     """The same adapter to the bit, though the lesson has drawn, learnt and thrown away."""
     monkeypatch.setitem(rewards.REWARDS, "format",
-                        lambda reply, sample, box_format: len(set(reply)) / 10)
+                        lambda answer, sample: len(set(answer.text)) / 10)
     samples = [make_sample(task, "rl", 0) for task in TASKS]
     adapters = []
     for has_lesson in (False, True):

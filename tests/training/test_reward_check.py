@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from command_line import error_of, output_of
@@ -10,7 +12,7 @@ from PIL import Image
 from mig_kit.boxes import BoxFormat, iou
 from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline.params import profile_params
-from mig_kit.prompts import parse_reply, reply_boxes_in_original
+from mig_kit.prompts import parse_reply
 from mig_kit.rewards import REWARDS
 from mig_kit.sample import Sample
 from mig_kit.training.reward_check import (
@@ -46,9 +48,9 @@ def choices():
                    options=("a cup", "a dog", "a hat"), letter="ABC"[n % 3]) for n in range(9)]
 
 
-def raw_iou(reply, sample, box_format):
+def raw_iou(answer, sample):
     """A reward that compares a reply's numbers with the target in pixels of the original."""
-    box = parse_reply(reply).box
+    box = parse_reply(answer.text).box
     return iou(box, sample.targets[0].box) if box else 0.0
 
 
@@ -74,26 +76,25 @@ def test_the_kits_rewards_pay_the_right_reply_most(samples, choices, box_format)
 def test_a_reward_in_another_frame_is_seen(samples):
     table = tabulate_payments({"mine": raw_iou}, samples, ABSOLUTE, {})
     assert list(table) == ["mine"] and table["mine"]["right"] < 0.6
-    brief = {"mine": lambda reply, *_: 1 - len(reply) / 1e4}
+    brief = {"mine": lambda answer, _: 1 - len(answer.text) / 1e4}
     table = tabulate_payments(brief, samples, ABSOLUTE, {})
     assert table["mine"]["empty"] == 1 > table["mine"]["right"] > table["mine"]["long"]
 
 
-def covered(reply, sample, box_format):
+def covered(answer, sample):
     """The share of the target that the reply's box covers."""
-    best = 0.0
-    for image, (a, b, c, d) in reply_boxes_in_original(sample, reply, box_format):
-        for number, (x1, y1, x2, y2) in sample.targets:
-            width, height = min(c, x2) - max(a, x1), min(d, y2) - max(b, y1)
-            best = max(best, (image == number) * max(width, 0) * max(height, 0) / (
-                (x2 - x1) * (y2 - y1)))
-    return best
+    (image, (x1, y1, x2, y2)), = sample.targets
+    if image != answer.image or not answer.box:
+        return 0.0
+    a, b, c, d = answer.box
+    width, height = min(c, x2) - max(a, x1), min(d, y2) - max(b, y1)
+    return max(width, 0) * max(height, 0) / ((x2 - x1) * (y2 - y1))
 
 
 @pytest.mark.parametrize("rewards, kind", [
     ({"mine": covered}, "whole image"),
-    (REWARDS | {"mine": lambda reply, *_: -len(reply)}, "empty"),
-    ({"mine": lambda reply, *_: float(parse_reply(reply).image == 4)}, "no such image")])
+    (REWARDS | {"mine": lambda answer, _: -len(answer.text)}, "empty"),
+    ({"mine": lambda answer, _: float(answer.image == 4)}, "no such image")])
 def test_a_wrong_reply_that_earns_no_less_than_the_right_one_is_a_warning(
         rewards, kind, samples, capsys):
     tabulate_payments(REWARDS, samples, ABSOLUTE, {})
@@ -107,7 +108,7 @@ def test_a_part_may_be_the_same_for_all_and_its_weight_counts(samples):
     table = tabulate_payments(rewards, samples, ABSOLUTE, {"mine": 2.0})
     assert set(table["mine"]) == {0.5} and table[SUM]["empty"] == 1
     for refused, weight in ((REWARDS["box"], 0.0),
-                            (lambda reply, sample, _: float(sample.id == "q3"), 1.0)):
+                            (lambda _, sample: float(sample.id == "q3"), 1.0)):
         with pytest.raises(UserError, match="the rewards mine pay the same for every reply"):
             tabulate_payments({"mine": refused}, samples, ABSOLUTE, {"mine": weight})
     with pytest.raises(UserError, match="add one that is about these questions"):
@@ -157,7 +158,7 @@ def test_the_command(samples, tmp_path):
     (tmp_path / "my.py").write_text(
         "def f(completions, solution, **columns):\n"
         "    return [float(s in c[0]['content']) for c, s in zip(completions, solution)]\n"
-        "def zero(reply, sample, box_format):\n    return 0\n")
+        "def zero(answer, sample):\n    return 0\n")
     words = ("reward", "check", "--data", str(tmp_path / "mine.jsonl"))
     output = output_of(*words, f"{tmp_path}/my.py:f")
     assert re.search(r"right +1\.0 +1\.0\n", output) and "24 questions" in output
@@ -165,6 +166,11 @@ def test_the_command(samples, tmp_path):
                            ("zer", "has no function 'zer'; it has f, zero")):
         assert sentence in error_of(*words, f"{tmp_path}/my.py:{name}")
     assert "name rewards and --data FILE, or --run RUN" in error_of("reward", "check")
+    (tmp_path / "lacks.py").write_text("import not_of_the_kit\ndef f(answer, sample): return 1\n")
+    script = "from mig_kit.commands.main import main; main()"
+    error = subprocess.run([sys.executable, "-c", script, *words, f"{tmp_path}/lacks.py:f"],
+                           capture_output=True, text=True).stderr
+    assert "lacks.py\", line 1" in error and "pip install" not in error, "no extra of the kit"
 
 
 def test_a_runs_rewards_with_its_weights_are_what_05_shows(smoke_runs):

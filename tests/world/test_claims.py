@@ -7,9 +7,11 @@ import pytest
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT
+from mig_kit.prompts import parse_reply
 from mig_kit.sample import Sample
 from mig_kit.training import reward_loading
-from mig_kit.world.claims import count_claims, read_claims
+from mig_kit.world import claims
+from mig_kit.world.claims import read_claims
 from mig_kit.world.scenes import Object, Scene
 from mig_kit.world.suites import SUITES, iter_training_mix, make_suite
 from mig_kit.world.tasks import SampleSpec, list_image_notes, render_sample
@@ -36,6 +38,10 @@ PART = replace(SAMPLE, finding="", options=("image 1", "image 2"), letter="B")
 FROM_FILE = Sample("a", "mig_bench", "multi_view", "rl", SAMPLE.images, "", finding="the same: x.",
                    reference=(0, 0, 9, 9), notes=("image 1: the box holds blue ring.",
                                                   "image 2: red star, striped green cross."))
+
+
+def count_claims(reply, sample):
+    return claims.count_claims(parse_reply(reply), sample)
 
 
 def judge(sentence, sample=SAMPLE):
@@ -129,11 +135,11 @@ def test_every_suite_can_be_judged():
 
 def test_the_guides_reward_pays_true_claims_about_every_image(tmp_path):
     file = PROJECT_ROOT / "notebooks" / "guide" / "true_claims.py"
-    reward_loading.copy_reward_files([f"{file}:true_claims"], tmp_path)
+    reward_loading.copy_own_files([f"{file}:true_claims"], tmp_path)
     reward = reward_loading.load_rewards([f"{file}:true_claims"], tmp_path)["true_claims"]
     sample = replace(SAMPLE, spec=None)
     for thought, value in ((" ".join([*sample.notes, sample.finding]), 1.0),
                            (f"{sample.notes[0]} image 2: blue ring.", 0.5),
                            (sample.notes[0], 0.0), (sample.finding, 0.0)):
-        assert reward(f"<think>{thought}</think>", sample, BoxFormat()) == value
-    assert reward("", replace(sample, notes=()), BoxFormat()) is None
+        assert reward(parse_reply(f"<think>{thought}</think>"), sample) == value
+    assert reward(parse_reply(""), replace(sample, notes=())) is None

@@ -6,6 +6,7 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from benchmark_files import RECORDS, write_benchmarks
 from command_line import error_of, output_of, run_mig_kit
@@ -14,12 +15,13 @@ from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError
+from mig_kit.evaluation import eval_model
+from mig_kit.evaluation.items import read_items
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.run_facts import RunModel, find_run_model
 from mig_kit.prompts import format_answer
 from mig_kit.sample import Sample, read_samples, write_samples
 from mig_kit.score.benchmarks import RUNNABLE
-from mig_kit.stages import eval_model
 from mig_kit.stats import gap_interval_by_list
 from mig_kit.world.suites import suite_title
 
@@ -90,9 +92,10 @@ def test_a_difference_is_over_lists_of_images():
     """Three questions to each of forty lists say no more than the lists."""
     by_list = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], 40, p=[0.2, 0.4, 0.4])
     gains = np.repeat(by_list, 3)
-    columns = {"part": [""] * 120, "list": [place // 3 for place in range(120)]}
+    questions = pd.DataFrame({"protocol": "strict", "suite": "lisa", "task": "", "part": "",
+                              "id": range(120), "list": np.arange(120) // 3})
     results = {name: {"questions": {}, "scores": {"strict": {"lisa": {}}},
-                      "items": {"lisa": columns | {"strict": values}}}
+                      "items": questions.assign(correct=values)}
                for name, values in (("a", gains), ("b", 0 * gains))}
     bounds = [f"{100 * bound:.1f}" for bound in gap_interval_by_list([(by_list, np.arange(40))])]
     points = eval_model.difference_rows(results)[0]["points"]
@@ -113,7 +116,9 @@ def test_files_of_questions(suite, evaluate, tmp_path):
     assert all("response" in json.loads(line) for line in lines)
     protocols = ["strict", "free_text"] if suite == "own" else ["official", "strict"]
     assert list(result["scores"]) == protocols
-    assert result["items"][suite].keys() == {"id", "part", "list", *protocols}
+    table = read_items(tmp_path / "out")
+    assert [*table["protocol"].unique()] == protocols and len(table) == 2 * result["asked"]
+    assert set(table["suite"]) == {suite} and set(table["kind"]) == {"greedy"}
     rows = eval_model.score_rows({"a": result})
     assert list(dict.fromkeys(row["protocol"] for row in rows)) == protocols
     assert all(" (drawn)" not in row["percent, greedy"] for row in rows)

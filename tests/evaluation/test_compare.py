@@ -3,28 +3,24 @@
 At its end the last line of `make run`: do RL's margins lie within those of several seeds?
 """
 
-import functools
 import io
 import itertools
 import json
 import random
 import re
 import statistics
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from benchmark_files import correct_reply
 from command_line import run_mig_kit
 from scipy.stats import t as student_t
 
-from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
 from mig_kit.drawing import plots
+from mig_kit.evaluation import compare, evaluated_runs, items
+from mig_kit.evaluation.evaluated_runs import EvaluatedRun
 from mig_kit.pipeline import execute
-from mig_kit.stages import compare, evaluate, evaluated_runs
-from mig_kit.stages.evaluated_runs import EvaluatedRun
 from mig_kit.stats import mean_interval
 from mig_kit.world import suites
 
@@ -33,14 +29,10 @@ SUITES = [name for name, suite in suites.SUITES.items() if suite.default]
 PARAMS = {"eval_seed": 3, "min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute",
           "suites": dict.fromkeys(SUITES, PER_TASK)}
 
-draw_suite = functools.cache(suites.make_suite)
-
-
 @pytest.fixture(autouse=True)
 def runs(monkeypatch, tmp_path):
     """Records hold no keys here; pipeline/test_plan.py looks at stale runs."""
-    monkeypatch.setattr(evaluated_runs.store, "stale_notes", lambda *_: [])
-    monkeypatch.setattr(suites, "make_suite", draw_suite)
+    monkeypatch.setattr(evaluated_runs.Run, "notes", lambda *_: [])
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
     return tmp_path
 
@@ -60,23 +52,23 @@ def change_json(path, **changes):
 
 def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
     """A run whose systems are right with probability `skill`; gives (system, suite) -> values."""
-    rng, correct = random.Random(f"{run_id}"), {}
+    rng, correct, rows = random.Random(f"{run_id}"), {}, []
     skill = skill or {"base": 0.2, "sft": 0.5, "grpo": 0.7}
     synthesized, trained, evaluated = (root / run_id / stage for stage in
                                        ("01_synthesize", "05_grpo", "06_evaluate"))
-    for folder in (synthesized, trained, evaluated / "replies"):
+    for folder in (synthesized, trained, evaluated):
         folder.mkdir(parents=True)
     for suite, system in itertools.product(SUITES, skill):
-        samples = draw_suite(suite, "test", PER_TASK, PARAMS["eval_seed"])
-        values = [rng.random() < skill[system] for _ in samples]
-        path = evaluated / "replies" / f"{system}_{suite}_greedy.jsonl"
-        path.write_text("".join(json.dumps(
-            {"id": sample.id, "replies": [correct_reply(sample, BoxFormat()) if value else "no"]})
-            + "\n" for sample, value in zip(samples, values)))
-        correct[system, suite] = [(sample.task, int(value))
-                                  for sample, value in zip(samples, values)]
+        tasks = [task for task in suites.SUITES[suite].tasks for _ in range(PER_TASK)]
+        correct[system, suite] = [(task, int(rng.random() < skill[system])) for task in tasks]
+        rows += [{"model": system, "suite": suite, "task": task, "part": task, "list": place,
+                  "id": f"{suite}/{place}", "kind": "greedy", "draw": 0, "reply": "",
+                  "correct": float(value), "true": None, "judged": None}
+                 for place, (task, value) in enumerate(correct[system, suite])]
+    items.write_items(pd.DataFrame(rows), evaluated)
     write_json(evaluated / "run.json",
-               {"params": PARAMS | changed, "git": "abc", "machine": "two cores"})
+               {"params": PARAMS | changed, "git": "abc", "machine": "two cores",
+                "questions": dict.fromkeys(SUITES, "digest")})
     write_json(evaluated / "metrics.json", {"systems": {system: {
         suite: {"score": plain_score(correct[system, suite])} for suite in SUITES}
         for system in skill}})
@@ -153,7 +145,7 @@ def test_groups_of_other_seeds_by_hand():
     degrees = error ** 2 / ((4 / 3) ** 2 / 2 + (2 / 2) ** 2 / 1)
     half = student_t.ppf(0.975, degrees) * error ** 0.5
     assert mean_interval(np.array([1.0, 3, 5]), [0.0, 2.0]) == pytest.approx([2 - half, 2 + half])
-    assert np.isnan(mean_interval(np.array([1.0]), [0.0])).all()
+    assert mean_interval(np.array([1.0]), [0.0]) is None
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -199,8 +191,13 @@ def test_the_models_before_rl_are_compared_too(nine_runs, monkeypatch):
     figure = plots.plot_groups(compare.figure_rows(result), "sft")
     assert "SFT models" in figure.get_suptitle()
     plots.plt.close(figure)
-    monkeypatch.setattr(evaluated_runs.run_folders, "has_cold_start",
-                        lambda run: run != "dr_grpo-1")
+    read_items = items.read_items
+
+    def read_without_sft(folder):
+        table = read_items(folder)
+        return table[(table["model"] != "sft") | ("dr_grpo-1" not in folder.parts)]
+
+    monkeypatch.setattr(evaluated_runs, "read_items", read_without_sft)
     with pytest.raises(UserError, match="no SFT model; leave them out, .*: dr_grpo-1"):
         compare.compare_groups(groups, system="sft")
 
@@ -216,17 +213,20 @@ def test_an_interval_of_one_run_is_never_certain(tmp_path):
 
 
 @pytest.mark.parametrize(("runs", "others", "tasks", "lists", "cell"), [
-    pytest.param({0: "0000", 1: "1111"}, {2: "0000", 3: "1111"}, [range(4)], [range(4)],
+    pytest.param({0: "0000", 1: "1111"}, {2: "0000", 3: "1111"}, "tttt", range(4),
                  "+0.0 (-100.0 to +100.0)", id="equal means of other runs"),
-    pytest.param({0: "1100"}, {0: "0011"}, [(0, 1), (2, 3)], [(0, 1), (2, 3)],
+    pytest.param({0: "1100"}, {0: "0011"}, "ttuu", range(4),
                  "+0.0 (-86.5 to +86.5, questions only)", id="one task gained, one lost"),
-    pytest.param({0: "101"}, {1: "001"}, [range(3)], [(0, 0, 0)],
+    pytest.param({0: "101"}, {1: "001"}, "ttt", [0] * 3,
                  "+33.3 (-100.0 to +100.0, questions only)", id="one list of images")])
 def test_differences_that_say_little(runs, others, tasks, lists, cell):
-    scope = compare._Scope("s", list(map(np.array, tasks)), list(map(np.array, lists)))
-    sides = [[make_run("a", seed, seed, {"grpo": {"s": bits}}) for seed, bits in side.items()]
-             for side in (runs, others)]
-    assert compare._cell(compare._difference_row("grpo", *sides, "b", scope)) == cell
+    questions = pd.MultiIndex.from_arrays([["s"] * len(lists), [*tasks], [*tasks], lists],
+                                          names=items.QUESTION[:4])
+    runs, others = ([make_run("a", seed, seed, {"grpo": {"s": bits}})
+                     for seed, bits in side.items()] for side in (runs, others))
+    sides = compare._sides("grpo", runs, others, questions)
+    row = compare._question_row("vs b", np.array([True] * len(lists)), *sides)
+    assert compare._cell(row) == cell
 
 
 def test_runs_are_paired_by_the_seed_of_01_and_a_shared_one_is_named(tmp_path):
@@ -298,7 +298,10 @@ def test_csv_reads_back_and_markdown_rounds(nine_runs):
         ({"c": ["c"]}, "mig-kit run 06 --run-id c"),
         ({"a": ["empty.json"]}, "is no file of evaluated_runs.record_run"),
         ({"a": ["cut.json"]}, "is no file of evaluated_runs.record_run"),
-        ({"a": ["no.json"]}, "is no file of evaluated_runs.record_run; name a run, or another"))),
+        ({"a": ["no.json"]}, "is no file of evaluated_runs.record_run; name a run, or another"),
+        ({"d": ["d"]}, "holds no items.csv; make it again: a run's with mig-kit run 06 --force"),
+        ({"a": ["a"], "e": ["e"]}, "e answered other questions of blink than the runs before it"),
+        ({"a": ["a", "short.json"]}, "short.json answered another number of questions than"))),
     (lambda: compare.compare_groups({"a": ["a"]}, "x"), "no group 'x' to compare with; the groups"),
     *((lambda words=words: compare.parse_groups(words), sentence) for words, sentence in (
         (["a", "b=a"], "each once"), (["=a"], "no group"), (["a="], "no group"), ([], "name runs"),
@@ -307,6 +310,12 @@ def test_what_cannot_be_compared(call, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", eval_seed=4)
+    for run in "de":
+        write_run(tmp_path, run)
+    (tmp_path / "d" / "06_evaluate" / "items.csv").unlink()
+    change_json(tmp_path / "e" / "06_evaluate" / "run.json", questions={"blink": "another"})
+    short = json.loads(evaluated_runs.record_run("a", tmp_path / "kept").read_text())
+    write_json(tmp_path / "short.json", short | {"correct": {"grpo": {"blink": "01"}}})
     (tmp_path / "empty.json").write_text('{"run_id": "a"}')
     (tmp_path / "cut.json").write_text("{")
     with pytest.raises(UserError, match=sentence):
@@ -332,27 +341,15 @@ def test_the_command_prints_and_draws(nine_runs, tmp_path):
     assert "one group has no differences" in refused.stderr
 
 
-def test_runs_that_answered_other_questions_are_refused(tmp_path, monkeypatch):
-    """Of the same ids and number: one target is moved by a pixel."""
+def test_a_recorded_run_gives_the_runs_own_rows(tmp_path):
+    """Its questions are those of the suites, with lists of their own."""
     write_run(tmp_path, "a")
     write_run(tmp_path, "older", seed=1)
-    samples = evaluate.load_test_samples("a", PARAMS)
-    change_json(tmp_path / "a" / "06_evaluate" / "run.json",
-                questions=evaluate.digest_questions(samples))
     kept = str(evaluated_runs.record_run("a", tmp_path / "kept"))
-    for run in ("a", kept):
-        compare.compare_groups({"a": [run], "older": ["older"]})
-    (image, (x1, *rest)), *others = samples["mig_bench"][3].targets
-    moved = replace(samples["mig_bench"][3], targets=((image, (x1 + 1, *rest)), *others))
-    changed = samples | {"mig_bench": [*samples["mig_bench"][:3], moved,
-                                       *samples["mig_bench"][4:]]}
-    for name in ("load_test_samples", "draw_test_samples"):
-        monkeypatch.setattr(evaluate, name, lambda *_: changed)
-    for run in ("a", kept):
-        with pytest.raises(ValueError, match="'a' answered other questions of mig_bench"):
-            compare.compare_groups({"a": [run]})
-    with pytest.raises(ValueError, match="'a' answered other questions of mig_bench"):
-        evaluated_runs.record_run("a", tmp_path / "kept")
+    of_run, of_record = (compare.compare_groups({"a": [run], "older": ["older"]})["rows"]
+                         for run in ("a", kept))
+    assert of_run == of_record
+    assert {row["suite"] for row in of_run} > {*SUITES}
 
 
 def test_truth_is_compared_over_seeds(runs):
@@ -386,7 +383,7 @@ def margins_of(gaps, monkeypatch, changed=None):
     """`check_margins` of a run with a gap (value, low, high) for each suite of MARGINS."""
     deltas = {suite: {"value": value, "ci95": bounds}
               for suite, (value, *bounds) in zip(MARGINS, gaps)}
-    monkeypatch.setattr(evaluated_runs.run_folders, "load_record", lambda *_: {"params": {}})
+    monkeypatch.setattr(evaluated_runs.Run, "record", lambda *_: {"params": {}})
     monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: changed or {})
     monkeypatch.setattr(evaluated_runs.store, "read_metrics",
                         lambda _: {"deltas": {"grpo-sft": deltas}})

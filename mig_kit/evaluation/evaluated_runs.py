@@ -11,18 +11,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
-from mig_kit.boxes import BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
-from mig_kit.pipeline import run_folders, store
+from mig_kit.evaluation.evaluate import has_own_data
+from mig_kit.evaluation.items import QUESTION, pick, read_items
+from mig_kit.pipeline import store
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
-from mig_kit.sample import Sample
-from mig_kit.serving.stored_replies import load_replies, reply_file
-from mig_kit.stages import evaluate
-from mig_kit.world.suites import suite_title
+from mig_kit.world.suites import SUITES, suite_title
 
 # Runs that differ in one of these did not answer the same questions.
 SAMPLE_PARAMS = ("eval_seed", "suites", "min_pixels", "max_pixels", "coordinates")
@@ -47,7 +47,7 @@ class EvaluatedRun:
     start_from: str = "merged"  # what 05 trained
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `changed_params`
-    stale: list[str] = field(default_factory=list)  # of `store.stale_notes`
+    stale: list[str] = field(default_factory=list)  # of `Run.notes`
     # by system and suite: truth and grounded of `evaluate.summarize_reasoning`
     reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # percent, as 06 wrote them
@@ -55,40 +55,53 @@ class EvaluatedRun:
 
 
 def load_groups(groups: dict[str, list[str]]) -> tuple[
-        dict[str, list[Sample]], dict[str, list[EvaluatedRun]]]:
-    """(samples by suite, runs by group); groups: name -> run ids or files of recorded runs.
+        pd.MultiIndex, dict[str, list[EvaluatedRun]]]:
+    """(what the runs were asked, runs by group); groups: name -> run ids or recorded runs' files.
 
-    Raises: UserError for a run without a finished 06, and if runs answered different
-    questions, or others than are drawn now, or if a model was trained again since.
+    The index has a row for each place of `EvaluatedRun.correct`, suite after suite: its suite,
+    task, part and list, as in `items`.
+
+    Raises: UserError for a run without a finished 06, if runs answered different questions, or if
+    a model was trained again since.
     """
-    asked = {run: _asked(run) for group in groups.values() for run in group}
-    first, params = next(iter(asked.items()))
-    for name, value in params.items():
-        if any(of_run[name] != value for of_run in asked.values()):
-            values = ", ".join(f"{run} {of_run[name]}" for run, of_run in asked.items())
+    loaded, questions = {}, None
+    for word in [word for group in groups.values() for word in group]:
+        loaded[word], asked = _read_run(word)
+        questions = asked if questions is None else questions
+    first, *others = loaded.values()
+    for name in SAMPLE_PARAMS:
+        if any(run.params[name] != first.params[name] for run in others):
+            values = ", ".join(f"{word} {run.params[name]}" for word, run in loaded.items())
             raise UserError(f"the runs were not evaluated on the same samples: {name} is {values}")
-    samples = (evaluate.draw_test_samples(params) if is_recorded(first)
-               else evaluate.load_test_samples(first, params))
-    runs = {name: [_load_run(run, samples) for run in group] for name, group in groups.items()}
-    loaded = [run for group in runs.values() for run in group]
-    now = evaluate.digest_questions(samples) if any(run.questions for run in loaded) else {}
-    for run in loaded:
+    digests = {}
+    for word, run in loaded.items():
         for suite, digest in run.questions.items():
-            if digest != now.get(suite, digest):
-                raise UserError(f"run '{run.run_id}' answered other questions of {suite} than the "
-                                "same parameters draw now; compare it with the code of its "
-                                "commit, or run its 06 again")
-    return samples, runs
+            if digests.setdefault(suite, digest) != digest:
+                raise UserError(f"{word} answered other questions of {suite} than the runs before "
+                                "it; run its 06 again, or compare runs of the same own data and "
+                                "version of the kit")
+        for by_suite in run.correct.values():
+            if sum(map(len, by_suite.values())) != len(questions):
+                raise UserError(f"{word} answered another number of questions than its parameters "
+                                "ask for now; compare it with the version that made it")
+    return questions, {name: [loaded[word] for word in group] for name, group in groups.items()}
 
 
-def _asked(run_id: str) -> dict:
-    """What decides which questions a run answered: SAMPLE_PARAMS, and the file of own data."""
-    if is_recorded(run_id):
-        return read_recorded(run_id).params | {"own data": ""}
-    record = run_folders.require_record("06_evaluate", run_id, "mig-kit table")
-    held_out = (run_folders.load_record("01_synthesize", run_id)["outputs"]["val.parquet"]
-                if evaluate.has_own_data(run_id) else "")
-    return _sample_params(record["params"]) | {"own data": held_out}
+def _read_run(word: str) -> tuple[EvaluatedRun, pd.MultiIndex]:
+    """A run or a recorded one, and the index of its questions."""
+    if is_recorded(word):
+        run = read_recorded(word)
+        rows = [(suite, task, task) for suite, per_task in run.params["suites"].items()
+                for task in SUITES[suite].tasks for _ in range(per_task)]
+        # questions of drawn suites share no images, so that each is a list of its own
+        asked = pd.DataFrame(rows, columns=QUESTION[:3]).assign(list=range(len(rows)))
+        return run, pd.MultiIndex.from_frame(asked)
+    run = Run(word)
+    record = run.require("06_evaluate", "mig-kit table")
+    greedy = pick(read_items(run.stage_folder("06_evaluate")), kind="greedy")
+    greedy = greedy[greedy["model"].isin(SYSTEMS)]
+    asked = greedy[greedy["model"] == greedy["model"].iloc[0]]
+    return _load_run(run, record, greedy), pd.MultiIndex.from_frame(asked[QUESTION[:4]])
 
 
 def _sample_params(params: dict) -> dict:
@@ -97,31 +110,24 @@ def _sample_params(params: dict) -> dict:
     return {name: params[name] for name in SAMPLE_PARAMS} | {"suites": drawn}
 
 
-def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
-    if is_recorded(run_id):
-        return read_recorded(run_id)
-    record = run_folders.load_record("06_evaluate", run_id)
-    params, folder = record["params"], run_folders.stage_folder("06_evaluate", run_id)
-    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
-    stages = {stage: run_folders.load_record(stage, run_id) or {} for stage in RECIPE[1:6]}
+def _load_run(run: Run, record: dict, greedy: pd.DataFrame) -> EvaluatedRun:
+    """record: of 06; greedy: rows of its `items`."""
+    stages = {stage: run.record(stage) or {} for stage in RECIPE[1:6]}
     trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
-    seed, has_sft = trained.get("seed", 0), run_folders.has_cold_start(run_id)
-    curves = store.read_metrics(run_folders.stage_folder("05_grpo", run_id)).get("curves", [])
+    seed = trained.get("seed", 0)
+    curves = store.read_metrics(run.stage_folder("05_grpo")).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
-    summaries = store.read_metrics(folder)["systems"]
+    summaries = store.read_metrics(run.stage_folder("06_evaluate"))["systems"]
     spent = [stage.get("processor_seconds") for name, stage in stages.items()
              if name > "02" and stage]
     return EvaluatedRun(
-        run_id, synthesized.get("seed", seed), seed,
-        {system: {suite: _correctness(folder / "replies", system, suite, part, box_format)
-                  for suite, part in samples.items()}
-         for system in SYSTEMS if has_sft or system != "sft"},
+        run.id, synthesized.get("seed", seed), seed, correct_bits(greedy),
         float(np.mean(lengths or [np.nan])),
         sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
         record.get("git", ""), record.get("machine", ""),
-        record.get("versions", {}).get("mig-kit", ""), _sample_params(params),
+        record.get("versions", {}).get("mig-kit", ""), _sample_params(record["params"]),
         trained.get("start_from", "merged"), record.get("questions", {}),
-        changed_params(run_id, RECIPE[1:7]), store.stale_notes("06_evaluate", run_id),
+        changed_params(run.id, RECIPE[1:7]), run.notes("06_evaluate"),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
                   if summary.get("reasoning")} for system, by_suite in summaries.items()},
         {system: {suite: summary["score"] for suite, summary in by_suite.items()}
@@ -129,11 +135,11 @@ def _load_run(run_id: str, samples: dict[str, list[Sample]]) -> EvaluatedRun:
         None if None in spent else round(sum(spent), 1))
 
 
-def _correctness(folder: Path, system: str, suite: str, samples: list[Sample],
-                 box_format: BoxFormat) -> str:
-    replies = load_replies(reply_file(folder, system, suite))
-    return "".join(str(int(evaluate.reply_is_correct(replies[sample.id][0], sample, box_format)))
-                   for sample in samples)
+def correct_bits(greedy: pd.DataFrame, by: str = "model") -> dict[str, dict[str, str]]:
+    """System -> suite -> "1" or "0" for each question; greedy: rows of `items`."""
+    return {name: {suite: "".join(part["correct"].astype(int).astype(str))
+                   for suite, part in of_name.groupby("suite", sort=False)}
+            for name, of_name in greedy.groupby(by, sort=False)}
 
 
 def is_recorded(name: str) -> bool:
@@ -144,7 +150,7 @@ def is_recorded(name: str) -> bool:
 def record_run(run_id: str, folder: Path) -> Path:
     """Write FOLDER/RUN_ID.json, a recorded run; UserError as `load_groups`, and for own data."""
     _, runs = load_groups({run_id: [run_id]})
-    if evaluate.has_own_data(run_id):
+    if has_own_data(run_id):
         raise UserError(f"run '{run_id}' was scored on own data, whose questions are not in the "
                         "record; only runs on drawn suites can be recorded")
     path = folder / f"{run_id}.json"
@@ -170,7 +176,7 @@ def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
     """Finished stage -> its parameters that differ from the defaults and change results."""
     changed = {}
     for stage in stages:
-        params, defaults = run_folders.finished_params(stage, run_id), default_params(stage)
+        params, defaults = Run(run_id).params(stage), default_params(stage)
         if values := {name: value for name, value in params.items()
                       if name not in EXECUTION_PARAMS and value != defaults.get(name, value)}:
             changed[stage] = values
@@ -223,10 +229,10 @@ def check_margins(run_id: str) -> tuple[str, bool]:
     A margin lies outside if its whole interval does. ("", False) for a run with other parameters
     than the recipe's, or without a finished 06.
     """
-    file, record = PROJECT_ROOT / MARGINS, run_folders.load_record("06_evaluate", run_id)
-    if not record or not file.is_file() or changed_params(run_id, RECIPE[1:7]):
+    file, run = PROJECT_ROOT / MARGINS, Run(run_id)
+    if not run.record("06_evaluate") or not file.is_file() or changed_params(run_id, RECIPE[1:7]):
         return "", False
-    metrics = store.read_metrics(run_folders.stage_folder("06_evaluate", run_id))
+    metrics = store.read_metrics(run.stage_folder("06_evaluate"))
     texts, is_outside = [], False
     for suite, margins in json.loads(file.read_text()).items():
         gap, lowest, highest = metrics["deltas"]["grpo-sft"][suite], min(margins), max(margins)

@@ -4,13 +4,14 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.common import write_json
+from mig_kit.evaluation import evaluate, items
+from mig_kit.prompts import read_reply
 from mig_kit.sample import TableRows, read_samples, write_samples
-from mig_kit.stages import evaluate
-from mig_kit.stages.evaluate import paired_difference, summarize_suite
 from mig_kit.stats import to_percent
 from mig_kit.world.suites import make_suite
 from mig_kit.world.tasks import make_sample
@@ -27,6 +28,17 @@ def reply_to(sample, share=1.0):
     return f'<think></think><answer>{{"image": {target.image}, "box": {box}}}</answer>'
 
 
+def judge(samples, drawn=None, **greedy):
+    """The table of models' greedy replies, each with the drawn ones of its name."""
+    return items.make_items({"s": samples}, {model: {"s": {
+        "greedy": replies, "drawn": (drawn or {}).get(model, [[]] * len(samples))}}
+        for model, replies in greedy.items()}, BOX_FORMAT)
+
+
+def summarize(samples, greedy, drawn=None):
+    return items.summarize_suite(judge(samples, {"m": drawn} if drawn else None, m=greedy))
+
+
 def two_tasks():
     return [*(make_sample("diff", "val", index) for index in range(4)),
             *(make_sample("reasoning", "val", index) for index in range(2))]
@@ -36,7 +48,7 @@ def test_scores_by_hand():
     samples = two_tasks()
     replies = [reply_to(samples[0]), reply_to(samples[1], 0.6), reply_to(samples[2], 0.4), "",
                reply_to(samples[4]), reply_to(samples[5])]
-    result = summarize_suite(samples, replies, [], BOX_FORMAT)
+    result = summarize(samples, replies)
     diff = result["tasks"]["diff"]
     assert (diff["acc@0.3"], diff["acc@0.5"], diff["acc@0.7"]) == (75, 50, 25)
     assert diff["mean_iou"] == pytest.approx(50, abs=0.01)
@@ -52,16 +64,16 @@ def test_the_truth_of_reasoning_by_hand():
     replies = [reply_to(sample).replace("<think>", f"<think>{thought}")
                for sample, thought in zip(samples, thoughts)]
     replies[3] = replies[3].partition("<answer>")[0]
-    result = summarize_suite(samples, replies, [], BOX_FORMAT)["reasoning"]
+    result = summarize(samples, replies)["reasoning"]
     assert result["claims"] == 6
     assert result["truth"] == pytest.approx(100 * 5 / 6)
     assert result["grounded"] == pytest.approx(100 / 3)
     low, high = result["grounded_ci95"]
     assert 0 <= low < 100 / 3 < high <= 100
-    silent = summarize_suite(samples, [""] * 4, [], BOX_FORMAT)["reasoning"]
+    silent = summarize(samples, [""] * 4)["reasoning"]
     assert [silent[name] for name in ("claims", "truth", "grounded")] == [0, None, None]
     own = [replace(sample, spec=None) for sample in samples]
-    assert "reasoning" not in summarize_suite(own, replies, [], BOX_FORMAT)
+    assert "reasoning" not in summarize(own, replies)
 
 
 @pytest.mark.parametrize("reply,correct", [
@@ -70,7 +82,8 @@ def test_the_truth_of_reasoning_by_hand():
         ('{"image": 1, "box": [1, 2, 3, 4]}', 0), ('{"image": 1, "box": [1, 2', 0))),
     ("There is nothing.", 0)])
 def test_where_there_is_nothing_to_find_the_correct_answer_names_no_box(reply, correct):
-    scores = evaluate.score_reply(reply, sample_without_target(), BOX_FORMAT)
+    sample = sample_without_target()
+    scores = items.score_answer(read_reply(reply, sample, BOX_FORMAT), sample)
     assert scores["correct"] == correct and scores["format"] >= correct
 
 
@@ -97,12 +110,13 @@ def test_only_some_samples_have_drawn_replies(tmp_path):
     assert isinstance(first, TableRows) and {sample.id for sample in first} == with_drawn
     greedy = [reply_to(sample) for sample in samples]
     drawn = [[reply, ""] if has_drawn[i] else [] for i, reply in enumerate(greedy)]
-    result = summarize_suite(samples, greedy, drawn, BOX_FORMAT)
+    result = summarize(samples, greedy, drawn)
     assert (result["score"], result["sampled"], result["n_sampled"]) == (100, 50, 2)
     assert result["pass_at_k"] == {"1": 50, "2": 100}
     empty = [["", ""] if replies else [] for replies in drawn]
-    gap = paired_difference(samples, {"greedy": greedy, "drawn": drawn},
-                            {"greedy": greedy, "drawn": empty}, BOX_FORMAT)
+    table = judge(samples, {"after": drawn, "before": empty}, after=greedy, before=greedy)
+    gap = items.paired_difference(table, "after", "before")
+    assert gap["ci95"] == [0, 0] and gap["sampled_ci95"] != [0, 0], "the same replies, others"
     assert (gap["value"], gap["sampled"]) == (0, 50)
 
 
@@ -114,9 +128,8 @@ def test_samples_that_share_their_images_are_resampled_together():
     for samples in (apart, together):
         replies = [reply_to(sample) if is_right else "nothing"
                    for sample, is_right in zip(samples, correct)]
-        low, high = summarize_suite(samples, replies, [[]] * 40, BoxFormat())["ci95"]
-        gap = paired_difference(samples, *({"greedy": texts, "drawn": [[]] * 40}
-                                           for texts in (replies, nothing)), BoxFormat())
+        low, high = summarize(samples, replies)["ci95"]
+        gap = items.paired_difference(judge(samples, a=replies, b=nothing), "a", "b")
         assert gap["value"] == 50 and low < 50 < high
         widths.append((high - low, gap["ci95"][1] - gap["ci95"][0]))
     assert widths[1][0] > 1.5 * widths[0][0] and widths[1][1] > 1.5 * widths[0][1]
@@ -127,13 +140,24 @@ def test_own_data_is_scored_by_question_and_drawn_suites_by_task():
     drawn = [make_sample("diff", "val", i) for i in range(3)] + [make_sample("region", "val", 0)]
     own = [replace(sample, suite="own") for sample in drawn]
     replies = [reply_to(sample) for sample in drawn[:3]] + ["?"]
-    by_task = evaluate.summarize_suite(drawn, replies, [[]] * 4, BOX_FORMAT)
-    by_question = evaluate.summarize_suite(own, replies, [[r] for r in replies], BOX_FORMAT)
+    by_task = summarize(drawn, replies)
+    by_question = summarize(own, replies, [[reply] for reply in replies])
     assert (by_task["score"], by_question["score"], by_question["sampled"]) == (50, 75, 75)
     assert by_question["tasks"].keys() == {"diff", "region"}
-    gap = evaluate.paired_difference(own, *({"greedy": texts, "drawn": [[]] * 4}
-                                            for texts in (replies, ["?"] * 4)), BOX_FORMAT)
+    gap = items.paired_difference(judge(own, a=replies, b=["?"] * 4), "a", "b")
     assert gap["value"] == 75 and gap["ci95"][0] < 75 < gap["ci95"][1]
+
+
+def test_the_table_reads_back_as_it_was_written(tmp_path):
+    """Also names that look like numbers or like nothing, and what no scene tells."""
+    samples = [replace(sample, suite="own", id=name, task="NA", spec=None)
+               for sample, name in zip(two_tasks(), ("007", "nan", "", "1e3", "a,b", "None"))]
+    table = judge(samples, {"a": [["?", "!"]] * 6}, a=[reply_to(sample, 1 / 3)
+                                                       for sample in samples])
+    items.write_items(table, tmp_path)
+    back = items.read_items(tmp_path)
+    pd.testing.assert_frame_equal(back, table, check_dtype=False, check_exact=True)
+    assert len(back) == 6 * 3 and back["judged"].isna().all()
 
 
 def test_which_samples_are_scored(tmp_path, monkeypatch):

@@ -11,12 +11,20 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pandas as pd
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, digest_json, write_json, write_json_lines
 from mig_kit.data import own_data
+from mig_kit.evaluation import evaluate
+from mig_kit.evaluation.items import (
+    QUESTION,
+    make_items,
+    paired_gap,
+    read_items,
+    summarize_all,
+    write_items,
+)
 from mig_kit.image_files import image_digests
 from mig_kit.models import merging
 from mig_kit.models.loading import Hardware
@@ -24,19 +32,18 @@ from mig_kit.models.model_folders import ServedName, find_file
 from mig_kit.models.processors import load_processor, prompt_measure
 from mig_kit.openai_client import read_request_fields
 from mig_kit.pipeline.run_facts import RunModel
-from mig_kit.pipeline.run_folders import stage_folder
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_keys import model_fingerprint
-from mig_kit.prompts import format_question, parse_reply
+from mig_kit.prompts import format_question
 from mig_kit.sample import Sample, read_samples
 from mig_kit.score import protocols, run_benchmark
 from mig_kit.score.annotations import Benchmark
 from mig_kit.score.benchmarks import BENCHMARKS, RUNNABLE
-from mig_kit.score.own import is_read, read_freely
+from mig_kit.score.own import read_freely
 from mig_kit.score.result import NOT_READ, number_lists, summarize
 from mig_kit.serving import reply_files
 from mig_kit.serving.stored_replies import count_endings, describe_endings, reply_file
-from mig_kit.stages import evaluate
-from mig_kit.stats import group_by_task, interval_text, paired_gap_by_list
+from mig_kit.stats import interval_text
 from mig_kit.world.suites import OWN, suite_title
 
 OWN_FILE = "own data (a file)"  # in tables, of questions that may be trained ones
@@ -57,13 +64,14 @@ class Task:
 def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
                    params: SimpleNamespace, adapter: Path | None = None,
                    four_bit: bool = False) -> dict:
-    """Ask, judge, and write replies, predictions.jsonl and eval.json to `out`; returns the last.
+    """Ask, judge, and write replies, predictions.jsonl, items.csv and eval.json to `out`.
 
     An interrupted call goes on. Nothing is written before all questions are known to be usable.
 
     Args:
         params: as of 06, with 0 replies at temperature 1.
         adapter: a LoRA adapter to merge into the model; four_bit: trained on 4-bit weights.
+    Returns: what eval.json holds.
     Raises: UserError if `out` holds replies of another model or to other questions.
     """
     folder, box_format = model.folder, model.box_format
@@ -98,13 +106,23 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
         raise UserError(f"all {describe_endings(endings)}: that is no score; look at the model's "
                         "chat template, or at how its server parts reasoning from answers, and "
                         f"delete {out} before another try")
-    judged, lines = (judge_benchmark(benchmark, samples, replies, task.root, box_format)
-                     if benchmark else judge_suites(samples, replies, box_format))
-    write_json_lines(out / "predictions.jsonl", lines)
+    greedy = [reply for suite in samples for reply in replies[suite]["greedy"]]
+    if benchmark:
+        keys = [{"index": item.index} for item in benchmark.items]
+        scores, table = judge_benchmark(benchmark, samples[task.suite], greedy, task.root,
+                                        box_format)
+    else:
+        keys = [{"id": sample.id} for sample in chain(*samples.values())]
+        scores, table = judge_suites(samples, replies, box_format)
+    write_json_lines(out / "predictions.jsonl", [key | {"response": reply}
+                                                 for key, reply in zip(keys, greedy)])
+    is_read = table.groupby(QUESTION, sort=False)["read"].max()  # by any protocol
     result = {"model": str(model.folder), "adapter": described, "questions": questions,
               **_compare_with_run(task, samples, model.run_id),
               "endings": endings,
-              "max_new_tokens": params.max_new_tokens, **judged}
+              "max_new_tokens": params.max_new_tokens, "scores": scores, "asked": len(is_read),
+              "unread": int((is_read == 0).sum())}
+    write_items(table, out)
     write_json(out / "eval.json", result)
     return result
 
@@ -113,7 +131,7 @@ def _compare_with_run(task: Task, samples: dict[str, Sequence[Sample]], run_id: 
     """Of own data: are these held out, and how many did 01 of the model's run give to training?"""
     if task.suite != OWN:
         return {}
-    files = [stage_folder("01_synthesize", run_id) / f"{name}.parquet"
+    files = [Run(run_id).stage_folder("01_synthesize") / f"{name}.parquet"
              for name in ("cot", "rl") if run_id]
     trained = {_question_key(sample) for file in files if file.is_file()
                for sample in read_samples(file)}
@@ -182,61 +200,48 @@ def load_questions(task: Task, params: SimpleNamespace) -> tuple[
 
 
 def judge_suites(samples: dict[str, Sequence[Sample]], replies: dict[str, dict],
-                 box_format: BoxFormat) -> tuple[dict, list[dict]]:
-    """({"scores", "items", "unread"}, lines of predictions) of synthetic suites or own data.
+                 box_format: BoxFormat) -> tuple[dict, pd.DataFrame]:
+    """(protocol -> suite -> summary, `items` by protocol) of synthetic suites or own data.
 
-    scores: protocol -> suite -> summary. items: suite -> columns with a value per question. unread:
-    how many replies name no box or letter. replies: suite -> its part of `suite_replies`.
+    replies: suite -> its part of `suite_replies`.
     """
     free = {suite: replies[suite] | {
         "greedy": [read_freely(reply, sample.options, len(sample.images))
                    for reply, sample in zip(replies[suite]["greedy"], part)]}
         for suite, part in samples.items()}
-    by_protocol = {"strict": replies, "free_text": free}
-    items = {suite: {"id": [sample.id for sample in part], "part": evaluate.score_parts(part),
-                     "list": evaluate.number_image_lists(part).tolist(),
-                     **{protocol: [evaluate.reply_is_correct(reply, sample, box_format)
-                                   for reply, sample in zip(by_suite[suite]["greedy"], part)]
-                        for protocol, by_suite in by_protocol.items()}}
-             for suite, part in samples.items()}
-    answers = [(parse_reply(reply), sample) for suite, part in samples.items()
-               for reply, sample in zip(free[suite]["greedy"], part)]
-    unread = sum(not (is_read(answer, sample.options) or answer.names_none)
-                 for answer, sample in answers)
-    lines = [{"id": name, "response": reply} for suite, columns in items.items()
-             for name, reply in zip(columns["id"], replies[suite]["greedy"])]
-    return {"scores": evaluate.summarize_systems(samples, by_protocol, box_format), "items": items,
-            "unread": unread}, lines
+    table = make_items(samples, {"strict": replies, "free_text": free}, box_format, "protocol")
+    return summarize_all(table, "protocol"), table
 
 
-def judge_benchmark(benchmark: Benchmark, samples: dict[str, list[Sample]],
-                    replies: dict[str, dict], root: Path,
-                    box_format: BoxFormat) -> tuple[dict, list[dict]]:
-    """As `judge_suites`, of a real benchmark by its protocols; root: of its images."""
-    name = benchmark.name
-    lines = [{"index": item.index, "response": reply} for item, reply in
-             zip(benchmark.items, replies[name]["greedy"], strict=True)]
+def judge_benchmark(benchmark: Benchmark, samples: list[Sample], greedy: list[str], root: Path,
+                    box_format: BoxFormat) -> tuple[dict, pd.DataFrame]:
+    """As `judge_suites`, of a real benchmark by its protocols, whose headline is called correct.
+
+    root: of its images.
+    """
+    name, tables = benchmark.name, []
+    lines = [{"index": item.index, "response": reply}
+             for item, reply in zip(benchmark.items, greedy, strict=True)]
     scored = {protocol: protocols.score_predictions(
         benchmark, lines, "the replies", box_format, protocol, box_format.coordinates, str(root))
         for protocol in BENCHMARKS[name].protocols}
-    official = scored["official"]
-    items = {"id": [sample.id for sample in samples[name]],
-             "part": [task if official.is_macro else "" for task in official.tasks],
-             "list": number_lists(official).tolist(),
-             **{protocol: next(iter(result.metrics.values())).tolist()
-                for protocol, result in scored.items()}}
-    return {"scores": {protocol: {name: summarize(result)} for protocol, result in scored.items()},
-            "items": {name: items},
-            "unread": sum(all(verdict.problem in UNREAD for _, verdict in judged) for judged in zip(
-                *(result.judged for result in scored.values())))}, lines
+    for protocol, result in scored.items():
+        tables.append(pd.DataFrame({
+            "protocol": protocol, "suite": name, "task": result.tasks,
+            "part": [task * result.is_macro for task in result.tasks],
+            "list": number_lists(result), "id": [sample.id for sample in samples],
+            "kind": "greedy", "draw": 0, "correct": next(iter(result.metrics.values())),
+            "read": [float(verdict.problem not in UNREAD) for _, verdict in result.judged]}))
+    return ({protocol: {name: summarize(result)} for protocol, result in scored.items()},
+            pd.concat(tables))
 
 
 def read_result(folder: Path) -> dict:
-    """eval.json of a finished evaluation; UserError where there is none."""
+    """eval.json of a finished evaluation, and its "items"; UserError where there is none."""
     path = folder / "eval.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no eval.json; finish that mig-kit eval first")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text()) | {"items": read_items(folder)}
 
 
 def result_tables(results: Mapping[str, dict]) -> list[str]:
@@ -251,11 +256,10 @@ def result_tables(results: Mapping[str, dict]) -> list[str]:
         table[first] = table[first].str.ljust(table[first].str.len().max())
         texts.append(table.to_string(index=False) + "\n")
     first = next(iter(results.values()))
-    count = sum(len(columns["id"]) for columns in first["items"].values())
-    if first["unread"] > 0.1 * count:
-        texts.append(f"{first['unread']} of {count} replies name no box or letter that can be read;"
-                     " look at predictions.jsonl, and if they are cut, raise max_new_tokens "
-                     f"({first['max_new_tokens']})\n")
+    if first["unread"] > 0.1 * first["asked"]:
+        texts.append(f"{first['unread']} of {first['asked']} replies name no box or letter that can"
+                     " be read; look at predictions.jsonl, and if they are cut, raise "
+                     f"max_new_tokens ({first['max_new_tokens']})\n")
     for name, result in results.items():
         if result.get("trained"):
             texts.append(f"{result['trained']} of the questions were given to training by 01 of "
@@ -297,14 +301,10 @@ def difference_rows(results: Mapping[str, dict]) -> list[dict]:
             raise UserError(f"{name} and {other_name} did not answer the same questions; ask both "
                              "with the same --suite, --limit and files (of drawn ones a run's "
                              "model gets as many as its 06: compare it with RUN/base)")
-        for protocol, by_suite in first["scores"].items():
-            for suite in by_suite:
-                columns, before = (result["items"][suite] for result in (first, other))
-                gaps = np.subtract(columns[protocol], before[protocol])
-                groups = [group_by_task(columns["part"], values).values()
-                          for values in (gaps, np.array(columns["list"]))]
-                gap = paired_gap_by_list(list(zip(*groups)))
-                rows.append({"compared": f"{name} - {other_name}", "protocol": protocol,
-                             "suite": title_suite(suite, first),
-                             "points": interval_text(**gap)})
+        both = pd.concat([result["items"].assign(model=place)
+                          for place, result in (("first", first), ("other", other))])
+        rows += [{"compared": f"{name} - {other_name}", "protocol": protocol,
+                  "suite": title_suite(suite, first),
+                  "points": interval_text(**paired_gap(part, "first", "other"))}
+                 for (protocol, suite), part in both.groupby(["protocol", "suite"], sort=False)]
     return rows

@@ -9,9 +9,9 @@ from PIL import Image
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.drawing import plots
-from mig_kit.prompts import correct_answer, format_answer
+from mig_kit.evaluation import report
+from mig_kit.prompts import correct_answer, format_answer, parse_reply, read_reply
 from mig_kit.rewards import REWARDS
-from mig_kit.stages import report
 from mig_kit.training.reward_loading import score_functions
 from mig_kit.world.scenes import Object, Scene
 from mig_kit.world.suites import iter_free_form, make_suite
@@ -87,7 +87,7 @@ def reply_for(sample, number=None, shift=0):
 def test_outcomes_by_hand(outcome, more):
     sample = replace(make_sample("diff", "val", 0), spec=None)
     reply = "?" if more is None else reply_for(sample, **more)
-    assert report.classify_outcome(reply, sample, BOX_FORMAT) == outcome
+    assert report.classify_outcome(read_reply(reply, sample, BOX_FORMAT), sample) == outcome
     replies = {"a": {sample.id: reply_for(sample)}, "b": {sample.id: reply}}
     assert report.count_outcomes([sample], replies, BOX_FORMAT) == {
         "a": dict.fromkeys(report.OUTCOMES, 0) | {"correct": 1},
@@ -97,7 +97,7 @@ def test_outcomes_by_hand(outcome, more):
 def test_a_wrong_letter_is_a_wrong_option():
     choice = next(iter_free_form("val", 1))
     reply = f"<think></think><answer>{'B' if choice.letter == 'A' else 'A'}</answer>"
-    assert report.classify_outcome(reply, choice, BOX_FORMAT) == "wrong option"
+    assert report.classify_outcome(parse_reply(reply), choice) == "wrong option"
 
 
 def test_a_box_on_another_object_is_no_loose_box():
@@ -110,8 +110,8 @@ def test_a_box_on_another_object_is_no_loose_box():
     def classify(shift, *objects):
         scenes = [Scene(84, 84, objects if number == image else ()) for number in (1, 2)]
         spec = replace(sample.spec, scenes=scenes) if objects else None
-        return report.classify_outcome(reply_for(sample, shift=shift * width),
-                                       replace(sample, spec=spec), BOX_FORMAT)
+        answer = read_reply(reply_for(sample, shift=shift * width), sample, BOX_FORMAT)
+        return report.classify_outcome(answer, replace(sample, spec=spec))
 
     target = Object("red", "star", "plain", (x1, y1, x2, y2))
     neighbour = replace(target, box=neighbour)

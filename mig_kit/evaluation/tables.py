@@ -3,17 +3,16 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
 
 from mig_kit import __version__
-from mig_kit.boxes import BoxFormat
 from mig_kit.drawing.palette import SYSTEM_LABELS
+from mig_kit.evaluation.items import paired_gap, pick
 from mig_kit.pipeline.params import default_params
-from mig_kit.pipeline.run_folders import finished_params
+from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
-from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
-from mig_kit.stages import evaluate
-from mig_kit.stats import group_by_task, interval_text, paired_gap_by_list
+from mig_kit.stats import interval_text
 from mig_kit.world.suites import OWN, suite_title, task_title
 
 # Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
@@ -64,39 +63,31 @@ def own_data_rows(deltas: dict) -> list[dict]:
                             if OWN in by_suite})
 
 
-def out_of_domain_rows(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
-                       box_format: BoxFormat) -> list[dict]:
-    """Per task, out of domain a suite: percent correct of systems, differences as `gap_text`.
+def task_rows(items: pd.DataFrame, suite: str) -> list[dict]:
+    """Per task of a suite: percent correct of systems, greedy, and differences as `gap_text`.
 
-    replies: of base, sft (if the run has it) and grpo, by sample id.
+    items: of `items.make_items`; [] without the suite.
     """
-    lists = evaluate.number_image_lists(samples)
-    correct = {system: np.array([is_correct(by_id[sample.id], sample, box_format)
-                                 for sample in samples], dtype=float)
-               for system, by_id in replies.items()}
     rows = []
-    for task, indices in group_by_task([sample.task for sample in samples],
-                                       np.arange(len(samples))).items():
+    for task, part in pick(items, suite=suite, kind="greedy").groupby("task", sort=False):
         row = {"suite": task_title(task)}
-        row |= {SYSTEM_LABELS[system]: f"{100 * values[indices].mean():.1f}"
-                for system, values in correct.items()}
+        row |= {SYSTEM_LABELS[system]: f"{100 * values.mean():.1f}"
+                for system, values in part.groupby("model", sort=False)["correct"]}
         for after, before in DIFFERENCES:
-            if {after, before} <= correct.keys():
-                gaps = correct[after][indices] - correct[before][indices]
-                gap = paired_gap_by_list([(gaps, lists[indices])])
+            if gap := paired_gap(part, after, before):
                 row[f"{SYSTEM_LABELS[after]} over {SYSTEM_LABELS[before]}"] = gap_text(gap)
         rows.append(row)
     return rows
 
 
-def describe_moved_tasks(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
-                         box_format: BoxFormat) -> str:
-    """One sentence on the tasks that RL moved by more than their interval, both ways.
+def describe_moved_tasks(items: pd.DataFrame, suite: str) -> str:
+    """One sentence on the tasks of a suite that RL moved by more than their interval, both ways.
 
-    replies: as of `out_of_domain_rows`; RL's start is "start", else "sft" or "base".
+    RL's start is the model "start", else "sft" or "base".
     """
-    start = SYSTEM_LABELS[next(name for name in ("start", "sft", "base") if name in replies)]
-    rows, rl = out_of_domain_rows(samples, replies, box_format), SYSTEM_LABELS["grpo"]
+    models = {*items["model"]}
+    start = SYSTEM_LABELS[next(name for name in ("start", "sft", "base") if name in models)]
+    rows, rl = task_rows(items, suite), SYSTEM_LABELS["grpo"]
     moved = {mark: [f"{row['suite']} {row[start]} → {row[rl]}" for row in rows
                     if row[f"{rl} over {start}"].startswith(mark)] for mark in "▲▼"}
     texts = [f"{mark} {', '.join(tasks)}" for mark, tasks in moved.items() if tasks]
@@ -142,7 +133,7 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
                    if record["run_id"] != run_id), "")
     rows = []
     for stage, record in records.items():
-        others = finished_params(stage, source) if source else default_params(stage)
+        others = Run(source).params(stage) if source else default_params(stage)
         rows += [{"stage": stage, "parameter": name, "this run": str(value),
                   f"run {source}" if source else "default": str(others[name])}
                  for name, value in record["params"].items()
@@ -160,17 +151,19 @@ def reasoning_bars(systems: dict) -> list[dict]:
             if (figures := result.get("reasoning"))]
 
 
-def stage_rows(records: dict[str, dict]) -> list[dict]:
+def stage_rows(records: dict[str, dict], marks: dict[str, dict]) -> list[dict]:
     """Rows {stage, run, minutes, seed, commit, machine} of finished stages, and their sum.
 
-    records: stage -> run.json. The + of a commit says that its tree had changes.
+    records: stage -> run.json. marks: of `Run.marks`. The + of a commit says that its tree had
+    changes.
     """
     rows = []
     for stage, record in records.items():
         seeds = [f"{name} {record['params'][name]}" for name in ("seed", "eval_seed")
                  if name in record["params"]]
         commit = record["git"]
-        rows.append({"stage": stage, "run": record["run_id"],
+        words = f" ({', '.join(marks[stage])})" if marks.get(stage) else ""
+        rows.append({"stage": f"{stage}{words}", "run": record["run_id"],
                      "minutes": f"{record['seconds'] / 60:.1f}", "seed": ", ".join(seeds),
                      "commit": commit[:8] + "+" * commit.endswith("+"),
                      "machine": record["machine"]})

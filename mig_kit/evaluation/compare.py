@@ -6,7 +6,6 @@ if their runs share seeds (`pair_runs`).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,26 +13,24 @@ import pandas as pd
 from mig_kit import stats
 from mig_kit.common import UserError
 from mig_kit.drawing.palette import SYSTEM_LABELS
+from mig_kit.evaluation.evaluate import list_pairs
+from mig_kit.evaluation.evaluated_runs import (
+    SYSTEMS,
+    EvaluatedRun,
+    list_notes,
+    load_groups,
+    pair_runs,
+)
+from mig_kit.evaluation.items import to_groups
+from mig_kit.evaluation.tables import CLAIMS
 from mig_kit.pipeline.run_folders import require_runs
-from mig_kit.sample import Sample
-from mig_kit.stages import evaluate
-from mig_kit.stages.evaluated_runs import SYSTEMS, EvaluatedRun, list_notes, load_groups, pair_runs
-from mig_kit.stages.tables import CLAIMS
-from mig_kit.world.suites import OUT_OF_DOMAIN, OWN, suite_title, task_title
+from mig_kit.world.suites import OUT_OF_DOMAIN, suite_title, task_title
 
 METHOD = ("Intervals: Student's t over runs, of one run beside several a prediction interval for "
           "one more of these; 'questions only': a bootstrap over lists of images, exact where few "
           "differ, which says nothing about another seed. Of two runs both values are shown.")
 QUESTIONS_ONLY = ", questions only"
-REASONING = ("truth", "grounded")  # of `evaluate.summarize_reasoning`
-
-
-class _Scope(NamedTuple):
-    """The samples that a figure averages."""
-
-    suite: str
-    rows: list[np.ndarray]  # indices of samples, of each task
-    clusters: list[np.ndarray]  # as in stats.Groups
+REASONING = ("truth", "grounded")  # of `items.summarize_reasoning`
 
 
 def parse_groups(words: Sequence[str]) -> dict[str, list[str]]:
@@ -73,7 +70,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
     if reference not in groups:
         raise UserError(f"there is no group '{reference}' to compare with; the groups are "
                         f"{', '.join(groups)}")
-    samples, runs = load_groups(groups)
+    questions, runs = load_groups(groups)
     if without := [run.run_id for members in runs.values() for run in members
                    if system not in run.correct]:
         raise UserError(f"these runs have no {SYSTEM_LABELS[system]} model; leave them out, or "
@@ -81,81 +78,78 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
     rows, facts = [], []
     for name, members in runs.items():
         others = None if name == reference else runs[reference]
-        for suite, scope in _scopes(samples).items():
-            rows += [{"group": name, "suite": suite, **row} for row in [
-                *_score_rows(members, scope),
-                *([_difference_row(system, members, others, reference, scope)] if others else [])]]
-        rows += [{"group": name, "suite": suite, **row} for suite in samples
+        figures = _list_figures(members, questions)
+        if others:
+            figures[f"vs {reference}"] = _sides(system, members, others, questions)
+        for suite, scope in _list_scopes(questions).items():
+            rows += [{"group": name, "suite": suite, **_question_row(figure, scope, *sides)}
+                     for figure, sides in figures.items()]
+        rows += [{"group": name, "suite": suite, **row} for suite in questions.unique("suite")
                  for row in _reasoning_rows(members, suite, others, reference)]
         facts += [{"group": name, "tokens": run.tokens, "minutes": run.minutes} for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
             "notes": list_notes(runs, reference, system)}
 
 
-def _scopes(samples: dict[str, list[Sample]]) -> dict[str, _Scope]:
-    """Suite, or "suite/task" out of domain -> the samples that its figures average."""
+def _list_scopes(questions: pd.MultiIndex) -> dict[str, np.ndarray]:
+    """Suite, or "suite/task" out of domain -> the questions that its figures average."""
+    suites, tasks = (questions.get_level_values(level) for level in ("suite", "task"))
     scopes = {}
-    for suite, part in samples.items():
-        rows = np.arange(len(part))  # also of lists: questions of synthetic suites share no images
-        lists = evaluate.number_image_lists(part) if suite == OWN else rows
-        scopes[suite] = _Scope(suite, evaluate.split_for_score(part, rows),
-                               evaluate.split_for_score(part, lists))
+    for suite in suites.unique():
+        scopes[suite] = suites == suite
         if suite == OUT_OF_DOMAIN:
-            by_task = stats.group_by_task((sample.task for sample in part), rows)
-            scopes |= {f"{suite}/{task}": _Scope(suite, [rows], [rows])
-                       for task, rows in by_task.items()}
+            scopes |= {f"{suite}/{task}": scopes[suite] & (tasks == task)
+                       for task in tasks[scopes[suite]].unique()}
     return scopes
 
 
-def _values(runs: Sequence[EvaluatedRun], system: str, scope: _Scope) -> list[np.ndarray]:
-    """(runs, samples) correctness of each task, 0 or 1."""
-    correct = np.array([list(run.correct[system][scope.suite]) for run in runs], dtype=float)
-    return [correct[:, rows] for rows in scope.rows]
+def _values(runs: Sequence[EvaluatedRun], system: str, questions: pd.MultiIndex) -> pd.DataFrame:
+    """(questions, runs) 0 or 1 of correct answers."""
+    suites = questions.unique("suite")
+    bits = ["".join(run.correct[system][suite] for suite in suites) for run in runs]
+    return pd.DataFrame(np.array([[*map(int, text)] for text in bits], dtype=float).T, questions)
 
 
-def _by_run(values: list[np.ndarray]) -> np.ndarray:
-    """Each run's mean over the tasks, percent; values: (runs, samples) of each task."""
-    return 100 * np.mean([task.mean(1) for task in values], axis=0)
-
-
-def _row(figure: str, by_run: np.ndarray, groups: stats.Groups, others: Sequence[float] = (),
-         of_one_run: Sequence[float] = ()) -> dict:
-    """A row without group and suite, with `of_one_run` or `groups`' interval if runs give none."""
-    (low, high), over = stats.mean_interval(by_run, others), "seeds"
-    if not low < high:
-        over_questions = (stats.share_interval_by_list if figure in SYSTEMS
-                          else stats.gap_interval_by_list)
-        (low, high), over = of_one_run or 100 * np.array(over_questions(groups)), "questions"
-    low, high = np.clip([low, high], 0 if figure.split()[0] in SYSTEMS else -100, 100).tolist()
-    return {"figure": figure, "value": float(by_run.mean() - np.mean(others or [0])), "low": low,
-            "high": high, "runs": len(by_run), "over": over,
-            "by_run": [] if others else by_run.tolist()}
-
-
-def _score_rows(runs: list[EvaluatedRun], scope: _Scope) -> list[dict]:
-    """Scores of all models, and differences within runs."""
-    figures = {system: _values(runs, system, scope) for system in SYSTEMS
+def _list_figures(runs: list[EvaluatedRun], questions: pd.MultiIndex) -> dict[str, tuple]:
+    """Figure -> (its values,): scores of all models, and differences within runs."""
+    figures = {system: _values(runs, system, questions) for system in SYSTEMS
                if all(system in run.correct for run in runs)}
     from_sft = all(run.start_from == "merged" for run in runs)
-    for after, before in evaluate.list_pairs(figures):
+    for after, before in list_pairs(figures):
         if from_sft or (after, before) != ("grpo", "sft"):  # else RL knew nothing of the SFT model
-            figures[f"{after}-{before}"] = [a - b for a, b in zip(figures[after], figures[before])]
-    return [_row(figure, _by_run(values), [*zip((part.mean(0) for part in values), scope.clusters)])
-            for figure, values in figures.items()]
+            figures[f"{after}-{before}"] = figures[after] - figures[before]
+    return {figure: (values,) for figure, values in figures.items()}
 
 
-def _difference_row(system: str, runs: list[EvaluatedRun], others: list[EvaluatedRun],
-                    reference: str, scope: _Scope) -> dict:
-    """The difference of a group to the reference, by pairs of runs where there are any."""
+def _sides(system: str, runs: list[EvaluatedRun], others: list[EvaluatedRun],
+           questions: pd.MultiIndex) -> tuple[pd.DataFrame, ...]:
+    """The differences of pairs of runs where there are any, else the values of both groups."""
     pairs = pair_runs(runs, others)
-    members, partners = zip(*pairs) if pairs else (runs, others)
-    values, other_values = (_values(side, system, scope) for side in (members, partners))
-    groups = [(a.mean(0) - b.mean(0), lists)
-              for a, b, lists in zip(values, other_values, scope.clusters)]
-    by_run, by_other = _by_run(values), _by_run(other_values)
-    if pairs:
-        return _row(f"vs {reference}", by_run - by_other, groups)
-    return _row(f"vs {reference}", by_run, groups, by_other.tolist())
+    sides = [_values(side, system, questions) for side in (zip(*pairs) if pairs
+                                                           else (runs, others))]
+    return (sides[0] - sides[1],) if pairs else tuple(sides)
+
+
+def _question_row(figure: str, scope: np.ndarray, *sides: pd.DataFrame) -> dict:
+    """A row without group and suite; sides: (questions, runs), of the group and of the other."""
+    sides = [values[scope] for values in sides]
+    by_run, *others = (100 * values.groupby(level="part", sort=False).mean().mean().to_numpy()
+                       for values in sides)
+    value = by_run.mean() - sum(other.mean() for other in others)
+    if over_seeds := stats.mean_interval(by_run, *others):
+        return _row(figure, value, over_seeds, "seeds", by_run, has_by_run=not others)
+    groups = to_groups(sides[0].mean(axis=1) - sum(other.mean(axis=1) for other in sides[1:]))
+    interval = (stats.share_interval_by_list if figure in SYSTEMS
+                else stats.gap_interval_by_list)(groups)
+    return _row(figure, value, [100 * bound for bound in interval], "questions", by_run,
+                has_by_run=not others)
+
+
+def _row(figure: str, value: float, interval: Sequence[float], over: str, by_run: np.ndarray,
+         has_by_run: bool = True) -> dict:
+    low, high = np.clip(interval, 0 if figure.split()[0] in SYSTEMS else -100, 100).tolist()
+    return {"figure": figure, "value": float(value), "low": low, "high": high,
+            "runs": len(by_run), "over": over, "by_run": by_run.tolist() if has_by_run else []}
 
 
 def _reasoning_rows(runs: list[EvaluatedRun], suite: str, others: list[EvaluatedRun] | None,
@@ -173,9 +167,11 @@ def _reasoning_rows(runs: list[EvaluatedRun], suite: str, others: list[Evaluated
             paired, partners = zip(*pairs)
             figures[f"vs {reference}"] = read(paired, "grpo", name) - read(partners, "grpo", name)
         for figure, by_run in figures.items():
-            own = runs[0].reasoning.get(figure, {}).get(suite, {}).get(f"{name}_ci95")
-            row = _row(f"{figure} {name}", by_run, [], of_one_run=own or [np.nan] * 2)
-            rows += [row] * (not np.isnan([row["value"], row["low"]]).any())
+            over_seeds = stats.mean_interval(by_run)
+            of_06 = runs[0].reasoning.get(figure, {}).get(suite, {}).get(f"{name}_ci95")
+            if not np.isnan(by_run).any() and (interval := over_seeds or of_06):
+                rows.append(_row(f"{figure} {name}", by_run.mean(), interval,
+                                 "seeds" if over_seeds else "questions", by_run))
     return rows
 
 

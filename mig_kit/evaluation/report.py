@@ -21,7 +21,7 @@ from mig_kit.boxes import BoxFormat, iou
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.drawing.pictures import draw_replies
 from mig_kit.image_files import encode_image, to_data_url
-from mig_kit.prompts import parse_reply, reply_boxes_in_original
+from mig_kit.prompts import Answer, read_reply
 from mig_kit.rewards import is_correct, reply_iou
 from mig_kit.sample import Sample
 from mig_kit.serving.stored_replies import load_replies, reply_file
@@ -120,36 +120,36 @@ def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
     return replies
 
 
-def classify_outcome(reply: str, sample: Sample, box_format: BoxFormat) -> str:
+def classify_outcome(answer: Answer, sample: Sample) -> str:
     """One of OUTCOMES.
 
     A box in the correct image with IoU under 0.5 is a "loose box" if it overlaps the target more
     than any other object, else a "wrong object". Of own data it is loose from LOOSE_IOU on.
     """
-    answer = parse_reply(reply)
-    if is_correct(reply, sample, box_format):
+    if is_correct(answer, sample):
         return "correct"
     if sample.options:
         return "wrong option" if answer.letter else "no answer"
-    if answer.box is None:
+    if not answer.has_box:
         return "no answer"
     targets = [target.box for target in sample.targets if target.image == answer.image]
     if not targets:
         return "wrong image" if sample.targets else "box where none is"
     if not sample.spec:
-        is_loose = reply_iou(reply, sample, box_format) >= LOOSE_IOU
+        is_loose = reply_iou(answer, sample) >= LOOSE_IOU
     else:
-        (_, box), = reply_boxes_in_original(sample, reply, box_format)
-        nearest = max(targets, key=lambda target: iou(box, target))
-        is_loose = is_on_target(box, nearest, list_object_boxes(sample.spec)[answer.image - 1])
+        nearest = max(targets, key=lambda target: iou(answer.box, target))
+        is_loose = is_on_target(answer.box, nearest,
+                                list_object_boxes(sample.spec)[answer.image - 1])
     return "loose box" if is_loose else "wrong object"
 
 
 def count_outcomes(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
                    box_format: BoxFormat) -> dict[str, dict[str, int]]:
     """system -> outcome -> how many of `samples`; replies: per system by sample id."""
-    counts = {system: Counter(classify_outcome(by_id[sample.id], sample, box_format)
-                              for sample in samples) for system, by_id in replies.items()}
+    counts = {system: Counter(
+        classify_outcome(read_reply(by_id[sample.id], sample, box_format), sample)
+        for sample in samples) for system, by_id in replies.items()}
     return {system: {outcome: count[outcome] for outcome in OUTCOMES}
             for system, count in counts.items()}
 
@@ -166,7 +166,7 @@ def pick_gallery(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
     before = next(replies[name] for name in RL_STARTS if name in replies)
     places, rows = Counter(), []  # place: how many of this kind and task came before
     for sample in samples:
-        kind = KINDS[tuple(is_correct(by_id[sample.id], sample, box_format)
+        kind = KINDS[tuple(is_correct(read_reply(by_id[sample.id], sample, box_format), sample)
                            for by_id in (before, replies["grpo"]))]
         rows.append((places[kind, sample.task], kind, sample))
         places[kind, sample.task] += 1
@@ -183,9 +183,10 @@ def draw_gallery(gallery: list[tuple[str, Sample, dict]], box_format: BoxFormat,
     for kind, sample, replies in gallery:
         labelled = {}
         for system, reply in replies.items():
-            values = {name: score(reply, sample) for name, score in scores.items()}
+            answer = read_reply(reply, sample, box_format)
+            values = {name: score(answer, sample) for name, score in scores.items()}
             rewards = [f"{name} {value:.2g}" for name, value in values.items() if value is not None]
-            outcome = classify_outcome(reply, sample, box_format)
+            outcome = classify_outcome(answer, sample)
             facts = [outcome] * (outcome != "correct") + rewards
             labelled[", ".join([SYSTEM_LABELS[system], *facts])] = reply
         picture = to_data_url(draw_replies(sample, labelled, box_format), "WEBP", quality=85)

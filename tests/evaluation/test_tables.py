@@ -5,7 +5,8 @@ from benchmark_files import correct_reply
 from mig_kit import __version__
 from mig_kit.boxes import BoxFormat
 from mig_kit.drawing import plots
-from mig_kit.stages import tables
+from mig_kit.evaluation import tables
+from mig_kit.evaluation.items import make_items
 from mig_kit.world.suites import SUITES, make_suite
 
 BOX_FORMAT = BoxFormat()
@@ -25,15 +26,22 @@ def evaluated_systems(**more):
     return {system: dict.fromkeys(SUITES, suite) for system in ("base", "sft", "grpo")}
 
 
+def judge(samples, correct):
+    """The table of systems that answer the samples right or wrong."""
+    return make_items({"s": samples}, {system: {"s": {
+        "greedy": [correct_reply(sample, BOX_FORMAT) if is_right else "?"
+                   for sample, is_right in zip(samples, values)],
+        "drawn": [[]] * len(samples)}} for system, values in correct.items()}, BOX_FORMAT)
+
+
 def test_out_of_domain_by_hand():
     """LISA-like: the base is correct on all of four, SFT on none, GRPO on the first alone."""
     samples = [sample for sample in make_suite("ood_grounding", "test", 4)
                if sample.task in ("lisa", "unseen")]
     lisa = [sample.id for sample in samples if sample.task == "lisa"]
     correct = {"base": lisa, "sft": [], "grpo": lisa[:1]}
-    replies = {system: {sample.id: correct_reply(sample, BOX_FORMAT) if sample.id in ids else "?"
-                        for sample in samples} for system, ids in correct.items()}
-    first, second = tables.out_of_domain_rows(samples, replies, BOX_FORMAT)
+    first, second = tables.task_rows(judge(samples, {
+        system: [sample.id in ids for sample in samples] for system, ids in correct.items()}), "s")
     assert first == {
         "suite": "LISA-like (drawn)", "base": "100.0", "SFT": "0.0", "GRPO": "25.0",
         "SFT over base": "-100.0 (-100.0 to +20.5)",  # four are few
@@ -45,16 +53,16 @@ def test_out_of_domain_by_hand():
 def test_tasks_that_rl_moved_are_named_both_ways():
     """RL learns one task, unlearns another, and leaves the others as they were."""
     samples = make_suite("mig_bench", "test", 12)
-    right = {sample.id: correct_reply(sample, BOX_FORMAT) for sample in samples}
 
-    def replies(*wrong):
-        return {sample.id: "?" if sample.task in wrong else right[sample.id] for sample in samples}
+    def all_but(*wrong):
+        return [sample.task not in wrong for sample in samples]
 
-    text = tables.describe_moved_tasks(samples, {
-        "base": replies(), "sft": replies("diff"), "grpo": replies("correspondence")}, BOX_FORMAT)
+    text = tables.describe_moved_tasks(judge(samples, {
+        "base": all_but(), "sft": all_but("diff"), "grpo": all_but("correspondence")}), "s")
     assert text.startswith("RL moved 2 of 10 tasks beyond their intervals: ▲ ")
     assert " 0.0 → 100.0; ▼ " in text and " 100.0 → 0.0. Of twenty" in text
-    text = tables.describe_moved_tasks(samples, {"base": right, "grpo": right}, BOX_FORMAT)
+    text = tables.describe_moved_tasks(judge(samples, dict.fromkeys(("base", "grpo"), all_but())),
+                                       "s")
     assert text.startswith("RL moved 0 of 10 tasks beyond their intervals. Of twenty")
 
 
@@ -74,16 +82,17 @@ def test_pass_at_k_where_06_has_it():
 
 
 def test_how_a_run_was_made(monkeypatch):
-    first, _, second, total = tables.stage_rows(RECORDS)
-    assert first == {"stage": "02_sft", "run": "default", "minutes": "1.5", "seed": "seed 3",
-                     "commit": "01234567+", "machine": "two cores"}
+    first, _, second, total = tables.stage_rows(
+        RECORDS, {"02_sft": {"stale": "02_sft: sft has changed"}})
+    assert first == {"stage": "02_sft (stale)", "run": "default", "minutes": "1.5",
+                     "seed": "seed 3", "commit": "01234567+", "machine": "two cores"}
     assert second["seed"] == "seed 3, eval_seed 14" and second["commit"] == ""
     assert total == {"stage": "together", "minutes": "2.0"}
     samples = {"own": make_suite("mmiu", "test", 1), "mmiu": make_suite("mmiu", "test", 2)}
     assert tables.describe_run(RECORDS, samples) == (
         "3 held-out questions of own data and 6 drawn questions, to be compared with each other "
         f"alone; 2.0 minutes; CPU <b>; mig-kit {__version__}")
-    monkeypatch.setattr(tables, "finished_params", lambda stage, run: {"learning_rate": 2})
+    monkeypatch.setattr(tables.Run, "params", lambda *_: {"learning_rate": 2})
     assert tables.changed_rows("sharp", RECORDS) == [
         {"stage": "05_grpo", "parameter": "learning_rate", "this run": "1.0", "run default": "2"}]
 

@@ -1,0 +1,1 @@
+"""Finished models on test questions: one table of results, and all that reads that table."""
