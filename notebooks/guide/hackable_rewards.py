@@ -1,6 +1,4 @@
-"""Rewards that look right and teach something else: notebook 11 trains with each."""
-
-from mig_kit.boxes import iou
+"""Rewards that look right and pay for something else: notebook 11 trains with them."""
 
 
 def covered_share(answer, sample):
@@ -14,11 +12,6 @@ def covered_share(answer, sample):
     return max(shares, default=0.0)
 
 
-def nearest_in_any_image(answer, sample):
-    """The IoU of the box with the target, whichever image the reply names."""
-    return max((iou(answer.box, b) for _, b in sample.targets if answer.box), default=0.0)
-
-
 def things_listed(answer, sample):
-    """A tenth of a point for every comma of the reasoning: who lists more has looked harder."""
-    return 0.1 * answer.thinking.count(",")
+    """0.3 for every comma of the reasoning: who lists more has looked harder."""
+    return 0.3 * answer.thinking.count(",")
