@@ -29,12 +29,7 @@ from mig_kit.serving import served_rollouts
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 from mig_kit.training import recipe_trainer, resuming
-from mig_kit.training.reward_loading import (
-    Score,
-    load_function,
-    load_rewards,
-    score_functions,
-)
+from mig_kit.training.reward_loading import Score, load_function, load_rewards, score_functions
 from mig_kit.world.claims import count_claims, read_claims
 from mig_kit.world.teacher import DETAILS, recognize_detail
 
