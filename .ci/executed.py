@@ -156,7 +156,7 @@ def ship_base_replies(run_id: str) -> None:
     samples = draw_test_samples(vars(params))
     drawn = {suite: first_per_task(part, params.sampled_per_task)
              for suite, part in samples.items()}
-    box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
+    box_format = BoxFormat.of(vars(params))
     keys = reply_files.list_reply_keys(samples, drawn, AS_THE_RUN.dtype, box_format, params)
     shipped_replies.ship_replies({key: reply_file(folder / "replies", "base", *of)
                                   for of, key in keys.items()})

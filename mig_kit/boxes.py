@@ -5,6 +5,7 @@ Qwen2.5-VL answers in pixels of that resized image, Qwen2-VL and Qwen3-VL in 0 t
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -33,22 +34,31 @@ DESCRIPTIONS = {
     Coordinates.NORMALIZED_1: "0 to 1 of the image's width and height",
     Coordinates.PIXELS: "pixels of the original image",
 }
+PROMPT = "{question} {instruction}"
 MODEL_COORDINATES = (Coordinates.ABSOLUTE, Coordinates.NORMALIZED_1000)
 
 
 @dataclass(frozen=True)
 class BoxFormat:
-    """How a model sees images and writes boxes.
+    """How a model sees images, is asked, and writes boxes.
 
     Args:
         min_pixels, max_pixels: limits of the resized image's area.
         coordinates: absolute (Qwen2.5-VL) or normalized_1000 (Qwen2-VL, Qwen3-VL).
+        prompt: a question's text, with {question} and, if wanted, {instruction} in it.
     Raises: ValueError for other coordinates and for limits that no image can meet.
     """
 
     min_pixels: int = 3136
     max_pixels: int = 401408
     coordinates: Coordinates = Coordinates.ABSOLUTE
+    prompt: str = PROMPT
+
+    @classmethod
+    def of(cls, params: Mapping) -> "BoxFormat":
+        """That of a run's parameters."""
+        return cls(params["min_pixels"], params["max_pixels"], params["coordinates"],
+                   params["prompt"])
 
     def __post_init__(self):
         if self.coordinates not in MODEL_COORDINATES:
@@ -62,8 +72,9 @@ class BoxFormat:
     @property
     def description(self) -> str:
         """A phrase for messages."""
+        prompt = f", the prompt {self.prompt!r}" * (self.prompt != PROMPT)
         return (f"images of {self.min_pixels} to {self.max_pixels} pixels and {self.coordinates} "
-                "boxes")
+                f"boxes{prompt}")
 
 
 def smart_resize(width: int, height: int, min_pixels: int = 3136, max_pixels: int = 401408,

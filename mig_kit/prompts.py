@@ -1,7 +1,7 @@
 """Prompts and answers: how a sample is put to the model, and how its reply is read.
 
-Edit GROUNDING_INSTRUCTION or CHOICE_INSTRUCTION to try another prompt. The reply format is
-MG-Thinker's: reasoning in `<think>`, then one JSON object in `<answer>`.
+Parameter `prompt` of 01 puts other words around a question. The reply format is MG-Thinker's:
+reasoning in `<think>`, then one JSON object in `<answer>`.
 """
 
 import json
@@ -75,7 +75,8 @@ def format_question(sample: Sample, box_format: BoxFormat, with_instruction: boo
     text += "".join(f" {letter}. {option}" for letter, option in zip(LETTERS, sample.options))
     if not with_instruction:
         return text
-    return f"{text} {CHOICE_INSTRUCTION if sample.options else GROUNDING_INSTRUCTION}"
+    instruction = CHOICE_INSTRUCTION if sample.options else GROUNDING_INSTRUCTION
+    return box_format.prompt.replace("{instruction}", instruction).replace("{question}", text)
 
 
 def image_label(number: int, size: tuple[int, int] | None = None) -> str:

@@ -1,6 +1,7 @@
 """The house: who may import whom, and one number for notebook, module and test."""
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ import pytest
 
 from mig_kit.common import PACKAGE, PROJECT_ROOT
 from mig_kit.pipeline import run_folders
+from mig_kit.pipeline.processes import ENVIRONMENT
 
 GROUND = {"boxes", "stats", "image_files", "common", "openai_client"}
 # a module of the hall -> the modules of the hall that it may import
@@ -128,4 +130,5 @@ assert all(map(lambda one, other: one != other, describe_process(), before))
 
 @pytest.mark.slow
 def test_an_import_changes_nobodys_process():
-    subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
+    subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True, env=environment)

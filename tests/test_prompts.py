@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mig_kit import prompts
 from mig_kit.boxes import BoxFormat
+from mig_kit.pipeline.params import validate_params
 from mig_kit.prompts import chat_messages, format_question, parse_reply, read_reply
 from mig_kit.world.tasks import make_sample
 
@@ -21,6 +22,18 @@ pieces = st.sampled_from([
 def first_sample(task, has_size):
     samples = (make_sample(task, "val", i) for i in range(200))
     return next(sample for sample in samples if has_size(sample.sizes))
+
+
+def test_a_prompt_of_one_s_own_is_of_the_run_and_stays_when_its_file_goes(tmp_path):
+    file = tmp_path / "brief.txt"
+    file.write_text("Look twice. {question}\n{instruction}\n")
+    params = validate_params({"prompt": str(file)}, "01_synthesize")
+    file.unlink()
+    assert validate_params(params, "01_synthesize") == params
+    sample = make_sample("diff", "val", 0)
+    asked = chat_messages(sample, BoxFormat.of(params))[0]["content"][-1]["text"]
+    assert asked == f"Look twice. {sample.question}\n{prompts.GROUNDING_INSTRUCTION}"
+    assert format_question(sample, BoxFormat.of(params), with_instruction=False) == sample.question
 
 
 def test_reasoning_is_cut_off():

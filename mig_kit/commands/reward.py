@@ -50,7 +50,7 @@ def check(rewards: tuple[str, ...], file: Path | None, run_id: str, root: Path |
     record = None
     if run_id:
         values = run.run_params("mig-kit reward check")
-        box_format = BoxFormat(*map(values.get, ("min_pixels", "max_pixels", "coordinates")))
+        box_format = BoxFormat.of(values)
         if record := run.record("05_grpo"):
             params = run.params("05_grpo")
     # a file is named from where the command is given

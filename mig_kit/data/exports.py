@@ -85,7 +85,7 @@ def write_export(engine: str, recipe: Recipe, out: Path, gpus: int) -> list[str]
     if out.exists():
         raise UserError(f"{out} exists; name a new folder")
     out, p = out.absolute(), recipe.params
-    box_format = BoxFormat(p["min_pixels"], p["max_pixels"], p["coordinates"])
+    box_format = BoxFormat.of(p)
     processor = processors.load_processor(recipe.model, box_format)
     images = processor.image_processor
     factor = images.patch_size * images.merge_size

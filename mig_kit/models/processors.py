@@ -21,7 +21,7 @@ from transformers.image_utils import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mig_kit.boxes import BoxFormat, Coordinates, seen_size
+from mig_kit.boxes import PROMPT, BoxFormat, Coordinates, seen_size
 from mig_kit.common import UserError
 from mig_kit.models.model_folders import (
     check_model_folder,
@@ -46,14 +46,14 @@ class StillImageProcessor(ImagePrompts):
 
     Args:
         stock_class: processor class of the model's family, which saved files name.
-        coordinates: those in which the model writes boxes; kept in SETTINGS_FILE.
+        coordinates, prompt: as in `BoxFormat`; kept in SETTINGS_FILE.
     """
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None,
                  stock_class: str = "Qwen2_5_VLProcessor",
-                 coordinates: Coordinates | None = None, **kwargs):
+                 coordinates: Coordinates | None = None, prompt: str = PROMPT, **kwargs):
         tokenizer.padding_side = "left"  # on the right, trainers misplace image tokens' positions
-        self.stock_class, self.coordinates = stock_class, coordinates
+        self.stock_class, self.coordinates, self.prompt = stock_class, coordinates, prompt
         super().__init__(image_processor, tokenizer, chat_template)
 
     @cached_property
@@ -116,7 +116,8 @@ class StillImageProcessor(ImagePrompts):
         _write_settings(folder / "preprocessor_config.json", settings)
         (folder / "processor_config.json").unlink(missing_ok=True)  # it would win over this file
         if self.coordinates:
-            _write_settings(folder / SETTINGS_FILE, {"coordinates": self.coordinates})
+            _write_settings(folder / SETTINGS_FILE,
+                            {"coordinates": self.coordinates, "prompt": self.prompt})
 
 
 def _write_settings(path: Path, values: dict) -> None:
@@ -149,7 +150,7 @@ def load_processor(model: str | Path, box_format: BoxFormat) -> StillImageProces
         raise UserError(f"tokenizer or image settings of {model}: {error}") from error
     processor = StillImageProcessor(
         images, tokenizer, template, stock_class=PROCESSOR_MAPPING_NAMES[family],
-        coordinates=box_format.coordinates)
+        coordinates=box_format.coordinates, prompt=box_format.prompt)
     check_chat_template(processor, box_format, model)
     check_settings(processor, config, model)
     return processor
@@ -188,13 +189,15 @@ def read_box_format(model: str | Path) -> BoxFormat:
     Raises: as `load_config`; UserError for settings that cannot be used.
     """
     is_absolute = load_config(model).model_type == "qwen2_5_vl"
-    coordinates = Coordinates.ABSOLUTE if is_absolute else Coordinates.NORMALIZED_1000
+    settings = {"coordinates": (Coordinates.ABSOLUTE if is_absolute
+                                else Coordinates.NORMALIZED_1000), "prompt": PROMPT}
     path = find_file(model, SETTINGS_FILE)
     try:
         size = Qwen2VLImageProcessorPil.from_pretrained(model).size
         if path:
-            coordinates = json.loads(path.read_text())["coordinates"]
-        return BoxFormat(size["shortest_edge"], size["longest_edge"], coordinates)
+            settings |= json.loads(path.read_text())
+        return BoxFormat(size["shortest_edge"], size["longest_edge"], settings["coordinates"],
+                         settings["prompt"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"preprocessor_config.json or {SETTINGS_FILE} of {model}: "
                         f"{error}") from error
@@ -207,8 +210,8 @@ def describe_other_format(model: str | Path, box_format: BoxFormat) -> str:
     own = read_box_format(model)
     return "" if own == box_format else (
         f"{model} was trained on {own.description}, and this run has {box_format.description}; "
-        "set min_pixels, max_pixels and coordinates of 01 to the model's unless you want to change "
-        "them")
+        "set min_pixels, max_pixels, coordinates and prompt of 01 to the model's unless you want "
+        "to change them")
 
 
 def check_chat_template(processor: StillImageProcessor, box_format: BoxFormat,

@@ -54,7 +54,7 @@ def find_run_model(text: str) -> RunModel | None:
                         f"{near or 'a model of the hub is USER/NAME'}")
     run = Run(run_id)
     params = run.run_params("a run's model")
-    box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+    box_format = BoxFormat.of(params)
     stage, name = MODELS[system or "grpo"]
     folder = params["base_model"]
     if stage:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from mig_kit.boxes import MODEL_COORDINATES, BoxFormat
+from mig_kit.boxes import MODEL_COORDINATES, PROMPT, BoxFormat
 from mig_kit.common import PROJECT_ROOT, UserError, model_folder
 from mig_kit.openai_client import ADDRESS, KEY_VARIABLE, parse_server
 from mig_kit.pipeline.processes import parse_launcher
@@ -20,7 +20,7 @@ from mig_kit.pipeline.run_folders import validate_run_id
 from mig_kit.world.suites import SUITES
 
 # set once, in stage 01; every later stage of the run takes them from there
-RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates")
+RUN_PARAMS = ("base_model", "min_pixels", "max_pixels", "coordinates", "prompt")
 RUN_PARAMS_STAGE = "01_synthesize"
 # how a stage runs, not what it makes: recorded, but no reason to run it again
 EXECUTION_PARAMS = ("run_id", "device", "launcher", "server", "concurrency", "report_to")
@@ -65,7 +65,18 @@ def _check_server(server: str) -> str:
     return server
 
 
+def _read_prompt(prompt: str) -> str:
+    """The text, or that of a file."""
+    path = PROJECT_ROOT / prompt
+    text = path.read_text("utf-8").strip() if path.is_file() else prompt
+    require(text.count("{question}") == 1,
+            f"prompt is '{prompt}'; it must be a text that holds {{question}} once, or a file of "
+            "one; {instruction} stands for the kit's words on the form of an answer")
+    return text
+
+
 RunId = Annotated[str, AfterValidator(validate_run_id)]
+Prompt = Annotated[str, AfterValidator(_read_prompt)]
 Model = Annotated[str, AfterValidator(_check_model)]
 Server = Annotated[str, AfterValidator(_check_server)]
 Suite = Literal[tuple(SUITES)]
@@ -158,10 +169,12 @@ class Synthesize(Seeded):
         401408, "largest area of an image as models see it, pixels", ge=IMAGE_TOKEN)
     coordinates: Literal[tuple(kind.value for kind in MODEL_COORDINATES)] = param(
         "absolute", "of boxes, in all stages: absolute (Qwen2.5-VL) or normalized_1000 (others)")
+    prompt: Prompt = param(
+        PROMPT, "of all stages: a text with {question} in it, or a file that holds it")
 
     @model_validator(mode="after")
     def _can_be_made(self):
-        BoxFormat(self.min_pixels, self.max_pixels, self.coordinates)  # else UserError
+        BoxFormat.of(vars(self))  # else UserError
         require(abs(sum(self.data_shares) - 1) < 1e-6,
                 "data_shares, of cold start, RL and validation, must sum to 1; write three that "
                 "do, as [0.75, 0.2, 0.05]")

@@ -74,8 +74,7 @@ class Stage:
     @property
     def box_format(self) -> BoxFormat:
         """How the run's model sees images and writes boxes."""
-        params = self.params
-        return BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+        return BoxFormat.of(self.params)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -29,12 +29,7 @@ from mig_kit.serving import served_rollouts
 from mig_kit.shared_prefix.prefixes import PAD_MULTIPLE
 from mig_kit.stages.sanity_checks import StopIfNothingLearns
 from mig_kit.training import recipe_trainer, resuming
-from mig_kit.training.reward_loading import (
-    Score,
-    load_function,
-    load_rewards,
-    score_functions,
-)
+from mig_kit.training.reward_loading import Score, load_function, load_rewards, score_functions
 from mig_kit.world.claims import count_claims, read_claims
 from mig_kit.world.teacher import DETAILS, recognize_detail
 
@@ -209,7 +204,7 @@ def resolve_start(params: SimpleNamespace, merged: Path) -> str | Path:
         return loading.resolve_model(params.base_model)
     folder = loading.resolve_model(params.start_from)
     check_model_folder(folder)
-    box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
+    box_format = BoxFormat.of(vars(params))
     if difference := describe_other_format(folder, box_format):
         print(f"warning: {difference}", flush=True)
     return folder
@@ -220,7 +215,7 @@ def train(folder: Path, params: SimpleNamespace, kept: str, start: str) -> None:
 
     Every process that trains calls it. params: the stage's and the run's. start: the model.
     """
-    box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
+    box_format = BoxFormat.of(vars(params))
     hardware = loading.choose_hardware(params.dtype, params.device)
     policy = loading.load_policy(start, hardware, box_format)
     trainer = grpo_trainer(policy, read_samples(Path(kept)), folder, params)

@@ -251,7 +251,7 @@ def train(folder: Path, params: SimpleNamespace, base: str, traces: str) -> None
     folder: the stage's, which gets the adapter; params: its and the run's parameters; base: model
     folder or hub name; traces: a parquet file.
     """
-    box_format = BoxFormat(params.min_pixels, params.max_pixels, params.coordinates)
+    box_format = BoxFormat.of(vars(params))
     samples, replies = read_traces(traces, params)
     lora = resuming.lora_config(params.lora_r, params.lora_dropout, params.lora_targets)
     hardware = loading.choose_hardware(params.dtype, params.device)

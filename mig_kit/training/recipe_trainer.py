@@ -79,14 +79,19 @@ class _OwnAdvantage:
         self.rewards = super()._calculate_rewards(*args)
         return self.rewards
 
+    def _group_rewards(self) -> torch.Tensor:
+        """(prompts, group) weighted sums of the last rewards of all processes; 0 for none."""
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        weighted = self.rewards * self.reward_weights.to(self.rewards.device)
+        return weighted.nansum(1).view(-1, group)
+
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if self.advantage is None:
             return output
-        group = self.num_generations if self.model.training else self.num_generations_eval
-        weighted = self.rewards * self.reward_weights.to(self.rewards.device)
-        rewards = weighted.nansum(1).where(~weighted.isnan().all(1), torch.nan)
-        values = own_advantages(self.advantage, rewards.view(-1, group)).flatten()
+        rewards = self._group_rewards()
+        applies = ~self.rewards.isnan().all(1).view_as(rewards)
+        values = own_advantages(self.advantage, rewards.where(applies, torch.nan)).flatten()
         self._logs["advantages"].extend(values.tolist())  # TRL's fall out of this queue
         count = len(output["advantages"])  # rewards are gathered
         first = self.accelerator.process_index * count
@@ -139,10 +144,8 @@ class RecipeTrainer(_ResumableOrder, _OwnAdvantage, SharedPrefixGRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
-        group = self.num_generations if mode == "train" else self.num_generations_eval
-        total = (self.rewards * self.reward_weights.to(self.rewards.device)).nansum(1)
         # a group without spread teaches nothing, whatever `scale_rewards` divides by
-        no_spread = (total.view(-1, group).std(1) < 1e-6).float().mean().item()
+        no_spread = (self._group_rewards().std(1) < 1e-6).float().mean().item()
         self._metrics[mode]["frac_reward_zero_std"][-1] = no_spread
         return output
 

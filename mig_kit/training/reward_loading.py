@@ -34,8 +34,7 @@ RL_NEEDS = ("RL only strengthens what a model sometimes gets right; let it learn
 
 
 def copy_own_files(references: Sequence[str], folder: Path) -> None:
-    """Copy the files of `references` ("file.py:function"), and what they use, into the stage's
-    folder.
+    """Copy the files of `references` ("file.py:function"), and what they use, to a stage's folder.
     """
     for path in list_own_files(references):
         (folder / FOLDER).mkdir(exist_ok=True)

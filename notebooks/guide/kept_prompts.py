@@ -19,7 +19,7 @@ TRACES = 2  # of a question, as in 01
 run, folder = Run(sys.argv[1]), Path(sys.argv[2])
 params = run.with_run_params(
     "04_rejection_sampling", run.params("04_rejection_sampling"))
-box_format = BoxFormat(params["min_pixels"], params["max_pixels"], params["coordinates"])
+box_format = BoxFormat.of(params)
 kept = read_samples(run.stage_folder("04_rejection_sampling") / "kept.parquet")
 samples = kept.select([row for row in range(len(kept)) for _ in range(TRACES)])
 lines = []

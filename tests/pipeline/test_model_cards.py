@@ -4,13 +4,15 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mig_kit import __version__
+from mig_kit.boxes import PROMPT
 from mig_kit.common import write_json
 from mig_kit.pipeline import model_cards, store
 from mig_kit.pipeline.params import profile_params
 from mig_kit.pipeline.runs import Run
 
 NAME = "a|b`<script>.jsonl\n# x"
-FORMAT = {"min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute"}
+FORMAT = {"min_pixels": 3136, "max_pixels": 401408, "coordinates": "absolute",
+          "prompt": PROMPT}
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ REFUSED = [
     ("00", {"device": "gpu"}, "Input should be 'auto', 'cuda' or 'cpu'"),
     ("01", {"seed": -1}, "seed is -1: Input should be greater than or equal to 0"),
     ("01", {"data_shares": [0.5, 0.2, 0.2]}, "must sum to 1"),
+    ("01", {"prompt": "Where is it?"}, "must be a text that holds {question} once, or a file"),
+    ("01", {"prompt": "README.md"}, "prompt is 'README.md'; it must be"),
     ("01", {"data_shares": [0.5, 0.5]}, "List should have at least 3 items"),
     ("01", {"data": "README.md"}, "the rules teacher reads synthetic scenes only; set teacher"),
     ("01", {"data": "README.md", "teacher": "none", "data_shares": [0.5, 0.5, 0]}, "held out"),
