@@ -147,8 +147,8 @@ def test_tables_of_own_data(root):
     assert check(root / "t.parquet", root) == [[], []]
 
 
-NEITHER = "is neither JSON in UTF-8 nor parquet; own data are JSON lines, a JSON list or parquet with"
-ANOTHER = "not both of images and question; own data are JSON lines, a JSON list or parquet with"
+NEITHER = "is neither JSON in UTF-8 nor parquet; own data are JSON lines, a JSON list or parquet"
+ANOTHER = "not both of images and question; own data are JSON lines, a JSON list or parquet"
 
 
 @pytest.mark.parametrize(("name", "content", "sentence"), [
