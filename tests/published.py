@@ -35,8 +35,7 @@ PREPROCESSORS = {
         **HALVES, "image_processor_type": "Qwen2VLImageProcessorFast",
         "processor_class": "Qwen3VLProcessor"},
 }
-RELATIVES = ("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")  # published as qwen3_vl is
-PREPROCESSORS |= dict.fromkeys(RELATIVES, PREPROCESSORS["qwen3_vl"])
+PREPROCESSORS["qwen3_5"] = PREPROCESSORS["qwen3_vl"]
 TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 3,
           "vision_end_token_id": 4, "tie_word_embeddings": True}
 LANGUAGE = {
@@ -46,7 +45,7 @@ LANGUAGE = {
     "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 SLIDING = {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 2,
            "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
-# what the text_config of a model with linear attention, and of a mixture of experts, has besides
+# what the text_config of a model with linear attention has besides
 DELTA_NET = {
     "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention",
                                             "linear_attention"],
@@ -54,8 +53,6 @@ DELTA_NET = {
     "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
     "rope_parameters": {"mrope_interleaved": True, "mrope_section": [2, 1, 1],
                         "partial_rotary_factor": 0.25, "rope_theta": 1e7, "rope_type": "default"}}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
-           "shared_expert_intermediate_size": 64}
 CONFIGS = {
     "qwen2_5_vl": {
         **LANGUAGE, **SLIDING, **TOKENS, "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -82,18 +79,12 @@ CONFIGS = {
             "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1], "hidden_act": "gelu_pytorch_tanh"}},
 }
-for family in RELATIVES:
-    stock = CONFIGS["qwen3_vl"]
-    text = stock["text_config"] | {"model_type": f"{family}_text"}
-    tower = stock["vision_config"] | {"model_type": family}
-    if family.endswith("_moe"):
-        text |= EXPERTS
-    if family.startswith("qwen3_5"):
-        text = {name: value for name, value in text.items() if name != "rope_scaling"} | DELTA_NET
-        del tower["deepstack_visual_indexes"]
-    CONFIGS[family] = stock | {
-        "text_config": text, "vision_config": tower,
-        "architectures": [loading.FAMILIES[family].__name__]}
+text, tower = (dict(CONFIGS["qwen3_vl"][part]) for part in ("text_config", "vision_config"))
+del text["rope_scaling"], tower["deepstack_visual_indexes"]
+CONFIGS["qwen3_5"] = {
+    **TOKENS, "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "text_config": text | DELTA_NET | {"model_type": "qwen3_5_text"},
+    "vision_config": tower | {"model_type": "qwen3_5"}}
 GENERATION = {"bos_token_id": 0, "pad_token_id": 0, "do_sample": True, "eos_token_id": [2, 0],
               "repetition_penalty": 1.05, "temperature": 1e-6, "transformers_version": "4.49.0"}
 VIDEO = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}, "patch_size": 16,
@@ -153,8 +144,5 @@ def published(tmp_path_factory):
         model = loading.FAMILIES[family](AutoConfig.from_pretrained(folder)).to(torch.bfloat16)
         tensors = {published_name(name, family): tensor.detach().clone()
                    for name, tensor in model.named_parameters()}
-        if family == "qwen3_vl_moe":  # whose experts are published with inputs first
-            tensors = {name: tensor.mT.contiguous() if ".experts." in name else tensor
-                       for name, tensor in tensors.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folders

@@ -162,7 +162,7 @@ def _recipe_values(recipe: Recipe, gpus: int) -> dict:
     model_type = read_model_type(recipe.model)
     return p | {
         "name": recipe.name, "model": str(recipe.model), "gpus": gpus, "model_type": model_type,
-        "template": model_type.removesuffix("_moe"),  # ms-swift's
+        "template": model_type,  # ms-swift's
         "prompts": n_prompts, "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": n_own // rows, "weight_decay": 0.0, "logging_steps": 1,
         "adam_beta2": recipe.further.get("adam_beta2", 0.999),

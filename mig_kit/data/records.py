@@ -1,7 +1,5 @@
-"""Records of a data set: JSON lines, a JSON list, a parquet table or a CSV; others are refused."""
+"""Records of a data set: JSON lines, a JSON list or a parquet table; others are refused."""
 
-import ast
-import csv
 import json
 import re
 from codecs import BOM_UTF8
@@ -10,13 +8,13 @@ from pathlib import Path
 
 from mig_kit.common import UserError, iter_lines
 
-NOT_IN_CSV = ("question", "letter", "id", "task", "reply", "coordinates")  # cells that are no JSON
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # of a CSV's columns
-NOT_UTF8 = '{} is not in UTF-8 ({}); save it so, in Excel as "CSV UTF-8"'
-ADJACENT = re.compile(r"""['"]\s+['"]""")
-READ_FORMS = ("own data are JSON lines, a JSON list, parquet or CSV with the keys of "
+INDEX_COLUMN = re.compile(r"__index_level_\d+__|Unnamed: \d+")  # pandas saves it with the others
+READ_FORMS = ("own data are JSON lines, a JSON list or parquet with the keys of "
               "notebooks/guide/own_data.md, which has two scripts for other formats (COCO; "
               "conversations)")
+TABLE = """{} is a table of texts, and own data have lists; write it as JSON lines with
+lists = dict.fromkeys(["images", "box", "options"], lambda cell: ast.literal_eval(cell or "None"))
+pandas.read_csv({!r}, converters=lists).to_json({!r}, orient="records", lines=True)"""
 
 
 class Problem(UserError):
@@ -37,10 +35,12 @@ def entry_word(path: Path) -> str:
     """What an entry of the file is called: a line, a record of a list, or a row of a table."""
     with path.open("rb") as file:
         opening = file.read(1024).removeprefix(BOM_UTF8).lstrip()
-    if path.suffix in (".csv", ".tsv") or opening.startswith(b"PAR1"):
+    if path.suffix in (".csv", ".tsv"):
+        raise UserError(TABLE.format(path, str(path), str(path.with_suffix(".jsonl"))))
+    if opening.startswith(b"PAR1"):
         return "row"
     if opening and opening[:1] not in b"[{":
-        raise UserError(f"{path} is neither JSON in UTF-8 nor parquet nor CSV; {READ_FORMS}")
+        raise UserError(f"{path} is neither JSON in UTF-8 nor parquet; {READ_FORMS}")
     return "record" if opening.startswith(b"[") else "line"
 
 
@@ -52,14 +52,14 @@ def iter_entries(path: Path) -> Iterator[tuple[str, dict | Problem]]:
     word = entry_word(path)
     try:
         records = (json.loads(path.read_text("utf-8-sig")) if word == "record" else
-                   _iter_json_lines(path) if word == "line" else _iter_table(path))
+                   _iter_json_lines(path) if word == "line" else _iter_parquet(path))
         for number, record in enumerate(records, 1):
-            if not isinstance(record, dict | Problem):
+            if isinstance(record, dict):
+                record = {key: record[key] for key in record if not INDEX_COLUMN.fullmatch(key)}
+            elif not isinstance(record, Problem):
                 record = Problem(f"the {word} is no JSON object; write one {{...}} per {word}")
             yield f"{word} {number}", record
-    except UnicodeDecodeError as error:
-        raise UserError(NOT_UTF8.format(path, error)) from error
-    except (ValueError, RecursionError, OSError, csv.Error) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is cut or broken ({str(error).splitlines()[0].strip()}); save it "
                         "again") from error
 
@@ -85,46 +85,8 @@ def _iter_json_lines(path: Path) -> Iterator[object]:
                           "write one {...} per line, in UTF-8")
 
 
-def _iter_table(path: Path) -> Iterator[dict | Problem]:
-    """The rows of a parquet, or of a CSV, whose lists and numbers are JSON; empty cells go."""
-    if path.suffix not in (".csv", ".tsv"):
-        from pyarrow import parquet  # of an extra
+def _iter_parquet(path: Path) -> Iterator[dict]:
+    from pyarrow import parquet  # of an extra
 
-        file = parquet.ParquetFile(path)
-        # pandas saves the order of shuffled rows beside their columns
-        columns = [name for name in file.schema_arrow.names if name != "__index_level_0__"]
-        for batch in file.iter_batches(batch_size=16, columns=columns):
-            yield from batch.to_pylist()
-        return
-    for row in iter_csv_rows(path):
-        yield row if isinstance(row, Problem) else {
-            key: _read_cell(key, text) for key, text in row.items() if text}
-
-
-def iter_csv_rows(path: Path) -> Iterator[dict[str, str | None] | Problem]:
-    """The rows of a CSV as texts, None where one is too short; a Problem for one too long."""
-    csv.field_size_limit(1 << 20)  # of the whole process
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header = file.readline()
-        # spreadsheets of some countries write semicolons
-        delimiter = max(SEPARATORS, key=header.count)
-        if delimiter not in header:
-            raise ValueError(f"its first line {header[:60]!r} has no columns that are separated by "
-                             f"{' or '.join(SEPARATORS.values())}")
-        file.seek(0)
-        for row in csv.DictReader(file, delimiter=delimiter):
-            yield row if None not in row else Problem(
-                "the row has more columns than the first line, separated by "
-                f"{SEPARATORS[delimiter]}; put texts that hold some between quotes")
-
-
-def _read_cell(key: str, text: str) -> object:
-    """A cell's list or number, in JSON's form or in Python's, as pandas writes lists; else text."""
-    readers = [json.loads, ast.literal_eval] if key not in NOT_IN_CSV else []
-    # numpy writes no commas, so that Python would read two texts as one
-    for read in readers[:1] if ADJACENT.search(text) else readers:
-        try:
-            return read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            pass
-    return text
+    for batch in parquet.ParquetFile(path).iter_batches(batch_size=16):
+        yield from batch.to_pylist()

@@ -25,7 +25,7 @@ FREE = {"r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules"
         "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 PLAIN_STARTS = (True, False, "gaussian")  # init_lora_weights that leave the base as it is
 # in_proj_* and out_proj are those of linear attention, whose in_proj_a and in_proj_b have as few
-# outputs as heads. Fused experts get no adapter.
+# outputs as heads.
 _MIXERS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z", "out_proj")
 ADAPTED_PROJECTIONS = {
     "all": (*_MIXERS, "gate_proj", "up_proj", "down_proj"),

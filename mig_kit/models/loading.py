@@ -4,7 +4,6 @@ One place decides device, dtype and attention, and says why. Qwen2.5-VL, Qwen2-V
 Qwen3.5 load here. Only safetensors are read, and no code of a model folder is ever run.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,13 +123,10 @@ def load_model(model: str | Path, hardware: Hardware,
                four_bit: bool = False) -> VisionLanguageModel:
     """A model of FAMILIES from a folder or hub name, in eval mode, on hardware.device.
 
-    four_bit: NF4 with double quantisation, but for the vision tower, the head and fused experts.
+    four_bit: NF4 with double quantisation, but for the vision tower and the head.
     """
     check_weights(model)
     config, quantization = load_config(model), None
-    if four_bit and config.model_type.endswith("_moe"):
-        warnings.warn(f"the experts of {model} stay in {hardware.dtype}: bitsandbytes quantises "
-                      "single matrices alone; provide the memory of the full model", stacklevel=2)
     if four_bit:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,

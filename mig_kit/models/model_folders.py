@@ -53,15 +53,15 @@ def find_file(model: str | Path, name: str, ask_hub: bool = True) -> Path | None
 
 def locate_tensors(base: str | Path) -> dict[str, Path]:
     """Name of each tensor of a folder or hub name -> the file that holds it."""
-    if index := find_file(base, INDEX):
-        files = json.loads(index.read_text())["weight_map"]
-        paths = {file: find_file(base, file) for file in sorted(set(files.values()))}
-        return {name: paths[file] for name, file in files.items()}
-    path = find_file(base, "model.safetensors")
-    if path is None:
+    if path := find_file(base, "model.safetensors"):  # from_pretrained, too, looks for it first
+        with safe_open(path, "pt") as file:
+            return dict.fromkeys(file.keys(), path)
+    index = find_file(base, INDEX)
+    if index is None:
         raise UserError(f"{base} has neither model.safetensors nor {INDEX}; copy one")
-    with safe_open(path, "pt") as file:
-        return dict.fromkeys(file.keys(), path)
+    files = json.loads(index.read_text())["weight_map"]
+    paths = {file: Path(cached_file(base, file)) for file in sorted(set(files.values()))}
+    return {name: paths[file] for name, file in files.items()}
 
 
 def copy_unchanged_files(base: str | Path, folder: Path) -> None:
@@ -81,9 +81,7 @@ def read_model_type(model: str | Path, ask_hub: bool = True) -> str:
 
 
 def check_model_folder(model: str | Path) -> None:
-    """UserError if a local folder is of none of FAMILIES, lacks files, or holds an adapter or two
-    models.
-    """
+    """UserError if a local folder is of none of FAMILIES, lacks a tokenizer or holds an adapter."""
     path = Path(model)
     if not path.is_dir():  # a hub name, or nothing, which `load_config` says
         return
@@ -93,18 +91,12 @@ def check_model_folder(model: str | Path) -> None:
                         "to a model; merge it (stage 03), ask with mig-kit eval --model ITS_BASE "
                         f"--adapter {model}, or move it out of the folder")
     load_config(path)
-    weights = {name for name in names if name.endswith(".safetensors")}
-    named = ({*json.loads((path / INDEX).read_text())["weight_map"].values()} if INDEX in names
-             else {"model.safetensors"})
-    if weights > named:
-        raise UserError(f"{model} holds two sets of weights, {min(named)} and "
-                        f"{min(weights - named)}; leave one")
     # transformers makes an empty tokenizer where these files are missing
     has_old_form = {"vocab.json", "merges.txt"} <= names
     settings = {"tokenizer_config.json", "vocab.json" if has_old_form else "tokenizer.json"}
-    if missing := sorted((named | settings) - names):
+    if missing := sorted(settings - names):
         raise UserError(f"{model} is not complete, {missing[0]} is missing; hf download or copy it "
-                        "again (only safetensors weights are loaded)")
+                        "again")
 
 
 def check_weights(model: str | Path) -> None:
@@ -117,7 +109,7 @@ def check_weights(model: str | Path) -> None:
         paths = sorted({*locate_tensors(model).values()})
         _check_files(model, tuple((path, path.stat().st_size, path.stat().st_mtime_ns)
                                   for path in [*paths, find_file(model, "config.json")]))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, OSError) as error:
         raise UserError(f"the weights of {model}: {error}") from error
 
 
@@ -132,7 +124,7 @@ def _check_files(model: str | Path, files: tuple[tuple[Path, int, int], ...]) ->
         # transformers' own names of tensors, without their values
         _, info = FAMILIES[config.model_type].from_pretrained(
             model, config=config, device_map="meta", output_loading_info=True, use_safetensors=True)
-        problem = "".join(islice(filter(None, problems), 1)) or _describe_head(config, tensors)
+        problem = "".join(islice(filter(None, problems), 1))
     missing, other = (sorted({*info[kind]}) for kind in ("missing_keys", "unexpected_keys"))
     if missing:
         raise UserError(f"the weights of {model} lack {len(missing)} tensors, the first is "
@@ -149,9 +141,6 @@ def _check_files(model: str | Path, files: tuple[tuple[Path, int, int], ...]) ->
 def _describe_values(name: str, file) -> str:
     """What is wrong with the values of an opened file's tensor, or ""."""
     values = file.get_tensor(name)
-    if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return (f"{name} holds {values.dtype}, as quantised weights do; give the full ones, in "
-                "float32, bfloat16 or float16")
     # the norm is no less than any of them, and costs a third of a minimum and maximum in bfloat16
     norm = torch.linalg.vector_norm(values.float() if values.dtype == torch.float16 else values)
     if not norm < MOST:  # NaN is not less
@@ -159,17 +148,6 @@ def _describe_values(name: str, file) -> str:
                 "training went wrong")
     is_empty = values.ndim > 1 and norm == 0
     return f"{name} holds nothing but zeros; copy or save it again" if is_empty else ""
-
-
-def _describe_head(config, tensors: dict[str, object]) -> str:
-    """What is wrong with a head that is saved beside the embeddings to which it is tied, or ""."""
-    head = tensors.get("lm_head.weight")
-    name = next((name for name in tensors if name.endswith("embed_tokens.weight")), "")
-    if not (config.tie_word_embeddings and head and name) or torch.equal(
-            head.get_tensor("lm_head.weight"), tensors[name].get_tensor(name)):
-        return ""
-    return (f"lm_head.weight differs from {name}, to which config.json ties it, and would be "
-            "dropped; set tie_word_embeddings to false")
 
 
 def load_config(model: str | Path):

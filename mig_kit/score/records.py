@@ -5,12 +5,12 @@ lmms-eval (`doc_id`, `resps`), VLMEvalKit (`index`, `prediction`) and BLINK's re
 (`idx`, `full_prediction`).
 """
 
+import csv
 import json
 import re
 from pathlib import Path
 
 from mig_kit.common import UserError
-from mig_kit.data.records import NOT_UTF8, Problem, iter_csv_rows
 from mig_kit.score.annotations import BenchmarkItem, is_four_numbers
 
 TABLES = (".parquet", ".xlsx", ".tsv", ".csv")
@@ -74,17 +74,28 @@ def _read_table(path: Path) -> list[dict]:
             import pandas  # a second
 
             return pandas.read_excel(path, keep_default_na=False).to_dict("records")
-        rows = list(iter_csv_rows(path))
+        return _read_csv(path)
     except UnicodeDecodeError as error:
-        raise UserError(NOT_UTF8.format(path, error)) from None
+        raise UserError(f'{path} is not in UTF-8 ({error}); save it so, in Excel as "CSV UTF-8"'
+                        ) from None
     except Exception as error:  # of parquet, zip, XML and text alike
         raise UserError(f"{path} is no readable table ({error}); save it again") from None
+
+
+def _read_csv(path: Path) -> list[dict[str, str]]:
+    csv.field_size_limit(1 << 20)  # of the whole process
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header = file.readline()
+        # spreadsheets of some countries write semicolons
+        separator = max(",;\t", key=header.count)
+        if separator not in header:
+            raise ValueError(f"its first line {header[:60]!r} has no commas, semicolons or tabs")
+        file.seek(0)
+        rows = list(csv.DictReader(file, delimiter=separator))
     for number, row in enumerate(rows, 1):
-        if isinstance(row, Problem):
-            raise UserError(f"{path}, row {number}: {row}")
-        if None in row.values():
-            raise UserError(f"{path}, row {number} has fewer columns than the first line; save it "
-                            "again")
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} has other columns than the first line, separated by "
+                             f"{separator!r}; put texts that hold some between quotes")
     return rows
 
 

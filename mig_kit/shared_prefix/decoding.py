@@ -53,8 +53,6 @@ class Decoder:
         attention = self.language.layers[0].self_attn
         self.width, self.scale = attention.head_dim, attention.scaling
         self.has_head_norms = "q_norm" in dict(attention.named_children())
-        self.sparse_layers = {index for index, layer in enumerate(self.language.layers)
-                              if has_experts(layer.mlp)}
         self.heads = self.language.config.num_attention_heads
         self.kv_heads = self.language.config.num_key_value_heads
         self.step = 0
@@ -176,8 +174,6 @@ class Decoder:
         mixed = self._from_grid(mixed) if self.on_cpu else mixed
         hidden = hidden + self._project(mixed, attention.o_proj)
         normed = layer.post_attention_layernorm(hidden)
-        if index in self.sparse_layers:
-            return hidden + mlp(normed[:, None])[:, 0]
         gate, up = self._project(normed, mlp.gate_proj, mlp.up_proj).chunk(2, -1)
         return hidden + self._project(mlp.act_fn(gate).mul_(up), mlp.down_proj)
 
@@ -266,11 +262,6 @@ def is_plain_lora(layer: torch.nn.Module) -> bool:
             and sum(name in layer.lora_A for name in layer.active_adapters) <= 1)
 
 
-def has_experts(mlp: torch.nn.Module) -> bool:
-    """Is this a mixture of experts?"""
-    return "experts" in dict(mlp.named_children())
-
-
 def _scores(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, scale: float,
             on_cpu: bool) -> torch.Tensor:
     """queries (batch, n, width), keys (batch, m, width) -> (batch, n, m); bias: float32."""
@@ -298,9 +289,8 @@ def fuse_decoding_weights(model, autocast: bool = False) -> FusedWeights:
              and sum(parameter.nbytes for parameter in layers.parameters()) <= FOLDED_BYTES)
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
-        same_input = [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)]
-        if not has_experts(mlp):
-            same_input += [(mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
+        same_input = [(attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,),
+                      (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)]
         if not autocast and not folds:  # no copies: each layer's own weights
             same_input = [(single,) for group in same_input for single in group]
         for group in same_input:

@@ -15,7 +15,6 @@ from mig_kit.shared_prefix.decoding import (
     FusedWeights,
     StateDecoder,
     fuse_decoding_weights,
-    has_experts,
 )
 from mig_kit.shared_prefix.logprobs import read_prompts
 from mig_kit.shared_prefix.prefixes import (
@@ -129,10 +128,7 @@ def kv_bytes_per_token(model) -> int:
 def reading_bytes_per_token(model) -> int:
     """Bytes that a layer needs per token of a prompt that is read, for its states."""
     language = unwrap_peft(model).model.language_model
-    config = language.config
-    inner = (config.num_experts_per_tok * config.moe_intermediate_size
-             if has_experts(language.layers[0].mlp) else config.intermediate_size)
-    states = 4 * config.hidden_size + 3 * inner
+    states = 4 * language.config.hidden_size + 3 * language.config.intermediate_size
     return states * language.embed_tokens.weight.element_size()
 
 

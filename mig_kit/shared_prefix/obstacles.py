@@ -65,9 +65,6 @@ def find_obstacle(trainer: GRPOTrainer) -> str:
         return f"{used[0]} adds tokens to completions"
     if trainer.processor.image_token_id is None:
         return "the tokenizer lacks the tokens of images; take the model's own"
-    if trainer.aux_loss_enabled:
-        return ("the load-balancing loss of experts needs whole rows; do without it with "
-                "router_aux_loss_coef 0.0")
     if trainer._entropy_bonus_enabled:
         return "entropy_coef and use_adaptive_entropy need gradients of entropies"
     if any(getattr(trainer._tokenizer, name, None)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from published import RELATIVES, format_of
+from published import format_of
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -19,7 +19,7 @@ from mig_kit.training import resuming
 from mig_kit.world.tasks import make_sample
 from tiny_base.training import save_base
 
-STOCK = dict.fromkeys(("qwen3_vl", *RELATIVES), "Qwen3VLProcessor") | {
+STOCK = dict.fromkeys(("qwen3_vl", "qwen3_5"), "Qwen3VLProcessor") | {
     "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen2_vl": "Qwen2VLProcessor"}
 UNTOUCHED = ("generation_config.json", "special_tokens_map.json", "tokenizer.json",
              "tokenizer_config.json", "chat_template.json")

@@ -151,10 +151,10 @@ def test_bad_logs_are_one_sentence(benchmark, records, sentence):
 
 
 @pytest.mark.parametrize("name,content,sentence", [
-    ("a.tsv", b"index\tprediction\n0\tA\tB\n", "row 1: the row has more .* separated by tabs"),
-    ("a.csv", b"index,prediction\n0,A\n1\n", "row 2 has fewer columns"),
+    ("a.tsv", b"index\tprediction\n0\tA\tB\n", "row 1 has other columns .* separated by '.t'"),
+    ("a.csv", b"index,prediction\n0,A\n1\n", "row 2 has other columns"),
     ("a.csv", b"index,prediction\n0,caf\xe9\n", 'in UTF-8 .*; save it so, in Excel as "CSV UTF-8"'),
-    ("a.csv", b"index|prediction\n0|A\n", "no columns that are separated by commas or semicolons"),
+    ("a.csv", b"index|prediction\n0|A\n", "has no commas, semicolons or tabs"),
     ("a.csv", b"index,prediction\n", "is empty"),
     ("a.json", b'{"val": [1]}', "entry 1 of"),
     ("a.json", b'{"val": [', "is no JSON"),

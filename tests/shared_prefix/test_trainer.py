@@ -168,9 +168,7 @@ ONE_STEP = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}
     {"family": "qwen3_5", "beta": 0.04, "gradient_checkpointing": True, **ONE_STEP},
     *(pytest.param(settings, marks=pytest.mark.nightly) for settings in (
         {"num_iterations": 2, "max_steps": 4},  # test_losses.py has these updates
-        {"scale_rewards": "batch", "mask_truncated_completions": True},
-        *({"family": family, "beta": 0.04, "router_aux_loss_coef": 0.0, **ONE_STEP}
-          for family in ("qwen3_vl_moe", "qwen3_5_moe"))))], ids=str)
+        {"scale_rewards": "batch", "mask_truncated_completions": True}))], ids=str)
 def test_a_training_ends_and_logs_as_stock_trls(make_pair, settings):
     stock, own = make_pair(**settings)
     for trainer in (stock, own):
@@ -231,13 +229,12 @@ def test_one_image_a_row_in_its_own_column(make_pair):
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "checkpoints"), [
     ("", True), *(pytest.param(*case, marks=pytest.mark.nightly) for case in (
-        ("", False), ("qwen3_vl_moe", True), ("qwen3_5", True), ("qwen3_5", False),
-        ("qwen3_5_moe", False)))])
+        ("", False), ("qwen3_5", True), ("qwen3_5", False)))])
 def test_rows_with_and_without_images_share_a_step(make_pair, family, checkpoints):
     """Each row's log-probabilities are those that it has when its group is alone."""
     _, own = make_pair(table=make_table(counts=(0, 1, 2, 6)), per_device_train_batch_size=16,
                        gradient_accumulation_steps=1, gradient_checkpointing=checkpoints,
-                       family=family, **{"router_aux_loss_coef": 0.0} if "moe" in family else {})
+                       family=family)
     own.next_check = math.inf
     rows = [own.train_dataset[row] for row in (0, 1, 2, 3) for _ in range(4)]
     batch = own._generate_and_score_completions(rows)
@@ -388,17 +385,12 @@ def test_vllm_is_given_one_image_token_for_each_image(random_folder, processor, 
     ({"adapter": LoraConfig(target_modules="all-linear")},
      "adapters reach the vision tower; set target_mod"),
     ({"adapter": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)},
-     "PROMPT_TUNING of PEFT"),
-    ({"family": "qwen3_5_moe"}, "the load-balancing loss of experts needs whole rows; do without")])
-def test_what_cannot_be_shared_is_named(random_model, random_folder, relatives, processor,
-                                        tmp_path, changes, reason):
-    family, settings = changes.get("family"), {**changes}
-    settings.pop("family", None)
-    model = random_model if "adapter" in changes and not changes["adapter"] else (
-        relatives.get(family, random_folder))
-    own_processor = load_processor(model, format_of(family)) if family else processor
+     "PROMPT_TUNING of PEFT")])
+def test_what_cannot_be_shared_is_named(random_model, random_folder, processor, tmp_path, changes,
+                                        reason):
+    model = random_model if "adapter" in changes and not changes["adapter"] else random_folder
     with pytest.raises(ValueError, match=reason):
-        make_own(model, own_processor, tmp_path, strict=True, **settings)
+        make_own(model, processor, tmp_path, strict=True, **changes)
 
 
 @pytest.mark.slow

@@ -49,8 +49,7 @@ def make_trainer(random_folder, float32, stage_params):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["", *(
     pytest.param(family, marks=pytest.mark.nightly)
-    for family in ("qwen3_vl", "qwen3_5", "qwen3_5_moe"))])
-@pytest.mark.filterwarnings("ignore:the experts of")
+    for family in ("qwen3_vl", "qwen3_5"))])
 def test_loss_falls_and_only_the_adapter_moves(tmp_path, relatives, random_folder, make_trainer,
                                                family):
     box_format = BoxFormat(coordinates="normalized_1000" if family else "absolute")
