@@ -1,7 +1,7 @@
 """Put the notebooks of a finished run into notebooks/executed: `make executed RUN_ID=default`.
 Without a run it writes the present texts beside the outputs that are there: `make executed-texts`.
 
-05b, which is no stage, is executed on that run. run.json beside them says of which run they are,
+The lessons, which are no stages, are executed on that run. run.json beside them says of which run they are,
 and holds a digest of each one's outputs. README's picture is the one that 07 keeps, and results.md
 shows the head of the report, as Chromium draws it. The run's adapters become tiny/sft and
 tiny/grpo; replies.json holds some of the replies that its models gave in 06, and those of the base
@@ -38,7 +38,7 @@ from mig_kit.serving import reply_files, shipped_replies
 from mig_kit.serving.stored_replies import load_replies, reply_file
 
 FOLDER = NOTEBOOKS / "executed"
-BY_HAND = "05b_grpo_by_hand"
+LESSONS = ("05b_grpo_by_hand", "11_break_it", "12_credit")
 FACTS = ("run_id", "started", "seconds", "machine", "versions", "git")
 # a shipped model -> the stages that trained its adapter and merged it
 MADE_BY = {"tiny/sft": ("02_sft", "03_merge"), "tiny/grpo": ("05_grpo", "05_grpo")}
@@ -89,12 +89,12 @@ def parse_code(cell) -> str:
     return ast.dump(ast.parse(cell.source))
 
 
-def run_by_hand(run_id: str) -> dict:
-    """Execute 05b on the run and keep it; its facts."""
+def run_lesson(lesson: str, run_id: str) -> dict:
+    """Execute a lesson on the run and keep it; its facts."""
     started, machine = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), describe_machine()
     clock = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{BY_HAND}.ipynb"
+        path = Path(folder) / f"{lesson}.ipynb"
         papermill.execute_notebook(NOTEBOOKS / path.name, path, {"run_id": run_id},
                                    cwd=str(NOTEBOOKS), kernel_manager_class=ThisPython)
         digest = keep_notebook(path)
@@ -188,7 +188,7 @@ def main(run_id: str) -> None:
     keep_replies(run_id, FOLDER / "replies.json")
     ship_base_replies(run_id)
     show_ground(PROJECT_ROOT / "README.md")
-    facts[BY_HAND] = run_by_hand(run_id)
+    facts |= {lesson: run_lesson(lesson, run_id) for lesson in LESSONS}
     write_json(FOLDER / "run.json", facts)
     copy_pictures(run_id)
 

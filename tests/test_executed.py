@@ -38,7 +38,7 @@ def cells_of(path):
 
 
 def test_they_are_all_of_one_run():
-    assert list(FACTS) == [*RECIPE, load_tool().BY_HAND]
+    assert list(FACTS) == [*RECIPE, *load_tool().LESSONS]
     assert len({record["run_id"] for record in FACTS.values()}) == 1
 
 

@@ -106,6 +106,16 @@ def test_notebook_05b_learns_by_hand_what_the_trainer_computes(run_id, runs, tmp
     assert "shared_prefix" not in path.read_text()
 
 
+@pytest.mark.parametrize("lesson", ["11_break_it", "12_credit"])
+def test_a_lesson_runs_on_a_run(lesson, runs, tmp_path, monkeypatch, capsys):
+    small = {"11_break_it": {"n_questions": 8, "n_held_out": 4, "updates": 1},
+             "12_credit": {"n_questions": 4, "updates": 2}}
+    execute_here(NOTEBOOKS / f"{lesson}.ipynb", runs, tmp_path, monkeypatch, run_id="smoke",
+                 **small[lesson])
+    text = capsys.readouterr().out
+    assert "the SFT model of run 'smoke'" in text and "Error" not in text
+
+
 def test_the_readmes_papermill_command_is_a_branch_of_the_finished_run(runs, tmp_path, monkeypatch):
     """As printed, with the smoke profile's smaller parameters behind it."""
     readme = (PROJECT_ROOT / "README.md").read_text()
