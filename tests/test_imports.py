@@ -29,7 +29,7 @@ WINGS = {
     "drawing": set(), "shared_prefix": set(),
     "models": {"shared_prefix"}, "serving": {"models", "shared_prefix", "pipeline", "drawing"},
     "training": {"models", "serving", "shared_prefix", "pipeline", "drawing"},
-    "data": {"drawing", "models"}, "pipeline": {"world"},
+    "data": {"drawing", "models"}, "pipeline": {"world", "data"},
     "stages": {"world", "data", *ENGINE, "pipeline", "drawing"},
     "evaluation": {"world", "data", "score", *ENGINE, "pipeline", "drawing"},
     "commands": {"stages", "evaluation", "world", "data", "score", *ENGINE, "pipeline", "drawing"},

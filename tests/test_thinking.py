@@ -16,7 +16,7 @@ from mig_kit.models import loading
 from mig_kit.models.processors import load_processor, render_prompt
 from mig_kit.models.sample_prompts import reply_logps
 from mig_kit.pipeline.run_facts import RunModel
-from mig_kit.prompts import chat_messages, format_answer, parse_reply, read_reply
+from mig_kit.prompts import format_answer, parse_reply, read_reply
 from mig_kit.sample import Sample
 from mig_kit.serving import reply_files
 from mig_kit.stages import grpo, rejection_sampling, sft
@@ -116,18 +116,6 @@ def test_sft_goes_on_where_the_prompt_ends(name, folders):
         assert (read.thinking, read.box, rest) == (trace.thinking, trace.box, "\n")
         assert read.well_formed == (bool(processor.opened_tag) or trace.well_formed)
         assert written.count("<think>") == (1 if processor.opened_tag else reply.count("<think>"))
-
-
-def test_what_a_template_writes_itself_is_learnt_to_the_token(folders):
-    processor = load_processor(folders("rewrites"), BOX_FORMAT)
-    sample = make_sample("diff", "val", 3)
-    row = sft.sft_row(sample, REPLY, BOX_FORMAT)
-    batch = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([row])
-    messages = chat_messages(sample, BOX_FORMAT) + row["completion"]
-    text = processor.apply_chat_template(messages, tokenize=False)
-    assert "<think>\nCompare. Both.\n</think>\n\n<answer>" in text
-    expected = processor(text=[text], images=list(sample.images))["input_ids"]
-    assert batch["input_ids"].tolist() == expected
 
 
 def test_log_probabilities_are_of_what_was_generated(folders, float32, questions):

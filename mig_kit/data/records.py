@@ -76,6 +76,14 @@ def require_own_data(path: Path) -> None:
                         f"{READ_FORMS}")
 
 
+def iter_image_names(path: Path) -> Iterator[str]:
+    """The names of all images of own data, relative to their root; raises as `iter_entries`."""
+    for _, record in iter_entries(path):
+        names = record.get("images") if isinstance(record, dict) else None
+        for name in names if isinstance(names, list) else ():
+            yield str(name).removeprefix("file://")
+
+
 def _iter_json_lines(path: Path) -> Iterator[object]:
     for line in iter_lines(path):
         try:

@@ -29,7 +29,7 @@ from mig_kit.models.model_folders import (
     load_config,
     load_generation_config,
 )
-from mig_kit.prompts import chat_messages, parse_reply
+from mig_kit.prompts import chat_messages
 from mig_kit.sample import Sample
 from mig_kit.shared_prefix.generation import end_token_ids
 from mig_kit.shared_prefix.prompt_cache import ImagePrompts
@@ -85,19 +85,17 @@ class StillImageProcessor(ImagePrompts):
         return rest.lstrip() if tag else f"</think>{reply}"  # without reasoning: close the block
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """As transformers' method, but text with a reply starts with the prompt asking for it."""
-        text = super().apply_chat_template(conversation, *args, **kwargs)
-        is_continued = kwargs.get("continue_final_message")
-        if not isinstance(text, str) or conversation[-1]["role"] != "assistant" or is_continued:
-            return text
-        content = conversation[-1]["content"]
+        """As transformers' method, but text with a reply is its prompt, what a model has to write,
+        and its ending: some templates drop the reasoning or repeat the tag that the prompt opens.
+        """
+        *prompt, last = conversation
+        if kwargs.get("tokenize") or isinstance(last, list) or last["role"] != "assistant":
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        kwargs["add_generation_prompt"] = True
+        content = last["content"]
         reply = content if isinstance(content, str) else "".join(part["text"] for part in content)
-        # some templates drop the reasoning or repeat the prompt's tag, which SFT would then learn
-        asking = kwargs | {"add_generation_prompt": True}
-        prompt = super().apply_chat_template(conversation[:-1], *args, **asking)
-        if text.startswith(prompt) and parse_reply(reply).thinking in text[len(prompt):]:
-            return text
-        return prompt + self.cut_opened(reply) + self.reply_ending
+        return (super().apply_chat_template(prompt, *args, **kwargs) + self.cut_opened(reply)
+                + self.reply_ending)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs):
         """Write tokenizer, chat template and image settings."""

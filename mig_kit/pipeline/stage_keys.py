@@ -8,12 +8,19 @@ draws pictures do not count.
 import ast
 import hashlib
 import json
-import re
 from functools import cache
 from pathlib import Path
 
 from mig_kit import common
-from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT, digest_json, file_sha256
+from mig_kit.common import (
+    NOTEBOOKS,
+    PACKAGE,
+    PROJECT_ROOT,
+    UserError,
+    digest_json,
+    file_sha256,
+)
+from mig_kit.data.records import iter_image_names
 from mig_kit.image_files import is_regular_file
 from mig_kit.pipeline.reward_names import list_own_files, list_own_functions
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
@@ -22,7 +29,6 @@ NOT_PRODUCTS = ("metrics.json",)  # they hold times and names of runs
 MODEL_PARAMS = ("base_model", "model", "start_from")  # each names a folder, a model or a word
 LARGE_FILE = 2**26  # bytes; larger files of a model folder are compared by size and time
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt")
-JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 BASE_CODE = "tiny_base"  # what made the tiny base, beside notebook 90
 PLUMBING = "mig_kit.pipeline."
@@ -96,8 +102,10 @@ def hash_named_files(params: dict) -> dict:
     if path == PROJECT_ROOT / "scenes" or not path.is_file():
         return {}
     root = PROJECT_ROOT / params["image_root"] if params["image_root"] else path.parent
-    names = {text[1:-1].decode(errors="replace").removeprefix("file://")
-             for line in common.iter_lines(path) for text in JSON_STRING.findall(line)}
+    try:
+        names = set(iter_image_names(path))
+    except UserError:  # which 01 will say
+        names = set()
     images = {name: file_stats(root / name) for name in names if is_regular_file(root / name)}
     return {"data": file_sha256(path), "images": images}
 

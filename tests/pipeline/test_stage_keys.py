@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import pandas
 import pytest
 from PIL import Image
 
@@ -97,17 +98,26 @@ def test_what_is_not_part_of_a_key_exists():
         assert path.is_dir() or path.with_suffix(".py").is_file(), f"{name} was renamed"
 
 
-def export(folder, colour):
+def write_escaped(lines, path):
+    """As PHP and pandas write JSON lines."""
+    path.write_text("".join(json.dumps(line).replace("/", "\\/") + "\n" for line in lines))
+
+
+def write_parquet(lines, path):
+    pandas.DataFrame(lines).to_parquet(path)
+
+
+def export(folder, colour, write=write_escaped):
     """Six questions, each about a picture of this colour; new files under the old names."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / "größe").mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(6):
-        path = folder / "images" / f"{number}.png"
+        path = folder / "größe" / f"{number}.png"
         Image.new("RGB", (140, 112 + number), colour).save(path.with_suffix(".new"), format="PNG")
         path.with_suffix(".new").replace(path)
-        lines.append({"images": [f"images/{path.name}"], "question": "Find it.", "image": 1,
+        lines.append({"images": [f"größe/{path.name}"], "question": "Find it.", "image": 1,
                       "box": [20, 30, 51, 61], "coordinates": "pixels"})
-    (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(lines, folder / "mine.jsonl")
 
 
 @pytest.fixture
@@ -129,10 +139,12 @@ def synthesize(params):
     return colours
 
 
-def test_images_exported_again_under_their_names_are_another_run(own, tmp_path):
+@pytest.mark.parametrize("write", [write_escaped, write_parquet])
+def test_images_exported_again_under_their_names_are_another_run(own, tmp_path, write):
+    export(tmp_path / "data", "red", write)
     assert synthesize(own) == {(255, 0, 0)}
     assert store.is_done(Run("a"), "01_synthesize", own)
-    export(tmp_path / "data", "blue")
+    export(tmp_path / "data", "blue", write)
     assert store.is_done(Run("a"), "01_synthesize", own)
     assert Run("a").describe_marks("01_synthesize") == [
         "stale (01_synthesize: images of data have changed)"]
@@ -141,9 +153,9 @@ def test_images_exported_again_under_their_names_are_another_run(own, tmp_path):
 
 def test_images_that_are_gone_once_they_are_stored_change_nothing(own, tmp_path):
     synthesize(own)
-    Image.new("RGB", (9, 9)).save(tmp_path / "data/images/other.png")  # no question names it
+    Image.new("RGB", (9, 9)).save(tmp_path / "data/größe/other.png")  # no question names it
     assert store.is_done(Run("a"), "01_synthesize", own)
-    shutil.rmtree(tmp_path / "data/images")
+    shutil.rmtree(tmp_path / "data/größe")
     assert store.is_done(Run("a"), "01_synthesize", own), "01 has stored what it needs"
 
 
