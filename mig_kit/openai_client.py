@@ -136,12 +136,12 @@ def ask(client, model: str, content: str | list[dict], **fields) -> str:
     answer = request_completion(client, {
         "model": model, "messages": [{"role": "user", "content": content}], **fields})
     try:
-        return read_choice(answer["choices"][0])[0]
+        return read_completion(answer["choices"][0])[0]
     except (ValueError, AttributeError) as error:
         raise RequestFailed(f"no reply ({error}) but: {json.dumps(answer)}", 200) from error
 
 
-def read_choice(choice: dict, opened_tag: str = "") -> tuple[str, str]:
+def read_completion(choice: dict, opened_tag: str = "") -> tuple[str, str]:
     """Text and finish_reason of a choice of a chat completion's JSON; "length" for a cut reply.
 
     Reasoning in a field of its own is put before the answer. opened_tag: what the prompt opened the

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from graphlib import TopologicalSorter
 
 import pytest
@@ -132,3 +133,14 @@ assert all(map(lambda one, other: one != other, describe_process(), before))
 def test_an_import_changes_nobodys_process():
     environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     subprocess.run([sys.executable, "-c", IMPORT_ALL], check=True, env=environment)
+
+
+def test_a_name_means_one_thing():
+    """But for `main`, and `train`, which the two training stages have alike."""
+    places = defaultdict(list)
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                places[node.name].append(str(path.relative_to(PACKAGE)))
+    assert {name: where for name, where in places.items()
+            if len(where) > 1 and name not in ("main", "train")} == {}

@@ -14,7 +14,7 @@ def data() -> None:
     """Check, look at, import and export training data; nothing here loads a model."""
 
 
-@data.command()
+@data.command("check")
 @click.argument("file", type=FILE)
 @root_option
 @click.option("--profile", help="Also find prompts that are too long for this profile's base "
@@ -22,7 +22,7 @@ def data() -> None:
 @click.option("--out", type=NEW_FILE, help="Write the correct lines here.")
 @click.option("--sheet", type=NEW_FILE, show_default="beside FILE",
               help="The page with the boxes of twelve questions on their images.")
-def check(file: Path, root: Path | None, profile: str | None, out: Path | None,
+def check_data(file: Path, root: Path | None, profile: str | None, out: Path | None,
           sheet: Path | None) -> None:
     """Say line by line what is wrong with FILE, your own data, and its images, which are decoded;
     and draw twelve of its questions.

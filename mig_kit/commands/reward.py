@@ -15,7 +15,7 @@ def reward() -> None:
     """Try rewards before they train; nothing here loads a model."""
 
 
-@reward.command()
+@reward.command("check")
 @click.argument("rewards", metavar="FILE.py:FUNCTION ...", nargs=-1)
 @click.option("--data", "file", type=FILE,
               help="Own data, whose questions the replies are constructed for; with --run those "
@@ -27,7 +27,7 @@ def reward() -> None:
 @click.option("--profile", default="tiny",
               help="Whose coordinates, pixel limits and weights count: tiny, or a folder of "
                    "params/.")
-def check(rewards: tuple[str, ...], file: Path | None, run_id: str, root: Path | None,
+def check_reward(rewards: tuple[str, ...], file: Path | None, run_id: str, root: Path | None,
           profile: str) -> None:
     """Print what REWARDS pay for twelve constructed replies to real questions: right, empty, in
     another frame, ... A name of the kit's is a reward, too.

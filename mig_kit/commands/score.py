@@ -63,7 +63,7 @@ def score_command(benchmark: str, annotations: Path, predictions: Path, compare:
     from mig_kit.score import calibration, protocols
     from mig_kit.score.benchmarks import BENCHMARKS
     from mig_kit.score.blind import blind_summary
-    from mig_kit.score.result import paired_difference, summarize
+    from mig_kit.score.result import compare_scores, summarize
     from mig_kit.score.score_table import score_markdown
 
     if bool(judge) != bool(judge_model):
@@ -102,7 +102,7 @@ def score_command(benchmark: str, annotations: Path, predictions: Path, compare:
             "predictions": compare.name,
             **{part: summary[part] for part in ("tasks", "avg", "problems", "unread", "at_most")
                if part in summary},
-            "difference": paired_difference(scored, other)}
+            "difference": compare_scores(scored, other)}
         if calibrate:
             result["remarks"] += [
                 *calibration.calibration_notes(calibration.calibrate(other), compare.name),

@@ -20,7 +20,7 @@ from mig_kit.openai_client import (
     RequestFailed,
     iter_results,
     open_client,
-    read_choice,
+    read_completion,
     redact,
     request_completion,
 )
@@ -137,7 +137,7 @@ def _request_reply(endpoint: Endpoint, client, messages: list[dict]) -> dict:
         answer = request_completion(client, {
             "model": endpoint.model, "temperature": endpoint.temperature,
             "messages": messages, "max_tokens": endpoint.max_tokens})
-        reply, reason = read_choice(answer["choices"][0])
+        reply, reason = read_completion(answer["choices"][0])
     except RequestFailed as failure:
         return {"failed": str(failure)}
     except (ValueError, IndexError, AttributeError, TypeError) as error:

@@ -69,7 +69,7 @@ def check_records(records: Iterable[tuple[str, dict | Problem]], root: Path,
                 problems.append(Problem("an id twice", f"id {line.id[:40]!r} is there twice"))
             ids.add(hash(line.id))
         is_drawable = line and {problem.reason for problem in problems} <= {LEAVES}
-        sample = make_sample(line, root, sizes) if is_drawable else None
+        sample = sample_of_line(line, root, sizes) if is_drawable else None
         yield Line(place, problems, sample, line and line.reply or "", record, reaches)
 
 
@@ -113,7 +113,7 @@ def iter_samples(path: Path, root: Path, limit: int | None = None) -> Iterator[S
         yield line.sample
 
 
-def make_sample(line: OwnLine, root: Path, sizes: list) -> Sample:
+def sample_of_line(line: OwnLine, root: Path, sizes: list) -> Sample:
     """The sample of a correct line; sizes: of its images, below `root`, pixels."""
     images = LazyImages(tuple(EncodedImage(resolve_under_root(root, name), size)
                               for name, size in zip(line.images, sizes)))

@@ -25,7 +25,7 @@ class Problem(UserError):
         self.reason = reason
 
 
-def require(condition: bool, reason: str, sentence: str = "") -> None:
+def demand(condition: bool, reason: str, sentence: str = "") -> None:
     """Raise a Problem unless the condition holds."""
     if not condition:
         raise Problem(reason, sentence)

@@ -90,7 +90,7 @@ def _fit_height(sample: Sample, height: int) -> int:
     return min(height, int(room / sum(width / tall for width, tall in sample.sizes)))
 
 
-def draw_group(sample: Sample, answers: Sequence[Answer]) -> Image.Image:
+def draw_replies_of_group(sample: Sample, answers: Sequence[Answer]) -> Image.Image:
     """A sample's images with the numbered boxes of all answers, and a line that explains them."""
     strokes = [Stroke(answer.image, answer.box, *STYLES[is_correct(answer, sample)], str(number))
                for number, answer in enumerate(answers, 1) if answer.box]

@@ -250,7 +250,7 @@ def result_tables(results: Mapping[str, dict]) -> list[str]:
     ends = [{"percent, greedy": "replies cut or empty"} | endings] * bool(
         {*endings.values()} - {"-"})
     texts = []
-    for rows in filter(None, (score_rows(results) + ends, difference_rows(results))):
+    for rows in filter(None, (protocol_rows(results) + ends, compare_results(results))):
         table = pd.DataFrame(rows).fillna("-")
         first = table.columns[0]
         table[first] = table[first].str.ljust(table[first].str.len().max())
@@ -267,7 +267,7 @@ def result_tables(results: Mapping[str, dict]) -> list[str]:
     return texts
 
 
-def score_rows(results: Mapping[str, dict]) -> list[dict]:
+def protocol_rows(results: Mapping[str, dict]) -> list[dict]:
     """Rows {"percent, greedy": suite or its part, "protocol", model -> its score and interval}."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for name, result in results.items():
@@ -289,7 +289,7 @@ def _suite_cells(title: str, summary: dict) -> dict[str, str]:
             **{f"  {task}": f"{values[metric]:.1f}" for task, values in summary["tasks"].items()}}
 
 
-def difference_rows(results: Mapping[str, dict]) -> list[dict]:
+def compare_results(results: Mapping[str, dict]) -> list[dict]:
     """Rows {compared, protocol, suite, points}: the first result less each other, by question.
 
     Raises UserError if they did not answer the same questions.

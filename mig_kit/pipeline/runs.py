@@ -70,7 +70,7 @@ class Run:
         if record := self.record(stage):
             return record
         owner = self.owner(stage)
-        need, command = f"{by} needs {stage} of run '{owner.id}'", run_command(stage, owner.id)
+        need, command = f"{by} needs {stage} of run '{owner.id}'", command_for(stage, owner.id)
         if not owner.folder.is_dir():
             hint = (suggest_word(owner.id, run_folders.list_runs(), 0.5)
                     or "mig-kit status lists the runs")
@@ -169,10 +169,10 @@ class Run:
                 owner = self.owner(name).id
                 raise UserError(f"{damaged} is not what {name} of run '{owner}' wrote: damaged or "
                                 "changed since; make it again: "
-                                f"{run_command(name, owner, ' --force')}")
+                                f"{command_for(name, owner, ' --force')}")
 
 
-def run_command(stage: str, run_id: str, options: str = "") -> str:
+def command_for(stage: str, run_id: str, options: str = "") -> str:
     """The command that makes this stage of a run, for error messages."""
     return f"mig-kit run {stage[:2]} --run-id {run_id}{options}, with every -p of that run"
 

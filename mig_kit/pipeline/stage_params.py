@@ -318,7 +318,7 @@ class Report(StageParams):
     gallery_per_kind: Positive = param(6, "samples of each outcome of a suite in the gallery")
 
 
-class Benchmark(StageParams):
+class SpeedBenchmark(StageParams):
     """08_benchmark."""
 
     images: int = param(6, "images of a prompt", ge=1, le=8)
@@ -345,7 +345,7 @@ class TinyBase(Seeded):
 MODELS = {
     "00_preflight": Preflight, "01_synthesize": Synthesize, "02_sft": Sft, "03_merge": Merge,
     "04_rejection_sampling": RejectionSampling, "05_grpo": Grpo, "06_evaluate": Evaluate,
-    "07_report": Report, "08_benchmark": Benchmark, "90_tiny_base": TinyBase}
+    "07_report": Report, "08_benchmark": SpeedBenchmark, "90_tiny_base": TinyBase}
 
 
 def stage_fields(stage: str) -> dict[str, FieldInfo]:

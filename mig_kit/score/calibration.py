@@ -153,7 +153,7 @@ def calibrate(scored: Scored) -> dict:
 def calibration_notes(result: dict, name: str) -> list[str]:
     """Sentences on a result of `calibrate`; name: of the predictions."""
     notes = [f"{name}, edges refitted on the other half of the lists, acc@{threshold}: "
-             f"{part['before']:.2f} to {part['after']:.2f}, {_signed(part)} points."
+             f"{part['before']:.2f} to {part['after']:.2f}, {_signed_gap(part)} points."
              for threshold, part in result["acc"].items()]
     if result["acc"]["0.5"]["ci95"][0] > 0:
         maps = ", ".join(f"{edge}' = {a:.3f} {edge} {b:+.1f}"
@@ -176,7 +176,7 @@ def calibration_notes(result: dict, name: str) -> list[str]:
     return notes
 
 
-def _signed(gap: dict) -> str:
+def _signed_gap(gap: dict) -> str:
     return f"{gap['value']:+.2f} ({gap['ci95'][0]:+.2f} to {gap['ci95'][1]:+.2f})"
 
 
@@ -188,7 +188,7 @@ def split_difference(first: Scored, second: Scored) -> str:
         raw.append(_reach(boxes, answers))
         refitted.append(_reach(refit(boxes, answers, number_lists(scored)), answers))
     difference, remainder, shifted = (
-        _signed(measure_gain(*pair, number_lists(first), averaged_groups(first)))
+        _signed_gap(measure_gain(*pair, number_lists(first), averaged_groups(first)))
         for pair in (raw[::-1], refitted[::-1], (refitted[0] - refitted[1], raw[0] - raw[1])))
     return (f"acc@0.5, of {difference} points between the two {shifted} are calibration; refitted, "
             f"{remainder} remain.")

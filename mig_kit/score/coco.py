@@ -74,7 +74,7 @@ def validate_detections(predictions: list[dict], coco: COCO, source: str) -> lis
             for entry in predictions]
 
 
-def _describe_reach(coco: COCO, entries: list[dict]) -> tuple[str, ...]:
+def _describe_edges(coco: COCO, entries: list[dict]) -> tuple[str, ...]:
     """`describe_reach` of what `validate_detections` gives."""
     boxes = []
     for entry in entries:
@@ -130,7 +130,7 @@ def score_odinw(annotations: dict, predictions: list[dict], source: str) -> Scor
     tasks = [names[category] for category in sorted(coco.cats)
              for _ in coco.getAnnIds(catIds=[category])]
     return Scored(tuple(tasks), {}, True, aggregates=aggregates,
-                  remarks=_describe_reach(coco, entries),
+                  remarks=_describe_edges(coco, entries),
                   detections=tuple(sorted(map(repr, entries))))
 
 
@@ -156,7 +156,7 @@ def score_mc_bench(annotations: dict, predictions: list[dict], source: str) -> S
         aggregates[task] = {"ap50": _weighted_ap50(coco, entries, images)}
     files = {image: str(entry.get("file_name", image)) for image, entry in coco.imgs.items()}
     return Scored(tasks, {"accuracy": accuracy}, False, aggregates=aggregates,
-                  remarks=_describe_reach(coco, entries),
+                  remarks=_describe_edges(coco, entries),
                   detections=tuple(sorted(map(repr, entries))),
                   lists=tuple(tuple(files[image] for image in pair) for pair in pairs))
 

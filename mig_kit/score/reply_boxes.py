@@ -89,7 +89,7 @@ def parse_named_boxes(text: str) -> list[NamedBox]:
         return []
     final = _unfence(unicodedata.normalize("NFKC", inside))
     if _JSON.match(final):
-        return _read_json(final)
+        return _read_json_boxes(final)
     named = [_read_statement(line) for line in final.split("\n") if line.strip()]
     return [] if None in named else named
 
@@ -138,7 +138,7 @@ def _require_single_keys(pairs: list[tuple[str, object]]) -> dict:
     return {key.lower(): value for key, value in pairs}
 
 
-def _read_json(text: str) -> list[NamedBox]:
+def _read_json_boxes(text: str) -> list[NamedBox]:
     """The pairs of one or several objects, or a list; [] if one is of another form."""
     try:
         values = json.loads(text if text.startswith("[") else f"[{text}]",

@@ -111,7 +111,7 @@ def summarize(scored: Scored) -> dict:
             "remarks": list(scored.remarks)}
 
 
-def paired_difference(first: Scored, second: Scored) -> dict:
+def compare_scores(first: Scored, second: Scored) -> dict:
     """Paired difference first - second in points: {metric: {"value", "ci95"}}.
 
     The interval is [0, 0] if the same was read in every item; AP has none.

@@ -29,7 +29,7 @@ from mig_kit.openai_client import (
     iter_results,
     open_client,
     parse_server,
-    read_choice,
+    read_completion,
     request_completion,
     request_json,
 )
@@ -193,7 +193,7 @@ class ServedModel:
 
     def _parse_choice(self, choice: dict, with_logps: bool) -> ServedReply:
         ids = choice.get("token_ids") if self.processor else None
-        text, reason = read_choice(choice, self.processor.opened_tag if self.processor else "")
+        text, reason = read_completion(choice, self.processor.opened_tag if self.processor else "")
         if ids:  # decoded as in the kit's own loop
             with self.lock:
                 text = self.processor.batch_decode([ids], skip_special_tokens=True)[0]

@@ -204,9 +204,8 @@ class Decoder:
         queries = heads[:, :, :self.heads].unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
         queries = queries.reshape(len(prefix_keys), -1, self.width)
         queries_by_row = queries.view(len(row_keys), -1, self.width)
-        prefix_scores = _scores(queries, prefix_keys, self.prefix_bias, self.scale, self.on_cpu)
-        row_scores = _scores(queries_by_row, row_keys, self.row_bias[:size], self.scale,
-                             self.on_cpu)
+        prefix_scores = _dots(queries, prefix_keys, self.prefix_bias, self.scale, self.on_cpu)
+        row_scores = _dots(queries_by_row, row_keys, self.row_bias[:size], self.scale, self.on_cpu)
         scores = torch.cat([prefix_scores, row_scores.view(*queries.shape[:2], size)], -1)
         weights = softmax(scores, -1).to(self.dtype)
 
@@ -262,7 +261,7 @@ def is_plain_lora(layer: torch.nn.Module) -> bool:
             and sum(name in layer.lora_A for name in layer.active_adapters) <= 1)
 
 
-def _scores(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, scale: float,
+def _dots(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, scale: float,
             on_cpu: bool) -> torch.Tensor:
     """queries (batch, n, width), keys (batch, m, width) -> (batch, n, m); bias: float32."""
     keys = keys.transpose(1, 2)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from mig_kit.shared_prefix.groups import KeysValues, PromptRow, ReplyRow, attending_by_row
-from mig_kit.shared_prefix.prefixes import embed_with_images, is_linear, make_cache
+from mig_kit.shared_prefix.prefixes import embed_with_images, is_linear, make_kv_cache
 from mig_kit.shared_prefix.prompt_cache import Prompt, ReadPrompt, unwrap_peft
 
 # tokens whose logits are in memory at a time if layers are checkpointed or completions are long
@@ -178,7 +178,7 @@ def _read_linear_prompts(language, layer, lengths: list[int],
     rows = pad_sequence(hidden[0].split(lengths), True, padding_side="left")
     order = torch.arange(rows.shape[1], device=hidden.device)
     counts = torch.tensor(lengths, device=hidden.device)
-    cache = make_cache(language)
+    cache = make_kv_cache(language)
     rows = layer(rows, position_embeddings=None, past_key_values=cache,
                  attention_mask=(order >= rows.shape[1] - counts[:, None]).long())
     states = cache.layers[layer.linear_attn.layer_idx]
@@ -193,7 +193,7 @@ def _read_linear_replies(language, layer, prompts: list[KeysValues], lengths: li
     rows = pad_sequence(hidden[0].split(counts), True)
     convolved, recurrent = (torch.cat([state for state, row in zip(states, lengths) for _ in row])
                             for states in zip(*prompts))
-    cache = make_cache(language)
+    cache = make_kv_cache(language)
     states = cache.layers[layer.linear_attn.layer_idx]
     states.update_conv_state(convolved, conv_kernel_size=convolved.shape[-1])
     states.update_recurrent_state(recurrent)

@@ -93,7 +93,7 @@ class _AssignedStates(LinearAttentionLayer):
         self.reorder_cache(indices)
 
 
-def make_cache(language: torch.nn.Module) -> DynamicCache:
+def make_kv_cache(language: torch.nn.Module) -> DynamicCache:
     """An empty cache for a language model, through which gradients flow."""
     cache = DynamicCache(config=language.config)
     cache.layers = [_AssignedStates() if type(layer) is LinearAttentionLayer else layer
@@ -121,7 +121,7 @@ class PaddedPrompts:
         """States at the last tokens (prompts, hidden), and the cache, with linear attention."""
         language = model.model.language_model
         output = language(**self.inputs, position_ids=self.positions, attention_mask=self.mask,
-                          past_key_values=make_cache(language), use_cache=True)
+                          past_key_values=make_kv_cache(language), use_cache=True)
         return output.last_hidden_state[:, -1], output.past_key_values
 
     def pad_keys(self, read: list[ReadPrompt]) -> list[tuple[torch.Tensor, torch.Tensor]]:

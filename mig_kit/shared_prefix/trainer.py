@@ -550,10 +550,10 @@ def copy_images(value):
 def list_images(row: dict) -> list:
     """The images of a row as TRL reads them. Encoded ones, which it refuses, are decoded."""
     images = row["images"] if "images" in row else [row.get("image")]
-    return [] if images is None else [_decode(image) for image in images if image is not None]
+    return [] if images is None else [_decode_image(image) for image in images if image is not None]
 
 
-def _decode(image):
+def _decode_image(image):
     """An image, decoded if it is a file's bytes or what `datasets.Image(decode=False)` gives."""
     if isinstance(image, bytes):
         image = {"path": None, "bytes": image}

@@ -25,7 +25,7 @@ MEASURED_PEAKS = {"qwen2_5_vl_3b": {"02_sft": 11.7, "03_merge": 11.7, "04_reject
                                     "05_grpo, first replies": 14.0}}
 
 
-def describe_machine() -> dict:
+def measure_machine() -> dict:
     """Cores, memory and free disk (GiB), and the GPU if there is one."""
     memory = psutil.virtual_memory()
     existing = next(path for path in (runs_root(), *runs_root().parents) if path.exists())
@@ -61,7 +61,7 @@ def predict_minutes(seconds: float) -> list[dict]:
 
 def require_resources(machine: dict, memory_gib: float, disk_gib: float,
                       needs_gpu: bool = False) -> None:
-    """UserError if the machine (`describe_machine`) lacks a resource."""
+    """UserError if the machine (`measure_machine`) lacks a resource."""
     if needs_gpu and machine["gpu"] == "none":
         raise UserError(
             f"this profile needs a GPU, and PyTorch {torch.__version__} sees none; check the "

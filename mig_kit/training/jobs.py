@@ -63,7 +63,7 @@ def run_job(train: Callable, stage: str, folder: Path, params: SimpleNamespace,
         release_memory()
     else:
         (folder / ERROR_FILE).unlink(missing_ok=True)
-        run_command([*launch.words, str(folder.resolve())], folder, launch.local)
+        start_processes([*launch.words, str(folder.resolve())], folder, launch.local)
     write_json(path, {**job, "done": True})
     return _load_state(folder)
 
@@ -109,7 +109,7 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def run_command(command: list[str], folder: Path, local: int = 0) -> None:
+def start_processes(command: list[str], folder: Path, local: int = 0) -> None:
     """Run a launcher's command, and print its output as it comes; it ends with this process.
 
     Args:

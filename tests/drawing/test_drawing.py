@@ -82,7 +82,7 @@ def test_a_group_shows_every_box_in_its_image_and_colour(task, monkeypatch):
     monkeypatch.setattr(pictures, "draw_boxes",
                         lambda drawn, marks, height: strokes.extend(marks) or draw(
                             drawn, marks, height))
-    pictures.draw_group(sample, [read_reply(reply, sample, BOX_FORMAT)
+    pictures.draw_replies_of_group(sample, [read_reply(reply, sample, BOX_FORMAT)
                                  for reply in (*replies, "nothing")])
     assert [(stroke[0], stroke[2]) for stroke in strokes] == [
         (image, palette.CORRECT), (image, palette.CORRECT), (other, palette.PREDICTED)]

@@ -82,7 +82,7 @@ def test_two_models_stand_in_one_table(evaluated, smoke_runs):
     assert "grpo - " in output and predictions.read_text() == before
     results = {name: eval_model.read_result(evaluated / name) for name in ("grpo", "base")}
     gaps = {(row["protocol"], row["suite"]): float(row["points"].split()[0])
-            for row in eval_model.difference_rows(results)}
+            for row in eval_model.compare_results(results)}
     for suite, summary in results["grpo"]["scores"]["strict"].items():
         gain = summary["score"] - results["base"]["scores"]["strict"][suite]["score"]
         assert gaps["strict", suite_title(suite)] == pytest.approx(gain, abs=0.051)
@@ -98,7 +98,7 @@ def test_a_difference_is_over_lists_of_images():
                       "items": questions.assign(correct=values)}
                for name, values in (("a", gains), ("b", 0 * gains))}
     bounds = [f"{100 * bound:.1f}" for bound in gap_interval_by_list([(by_list, np.arange(40))])]
-    points = eval_model.difference_rows(results)[0]["points"]
+    points = eval_model.compare_results(results)[0]["points"]
     assert points == f"{100 * gains.mean():.1f} ({' to '.join(bounds)})"
 
 
@@ -119,7 +119,7 @@ def test_files_of_questions(suite, evaluate, tmp_path):
     table = read_items(tmp_path / "out")
     assert [*table["protocol"].unique()] == protocols and len(table) == 2 * result["asked"]
     assert set(table["suite"]) == {suite} and set(table["kind"]) == {"greedy"}
-    rows = eval_model.score_rows({"a": result})
+    rows = eval_model.protocol_rows({"a": result})
     assert list(dict.fromkeys(row["protocol"] for row in rows)) == protocols
     assert all(" (drawn)" not in row["percent, greedy"] for row in rows)
 
@@ -153,7 +153,7 @@ def test_replies_about_other_pictures_are_not_taken(own_task, evaluate, tmp_path
     rewrite(tmp_path, "white")
     assert evaluate(own_task) == result
     with pytest.raises(UserError, match="did not answer the same questions"):
-        eval_model.difference_rows({"white": result, "grey": evaluate(grey, "out 2")})
+        eval_model.compare_results({"white": result, "grey": evaluate(grey, "out 2")})
 
 
 def test_a_folder_that_stock_transformers_saved_is_the_same_model(own_task, random_folder, evaluate,

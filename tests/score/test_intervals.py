@@ -6,7 +6,7 @@ from mig_bench_records import prediction_lines, run_score, write_lines
 from scipy.stats import binomtest
 from scipy.stats import t as student_t
 
-from mig_kit.score.result import Scored, paired_difference, summarize
+from mig_kit.score.result import Scored, compare_scores, summarize
 from mig_kit.stats import gap_interval_by_list, share_interval, share_interval_by_list
 
 
@@ -73,7 +73,7 @@ def test_scores_take_their_intervals_over_lists_and_are_not_rounded():
     assert result["avg"]["ci95"] == pytest.approx([100 * bound for bound in expected], abs=1e-9)
     other = Scored(("a",) * 7, {"acc": np.zeros(7)}, True, lists=scored.lists,
                    detections=("another",))
-    gap = paired_difference(scored, other)["acc"]
+    gap = compare_scores(scored, other)["acc"]
     assert gap["value"] == pytest.approx(400 / 7, abs=1e-9)
     assert gap["ci95"][0] < gap["value"] < gap["ci95"][1]
 

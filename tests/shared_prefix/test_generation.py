@@ -354,7 +354,7 @@ def test_scores_of_large_keys_are_summed_in_float32(monkeypatch):
     queries = (3.5 * torch.randn(24, 5, 64, generator=noise)).bfloat16()
     keys = (27 * torch.randn(24, 9, 64, generator=noise)).bfloat16()
     exact = torch.matmul(queries.double(), keys.double().transpose(-1, -2))
-    in_float32, in_bfloat16 = (decoding._scores(queries, keys, torch.zeros(9), 1.0, on_cpu)
+    in_float32, in_bfloat16 = (decoding._dots(queries, keys, torch.zeros(9), 1.0, on_cpu)
                                for on_cpu in (False, True))
     assert (in_float32 - exact).abs().max() < 1e-2 < 1 < (in_bfloat16 - exact).abs().max()
 

@@ -29,7 +29,7 @@ def test_expected_minutes_scale_with_the_machine():
 
 def test_the_machine_is_described_even_where_no_run_exists_yet(tmp_path, monkeypatch):
     monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path / "none" / "yet"))
-    machine = preflight.describe_machine()
+    machine = preflight.measure_machine()
     assert machine["cpus"] > 0 and machine["memory_gib"] > 0 and machine["disk_free_gib"] > 0
 
 

@@ -98,29 +98,29 @@ def test_what_another_launcher_has_set_is_refused(tmp_path, monkeypatch):
 def test_a_failure_is_told_by_the_process_that_failed_first(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit(3)"]
     with pytest.raises(RuntimeError, match="status 3:\nits output above says why$"):
-        jobs.run_command(command, tmp_path)
+        jobs.start_processes(command, tmp_path)
     for error in (KeyError("no image"), RuntimeError("connection closed")):
         try:
             raise error
         except Exception as raised:
             jobs.record_error(tmp_path, raised)
     with pytest.raises(RuntimeError, match="(?s)status 3:\nTraceback .*KeyError: 'no image'\n$"):
-        jobs.run_command(command, tmp_path)
+        jobs.start_processes(command, tmp_path)
     (tmp_path / jobs.ERROR_FILE).unlink()
     jobs.record_error(tmp_path, UserError("too few; give more"))
     with pytest.raises(UserError, match="^too few; give more$"):
-        jobs.run_command(command, tmp_path)
+        jobs.start_processes(command, tmp_path)
 
 
 def test_processes_share_the_cores_unless_it_is_said_how(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     command = [sys.executable, "-c", "import os; print('has', os.environ['OMP_NUM_THREADS'])"]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    jobs.run_command(command, tmp_path, 2)
+    jobs.start_processes(command, tmp_path, 2)
     assert "with: OMP_NUM_THREADS=4 /" in (output := capsys.readouterr().out)
     assert "\nhas 4\n" in output
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    jobs.run_command(command, tmp_path, 2)
+    jobs.start_processes(command, tmp_path, 2)
     assert "\nhas 3\n" in capsys.readouterr().out
 
 
@@ -160,7 +160,7 @@ def test_whoever_of_torchrun_is_killed_leaves_no_process(tmp_path, victim, sente
     words = [*jobs.plan_launch("torchrun --standalone --nproc-per-node 2").words[:-2], str(script),
              str(ids)]
     code = ("from pathlib import Path; from mig_kit.training import jobs; "
-            f"jobs.run_command({words!r}, Path({str(tmp_path)!r}), 2)")
+            f"jobs.start_processes({words!r}, Path({str(tmp_path)!r}), 2)")
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, text=True)
     wait_until(lambda: ids.read_text().count("\n") == 2, "the processes have not started")
