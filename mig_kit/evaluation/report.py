@@ -1,20 +1,26 @@
-"""Stage 07: what notebook 07 displays of a run; `report_page` makes the page of it.
+"""Stage 07: what notebook 07 displays of a run, and its page, which is the notebook without code.
 
-All texts of models and data are escaped.
+The page needs no other file and holds no script; all texts of models and data are escaped.
 """
 
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import PIL.Image
 from IPython.display import HTML, Image, display
 from matplotlib import pyplot as plt
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
 
 from mig_kit.boxes import BoxFormat, iou
+from mig_kit.common import write_atomically
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.drawing.pictures import draw_replies
 from mig_kit.image_files import encode_image, to_data_url
@@ -33,6 +39,24 @@ LOOSE_IOU = 0.1  # from here on a box of own data, whose objects are not known, 
 KINDS = {(False, True): "wrong, then correct", (True, True): "correct both times",
          (True, False): "correct, then wrong", (False, False): "wrong both times"}
 ROLLOUTS = "The boxes of the replies to one prompt, before RL and after more and more updates"
+STYLE = """
+:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}
+h1{margin:0 0 1rem}
+table{border-collapse:collapse;margin:1rem 0}
+th,td{padding:.35rem .6rem;border-bottom:1px solid #8886;text-align:right}
+th:first-child,td:first-child{text-align:left}
+td{white-space:nowrap}
+img{max-width:100%;background:#fff;border-radius:4px}
+.output_html,.output_png{overflow-x:auto;background:
+linear-gradient(to right,Canvas 30%,#0000) 0/3rem 100% no-repeat local,
+linear-gradient(to left,Canvas 30%,#0000) 100%/3rem 100% no-repeat local,
+linear-gradient(to right,#888a,#0000) 0/1rem 100% no-repeat,
+linear-gradient(to left,#888a,#0000) 100%/1rem 100% no-repeat}
+@media(max-width:46rem){img{max-width:36rem}}
+small,.text_cell p{font-size:.9rem;opacity:.8}
+"""
+
 
 def show(*parts: list[dict] | plt.Figure | PIL.Image.Image | HTML | None) -> None:
     """Display rows as a table, figures, pictures of rollouts and HTML; nothing for an empty part.
@@ -65,6 +89,28 @@ def table_html(rows: list[dict]) -> str:
         return ""
     with pd.option_context("display.max_colwidth", None):
         return table.to_html(index=False, border=0, na_rep="", float_format="{:.1f}".format)
+
+
+def write_page(folder: Path, run_id: str) -> None:
+    """Write report.html beside the executed notebook in 07's folder, unless it is there."""
+    source, page = folder / "07_report.ipynb", folder / "report.html"
+    if source.is_file() and not page.is_file():  # a notebook that is run by hand lies elsewhere
+        html = export_page(run_id, nbformat.read(source, 4).cells)
+        write_atomically(page, lambda temporary: temporary.write_text(html, "utf-8"))
+
+
+def export_page(run_id: str, cells: list[NotebookNode]) -> str:
+    """The HTML of what executed cells display, each below the text directly above it."""
+    shown = []
+    for above, cell in pairwise(cells):
+        outputs = [part for part in cell.get("outputs", ()) if part.output_type == "display_data"]
+        if outputs:
+            shown += [above] * (above.cell_type == "markdown") + [new_code_cell(outputs=outputs)]
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_anchor_links=True)
+    body, _ = exporter.from_notebook_node(new_notebook(cells=shown))
+    return ("<!doctype html>\n<html lang=en><meta charset=utf-8>"
+            '<meta name=viewport content="width=device-width">\n'
+            f"<title>mig-kit run {run_id}</title>\n<style>{STYLE}</style>\n{body}</html>\n")
 
 
 def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],

@@ -3,17 +3,15 @@
 import json
 from dataclasses import replace
 
-import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from IPython.core.formatters import DisplayFormatter
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, to_model_box
 from mig_kit.drawing import plots
-from mig_kit.evaluation import report, report_page
-from mig_kit.pipeline.runs import Run
+from mig_kit.evaluation import report
 from mig_kit.prompts import correct_answer, format_answer, parse_reply, read_reply
 from mig_kit.rewards import REWARDS
 from mig_kit.training.reward_loading import score_functions
@@ -26,28 +24,18 @@ SCORES = score_functions(REWARDS, BOX_FORMAT)
 
 
 @pytest.fixture
-def export(tmp_path, monkeypatch):
+def export(monkeypatch):
     """Call it with (text, parts to show below it) for the page of a notebook with these cells."""
-    monkeypatch.setenv("MIG_KIT_RUNS", str(tmp_path))
-    outputs, form = [], DisplayFormatter().format
-
-    def keep(part):
-        data, metadata = form(part)
-        outputs.append(new_output("display_data", data, metadata=metadata))
-
-    monkeypatch.setattr(report, "display", keep)
-
     def make(*cells):
-        notebook = new_notebook()
+        notebook = []
         for text, *parts in cells:
+            shown = []
+            monkeypatch.setattr(report, "display", shown.append)
             report.show(*parts)
-            notebook.cells += [new_markdown_cell(text), new_code_cell("1", outputs=[*outputs])]
-            outputs.clear()
-        folder = tmp_path / "t" / "07_report"
-        folder.mkdir(parents=True)
-        nbformat.write(notebook, folder / "07_report.ipynb")
-        report_page.write_page(Run("t"))
-        return (folder / "report.html").read_text()
+            outputs = [new_output("display_data", data, metadata=metadata)
+                       for data, metadata in map(DisplayFormatter().format, shown)]
+            notebook += [new_markdown_cell(text), new_code_cell(outputs=outputs)]
+        return report.export_page("t", notebook)
 
     return make
 
