@@ -3,9 +3,9 @@ Without a run it writes the present texts beside the outputs that are there: `ma
 
 Lessons, which are no stages, are executed on that run. run.json beside them says of which run they
 are, and holds a digest of each one's outputs. README's picture is the one that 07 keeps, and
-results.md shows the head of the report, as Chromium draws it. The run's adapters become tiny/sft and
-tiny/grpo; replies.json holds some of the replies that its models gave in 06, and those of the base
-lie beside it.
+results.md shows the head of the report, as Chromium draws it. The run's adapters become tiny/sft
+and tiny/grpo; replies.json holds some of the replies that its models gave in 06, and those of the
+base lie beside it.
 """
 
 import ast
