@@ -81,7 +81,7 @@ def interval(gaps: np.ndarray) -> tuple[float, float]:
     return 100 * gaps.mean() - half, 100 * gaps.mean() + half
 
 
-def describe(gaps: np.ndarray) -> str:
+def describe(gaps: np.ndarray, with_worst: bool = True) -> str:
     """Mean with its interval, bold where that leaves out 0, and the worst; of two seeds, which tell
     little of their spread, both; "-" without any.
     """
@@ -93,7 +93,8 @@ def describe(gaps: np.ndarray) -> str:
         return mean + f" ({by_seed[0]:+.1f} and {by_seed[-1]:+.1f})" * (len(by_seed) == 2)
     low, high = interval(gaps)
     mean = f"**{mean}**" if low > 0 or high < 0 else mean
-    return f"{mean} ({low:+.1f} to {high:+.1f}), worst {by_seed.min():+.1f}"
+    worst = f", worst {by_seed.min():+.1f}" * with_worst
+    return f"{mean} ({low:+.1f} to {high:+.1f}){worst}"
 
 
 def render(head: list[str], rows: list[list[str]]) -> str:
@@ -129,20 +130,20 @@ def headline(records: dict[str, list[dict]]) -> str:
     rows = [["base", *(_mean([first], "base", suite) for suite in NAMES)],
             ["SFT", *(_mean(recipe, "sft", suite) for suite in NAMES)]]
     if control:
-        rows.append(["SFT, then SFT on RL's prompts",
+        rows.append(["SFT on RL's prompts (control)",
                      *(_mean([arm for arm, _ in control], "sft", suite) for suite in NAMES)])
     own = [*zip(recipe, recipe)]
-    rows += [["SFT, then RL (GRPO)", *(_mean(recipe, "grpo", suite) for suite in NAMES)],
+    rows += [["GRPO", *(_mean(recipe, "grpo", suite) for suite in NAMES)],
              ["GRPO over SFT",
               *(describe(gaps_between(own, "grpo", "sft", suite)) for suite in NAMES)]]
     if control:
-        rows.append(["its control: over SFT on RL's prompts", *(
-            describe(gaps_between([(own, arm) for arm, own in control], "grpo", "sft", suite))
-            for suite in NAMES)])
+        pairs = [(recipe, arm) for arm, recipe in control]
+        rows.append(["GRPO over SFT on RL's prompts", *(
+            describe(gaps_between(pairs, "grpo", "sft", suite), False) for suite in NAMES)])
     rows += [["GRPO over base", *(describe(gaps_between(
-                [(record, first) for record in recipe], "grpo", "base", suite))
+                [(record, first) for record in recipe], "grpo", "base", suite), False)
                 for suite in NAMES)],
-             ["the paper's abstract, a 7B on the benchmarks", *(
+             ["paper (7B, benchmarks)", *(
                  f"{points:+.2f} over {SYSTEM_LABELS[pair.split('-')[1]]}"
                  for _, _, pair, points in CLAIMS)]]
     counts = [len(scores(recipe, "grpo", suite)) for suite in (MAIN, OUT_OF_DOMAIN)]
@@ -198,6 +199,9 @@ def claim(records: dict[str, list[dict]]) -> str:
         if len(of_control):
             text += (f", and {describe(of_control)} to SFT that goes on with RL's own prompts "
                      f"({count_seeds(of_control)})")
+        if len(of_control) > 2:
+            verdict = "holds" if interval(of_control)[0] > 0 else "does not hold"
+            text += f": beside this control the claim {verdict} here"
         sentences.append(f"{text}.")
     return "\n".join(sentences)
 
