@@ -747,7 +747,7 @@ def test_both_trainers_are_compared_on_a_users_table(tmp_path, capsys, trainings
     *sides, last = capsys.readouterr().out.splitlines()[-3:]
     assert [re.sub(r"[\d. ()]+", " ", side) for side in sides] == [
         "stock TRL MiB", "shared prompts MiB"]
-    assert all(side.count("(") == 5 for side in sides)
+    assert all(side.count("(") == 6 for side in sides)
     gap = float(re.search(r"difference of gradients: (\S+) of their norm", last)[1])
     assert 0 < gap < 1e-4  # rounding of five updates; with AVX2 alone 2.5e-5, a wrong mask 0.9
 
