@@ -63,6 +63,8 @@ def keep_notebook(path: Path) -> str:
     for part in (notebook, *notebook.cells):
         for name in ("papermill", "execution"):
             part.metadata.pop(name, None)
+        if "page" in part.metadata.get("tags", ()):  # a gallery of megabytes
+            part.outputs = []
     nbformat.write(notebook, FOLDER / path.name)
     return outputs_digest(notebook)
 

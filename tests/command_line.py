@@ -18,7 +18,9 @@ import nbformat
 import papermill
 from click.testing import CliRunner
 from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 from matplotlib import pyplot as plt
+from nbformat.v4 import new_output
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -70,7 +72,10 @@ def _execute_here(path, output, params, cwd, **_):
         with chdir(cwd):
             for cell in notebook.cells:
                 if cell.cell_type == "code":
-                    shell.run_cell(cell.source, store_history=True).raise_error()
+                    with capture_output(stdout=False, stderr=False) as captured:
+                        shell.run_cell(cell.source, store_history=True).raise_error()
+                    cell.outputs = [new_output("display_data", part.data, part.metadata or {})
+                                    for part in captured.outputs]
     finally:
         InteractiveShell.clear_instance()
         plt.close("all")

@@ -1,23 +1,26 @@
-"""Stage 07: notebook 07 shows the parts of a run's report, and exports them as one page.
+"""Stage 07: what notebook 07 displays of a run, and its page, which is the notebook without code.
 
 The page needs no other file and holds no script; all texts of models and data are escaped.
 """
 
-import base64
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
+import nbformat
 import pandas as pd
-from IPython.display import publish_display_data
+import PIL.Image
+from IPython.display import HTML, Image, display
 from matplotlib import pyplot as plt
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_notebook
 
 from mig_kit.boxes import BoxFormat, iou
+from mig_kit.common import write_atomically
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.drawing.pictures import draw_replies
 from mig_kit.image_files import encode_image, to_data_url
@@ -39,6 +42,7 @@ ROLLOUTS = "The boxes of the replies to one prompt, before RL and after more and
 STYLE = """
 :root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}
+h1{margin:0 0 1rem}
 table{border-collapse:collapse;margin:1rem 0}
 th,td{padding:.35rem .6rem;border-bottom:1px solid #8886;text-align:right}
 th:first-child,td:first-child{text-align:left}
@@ -50,45 +54,32 @@ linear-gradient(to left,Canvas 30%,#0000) 100%/3rem 100% no-repeat local,
 linear-gradient(to right,#888a,#0000) 0/1rem 100% no-repeat,
 linear-gradient(to left,#888a,#0000) 100%/1rem 100% no-repeat}
 @media(max-width:46rem){img{max-width:36rem}}
-small{font-size:.9rem;opacity:.8}
+small,.text_cell p{font-size:.9rem;opacity:.8}
 """
 
 
-def show(page: list[NotebookNode], heading: str,
-         *parts: tuple[str | list[dict] | plt.Figure | None, str]) -> None:
-    """Show a heading and parts below the cell, and keep them for `export_page`.
-
-    Args:
-        page: takes in the outputs.
-        heading: Markdown; it is left out with all its parts if these are empty.
-        parts: (content, caption); a content is Markdown, rows of a table, a figure or a picture.
+def show(*parts: list[dict] | plt.Figure | PIL.Image.Image | HTML | None) -> None:
+    """Display rows as a table, figures, pictures of rollouts and HTML; nothing for an empty part.
     """
-    outputs = []
-    for content, caption in parts:
-        if content and (not isinstance(content, list) or table_html(content)):
-            captions = [to_output(f"<small>{caption}</small>")] if caption else []
-            outputs += [to_output(content), *captions]
-    outputs = [to_output(heading), *outputs] if outputs else []
-    for output in outputs:
-        publish_display_data(output.data, output.metadata)
-    page += outputs
+    for part in parts:
+        if isinstance(part, plt.Figure):
+            title = part.get_suptitle() or part.axes[0].get_title(loc="left")
+            part.savefig(file := io.BytesIO(), dpi=150, bbox_inches="tight", format="png")
+            plt.close(part)  # else the notebook shows it once more
+            part = Image(file.getvalue(), alt=title)
+        elif isinstance(part, PIL.Image.Image):
+            part = Image(encode_image(part), alt=ROLLOUTS)
+        elif isinstance(part, list):
+            html = table_html(part)
+            part = html and HTML(html)
+        if part:
+            display(part)
 
 
-def to_output(content) -> NotebookNode:
-    """A notebook's output of Markdown, rows of a table, a figure or a picture."""
-    if isinstance(content, str):
-        return new_output("display_data", {"text/markdown": content})
-    if isinstance(content, list):
-        return new_output("display_data", {"text/html": table_html(content)})
-    if isinstance(content, plt.Figure):
-        alt, file = content.get_suptitle() or content.axes[0].get_title(loc="left"), io.BytesIO()
-        content.savefig(file, dpi=150, bbox_inches="tight")
-        plt.close(content)  # else the notebook shows it once more
-        data = file.getvalue()
-    else:
-        alt, data = ROLLOUTS, encode_image(content)
-    return new_output("display_data", {"image/png": base64.b64encode(data).decode()},
-                      metadata={"image/png": {"alt": alt}})
+def headline(run_id: str, outcome: str, moved: str, facts: str) -> HTML:
+    """The first lines: what came out, which tasks moved, and what the run consists of."""
+    return HTML(f"<h1>mig-kit run {escape(run_id)}</h1>\n<p><strong>{escape(outcome)}</strong> "
+                f"{escape(moved)}</p>\n<p><small>{escape(facts)}</small></p>")
 
 
 def table_html(rows: list[dict]) -> str:
@@ -100,14 +91,26 @@ def table_html(rows: list[dict]) -> str:
         return table.to_html(index=False, border=0, na_rep="", float_format="{:.1f}".format)
 
 
-def export_page(title: str, page: list[NotebookNode]) -> str:
-    """The HTML of a page: outputs that `show` kept, by nbconvert, in the kit's style."""
+def write_page(folder: Path, run_id: str) -> None:
+    """Write report.html beside the executed notebook in 07's folder, unless it is there."""
+    source, page = folder / "07_report.ipynb", folder / "report.html"
+    if source.is_file() and not page.is_file():  # a notebook that is run by hand lies elsewhere
+        html = export_page(run_id, nbformat.read(source, 4).cells)
+        write_atomically(page, lambda temporary: temporary.write_text(html, "utf-8"))
+
+
+def export_page(run_id: str, cells: list[NotebookNode]) -> str:
+    """The HTML of what executed cells display, each below the text directly above it."""
+    shown = []
+    for above, cell in pairwise(cells):
+        outputs = [part for part in cell.get("outputs", ()) if part.output_type == "display_data"]
+        if outputs:
+            shown += [above] * (above.cell_type == "markdown") + [new_code_cell(outputs=outputs)]
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_anchor_links=True)
-    notebook = new_notebook(cells=[new_code_cell(outputs=page)])
-    body, _ = exporter.from_notebook_node(notebook)
+    body, _ = exporter.from_notebook_node(new_notebook(cells=shown))
     return ("<!doctype html>\n<html lang=en><meta charset=utf-8>"
             '<meta name=viewport content="width=device-width">\n'
-            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n{body}</html>\n")
+            f"<title>mig-kit run {run_id}</title>\n<style>{STYLE}</style>\n{body}</html>\n")
 
 
 def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
@@ -177,8 +180,8 @@ def pick_gallery(samples: Sequence[Sample], replies: dict[str, dict[str, str]],
 
 
 def draw_gallery(gallery: list[tuple[str, Sample, dict]], box_format: BoxFormat,
-                 scores: dict[str, Score]) -> NotebookNode:
-    """An output that unfolds to pictures of `pick_gallery`'s samples, with replies and rewards."""
+                 scores: dict[str, Score]) -> HTML:
+    """HTML that unfolds to pictures of `pick_gallery`'s samples, with replies and rewards."""
     parts = ["<details><summary>Show the questions</summary>"]
     for kind, sample, replies in gallery:
         labelled = {}
@@ -193,4 +196,4 @@ def draw_gallery(gallery: list[tuple[str, Sample, dict]], box_format: BoxFormat,
         parts.append(f"<p>{kind} · {suite_title(sample.suite)}, {escape(sample.task)} "
                      f"<small>{escape(sample.id)}</small></p>"
                      f'<img alt="{escape("; ".join(labelled))}" src="{picture}">')
-    return new_output("display_data", {"text/html": "\n".join([*parts, "</details>"])})
+    return HTML("\n".join([*parts, "</details>"]))

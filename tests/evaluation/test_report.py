@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 from bs4 import BeautifulSoup
+from IPython.core.formatters import DisplayFormatter
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 from PIL import Image
 
 from mig_kit.boxes import BoxFormat, to_model_box
@@ -21,18 +23,30 @@ BOX_FORMAT = BoxFormat()
 SCORES = score_functions(REWARDS, BOX_FORMAT)
 
 
-def export(heading, *parts):
-    page = []
-    report.show(page, heading, *parts)
-    return report.export_page("t", page)
+@pytest.fixture
+def export(monkeypatch):
+    """Call it with (text, parts to show below it) for the page of a notebook with these cells."""
+    def make(*cells):
+        notebook = []
+        for text, *parts in cells:
+            shown = []
+            monkeypatch.setattr(report, "display", shown.append)
+            report.show(*parts)
+            outputs = [new_output("display_data", data, metadata=metadata)
+                       for data, metadata in map(DisplayFormatter().format, shown)]
+            notebook += [new_markdown_cell(text), new_code_cell(outputs=outputs)]
+        return report.export_page("t", notebook)
+
+    return make
 
 
-def test_a_page_has_its_parts_with_captions_and_alternative_texts():
+def test_a_page_has_what_is_shown_below_its_texts_with_alternative_texts(export):
     figure = plots.plot_curves([{"step": 1, "loss": 2.0}], ["loss"], "Fine-tuning", 1)
-    text = export("## Training", (figure, "Look."), ([{"a": "<i>", "b": 1.0}], ""), ([], "gone"),
-                  (Image.new("RGB", (4, 4)), ""))
-    assert text.index("Training</h2>") < text.index('alt="Fine-tuning"') < text.index("Look.")
-    assert "&lt;i&gt;" in text and "<i>" not in text and "gone" not in text
+    text = export(("## Why",), ("## Training\n\nLook.", figure, [{"a": "<i>", "b": 1.0}], None),
+                  ("## Gone", [{"system": "base", "mig_bench": None}], None),
+                  ("## Rollouts", Image.new("RGB", (4, 4))))
+    assert text.index("Training</h2>") < text.index("Look.") < text.index('alt="Fine-tuning"')
+    assert "&lt;i&gt;" in text and "<i>" not in text and "Gone" not in text and "Why" not in text
     assert f'alt="{report.ROLLOUTS}"' in text and text.count("<img") == 2
 
 
@@ -44,12 +58,7 @@ def test_cells_of_a_table(rows, has, lacks):
     assert has in html and lacks not in html
 
 
-def test_a_part_without_values_has_no_heading():
-    assert "drawn" not in export("## drawn", ([{"system": "base", "mig_bench": None}], "caption"),
-                                 (None, "caption"))
-
-
-def test_nothing_that_a_model_or_a_data_set_wrote_can_run():
+def test_nothing_that_a_model_or_a_data_set_wrote_can_run(export):
     hostile = ("x\n\n[x](javascript:alert(0)) <script>alert(1)</script>"
                "<img src=x onerror=alert(2)></style></title><a href='javascript:alert(3)'>")
     sample = replace(make_sample("diff", "val", 0), question=hostile, id=f"{hostile}/../x.png",
@@ -57,9 +66,11 @@ def test_nothing_that_a_model_or_a_data_set_wrote_can_run():
     reply = f"<think>{hostile}</think><answer>{hostile}</answer>"
     scores = {hostile: next(iter(SCORES.values()))}
     cards = report.draw_gallery([("kept", sample, {"sft": reply})], BOX_FORMAT, scores)
-    soup = BeautifulSoup(report.export_page(f"mine {hostile}", [cards]), "html.parser")
-    assert not soup.find_all(["script", "a"]) and soup.title.text == f"mine {hostile}"
-    assert hostile in soup.find("small").text
+    head = report.headline("t", hostile, hostile, hostile)
+    soup = BeautifulSoup(export(("## All", head, [{hostile: hostile, "b": 1}], cards)),
+                         "html.parser")
+    assert not soup.find_all(["script", "a"]) and soup.find("strong").text == hostile
+    assert all(hostile in tag.text for tag in soup.find_all("small"))
     names = {name for tag in soup.find_all() for name in tag.attrs}
     assert not [name for name in names if name.startswith("on") or name == "href"]
 
@@ -69,8 +80,7 @@ def test_the_gallery_says_which_rewards_training_counts():
     reply = f"<answer>{correct_answer(sample, BOX_FORMAT)}</answer>"
     for thought, counted in (("In image 2.", "format 1"), ("In image 9.", "format 0")):
         replies = {"grpo": f"<think>{thought}</think>{reply}"}
-        output = report.draw_gallery([("kept", sample, replies)], BOX_FORMAT, SCORES)
-        html = output.data["text/html"]
+        html = report.draw_gallery([("kept", sample, replies)], BOX_FORMAT, SCORES).data
         assert f"GRPO, {counted}, image 1" in html and html.count("<img") == 1
 
 
