@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -74,8 +75,10 @@ def _execute_here(path, output, params, cwd, **_):
                 if cell.cell_type == "code":
                     with capture_output(stdout=False, stderr=False) as captured:
                         shell.run_cell(cell.source, store_history=True).raise_error()
-                    cell.outputs = [new_output("display_data", part.data, part.metadata or {})
-                                    for part in captured.outputs]
+                    cell.outputs = [new_output("display_data", {
+                        kind: b64encode(value).decode() if isinstance(value, bytes) else value
+                        for kind, value in part.data.items()}, metadata=part.metadata or {})
+                        for part in captured.outputs]
     finally:
         InteractiveShell.clear_instance()
         plt.close("all")
