@@ -13,13 +13,12 @@ from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS, RUN_PARAMS_STAGE, 
 
 # TRL's config class of the stages that train
 CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
-# settings that TRL reads where a stage's own trainer goes another way, which does not read them
-UNREAD = {
-    "02_sft": ("assistant_only_loss", "dataset_num_proc", "dataset_text_field", "eval_packing",
-               "label_smoothing_factor", "length_column_name", "loss_type", "packing",
-               "packing_strategy", "pad_to_multiple_of", "padding_free", "router_aux_loss_coef",
-               "shuffle_dataset", "train_sampling_strategy", "truncation_mode"),
-    "05_grpo": ("chat_template_kwargs", "use_vllm")}
+# settings of TRL whose updates 02's trainer was seen to make as TRL's own does; others are refused
+ALLOWED = ("adam_beta1", "adam_beta2", "adam_epsilon", "gradient_checkpointing",
+           "gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "max_grad_norm", "max_steps",
+           "optim", "weight_decay")
+# of 05, read in methods of TRL's that sharing prompts replaces; TRL's own code reads all others
+UNREAD = ("chat_template_kwargs", "use_vllm")
 # what `params_text` shows of pydantic's JSON schema
 LIMITS = ("type", "enum", "minimum", "exclusiveMinimum", "maximum")
 
@@ -109,8 +108,8 @@ def unknown_parameter_message(name: str, where: str, names) -> str:
     return f"{where} has no parameter '{name}'; {hint}{further * ('trl' in names)}"
 
 
-def _check_trl(settings: dict, stage: str, is_own_trainer: bool) -> None:
-    """UserError for a setting that TRL's config lacks, or that has no effect here."""
+def _check_trl(settings: dict, stage: str, shares_prefix: bool) -> None:
+    """UserError for a setting that TRL's config lacks, or that may have no effect here."""
     import trl  # seconds, which a command without such settings need not wait for
 
     for name in settings:
@@ -121,10 +120,12 @@ def _check_trl(settings: dict, stage: str, is_own_trainer: bool) -> None:
         if name not in known:
             near = suggest_word(name, known) or "TRL's documentation lists them"
             raise UserError(f"{stage}: TRL's {CONFIGS[stage]} has no '{name}'; {near}")
-        if is_own_trainer and name in UNREAD[stage] and settings[name] != known[name].default:
-            raise UserError(f"{stage}: {name} of trl would have no effect, because this stage's "
-                            "trainer does that part in its own way; take it out"
-                            + ", or set share_prefix to false" * (stage == "05_grpo"))
+        if stage == "02_sft" and name not in ALLOWED:
+            raise UserError(f"{stage}: {name} of trl is not known to act in this stage as in TRL; "
+                            f"take it out; this stage takes {', '.join(ALLOWED)}")
+        if stage == "05_grpo" and shares_prefix and name in UNREAD:
+            raise UserError(f"{stage}: {name} of trl has no effect where prompts are shared; take "
+                            "it out, or set share_prefix to false")
 
 
 def params_text(stage: str, profile: str = "tiny") -> str:

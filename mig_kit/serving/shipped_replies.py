@@ -29,8 +29,9 @@ def reply_key(samples: Sequence[Sample], box_format: BoxFormat, dtype: torch.dty
 
     dtype: of its weights. replies: to each sample. seed: of 06.
     """
-    digest = hashlib.sha256(digest_json(
-        [model_fingerprint(BASE), vars(box_format), str(dtype), replies, vars(sampling),
+    images = {name: value for name, value in vars(box_format).items() if name != "prompt"}
+    digest = hashlib.sha256(digest_json(  # the prompt is in the messages
+        [model_fingerprint(BASE), images, str(dtype), replies, vars(sampling),
          seed if sampling.temperature else 0]).encode())
     for sample in samples:
         digest.update(json.dumps([sample.id, chat_messages(sample, box_format)]).encode())

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from random import Random
 from unittest.mock import patch
 
 import torch
@@ -34,6 +35,7 @@ HARMLESS_HOOKS = ("make_inputs_require_grads", "output_capturing_hook")
 # token, and gradients. In bfloat16 a logit of 16 to 32 is rounded to a multiple of 1/8: random
 # models of the 3B's and the 7B's shape differ by 0.02 to 0.06 in the mean.
 LIMITS_FLOAT32, LIMITS_16_BITS = (1e-4, 1e-3, 1e-3), (0.15, 1.0, 0.2)
+ROW = "row"  # in a batch, places of its completions' prompts among those of the update
 CHECKED_TOKENS = 16  # of each completion that the self-check draws
 ADAPTER_STD = 0.5  # times sqrt(rank), of an adapter's zeros while it is checked
 
@@ -123,14 +125,20 @@ def find_sampling_obstacle(trainer: GRPOTrainer) -> str:
     return ", ".join(sorted(lacking))
 
 
+def has_dropout(trainer: GRPOTrainer) -> bool:
+    """Does the language model or an adapter have dropout?"""
+    configs = [unwrap_peft(trainer.model).config.get_text_config(),
+               *getattr(trainer.model, "peft_config", {}).values()]
+    return any("dropout" in name and value for config in configs
+               for name, value in vars(config).items())
+
+
 def can_learn_from_draw(trainer: GRPOTrainer) -> bool:
     """Is a prompt the same to the learner as to the decoder: one update of each draw, no dropout?
     """
-    args, model = trainer.args, unwrap_peft(trainer.model)
-    configs = [model.config.get_text_config(), *getattr(trainer.model, "peft_config", {}).values()]
-    has_dropout = any("dropout" in name and value for config in configs
-                      for name, value in vars(config).items())
-    return not (has_dropout or args.fp16 or has_linear_attention(model)
+    args = trainer.args
+    return not (has_dropout(trainer) or args.fp16
+                or has_linear_attention(unwrap_peft(trainer.model))
                 or trainer.num_iterations > 1
                 or args.steps_per_generation > args.gradient_accumulation_steps)
 
@@ -152,10 +160,20 @@ def _checking_mode(model: torch.nn.Module) -> Iterator[None]:
                 parameter.data.zero_()
 
 
-def run_self_check(trainer, when: str, *rows) -> str:
-    """Print what `compare_with_stock` finds for rows; a sentence on what is too much, or ""."""
+def run_self_check(trainer, when: str, is_first: bool, is_due: bool) -> str:
+    """Compare an update with stock TRL's; print how far it is, and return what is too much, or "".
+
+    The first one's gradients are compared whole. Others are compared by a completion of each
+    group, and in between of each group whose number of images or length is new.
+    """
     start = time.perf_counter()
-    checks = compare_with_stock(trainer, *rows)
+    rows = _choose_rows(trainer, is_due)
+    if not rows and not is_due:
+        return ""
+    has_16_bits = trainer.args.bf16 or trainer.args.fp16 or any(  # an adapter on 4 bits, too
+        parameter.is_floating_point() and parameter.dtype.itemsize == 2
+        for parameter in trainer.model.parameters())
+    checks = _compare(trainer, rows, is_first, is_due, has_16_bits)
     if trainer.args.should_log:
         print(f"self-check at {when}: by how much passes differ from stock TRL's: " + ", ".join(
             f"{what} {where} {gap:.1e} (of {limit} allowed)" for what, where, gap, limit in checks)
@@ -165,91 +183,126 @@ def run_self_check(trainer, when: str, *rows) -> str:
                  if not gap <= limit), "")  # NaN, too
 
 
-def compare_with_stock(trainer, prompts: list, numbers: list[int], completions: list[list[int]],
-                       drawn_logps: list[list[float]] | None) -> list[tuple]:
-    """Compare shared passes with TRL's own method, and the decoder with shared passes.
+def _choose_rows(trainer, is_due: bool) -> list[int]:
+    """A random completion of each group, unless a check is due only of those of a new shape."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for step in trainer.learned[-trainer.args.steps_per_generation:]:
+        for number, row, length in zip(step.inputs["prompt_ids"][:, -1].tolist(),
+                                       step.inputs[ROW].tolist(),
+                                       step.inputs["completion_mask"].sum(1).tolist()):
+            groups.setdefault(number, []).append((row, length))
+    random, rows = Random(trainer.state.global_step), []
+    for number, group in groups.items():
+        longest = max(length for _, length in group)
+        shape = len(trainer.sources[number].sizes), longest.bit_length()
+        if longest and (is_due or shape not in trainer.checked_shapes):
+            rows.append(random.choice([row for row, length in group if length]))
+        trainer.checked_shapes.add(shape)
+    return rows
 
-    Shared passes read all rows. TRL's read all completions to the last prompt, and the last one to
-    each of the others. Gradients are of the last prompt's longest completion.
 
-    Args:
-        prompts: of every row, as TRL has them. numbers: of the prompts, in `trainer.sources`.
-        completions: token ids.
-        drawn_logps: the decoder's log-probabilities of these tokens; None if others drew.
-    Returns: (what is compared, where, by how much it differs, by how much it may) of each.
+def _compare(trainer, rows: list[int], is_first: bool, is_due: bool, has_16_bits: bool) -> list:
+    """(what is compared, where, by how much it differs, by how much it may) of each."""
+    mean, largest, of_gradients = LIMITS_16_BITS if has_16_bits else LIMITS_FLOAT32
+    completions, gaps, of_decoder, checks = _read_completions(trainer), [], [], []
+    if is_first and not has_dropout(trainer):
+        parameters = [value for value in trainer.model.parameters() if value.requires_grad]
+        own = [parameter.grad for parameter in parameters]
+        gaps += trainer.learn_as_stock()
+        checks.append(("gradients", "of the whole update", _difference_of_norm(
+            own, [parameter.grad for parameter in parameters]), of_gradients))
+        for parameter, gradient in zip(parameters, own):
+            parameter.grad = gradient
+    else:
+        with evaluation_mode(trainer.model), torch.no_grad():
+            gaps += [logps - completions[row][1] for row, logps in trainer.score_as_stock(
+                {row: completions[row][0] for row in rows})]
+    if trainer.drawn_tokens and not has_dropout(trainer):
+        differences, surprises = torch.tensor(trainer.drawn_tokens).unbind(1)
+        of_decoder.append(differences)
+        if is_first and trainer.draws_from_policy():
+            entropy = torch.cat([step.entropies[step.inputs["completion_mask"].bool()]
+                                 for step in trainer.learned]).mean().item()
+            checks.append(("-log p of the tokens drawn", "beside the entropy",
+                           abs(surprises.mean().item() - entropy),
+                           round(0.1 + 8 / len(surprises) ** 0.5, 2)))
+    if is_due:
+        own, stock, of_drawn, gradients = _check_closely(trainer, rows[-1], completions)
+        gaps.append(own - stock)
+        of_decoder += of_drawn
+        checks.append(("gradients", "of a parameter of each kind", gradients, of_gradients))
+    for what, parts in (("the decoder's log-probabilities", of_decoder),
+                        ("log-probabilities", gaps)):
+        if parts:
+            gap = torch.cat([part.detach().float().cpu() for part in parts]).abs()
+            # of many tokens in 16 bits one may be rounded far away
+            worst = ("at 99 % of the tokens", gap.sort()[0][int(0.99 * (len(gap) - 1))]
+                     ) if has_16_bits else ("at the worst token", gap.max())
+            checks[:0] = [(what, "in the mean", gap.mean().item(), mean),
+                          (what, worst[0], worst[1].item(), largest)]
+    return checks
+
+
+def _read_completions(trainer) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """By row, token ids and log-probabilities of shared passes, as they were unless with dropout.
     """
-    model, number = trainer.model, numbers[-1]
-    last_rows = {number: row for row, number in enumerate(numbers)}
-    inputs = {number: trainer._tokenize_as_stock([prompts[row]], [number])
-              for number, row in last_rows.items()}
-    own_ids = [prompt.ids.tolist() for prompt in trainer._prompts_of(list(inputs))]
-    if own_ids != [list(ids) for (ids,), *_ in inputs.values()]:
-        return [("tokens of a prompt", "", float("inf"), 0)]
+    rows, is_read_again = {}, has_dropout(trainer)
+    for step in trainer.learned[-trainer.args.steps_per_generation if is_read_again else None:]:
+        ids, mask = step.inputs["completion_ids"], step.inputs["completion_mask"]
+        logps = step.logps
+        if is_read_again:
+            with evaluation_mode(trainer.model), torch.no_grad():
+                numbers = step.inputs["prompt_ids"][:, -1]
+                logps, _ = trainer._logps(trainer.model, numbers, ids, mask)
+        for row, length, *values in zip(step.inputs[ROW].tolist(), mask.sum(1).tolist(), ids,
+                                        logps):
+            rows[row] = tuple(value[:length] for value in values)
+    return rows
+
+
+def _check_closely(trainer, row: int, completions: dict) -> tuple:
+    """Compare a row, and what the decoder draws to its prompt, without dropout and with an adapter.
+
+    Returns: log-probabilities of shared passes and of stock TRL, by how much the decoder's differ,
+        and gradients.
+    """
+    model = trainer.model
+    number = next(number for step in trainer.learned for number, other in zip(
+        step.inputs["prompt_ids"][:, -1].tolist(), step.inputs[ROW].tolist()) if other == row)
     language = unwrap_peft(model).model.language_model
     is_reentrant = (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-    group = [row for row, other in enumerate(numbers) if other == number]
-    longest = max((completions[row] for row in group), key=len)
-    with _reading_images_once(model):
-        with evaluation_mode(model), torch.no_grad():
-            own = _score(trainer, numbers, completions)
-            of_learner = [own[row] - trainer.score_as_stock(inputs[numbers[row]], completions[row])
-                          for row in sorted({*group, *last_rows.values()})]
-        of_decoder = [] if drawn_logps is None else [
-            logps - logps.new_tensor(drawn) for logps, drawn in zip(own, drawn_logps)]
-        with _checking_mode(model), torch.enable_grad():
-            drawn = [] if trainer.draws_elsewhere() else _draw(trainer, number)
-            # to checkpoint as in training, unless that gives no single gradients
-            for module in (language, *language.layers):
-                module.training = not is_reentrant
-            # the longest one with another one before it, which it must not see
-            rows = [completions[-1], longest, *(completion.ids for completion in drawn)]
-            _, own_logps, *of_drawn = _score(trainer, [number] * len(rows), rows)
-            stock_logps = trainer.score_as_stock(inputs[number], longest)
-            gradients = max(_gradient_gaps(model, own_logps, stock_logps))
-    of_learner.append(own_logps - stock_logps)
-    of_decoder += [logps - logps.new_tensor(completion.logps)
-                   for logps, completion in zip(of_drawn, drawn)]
-    in_16_bits = trainer.args.bf16 or trainer.args.fp16 or any(  # an adapter on 4 bits, too
-        parameter.is_floating_point() and parameter.dtype.itemsize == 2
-        for parameter in model.parameters())
-    mean, largest, of_gradients = LIMITS_16_BITS if in_16_bits else LIMITS_FLOAT32
-    checks = []
-    for what, gaps in (("log-probabilities", of_learner),
-                       ("the decoder's log-probabilities", of_decoder)):
-        if gaps:
-            gap = torch.cat(gaps).detach().abs()
-            # of many tokens in 16 bits one may be rounded far away
-            worst = ("at 99 % of the tokens", gap.quantile(0.99)) if in_16_bits else (
-                "at the worst token", gap.max())
-            checks += [(what, "in the mean", gap.mean().item(), mean),
-                       (what, worst[0], worst[1].item(), largest)]
-    return [*checks, ("gradients", "of a parameter of each kind", gradients, of_gradients)]
+    ids = completions[row][0]
+    with _checking_mode(model), torch.enable_grad():
+        drawn = [] if trainer.draws_elsewhere() else _draw(trainer, number)
+        # to checkpoint as in training, unless that gives no single gradients
+        for module in (language, *language.layers):
+            module.training = not is_reentrant
+        # with another one before it, which it must not see
+        rows = [ids.flip(0), ids, *(ids.new_tensor(completion.ids) for completion in drawn)]
+        mask = [torch.ones_like(row) for row in rows]
+        logps, _ = trainer._logps(model, ids.new_full((len(rows),), number), *(
+            pad_rows(part, pad_to_multiple(max(map(len, rows)))) for part in (rows, mask)))
+        own = logps[1, :len(ids)]
+        (_, stock), = trainer.score_as_stock({row: ids})
+        of_drawn = [values[:len(part.ids)] - values.new_tensor(part.logps)
+                    for values, part in zip(logps[2:], drawn)]
+        return own, stock, of_drawn, max(_gradient_gaps(model, own, stock))
 
 
 @contextmanager
-def _reading_images_once(model: torch.nn.Module) -> Iterator[None]:
+def reading_images_once(model: torch.nn.Module) -> Iterator[None]:
     """Let passes over the same pixels compute their features at the first one alone."""
-    inner, features = unwrap_peft(model).model, {}
+    inner, last = unwrap_peft(model).model, []
     read = inner.get_image_features
 
     def recall(pixel_values: torch.Tensor, *args, **kwargs):
-        place = pixel_values.data_ptr()
-        if place not in features:
-            features[place] = read(pixel_values, *args, **kwargs)
-        return features[place]
+        if not last or last[0].data_ptr() != pixel_values.data_ptr():
+            with torch.no_grad():
+                last[:] = pixel_values, read(pixel_values, *args, **kwargs)
+        return last[1]
 
     with patch.object(inner, "get_image_features", recall):
         yield
-
-
-def _score(trainer, numbers: list[int], completions: list[list[int]]) -> list[torch.Tensor]:
-    """Log-probabilities (tokens,) of each completion by shared passes."""
-    device, lengths = trainer.accelerator.device, list(map(len, completions))
-    ids, mask = (pad_rows(rows, pad_to_multiple(max(lengths))).to(device) for rows in (
-        list(map(torch.tensor, completions)),
-        [torch.ones(length, dtype=torch.long) for length in lengths]))
-    logps, _ = trainer._logps(trainer.model, torch.tensor(numbers, device=device), ids, mask)
-    return [row[:length] for row, length in zip(logps, lengths)]
 
 
 def _draw(trainer, number: int) -> list[Completion]:
@@ -277,3 +330,12 @@ def _gradient_gaps(model: torch.nn.Module, own_logps: torch.Tensor,
     # a bias of keys has no gradient but for rounding
     return [(left - right).norm().item() / (norm + 1e-3 * max(norms) or 1)
             for left, right, norm in zip(own, stock, norms)]
+
+
+def _difference_of_norm(own: list, stock: list) -> float:
+    """By how much gradients differ in all, of stock's norm; None: a parameter has none."""
+    pairs = [[torch.zeros(()) if value is None else value.float() for value in pair]
+             for pair in zip(own, stock)]
+    difference, norm = (torch.tensor([value.norm() for value in values]).norm().item()
+                        for values in zip(*((left - right, right) for left, right in pairs)))
+    return difference / (norm or 1)

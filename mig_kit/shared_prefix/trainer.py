@@ -5,11 +5,13 @@ once as long as its features fit in the cache. All else is TRL's.
 
 import math
 import warnings
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from inspect import signature
 from math import gcd
+from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from mig_kit.shared_prefix.generation import (
     reading_bytes_per_token,
 )
 from mig_kit.shared_prefix.logprobs import KeptPrompts, completion_logps
+from mig_kit.shared_prefix.obstacles import ROW
 from mig_kit.shared_prefix.prefixes import pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import (
     ImagePrompts,
@@ -48,6 +51,15 @@ DRAWN_LOGPS = "drawn_logps"  # of the decoder's tokens, in a batch
 KEPT_BYTES = 2 * 2**30  # of states of prompts' layers, for updates that learn from the draw's pass
 
 
+class LearnedStep(NamedTuple):
+    """A step of the update under way, and what its pass computed: (rows, tokens) each."""
+
+    as_trl: dict  # as TRL made it, before completions were moved
+    inputs: dict
+    logps: torch.Tensor
+    entropies: torch.Tensor
+
+
 class SharedPrefixGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` that reads every prompt once per group.
 
@@ -62,9 +74,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             Fewer need less memory and one more forward pass.
         strict: Raise ValueError where a warning would say that prompts are not shared, or that
             others draw completions.
-        check_every: Updates after which the self-check, which costs about two of one prompt, is
-            repeated; 0: only at the first batch of a training, resumed or not, and two updates
-            later.
+        check_every: Updates after which the self-check is repeated; 0: only at the first update
+            of a training, resumed or not, where it costs one of stock TRL's, two updates later,
+            and at prompts or completions of a new shape.
     """
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None,
@@ -88,9 +100,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.training_numbers: set[int] = set()  # those that evaluation must not drop
         self.draws = Counter()  # by global step, and whether it was for training
         self.moved: list[tuple[dict, dict]] = []  # rows as TRL is given them, and as they were
-        # of the last pass, and by how much an update's tokens were drawn otherwise
-        self.last_logps, self.sampling_gaps = torch.zeros(0), []
+        # of the update under way: prompts of its completions, as TRL has them, steps as TRL made
+        # them, what was learned, and (by how much drawn otherwise, -log p) of the tokens drawn
+        self.prompts, self.trl_steps, self.learned, self.drawn_tokens = [], [], [], []
+        self.last_pass = None  # its log-probabilities and entropies
         self.next_check = 0  # global step from which the next self-check is due
+        self.checked_shapes = set()
         # within a training step, whether prompts may be kept; what is kept until the update
         self.may_keep, self.kept = False, None
         if self.unshared:
@@ -132,6 +147,12 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def draws_elsewhere(self) -> bool:
         """Does vLLM or transformers draw the completions?"""
         return self.use_vllm or bool(self.unsupported_sampling)
+
+    def draws_from_policy(self) -> bool:
+        """Does the kit's decoder draw from the learner's probabilities, none left out?"""
+        config = self.generation_config
+        return not (self.draws_elsewhere() or config.top_p not in (None, 1.0)
+                    or config.min_new_tokens)
 
     def _make_cache(self) -> PromptCache:
         """The cache of prompts and image features for the whole training."""
@@ -188,6 +209,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             output[DRAWN_LOGPS] = output.pop("sampling_per_token_logps")
         if self.model.training:
             self.training_numbers = set(self.sources)
+            rows = torch.arange(len(self.prompts), device=self.accelerator.device)
+            output[ROW] = rows[-len(inputs):]
         if self.log_multimodal and any(name in row for row in inputs for name in IMAGE_COLUMNS):
             self._logs["images"].extend(gather_object([list_images(row) for row in inputs]))
         return output
@@ -199,42 +222,30 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             return self._stop_sharing(reason)
         self._find_sampling_obstacle()
 
-    def _find_loss(self, numbers: list[int], completions: list[list[int]]) -> str:
-        """Why sharing would cost more than it saves with what was drawn, or ""."""
+    def _find_loss(self) -> str:
+        """Why sharing costs more than it saves with what was drawn, or ""."""
+        steps = self.learned[-self.args.steps_per_generation:]
+        numbers = [number for step in steps for number in step.inputs["prompt_ids"][:, -1].tolist()]
+        drawn = sum(int(step.inputs["completion_mask"].sum()) for step in steps)
         distinct = sorted(set(numbers))
         lengths = {number: len(prompt.ids)
                    for number, prompt in zip(distinct, self._prompts_of(distinct))}
-        of_rows, drawn = sum(lengths[number] for number in numbers), sum(map(len, completions))
+        of_rows = sum(lengths[number] for number in numbers)
         gain = (of_rows + drawn) / (sum(lengths.values()) + drawn)
         return ("" if gain >= PAYS_FROM else
                 f"prompts of {of_rows // len(numbers)} tokens are too short beside completions of "
                 f"{drawn // len(numbers)}: sharing would read {gain:.2f} times fewer tokens, and "
                 f"pays from {PAYS_FROM} on")
 
-    def _generate(self, prompts: list):  # checks the passes by what was drawn
-        for moved, row in self.moved:  # TRL has the prompts, and rewards' hooks get its columns
+    def _generate(self, prompts: list):  # TRL has the prompts, and rewards' hooks get its columns
+        for moved, row in self.moved:
             if moved is not row:
                 moved.clear()
                 moved.update(row)
-        self.moved, step = [], self.state.global_step
-        if self.unshared or step < self.next_check:
-            return super()._generate(prompts)
-        before = deepcopy(self._metrics), self.state.num_input_tokens_seen
-        output = super()._generate(prompts)
-        numbers, completions, _, _, drawn_logps, *_ = output
-        when = f"update {step}" if self.next_check else "the first batch"
-        numbers = [number for number, in numbers]
-        reason = "" if self.next_check else self._find_loss(numbers, completions)
-        self.next_check = step + ((self.check_every or math.inf) if self.next_check else 2)
-        of_step = slice(max(self.num_generations, self.args.per_device_train_batch_size))
-        reason = reason or obstacles.run_self_check(
-            self, when, prompts[of_step], numbers[of_step], completions[of_step],
-            None if self.draws_elsewhere() else drawn_logps)
-        if reason := gather_reason(reason):
-            self._metrics, self.state.num_input_tokens_seen = before
-            self._stop_sharing(reason)
-            return super()._generate(prompts)
-        return output
+        self.moved = []
+        if self.model.training:
+            self.prompts = [*(self.prompts if self.learned else ()), *prompts]
+        return super()._generate(prompts)
 
     def _find_mixed_group(self, prompts: list) -> str:
         """Why the first row of a group cannot stand for all, or ""."""
@@ -249,36 +260,74 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                             "or another sampler gives them; prepare images before, once a row")
         return ""
 
-    def _tokenize_as_stock(self, prompts: list, numbers: Sequence[int]) -> tuple:
-        """Ids of prompts, their images, and further inputs as tensors, as TRL has them."""
-        ids, images, fields = self._tokenize_to_compare(prompts, numbers)
-        return ids, images, {name: torch.as_tensor(np.array(value), device=self.accelerator.device)
-                             for name, value in fields.items()}
+    def _tokenize_as_stock(self, prompt) -> tuple:
+        """Ids of a prompt, its images or None, and further inputs, as TRL has them."""
+        return super()._tokenize_prompts([prompt])
 
-    def _tokenize_to_compare(self, prompts: list, numbers: Sequence[int]) -> tuple:
-        return super()._tokenize_prompts(prompts)
-
-    def _stock_inputs(self, numbers: Sequence[int]) -> tuple[list[list[int]], list | None, dict]:
+    def _stock_inputs(self, sources: Sequence[PromptSource]) -> tuple[list, list | None, dict]:
         """What TRL's `_tokenize_prompts` makes of these prompts: ids, images and further inputs."""
-        sources = [self.sources[number] for number in numbers]
         images = [list(source.images) or None for source in sources]
         flat = [image for row in images if row for image in row]
         inputs = self.processor(text=[source.render() for source in sources], images=flat or None)
         return inputs.pop("input_ids"), images if flat else None, {
             name: value for name, value in inputs.items() if name != "attention_mask"}
 
-    def score_as_stock(self, inputs: tuple, completion: list[int]) -> torch.Tensor:
-        """Log-probabilities (tokens,) of a completion by TRL's own method.
+    def score_as_stock(self, completions: dict) -> Iterator[tuple[int, torch.Tensor]]:
+        """Log-probabilities (tokens,) of completions by TRL's own method, row by row.
 
-        inputs: of `_tokenize_as_stock`, of its prompt.
+        completions: token ids (tokens,) by row; places in `prompts` -> them.
         """
-        (ids,), images, fields = inputs
-        row = torch.tensor([[*ids, *completion]], device=self.accelerator.device)
-        fields = {name: pad(value, (0, len(completion))) if name == "mm_token_type_ids" else value
-                  for name, value in fields.items()}
-        return super()._get_per_token_logps_and_entropies(
-            self.model, row, torch.ones_like(row), len(completion),
-            num_images=images and [len(images[0])], **fields)[0][0]
+        device, last, inputs = self.accelerator.device, None, None
+        with obstacles.reading_images_once(self.model):
+            for row in sorted(completions):
+                if inputs is None or not is_same(self.prompts[row], last):
+                    last = self.prompts[row]
+                    inputs = self._tokenize_as_stock(last)
+                    fields = {name: torch.as_tensor(np.array(value), device=device)
+                              for name, value in inputs[2].items()}
+                (ids,), images, _ = inputs
+                tail = completions[row]
+                ids = torch.cat([torch.tensor(ids, device=device), tail])[None]
+                more = {} if "mm_token_type_ids" not in fields else {
+                    "mm_token_type_ids": pad(fields["mm_token_type_ids"], (0, len(tail)))}
+                yield row, super()._get_per_token_logps_and_entropies(
+                    self.model, ids, torch.ones_like(ids), len(tail),
+                    num_images=images and [len(images[0])], **fields | more)[0][0]
+
+    def learn_as_stock(self) -> list[torch.Tensor]:
+        """Put the gradients that TRL's own passes give this update in the place of those made.
+
+        Returns: by how much the log-probabilities (tokens,) of each completion differ.
+        """
+        passes = {row: values for step in self.learned for row, *values in zip(
+            step.inputs[ROW].tolist(), step.logps, step.entropies)}
+        steps = [step.as_trl for step in self.learned]
+        if {row for step in steps for row in step[ROW].tolist()} != passes.keys():
+            steps = [step.inputs for step in self.learned]  # a table's end has cut the update
+        rows = {}
+        for step in steps:
+            numbers = step[ROW].tolist()
+            logps, entropies = map(torch.stack, zip(*(passes[row] for row in numbers)))
+            loss = self._loss_as_stock(step, logps.requires_grad_(), entropies)
+            weights, = torch.autograd.grad(loss, logps)
+            lengths = step["completion_mask"].sum(1).tolist()
+            rows |= {row: [value[:length] for value in values] for row, length, *values in zip(
+                numbers, lengths, step["completion_ids"], logps.detach(), weights) if length}
+        self.model.zero_grad()
+        gaps = []
+        for row, logps in self.score_as_stock({row: ids for row, (ids, *_) in rows.items()}):
+            _, own, weights = rows[row]
+            self.accelerator.backward((logps * weights).sum())
+            gaps.append(logps.detach() - own)
+        average_gradients(self.model, self.accelerator.num_processes)
+        return gaps
+
+    def _loss_as_stock(self, inputs: dict, logps, entropies) -> torch.Tensor:
+        """TRL's loss of a step whose log-probabilities and entropies are known; logs nothing."""
+        with (patch.object(self, "_get_per_token_logps_and_entropies",
+                           lambda *_, **__: (logps, entropies, None)),
+              patch.object(self, "_metrics", {"train": defaultdict(list)})):
+            return super()._compute_loss(self.model, inputs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         # copies, because rewards may draw on images, which a group's completions share
@@ -308,7 +357,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                                                  num_generations, has_tool_images)
         numbers = [number for number, in prompt_ids]
         if self.draws_elsewhere():
-            ids, images, fields = self._stock_inputs(numbers)
+            ids, images, fields = self._stock_inputs([self.sources[number] for number in numbers])
             # vLLM puts as many tokens as an image needs in the place of each one that it is given
             if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
                 ids = [merge_image_tokens(row, self.processor.image_token_id) for row in ids]
@@ -374,7 +423,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                              "them; set tool_mask to 0 there, which takes them out of the loss")
         logps, entropies = self._logps(model, input_ids[:, -logits_to_keep - 1],
                                        input_ids[:, -logits_to_keep:], mask)
-        self.last_logps = logps.detach()
+        self.last_pass = logps.detach(), entropies.detach()
         return logps, entropies, None
 
     def _logps(self, model, numbers, ids, mask):
@@ -423,9 +472,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         steps = self._buffered_inputs
+        if self.unshared or steps is before:
+            return inputs
+        self.trl_steps = steps
         # these look at one step at a time, so that it keeps the completions that TRL gives it
-        is_by_step = self.loss_type == "bnpo" or self.top_entropy_quantile < 1
-        if self.unshared or steps is before or len(steps) == 1 or is_by_step:
+        if len(steps) == 1 or self.loss_type == "bnpo" or self.top_entropy_quantile < 1:
             return inputs
         # TRL has scattered the completions over the steps, and an update keeps those that it has
         at_once = gcd(len(steps), self.args.gradient_accumulation_steps)
@@ -450,27 +501,59 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.may_keep = not self.unshared and obstacles.can_learn_from_draw(self)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.may_keep = False
-        if not self.unshared and self.accelerator.sync_gradients:
+        if self.unshared:
+            return loss
+        place = (self._step - 1) % self.args.steps_per_generation
+        self.learned.append(LearnedStep(self.trl_steps[place], self._buffered_inputs[place],
+                                        *self.last_pass))
+        if self.accelerator.sync_gradients:
             self._learn_from_kept()
             average_gradients(model, self.accelerator.num_processes)
-            self._log_sampling_differences()
+            self._check_update()
+            self._log_drawn_tokens()
+            self.learned = []
         return loss
 
-    def _compute_loss(self, model, inputs):  # keeps how far the decoder was from the learner
+    def _compute_loss(self, model, inputs):  # keeps how the completions were drawn
         loss = super()._compute_loss(model, inputs)
         if DRAWN_LOGPS in inputs and self.model.training:
+            logps, mask = self.last_pass[0], inputs["completion_mask"].bool()
             old = inputs.get("old_per_token_logps")
-            gaps = ((self.last_logps if old is None else old) - inputs[DRAWN_LOGPS]).abs()
-            self.sampling_gaps += gaps[inputs["completion_mask"].bool()].tolist()
+            gaps = ((logps if old is None else old) - inputs[DRAWN_LOGPS]).abs()
+            self.drawn_tokens += torch.stack([gaps, -logps], -1)[mask].tolist()
         return loss
 
-    def _log_sampling_differences(self) -> None:
-        """Log an update's mean and largest difference, of all processes, by TRL's names."""
-        gaps, self.sampling_gaps = torch.tensor(gather_object(self.sampling_gaps)), []
-        if len(gaps):  # else others drew the completions
-            for name, value in (("mean", gaps.mean()), ("max", gaps.max())):
-                self._metrics["train"][f"sampling/sampling_logp_difference/{name}"].append(
-                    value.item())
+    def _log_drawn_tokens(self) -> None:
+        """Log an update's differences by TRL's names, and -log p, whose mean is the entropy if
+        tokens are drawn from the policy; of all processes.
+        """
+        tokens, self.drawn_tokens = torch.tensor(gather_object(self.drawn_tokens)), []
+        if len(tokens):  # else others drew the completions
+            gaps, surprises = tokens.unbind(1)
+            difference = "sampling/sampling_logp_difference"
+            for name, value in ((f"{difference}/mean", gaps.mean()),
+                                (f"{difference}/max", gaps.max()),
+                                ("sampling/mean_negative_logp", surprises.mean())):
+                self._metrics["train"][name].append(value.item())
+
+    def _check_update(self) -> None:
+        """Compare this update with stock TRL's, if it is time; learn what stock TRL does, and stop
+        sharing, if they differ.
+        """
+        step, is_first = self.state.global_step, not self.next_check
+        when = "the first update" if is_first else f"update {step}"
+        if is_first and not any(gather_object([any(
+                part.as_trl["advantages"].any().item() for part in self.learned)])):
+            return  # nothing was learned
+        if is_first and (reason := gather_reason(self._find_loss())):
+            return self._stop_sharing(reason)
+        is_due = step >= self.next_check
+        reason = obstacles.run_self_check(self, when, is_first, is_due)
+        if is_due:
+            self.next_check = step + (2 if is_first else self.check_every or math.inf)
+        if reason := gather_reason(reason):
+            self.learn_as_stock()
+            self._stop_sharing(reason)
 
 
 def average_gradients(model: torch.nn.Module, processes: int) -> None:

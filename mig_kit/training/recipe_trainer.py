@@ -133,8 +133,8 @@ class RecipeTrainer(_ResumableOrder, _OwnAdvantage, SharedPrefixGRPOTrainer):
         make_source = partial(prompt_source, self.processing_class, self.box_format)
         return [(number, make_source(self.samples[number])) for number in numbers]
 
-    def _tokenize_to_compare(self, prompts: list, numbers: Sequence[int]) -> tuple:
-        return self._stock_inputs(numbers)
+    def _tokenize_as_stock(self, prompt: list[dict]) -> tuple:
+        return self._stock_inputs([source for _, source in self._read_prompts([prompt])])
 
     def _stop_sharing(self, reason: str) -> None:
         # stock TRL cannot go on: the rows hold no images

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from test_executed import load_tool
 
 from mig_kit import common
-from mig_kit.boxes import BoxFormat
+from mig_kit.boxes import PROMPT, BoxFormat
 from mig_kit.commands.main import cli
 from mig_kit.common import SHIPPED, UserError, model_folder
 from mig_kit.evaluation import evaluate
@@ -72,7 +72,7 @@ def test_replies_that_ship_are_given_again(shipped, tmp_path):
 @pytest.mark.slow
 def test_rl_may_start_from_a_shipped_model_and_06_compares_with_it(shipped):
     params = SimpleNamespace(start_from="tiny/sft", min_pixels=3136, max_pixels=401408,
-                             coordinates="absolute")
+                             coordinates="absolute", prompt=PROMPT)
     assert grpo.resolve_start(params, None) == evaluate.find_rl_start("tiny/sft")
 
 

@@ -1,7 +1,6 @@
 """The shared-prefix trainer as any user of TRL has it: a stock data set, a stock config."""
 
 import json
-import math
 import os
 import re
 import sys
@@ -235,7 +234,7 @@ def test_rows_with_and_without_images_share_a_step(make_pair, family, checkpoint
     _, own = make_pair(table=make_table(counts=(0, 1, 2, 6)), per_device_train_batch_size=16,
                        gradient_accumulation_steps=1, gradient_checkpointing=checkpoints,
                        family=family)
-    own.next_check = math.inf
+    own._check_update = lambda: None
     rows = [own.train_dataset[row] for row in (0, 1, 2, 3) for _ in range(4)]
     batch = own._generate_and_score_completions(rows)
     numbers, ids = batch["prompt_ids"][:, -1], batch["completion_ids"]
@@ -256,9 +255,9 @@ def test_it_draws_and_evaluates_on_its_own(random_folder, processor, tmp_path, c
     trainer.train()
     history = trainer.state.log_history
     assert any("eval_reward" in row for row in history) and not trainer.unshared
-    line, = re.findall("self-check at the first batch: .*", capsys.readouterr().out)
+    line, = re.findall("self-check at the first update: .*", capsys.readouterr().out)
     gaps = re.findall(r"(log-probabilities|gradients).*? (\S+) \(of (\S+) allowed", line)
-    assert len(gaps) == 5 and all(float(gap) < float(limit) for _, gap, limit in gaps)
+    assert len(gaps) == 6 and all(float(gap) < float(limit) for _, gap, limit in gaps)
     assert {row["shared"] for row in history if "loss" in row} == {1}
 
 
@@ -394,7 +393,7 @@ def test_what_cannot_be_shared_is_named(random_model, random_folder, processor, 
 
 
 @pytest.mark.slow
-def test_a_leak_between_states_of_linear_attention_is_noticed_at_the_first_batch(make_pair,
+def test_a_leak_between_states_of_linear_attention_is_noticed_at_the_first_update(make_pair,
                                                                                  monkeypatch):
     _, own = make_pair(max_steps=1, gradient_checkpointing=True, family="qwen3_5")
     pack = logprobs._pack_completions
@@ -656,7 +655,7 @@ def test_a_batch_that_stock_trl_takes_over_is_counted_and_paid_once(make_pair):
     logps = own._logps
     own._logps = lambda *arguments: tuple(values + 1 for values in logps(*arguments))
     stock.train()
-    with pytest.warns(UserWarning, match="log-probabilities at the first batch are 1 from stock"):
+    with pytest.warns(UserWarning, match="log-probabilities at the first update are 1 from stock"):
         own.train()
     assert calls == [8, 8] and logged(own)[0]["num_tokens"] == logged(stock)[0]["num_tokens"]
 
@@ -691,7 +690,7 @@ def test_a_decoder_of_another_policy_is_noticed_though_the_adapter_is_zero(make_
         stock = decoding._active_adapter
         monkeypatch.setattr(decoding, "_active_adapter", lambda layer: stock(layer) and (
             *(torch.zeros_like(factor) for factor in stock(layer)[:2]), 1.0))
-    with pytest.warns(UserWarning, match="the decoder's log-probabilities at the first batch are"):
+    with pytest.warns(UserWarning, match="the decoder's log-probabilities at the first update are"):
         own.train()
 
 
@@ -707,7 +706,7 @@ def test_a_decoder_that_rounds_otherwise_is_seen_in_the_log(make_pair, monkeypat
     def train():
         _, own = make_pair(**settings)
         del own._generate_single_turn
-        own.next_check = math.inf  # the self-check would stop the sharing
+        own._check_update = lambda: None  # which would stop the sharing
         own.train()
         rows = [row for row in own.state.log_history if "loss" in row]
         assert [DIFFERENCES[0] in row for row in rows] == [True] * len(rows)
@@ -747,7 +746,7 @@ def test_both_trainers_are_compared_on_a_users_table(tmp_path, capsys, trainings
     *sides, last = capsys.readouterr().out.splitlines()[-3:]
     assert [re.sub(r"[\d. ()]+", " ", side) for side in sides] == [
         "stock TRL MiB", "shared prompts MiB"]
-    assert all(side.count("(") == 5 for side in sides)
+    assert all(side.count("(") == 6 for side in sides)
     gap = float(re.search(r"difference of gradients: (\S+) of their norm", last)[1])
     assert 0 < gap < 1e-4  # rounding of five updates; with AVX2 alone 2.5e-5, a wrong mask 0.9
 
@@ -824,16 +823,15 @@ RARE_FAULTS = {
     *((torch.float32, fault) for fault in [None, "head", *FAULTS, *RARE_FAULTS]),
     *(pytest.param(torch.bfloat16, fault, marks=pytest.mark.nightly)
       for fault in (None, *FAULTS))], ids=str)
-def test_one_wrong_thing_is_noticed_at_the_first_batch(random_folder, processor, tmp_path,
+def test_one_wrong_thing_is_noticed_at_the_first_update(random_folder, processor, tmp_path,
                                                        monkeypatch, dtype, fault):
     is_float32 = dtype == torch.float32
     base, processor = ((random_folder, processor) if is_float32 else
                        (ROOT / "mig_kit/tiny_base", None))
     trainer = make_own(AutoModelForImageTextToText.from_pretrained(base, dtype=dtype), processor,
                        tmp_path, None, max_completion_length=40, bf16=not is_float32,
-                       per_device_train_batch_size=16, peft_config=QUERIES, strict=True)
-    trainer.model.train()
-    prompts = [move_images(row)["prompt"] for row in trainer.train_dataset for _ in range(4)]
+                       per_device_train_batch_size=16, peft_config=QUERIES, strict=True,
+                       learning_rate=0.0)
     ids = torch.randint(7, 600, (16, 40), generator=torch.Generator().manual_seed(0)).tolist()
     trainer._generate_single_turn = lambda *_: (
         [row[:length] for row, length in zip(ids, [40, 3, 34, 12] * 4)], None)
@@ -842,15 +840,58 @@ def test_one_wrong_thing_is_noticed_at_the_first_batch(random_folder, processor,
     elif fault:
         owner, name, change = (FAULTS | RARE_FAULTS)[fault]
     else:
-        trainer._generate(prompts)
+        trainer.train()
         assert not trainer.unshared and not any(
             parameter.any() for name, parameter in trainer.model.named_parameters()
             if "lora_B" in name), "the adapter is put back"
         return
     right = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *arguments: change(right, *arguments))
-    with pytest.raises(ValueError, match="not shared: .* at the first batch are"):
-        trainer._generate(prompts)
+    with pytest.raises(ValueError, match="not shared: .* at the first update are"):
+        trainer.train()
+
+
+def behind_seven(get, cache, sources):
+    """The text behind seven images or more has positions that are one too high."""
+    return [prompt if len(source.sizes) < 7 else replace(prompt, positions=torch.cat(
+                [prompt.positions[:, :-4], prompt.positions[:, -4:] + 1], 1))
+            for source, prompt in zip(sources, get(cache, sources))]
+
+
+OWN = SharedPrefixGRPOTrainer
+FAULTS_OF_UPDATES = {
+    "advantages stay where rows moved": (
+        "gradients at the first update", OWN, "_gather_groups", lambda gather, own, steps: [
+            moved | {"advantages": step["advantages"]}
+            for step, moved in zip(steps, gather(own, steps))]),
+    "another group's prompt": (
+        "log-probabilities at the first update", OWN, "_logps",
+        lambda read, own, model, numbers, *others: read(own, model, numbers.roll(1), *others)),
+    "last token unscored": (
+        "log-probabilities at the first update", OWN, "_logps",
+        lambda read, own, model, numbers, ids, mask: [
+            values * mask.roll(-1, 1) for values in read(own, model, numbers, ids, mask)]),
+    "drawn from logits x 3": (
+        "-log p of the tokens drawn at the first update", generation, "sample_tokens",
+        lambda sample, logits, *others: sample(3 * logits, *others)),
+    "positions behind seven images": ("log-probabilities at update 1", PromptCache, "get",
+                                      behind_seven)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS_OF_UPDATES)
+def test_an_update_of_another_gradient_or_policy_is_noticed(make_pair, monkeypatch, fault):
+    what, owner, name, change = FAULTS_OF_UPDATES[fault]
+    steps = 1 + (name == "_gather_groups")
+    _, own = make_pair(table=make_table(counts=(1, 3, 7, 2)), shuffle_dataset=False,
+                       max_completion_length=40, gradient_accumulation_steps=steps,
+                       per_device_train_batch_size=8 // steps)
+    if owner is generation:
+        del own._generate_single_turn
+    right, own.strict = getattr(owner, name), True
+    monkeypatch.setattr(owner, name, lambda *arguments: change(right, *arguments))
+    with pytest.raises(ValueError, match=f"not shared: (the decoder's )?{what} are"):
+        own.train()
 
 
 @pytest.mark.slow
@@ -963,11 +1004,13 @@ def test_short_prompts_beside_long_completions_are_left_to_stock_trl(random_fold
                                                                       tmp_path, drawn, reason):
     """What was drawn decides, not the limit."""
     trainer = make_own(random_folder, processor, tmp_path, max_completion_length=2000)
-    prompts = [move_images(row)["prompt"] for row in trainer.train_dataset for _ in range(4)]
-    trainer.model.train()
-    numbers = [number for number, in trainer._tokenize_prompts(prompts)[0]]
-    sentence = trainer._find_loss(numbers, [[7] * drawn] * len(numbers))
-    assert reason in sentence and bool(sentence) == bool(reason)
+    words = processor.tokenizer("a e i o u the")["input_ids"]
+    trainer._generate_single_turn = lambda rows, *_: (
+        [words[:1 + row % 4] + [words[-1]] * (drawn - 1 - row % 4) for row in range(len(rows))],
+        None)
+    with pytest.warns(UserWarning, match=reason) if reason else nullcontext():
+        trainer.train()
+    assert bool(trainer.unshared) == bool(reason)
 
 
 class GeometricMean(SharedPrefixGRPOTrainer, GMPOTrainer):

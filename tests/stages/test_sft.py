@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from launched import StopAfter, set_random_adapter
+from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from mig_kit import filters
 from mig_kit.boxes import BoxFormat
 from mig_kit.image_files import image_digests
+from mig_kit.pipeline.params import ALLOWED
 from mig_kit.prompts import read_reply
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Trace, write_samples
@@ -110,6 +113,48 @@ def test_loss_figures_and_gradients_are_trls(tmp_path, make_trainer, rows, check
     for name, gradient in gradients.items():
         expected = stock_gradients[name]
         assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+CHANGES = [
+    {"adam_beta1": 0.5}, {"adam_beta2": 0.9}, {"adam_epsilon": 0.01}, {"max_grad_norm": 1e-7},
+    {"optim": "sgd"}, {"optim": "adafactor"}, {"weight_decay": 10.0}, {"max_steps": 2},
+    {"lr_scheduler_kwargs": {"num_cycles": 2.0}},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}]
+
+
+@pytest.fixture(scope="module")
+def updates_without_changes():
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, *CHANGES], ids=str)
+def test_what_is_allowed_in_trl_updates_as_stock_trl(tmp_path, make_trainer, rows, changes,
+                                                     updates_without_changes):
+    assert {name for change in CHANGES for name in change} == set(ALLOWED)
+    own, other = (make_trainer(tmp_path, trl={"max_steps": 3} | changes) for _ in range(2))
+    stock = SFTTrainer(
+        other.model, other.args, processing_class=other.cache.processor,
+        train_dataset=Dataset.from_list([sft.sft_row(*pair, BOX_FORMAT) for pair in zip(*rows)]))
+    resuming.train_in_float32(stock.model)
+    updates = []
+    for trainer in (own, stock):
+        set_random_adapter(trainer.model)
+        before = trained_weights(trainer)
+        trainer.train()
+        updates.append(trained_weights(trainer) - before)
+    assert own.state.global_step == stock.state.global_step == changes.get("max_steps", 3)
+    assert (updates[0] - updates[1]).norm() <= 1e-3 * updates[1].norm() > 0
+    if not changes:
+        updates_without_changes.append(updates[0])
+    elif updates_without_changes and "gradient_checkpointing" not in changes:
+        unchanged, = updates_without_changes
+        assert (updates[0] - unchanged).norm() > 0.01 * unchanged.norm(), "the setting acts"
+
+
+def trained_weights(trainer):
+    return torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()
+                      if weight.requires_grad])
 
 
 @pytest.mark.slow
