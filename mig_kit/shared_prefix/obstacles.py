@@ -32,9 +32,10 @@ LANGUAGE_LAYERS = r".*language_model.*(q|k|v|o|gate|up|down)_proj"  # target_mod
 # hooks that change no number: gradient checkpointing's, and those that keep outputs
 HARMLESS_HOOKS = ("make_inputs_require_grads", "output_capturing_hook")
 # By how much values may differ from stock TRL's: log-probabilities in the mean and of the worst
-# token, and gradients. In bfloat16 a logit of 16 to 32 is rounded to a multiple of 1/8: random
-# models of the 3B's and the 7B's shape differ by 0.02 to 0.06 in the mean.
-LIMITS_FLOAT32, LIMITS_16_BITS = (1e-4, 1e-3, 1e-3), (0.15, 1.0, 0.2)
+# token, and gradients, of a completion and of an update, in which they cancel. In bfloat16 a logit
+# of 16 to 32 is rounded to a multiple of 1/8: random models of the 3B's and the 7B's shape differ
+# by 0.02 to 0.06 in the mean.
+LIMITS_FLOAT32, LIMITS_16_BITS = (1e-4, 1e-3, 1e-3, 1e-3), (0.15, 1.0, 0.2, 0.5)
 ROW = "row"  # in a batch, places of its completions' prompts among those of the update
 CHECKED_TOKENS = 16  # of each completion that the self-check draws
 ADAPTER_STD = 0.5  # times sqrt(rank), of an adapter's zeros while it is checked
@@ -160,11 +161,11 @@ def _checking_mode(model: torch.nn.Module) -> Iterator[None]:
                 parameter.data.zero_()
 
 
-def run_self_check(trainer, when: str, is_first: bool, is_due: bool) -> str:
+def run_self_check(trainer, when: str, is_whole: bool, is_due: bool) -> str:
     """Compare an update with stock TRL's; print how far it is, and return what is too much, or "".
 
-    The first one's gradients are compared whole. Others are compared by a completion of each
-    group, and in between of each group whose number of images or length is new.
+    Its gradients are compared whole, or it is compared by a completion of each group; if no check
+    is due, only of the groups whose number of images or length is new.
     """
     start = time.perf_counter()
     rows = _choose_rows(trainer, is_due)
@@ -173,7 +174,7 @@ def run_self_check(trainer, when: str, is_first: bool, is_due: bool) -> str:
     has_16_bits = trainer.args.bf16 or trainer.args.fp16 or any(  # an adapter on 4 bits, too
         parameter.is_floating_point() and parameter.dtype.itemsize == 2
         for parameter in trainer.model.parameters())
-    checks = _compare(trainer, rows, is_first, is_due, has_16_bits)
+    checks = _compare(trainer, rows, is_whole, is_due, has_16_bits)
     if trainer.args.should_log:
         print(f"self-check at {when}: by how much passes differ from stock TRL's: " + ", ".join(
             f"{what} {where} {gap:.1e} (of {limit} allowed)" for what, where, gap, limit in checks)
@@ -185,93 +186,70 @@ def run_self_check(trainer, when: str, is_first: bool, is_due: bool) -> str:
 
 def _choose_rows(trainer, is_due: bool) -> list[int]:
     """A random completion of each group, unless a check is due only of those of a new shape."""
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for step in trainer.learned[-trainer.args.steps_per_generation:]:
-        for number, row, length in zip(step.inputs["prompt_ids"][:, -1].tolist(),
-                                       step.inputs[ROW].tolist(),
-                                       step.inputs["completion_mask"].sum(1).tolist()):
-            groups.setdefault(number, []).append((row, length))
+    groups: dict[int, list[int]] = {}
+    for row, part in trainer.read.items():
+        if len(part.ids):
+            groups.setdefault(part.number, []).append(row)
     random, rows = Random(trainer.state.global_step), []
     for number, group in groups.items():
-        longest = max(length for _, length in group)
+        longest = max(len(trainer.read[row].ids) for row in group)
         shape = len(trainer.sources[number].sizes), longest.bit_length()
-        if longest and (is_due or shape not in trainer.checked_shapes):
-            rows.append(random.choice([row for row, length in group if length]))
+        if is_due or shape not in trainer.checked_shapes:
+            rows.append(random.choice(group))
         trainer.checked_shapes.add(shape)
-    return rows
+    return sorted(rows)
 
 
-def _compare(trainer, rows: list[int], is_first: bool, is_due: bool, has_16_bits: bool) -> list:
+def _compare(trainer, rows: list[int], is_whole: bool, is_due: bool, has_16_bits: bool) -> list:
     """(what is compared, where, by how much it differs, by how much it may) of each."""
-    mean, largest, of_gradients = LIMITS_16_BITS if has_16_bits else LIMITS_FLOAT32
-    completions, gaps, of_decoder, checks = _read_completions(trainer), [], [], []
-    if is_first and not has_dropout(trainer):
+    mean, largest, of_one, of_all = LIMITS_16_BITS if has_16_bits else LIMITS_FLOAT32
+    read, checks, of_decoder = [trainer.read[row] for row in rows], [], []
+    if is_whole and not has_dropout(trainer):
         parameters = [value for value in trainer.model.parameters() if value.requires_grad]
         own = [parameter.grad for parameter in parameters]
-        gaps += trainer.learn_as_stock()
-        checks.append(("gradients", "of the whole update", _difference_of_norm(
-            own, [parameter.grad for parameter in parameters]), of_gradients))
+        of_learner = trainer.learn_as_stock()
+        gap = _difference_of_norm(own, [parameter.grad for parameter in parameters])
+        checks.append(("gradients", "of the whole update", gap, of_all))
         for parameter, gradient in zip(parameters, own):
             parameter.grad = gradient
     else:
         with evaluation_mode(trainer.model), torch.no_grad():
-            gaps += [logps - completions[row][1] for row, logps in trainer.score_as_stock(
-                {row: completions[row][0] for row in rows})]
+            own = [part.logps for part in read] if not has_dropout(trainer) else _score(
+                trainer, [part.number for part in read], [part.ids for part in read])
+            of_learner = [values - stock for values, (_, stock)
+                          in zip(own, trainer.score_as_stock(rows))]
     if trainer.drawn_tokens and not has_dropout(trainer):
         differences, surprises = torch.tensor(trainer.drawn_tokens).unbind(1)
         of_decoder.append(differences)
-        if is_first and trainer.draws_from_policy():
-            entropy = torch.cat([step.entropies[step.inputs["completion_mask"].bool()]
-                                 for step in trainer.learned]).mean().item()
+        if is_due and trainer.draws_from_policy():
+            entropy = torch.cat([part.entropies for part in trainer.read.values()]).mean().item()
             checks.append(("-log p of the tokens drawn", "beside the entropy",
                            abs(surprises.mean().item() - entropy),
                            round(0.1 + 8 / len(surprises) ** 0.5, 2)))
-    if is_due:
-        own, stock, of_drawn, gradients = _check_closely(trainer, rows[-1], completions)
-        gaps.append(own - stock)
+    if is_due and rows:
+        gap, of_drawn, gradients = _compare_one(trainer, rows[-1])
+        of_learner.append(gap)
         of_decoder += of_drawn
-        checks.append(("gradients", "of a parameter of each kind", gradients, of_gradients))
-    for what, parts in (("the decoder's log-probabilities", of_decoder),
-                        ("log-probabilities", gaps)):
-        if parts:
-            gap = torch.cat([part.detach().float().cpu() for part in parts]).abs()
+        checks.append(("gradients", "of a parameter of each kind", gradients, of_one))
+    for what, gaps in (("the decoder's log-probabilities", of_decoder),
+                       ("log-probabilities", of_learner)):
+        if gaps:
+            gap = torch.cat([part.detach().float().cpu() for part in gaps]).abs()
             # of many tokens in 16 bits one may be rounded far away
-            worst = ("at 99 % of the tokens", gap.sort()[0][int(0.99 * (len(gap) - 1))]
-                     ) if has_16_bits else ("at the worst token", gap.max())
+            where, worst = (("at 99 % of the tokens", gap.sort()[0][int(0.99 * (len(gap) - 1))])
+                            if has_16_bits else ("at the worst token", gap.max()))
             checks[:0] = [(what, "in the mean", gap.mean().item(), mean),
-                          (what, worst[0], worst[1].item(), largest)]
+                          (what, where, worst.item(), largest)]
     return checks
 
 
-def _read_completions(trainer) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """By row, token ids and log-probabilities of shared passes, as they were unless with dropout.
+def _compare_one(trainer, row: int) -> tuple[torch.Tensor, list[torch.Tensor], float]:
+    """By how much log-probabilities, the decoder's and gradients of one prompt's completions differ
+    without dropout and with an adapter that is not zero.
     """
-    rows, is_read_again = {}, has_dropout(trainer)
-    for step in trainer.learned[-trainer.args.steps_per_generation if is_read_again else None:]:
-        ids, mask = step.inputs["completion_ids"], step.inputs["completion_mask"]
-        logps = step.logps
-        if is_read_again:
-            with evaluation_mode(trainer.model), torch.no_grad():
-                numbers = step.inputs["prompt_ids"][:, -1]
-                logps, _ = trainer._logps(trainer.model, numbers, ids, mask)
-        for row, length, *values in zip(step.inputs[ROW].tolist(), mask.sum(1).tolist(), ids,
-                                        logps):
-            rows[row] = tuple(value[:length] for value in values)
-    return rows
-
-
-def _check_closely(trainer, row: int, completions: dict) -> tuple:
-    """Compare a row, and what the decoder draws to its prompt, without dropout and with an adapter.
-
-    Returns: log-probabilities of shared passes and of stock TRL, by how much the decoder's differ,
-        and gradients.
-    """
-    model = trainer.model
-    number = next(number for step in trainer.learned for number, other in zip(
-        step.inputs["prompt_ids"][:, -1].tolist(), step.inputs[ROW].tolist()) if other == row)
+    model, (number, ids, *_) = trainer.model, trainer.read[row]
     language = unwrap_peft(model).model.language_model
     is_reentrant = (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-    ids = completions[row][0]
     with _checking_mode(model), torch.enable_grad():
         drawn = [] if trainer.draws_elsewhere() else _draw(trainer, number)
         # to checkpoint as in training, unless that gives no single gradients
@@ -279,14 +257,20 @@ def _check_closely(trainer, row: int, completions: dict) -> tuple:
             module.training = not is_reentrant
         # with another one before it, which it must not see
         rows = [ids.flip(0), ids, *(ids.new_tensor(completion.ids) for completion in drawn)]
-        mask = [torch.ones_like(row) for row in rows]
-        logps, _ = trainer._logps(model, ids.new_full((len(rows),), number), *(
-            pad_rows(part, pad_to_multiple(max(map(len, rows)))) for part in (rows, mask)))
-        own = logps[1, :len(ids)]
-        (_, stock), = trainer.score_as_stock({row: ids})
-        of_drawn = [values[:len(part.ids)] - values.new_tensor(part.logps)
-                    for values, part in zip(logps[2:], drawn)]
-        return own, stock, of_drawn, max(_gradient_gaps(model, own, stock))
+        _, own, *others = _score(trainer, [number] * len(rows), rows)
+        (_, stock), = trainer.score_as_stock([row])
+        return (own - stock, [values - values.new_tensor(completion.logps)
+                              for values, completion in zip(others, drawn)],
+                max(_gradient_gaps(model, own, stock)))
+
+
+def _score(trainer, numbers: list[int], completions: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Log-probabilities (tokens,) of each completion by shared passes."""
+    lengths = list(map(len, completions))
+    ids, mask = (pad_rows(rows, pad_to_multiple(max(lengths))) for rows in (
+        completions, list(map(torch.ones_like, completions))))
+    logps, _ = trainer._logps(trainer.model, ids.new_tensor(numbers), ids, mask)
+    return [row[:length] for row, length in zip(logps, lengths)]
 
 
 @contextmanager
@@ -334,8 +318,9 @@ def _gradient_gaps(model: torch.nn.Module, own_logps: torch.Tensor,
 
 def _difference_of_norm(own: list, stock: list) -> float:
     """By how much gradients differ in all, of stock's norm; None: a parameter has none."""
-    pairs = [[torch.zeros(()) if value is None else value.float() for value in pair]
-             for pair in zip(own, stock)]
-    difference, norm = (torch.tensor([value.norm() for value in values]).norm().item()
-                        for values in zip(*((left - right, right) for left, right in pairs)))
+    squares = torch.zeros(2, dtype=torch.float64)  # of the difference, and of stock's
+    for pair in zip(own, stock):
+        left, right = (torch.zeros(()) if part is None else part.float() for part in pair)
+        squares += torch.tensor([(left - right).norm() ** 2, right.norm() ** 2])
+    difference, norm = squares.sqrt().tolist()
     return difference / (norm or 1)

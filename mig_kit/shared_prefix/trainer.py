@@ -6,7 +6,7 @@ once as long as its features fit in the cache. All else is TRL's.
 import math
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from inspect import signature
 from math import gcd
@@ -34,7 +34,7 @@ from mig_kit.shared_prefix.generation import (
 )
 from mig_kit.shared_prefix.logprobs import KeptPrompts, completion_logps
 from mig_kit.shared_prefix.obstacles import ROW
-from mig_kit.shared_prefix.prefixes import pad_to_multiple
+from mig_kit.shared_prefix.prefixes import pad_rows, pad_to_multiple
 from mig_kit.shared_prefix.prompt_cache import (
     ImagePrompts,
     Prompt,
@@ -51,11 +51,11 @@ DRAWN_LOGPS = "drawn_logps"  # of the decoder's tokens, in a batch
 KEPT_BYTES = 2 * 2**30  # of states of prompts' layers, for updates that learn from the draw's pass
 
 
-class LearnedStep(NamedTuple):
-    """A step of the update under way, and what its pass computed: (rows, tokens) each."""
+class ReadRow(NamedTuple):
+    """A completion of the update under way as it was learned: number of its prompt, (tokens,)."""
 
-    as_trl: dict  # as TRL made it, before completions were moved
-    inputs: dict
+    number: int
+    ids: torch.Tensor
     logps: torch.Tensor
     entropies: torch.Tensor
 
@@ -100,12 +100,14 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self.training_numbers: set[int] = set()  # those that evaluation must not drop
         self.draws = Counter()  # by global step, and whether it was for training
         self.moved: list[tuple[dict, dict]] = []  # rows as TRL is given them, and as they were
-        # of the update under way: prompts of its completions, as TRL has them, steps as TRL made
-        # them, what was learned, and (by how much drawn otherwise, -log p) of the tokens drawn
-        self.prompts, self.trl_steps, self.learned, self.drawn_tokens = [], [], [], []
-        self.last_pass = None  # its log-probabilities and entropies
+        # as TRL has them: prompts of an update's completions, steps of a draw and of the update
+        self.prompts, self.drawn_steps, self.trl_steps = [], [], []
+        # of the update under way: completions by their place in `prompts`, and (by how much they
+        # were drawn otherwise, -log p) of tokens; log-probabilities and entropies of the last pass
+        self.read: dict[int, ReadRow] = {}
+        self.drawn_tokens, self.last_pass = [], None
         self.next_check = 0  # global step from which the next self-check is due
-        self.checked_shapes = set()
+        self.was_compared_whole, self.checked_shapes = False, set()
         # within a training step, whether prompts may be kept; what is kept until the update
         self.may_keep, self.kept = False, None
         if self.unshared:
@@ -149,10 +151,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return self.use_vllm or bool(self.unsupported_sampling)
 
     def draws_from_policy(self) -> bool:
-        """Does the kit's decoder draw from the learner's probabilities, none left out?"""
+        """Are completions drawn from the probabilities of the learner, none left out?"""
         config = self.generation_config
-        return not (self.draws_elsewhere() or config.top_p not in (None, 1.0)
-                    or config.min_new_tokens)
+        return (not self.draws_elsewhere() and self.num_iterations == 1
+                and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
+                and config.top_p in (None, 1.0) and not config.min_new_tokens)
 
     def _make_cache(self) -> PromptCache:
         """The cache of prompts and image features for the whole training."""
@@ -193,7 +196,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):  # takes the images out of the rows
         rows, mode = inputs, "train" if self.model.training else "eval"
         if not self.unshared:
-            kept = () if self.model.training else self.training_numbers
+            kept = () if self.model.training and not self.read else self.training_numbers
             self.sources = {number: self.sources[number] for number in kept}
             if self.model.training:
                 self._learn_from_kept()  # of an earlier draw of this update
@@ -224,9 +227,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _find_loss(self) -> str:
         """Why sharing costs more than it saves with what was drawn, or ""."""
-        steps = self.learned[-self.args.steps_per_generation:]
-        numbers = [number for step in steps for number in step.inputs["prompt_ids"][:, -1].tolist()]
-        drawn = sum(int(step.inputs["completion_mask"].sum()) for step in steps)
+        numbers = [part.number for part in self.read.values()]
+        drawn = sum(len(part.ids) for part in self.read.values())
         distinct = sorted(set(numbers))
         lengths = {number: len(prompt.ids)
                    for number, prompt in zip(distinct, self._prompts_of(distinct))}
@@ -244,7 +246,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 moved.update(row)
         self.moved = []
         if self.model.training:
-            self.prompts = [*(self.prompts if self.learned else ()), *prompts]
+            self.prompts = [*(self.prompts if self.read else ()), *prompts]
         return super()._generate(prompts)
 
     def _find_mixed_group(self, prompts: list) -> str:
@@ -272,53 +274,42 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return inputs.pop("input_ids"), images if flat else None, {
             name: value for name, value in inputs.items() if name != "attention_mask"}
 
-    def score_as_stock(self, completions: dict) -> Iterator[tuple[int, torch.Tensor]]:
-        """Log-probabilities (tokens,) of completions by TRL's own method, row by row.
-
-        completions: token ids (tokens,) by row; places in `prompts` -> them.
-        """
+    def score_as_stock(self, rows: Iterable[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """(row, log-probabilities (tokens,) by TRL's own method) of completions of `read`."""
         device, last, inputs = self.accelerator.device, None, None
         with obstacles.reading_images_once(self.model):
-            for row in sorted(completions):
+            for row in sorted(rows):
                 if inputs is None or not is_same(self.prompts[row], last):
                     last = self.prompts[row]
                     inputs = self._tokenize_as_stock(last)
                     fields = {name: torch.as_tensor(np.array(value), device=device)
                               for name, value in inputs[2].items()}
-                (ids,), images, _ = inputs
-                tail = completions[row]
-                ids = torch.cat([torch.tensor(ids, device=device), tail])[None]
-                more = {} if "mm_token_type_ids" not in fields else {
-                    "mm_token_type_ids": pad(fields["mm_token_type_ids"], (0, len(tail)))}
+                (prompt,), images, _ = inputs
+                completion = self.read[row].ids
+                ids = torch.cat([torch.tensor(prompt, device=device), completion])[None]
+                kinds = {name: pad(value, (0, len(completion)))
+                         for name, value in fields.items() if name == "mm_token_type_ids"}
                 yield row, super()._get_per_token_logps_and_entropies(
-                    self.model, ids, torch.ones_like(ids), len(tail),
-                    num_images=images and [len(images[0])], **fields | more)[0][0]
+                    self.model, ids, torch.ones_like(ids), len(completion),
+                    num_images=images and [len(images[0])], **fields | kinds)[0][0]
 
     def learn_as_stock(self) -> list[torch.Tensor]:
         """Put the gradients that TRL's own passes give this update in the place of those made.
 
         Returns: by how much the log-probabilities (tokens,) of each completion differ.
         """
-        passes = {row: values for step in self.learned for row, *values in zip(
-            step.inputs[ROW].tolist(), step.logps, step.entropies)}
-        steps = [step.as_trl for step in self.learned]
-        if {row for step in steps for row in step[ROW].tolist()} != passes.keys():
-            steps = [step.inputs for step in self.learned]  # a table's end has cut the update
-        rows = {}
-        for step in steps:
-            numbers = step[ROW].tolist()
-            logps, entropies = map(torch.stack, zip(*(passes[row] for row in numbers)))
+        weights, gaps = {}, []
+        for step in self.trl_steps:
+            rows, width = step[ROW].tolist(), step["completion_ids"].shape[1]
+            logps, entropies = (pad_rows([getattr(self.read[row], name) for row in rows], width)
+                                for name in ("logps", "entropies"))
             loss = self._loss_as_stock(step, logps.requires_grad_(), entropies)
-            weights, = torch.autograd.grad(loss, logps)
-            lengths = step["completion_mask"].sum(1).tolist()
-            rows |= {row: [value[:length] for value in values] for row, length, *values in zip(
-                numbers, lengths, step["completion_ids"], logps.detach(), weights) if length}
+            weights |= dict(zip(rows, torch.autograd.grad(loss, logps)[0]))
         self.model.zero_grad()
-        gaps = []
-        for row, logps in self.score_as_stock({row: ids for row, (ids, *_) in rows.items()}):
-            _, own, weights = rows[row]
-            self.accelerator.backward((logps * weights).sum())
-            gaps.append(logps.detach() - own)
+        for row, logps in self.score_as_stock(row for row, part in self.read.items()
+                                              if len(part.ids)):
+            self.accelerator.backward((logps * weights[row][:len(logps)]).sum())
+            gaps.append(logps.detach() - self.read[row].logps)
         average_gradients(self.model, self.accelerator.num_processes)
         return gaps
 
@@ -474,7 +465,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         steps = self._buffered_inputs
         if self.unshared or steps is before:
             return inputs
-        self.trl_steps = steps
+        self.drawn_steps = steps
         # these look at one step at a time, so that it keeps the completions that TRL gives it
         if len(steps) == 1 or self.loss_type == "bnpo" or self.top_entropy_quantile < 1:
             return inputs
@@ -504,14 +495,18 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         if self.unshared:
             return loss
         place = (self._step - 1) % self.args.steps_per_generation
-        self.learned.append(LearnedStep(self.trl_steps[place], self._buffered_inputs[place],
-                                        *self.last_pass))
+        self.trl_steps.append(self.drawn_steps[place])
+        step = self._buffered_inputs[place]
+        for row, number, length, *values in zip(
+                step[ROW].tolist(), step["prompt_ids"][:, -1].tolist(),
+                step["completion_mask"].sum(1).tolist(), step["completion_ids"], *self.last_pass):
+            self.read[row] = ReadRow(number, *(value[:length] for value in values))
         if self.accelerator.sync_gradients:
             self._learn_from_kept()
             average_gradients(model, self.accelerator.num_processes)
             self._check_update()
             self._log_drawn_tokens()
-            self.learned = []
+            self.trl_steps, self.read = [], {}
         return loss
 
     def _compute_loss(self, model, inputs):  # keeps how the completions were drawn
@@ -537,22 +532,25 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 self._metrics["train"][name].append(value.item())
 
     def _check_update(self) -> None:
-        """Compare this update with stock TRL's, if it is time; learn what stock TRL does, and stop
-        sharing, if they differ.
+        """If it is time, compare this update with stock TRL's; if they differ, learn what TRL does
+        and stop sharing.
         """
         step, is_first = self.state.global_step, not self.next_check
-        when = "the first update" if is_first else f"update {step}"
-        if is_first and not any(gather_object([any(
-                part.as_trl["advantages"].any().item() for part in self.learned)])):
-            return  # nothing was learned
         if is_first and (reason := gather_reason(self._find_loss())):
             return self._stop_sharing(reason)
-        is_due = step >= self.next_check
-        reason = obstacles.run_self_check(self, when, is_first, is_due)
+        # a table's end may cut an update, whose steps then had other completions in TRL
+        is_cut = self.read.keys() != {row for part in self.trl_steps for row in part[ROW].tolist()}
+        learns = any(part["advantages"].any().item() for part in self.trl_steps) and not is_cut
+        is_whole = not self.was_compared_whole and any(gather_object([learns]))
+        self.was_compared_whole |= is_whole
+        is_due = is_whole or step >= self.next_check
+        when = "the first update" if is_first else f"update {step}"
+        reason = obstacles.run_self_check(self, when, is_whole, is_due)
         if is_due:
             self.next_check = step + (2 if is_first else self.check_every or math.inf)
         if reason := gather_reason(reason):
-            self.learn_as_stock()
+            if not is_cut:
+                self.learn_as_stock()
             self._stop_sharing(reason)
 
 

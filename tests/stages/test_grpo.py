@@ -433,7 +433,7 @@ def test_replies_that_got_short_are_named():
 @pytest.mark.slow
 def test_a_model_whose_prompts_cannot_be_shared_is_one_sentence(tmp_path, make_trainer,
                                                                 monkeypatch):
-    monkeypatch.setattr(obstacles, "LIMITS_FLOAT32", (-1.0, -1.0, -1.0))
+    monkeypatch.setattr(obstacles, "LIMITS_FLOAT32", (-1.0,) * 4)
     with pytest.raises(ValueError, match="prompts cannot be shared: log-probabilities .* from "
                                            "stock TRL's.*; set share_prefix to false"):
         make_trainer(tmp_path).train()
