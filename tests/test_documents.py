@@ -99,8 +99,8 @@ def test_readme_and_guide_are_short():
 def test_the_readmes_figures_of_speed_and_size():
     (ratio,) = re.findall(r"([\d.]+) times as fast as stock TRL", README)
     assert f"**{ratio}**" in TEXTS["notebooks/guide/speed.md"]
-    assert "**`make run`** (version 0.6.0) took 18 minutes" in TEXTS["notebooks/guide/speed.md"]
-    assert "some 18 minutes" in README
+    assert "**`make run`** (version 0.6.0) took 16 minutes" in TEXTS["notebooks/guide/speed.md"]
+    assert "some 16 minutes" in README
     with safe_open(PACKAGE / "tiny_base" / "model.safetensors", "pt") as weights:
         count = sum(weights.get_tensor(name).numel() for name in weights.keys())
     assert f"{count / 1e6:.0f} million" == "5 million" and "five million" in README
