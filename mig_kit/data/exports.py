@@ -159,10 +159,9 @@ def _recipe_values(recipe: Recipe, gpus: int) -> dict:
     rows = max(rows for rows in range(1, p["per_device_train_batch_size"] + 1) if not n_own % rows)
     names = [text.rpartition(":")[2] for text in p["rewards"]]
     weights = {name: p["reward_weights"].get(name, 1.0) for name in names}
-    model_type = read_model_type(recipe.model)
     return p | {
-        "name": recipe.name, "model": str(recipe.model), "gpus": gpus, "model_type": model_type,
-        "template": model_type,  # ms-swift's
+        "name": recipe.name, "model": str(recipe.model), "gpus": gpus,
+        "model_type": read_model_type(recipe.model),
         "prompts": n_prompts, "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": n_own // rows, "weight_decay": 0.0, "logging_steps": 1,
         "adam_beta2": recipe.further.get("adam_beta2", 0.999),

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from mig_kit.common import UserError, iter_lines
 
-INDEX_COLUMN = re.compile(r"__index_level_\d+__|Unnamed: \d+")  # pandas saves it with the others
+INDEX_COLUMN = re.compile(r"__index_level_\d+__|Unnamed: [\d.]+")  # pandas saves it with the others
 READ_FORMS = ("own data are JSON lines, a JSON list or parquet with the keys of "
               "notebooks/guide/own_data.md, which has two scripts for other formats (COCO; "
               "conversations)")
 TABLE = """{} is a table of texts, and own data have lists; write it as JSON lines with
-lists = dict.fromkeys(["images", "box", "options"], lambda cell: ast.literal_eval(cell or "None"))
-pandas.read_csv({!r}, converters=lists).to_json({!r}, orient="records", lines=True)"""
+import ast, pandas
+cells = dict.fromkeys(["images", "box", "boxes", "reference", "options"],
+                      lambda cell: ast.literal_eval(cell or "None")) | {{"id": str}}
+pandas.read_csv({!r}, converters=cells).to_json({!r}, orient="records", lines=True)"""
 
 
 class Problem(UserError):
@@ -35,7 +37,7 @@ def entry_word(path: Path) -> str:
     """What an entry of the file is called: a line, a record of a list, or a row of a table."""
     with path.open("rb") as file:
         opening = file.read(1024).removeprefix(BOM_UTF8).lstrip()
-    if path.suffix in (".csv", ".tsv"):
+    if path.suffix == ".csv":
         raise UserError(TABLE.format(path, str(path), str(path.with_suffix(".jsonl"))))
     if opening.startswith(b"PAR1"):
         return "row"

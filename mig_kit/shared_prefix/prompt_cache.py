@@ -12,12 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import pad
-from transformers import (
-    AutoConfig,
-    Qwen2_5_VLProcessor,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLMoeForConditionalGeneration,
-)
+from transformers import AutoConfig, Qwen2_5_VLProcessor, Qwen3VLForConditionalGeneration
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_torchvision_available
@@ -33,7 +28,6 @@ SOURCES_AT_ONCE = 64  # whose texts are encoded together
 PIXELS_AT_ONCE = 2**24  # of images that are decoded and prepared together
 # of features and of prompts' tokens that a cache keeps, in the host's memory
 MAX_BYTES, MAX_TEXT_BYTES = 2 * 2**30, 2**28
-DEEPSTACK_MODELS = (Qwen3VLForConditionalGeneration, Qwen3VLMoeForConditionalGeneration)
 
 
 def unwrap_peft(model):
@@ -247,7 +241,7 @@ class PromptCache:
         pixels = patches[0] if len(patches) == 1 else torch.cat(patches)
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
             output = tower(pixels.to(device, tower.dtype), grid_thw=grids.to(device))
-        if isinstance(self.model, DEEPSTACK_MODELS):
+        if isinstance(self.model, Qwen3VLForConditionalGeneration):
             return torch.cat([output.pooler_output, *output.deepstack_features], 1)
         return output.pooler_output
 

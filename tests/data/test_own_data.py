@@ -1,6 +1,5 @@
 """Own data: what each mistake is called, on which line, and the reader under fuzz."""
 
-import ast
 import json
 import os
 
@@ -153,7 +152,7 @@ ANOTHER = "not both of images and question; own data are JSON lines, a JSON list
 
 @pytest.mark.parametrize(("name", "content", "sentence"), [
     ("a.jsonl.gz", b"\x1f\x8b", NEITHER), ("b.json", b"\0", NEITHER),
-    ("yolo.txt", b"0 0.5 0.5 0.2 0.2\n", NEITHER),
+    ("yolo.txt", b"0 0.5 0.5 0.2 0.2\n", NEITHER), ("a.tsv", b"images\tquestion\n", NEITHER),
     ("label_studio.json", b'[{"id": 1, "data": {"image": "a.png"}, "annotations": []}]',
      f"its first record has the keys 'id', 'data', 'annotations', {ANOTHER}"),
     ("wide.json", json.dumps(GOOD, indent=1).encode(), "is JSON over several lines, and no list"),
@@ -229,21 +228,23 @@ def test_what_pandas_saves_beside_the_columns_is_not_read(root):
     table.to_parquet(root / "shuffled.parquet")
     assert "__index_level_0__" in pyarrow.parquet.read_schema(root / "shuffled.parquet").names
     assert check(root / "shuffled.parquet", root) == [[]] * 6
-    table = table.rename_axis("Unnamed: 0").reset_index()
+    table = table.rename_axis("Unnamed: 0.1").reset_index()
     table.to_json(root / "lines.jsonl", orient="records", lines=True)
     assert check(root / "lines.jsonl", root) == [[]] * 6
 
 
 @pytest.mark.parametrize("write", [str, json.dumps], ids=["pandas", "json"])
-def test_a_csv_is_refused_with_two_lines_that_read_it(root, write):
+def test_a_csv_is_refused_with_lines_that_read_it(root, write):
+    lines = changed(id=1), changed(CHOICE, id=2), changed(
+        box=..., boxes=[GOOD["box"]], id=3, question="Like {ref}?", reference=[1, 2, 9, 8])
     rows = [{key: write(value) if isinstance(value, list) else value for key, value in row.items()}
-            for row in (GOOD, CHOICE)]
+            for row in lines]
     pandas.DataFrame(rows).to_csv(root / "mine.csv")
     code, text = call("check", root / "mine.csv")
     first, *script = text.splitlines()
     assert code == 1 and first.endswith("write it as JSON lines with")
-    exec("\n".join(script), {"ast": ast, "pandas": pandas})
-    assert check(root / "mine.jsonl", root) == [[], []]
+    exec("\n".join(script), {})  # as it is pasted
+    assert check(root / "mine.jsonl", root) == [[], [], []]
 
 
 def test_most_boxes_speak_against_the_others(root, tmp_path):
