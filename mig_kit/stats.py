@@ -189,9 +189,14 @@ def _resample_means(groups: Groups) -> np.ndarray:
     return np.concatenate(means)
 
 
-def interval_text(value: float, ci95: Sequence[float], sign: str = "") -> str:
-    """"1.0 (-2.1 to 4.1)"; sign: "+" to write it, too. No zero has a minus."""
-    value, low, high = (f"{round(number, 1) + 0.0:{sign}.1f}" for number in (value, *ci95))
+def number_text(value: float, sign: str = "", digits: int = 1) -> str:
+    """"1.0"; sign: "+" to write it, too. No zero has a minus."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"
+
+
+def interval_text(value: float, ci95: Sequence[float], sign: str = "", digits: int = 1) -> str:
+    """"1.0 (-2.1 to 4.1)", of `number_text`."""
+    value, low, high = (number_text(number, sign, digits) for number in (value, *ci95))
     return f"{value} ({low} to {high})"
 
 

@@ -214,7 +214,7 @@ def _cell(row: dict) -> str:
     """A row's value with its interval; of two runs, which tell little of their spread, both."""
     sign = "" if row["figure"].split()[0] in SYSTEMS else "+"
     if row["over"] == "seeds" and len(row["by_run"]) == 2:
-        return "{} ({} and {})".format(*(f"{round(value, 1) + 0.0:{sign}.1f}"
+        return "{} ({} and {})".format(*(stats.number_text(value, sign)
                                          for value in (row["value"], *row["by_run"])))
     text = stats.interval_text(row["value"], (row["low"], row["high"]), sign)
     is_trained = row["figure"].split()[0] != "base"

@@ -12,7 +12,7 @@ from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.runs import Run
 from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.sample import Sample
-from mig_kit.stats import interval_text
+from mig_kit.stats import interval_text, number_text
 from mig_kit.world.suites import OWN, suite_title, task_title
 
 # Suite, what is compared, the delta of metrics.json, and the paper's points on the real benchmark
@@ -33,8 +33,8 @@ def claim_rows(metrics: dict) -> list[dict]:
     from_sft = metrics.get("start_from", "merged") == "merged"
     return [{"suite": suite_title(suite), "compared": comparison,
              "this run (95 %)": gap_text(difference),
-             "at temperature 1": None if (sampled := difference["sampled"]) is None else (
-                 f"{round(sampled, 1) + 0.0:+.1f}"),
+             "at temperature 1": None if difference["sampled"] is None else (
+                 number_text(difference["sampled"], "+")),
              "paper v2 (real benchmark, 7B)": f"{paper:+.2f}"}
             for suite, comparison, delta, paper in CLAIMS if from_sft or delta != "grpo-sft"
             if (difference := metrics["deltas"].get(delta, {}).get(suite))]

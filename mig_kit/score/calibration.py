@@ -9,7 +9,7 @@ import numpy as np
 from mig_kit.boxes import Coordinates
 from mig_kit.score.blind import pairwise_iou, shares_of_image
 from mig_kit.score.result import Scored, averaged_groups, number_lists
-from mig_kit.stats import macro_mean, paired_gap_by_list, to_percent
+from mig_kit.stats import interval_text, macro_mean, paired_gap_by_list, to_percent
 
 THRESHOLDS = (0.5, 0.75, 0.9)
 NEAR, LEAST = 0.5, 10  # the IoU from which a box means the answer; fewer such are not fitted
@@ -177,7 +177,7 @@ def calibration_notes(result: dict, name: str) -> list[str]:
 
 
 def _signed_gap(gap: dict) -> str:
-    return f"{gap['value']:+.2f} ({gap['ci95'][0]:+.2f} to {gap['ci95'][1]:+.2f})"
+    return interval_text(gap["value"], gap["ci95"], "+", 2)
 
 
 def split_difference(first: Scored, second: Scored) -> str:

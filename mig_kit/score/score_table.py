@@ -1,13 +1,15 @@
 """The table of `mig-kit score` beside published numbers, which `published.yaml` holds."""
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
 
 from mig_kit.score.annotations import MIG_BENCH_TASKS
 from mig_kit.score.benchmarks import BENCHMARKS
-from mig_kit.stats import interval_text
+from mig_kit.stats import interval_text, number_text
+
+_signed = partial(number_text, sign="+", digits=2)
 
 
 @cache
@@ -47,10 +49,6 @@ def score_markdown(result: dict) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}"  # never -0.00
 
 
 def table_notes(result: dict, published: list[dict]) -> list[str]:

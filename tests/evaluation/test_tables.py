@@ -1,5 +1,6 @@
 """Rows of the tables of 06 and 07 show what was measured."""
 
+import pytest
 from benchmark_files import correct_reply
 
 from mig_kit import __version__
@@ -66,19 +67,45 @@ def test_tasks_that_rl_moved_are_named_both_ways():
     assert text.startswith("RL moved 0 of 10 tasks beyond their intervals. Of twenty")
 
 
-def test_reasoning_where_06_has_it():
-    figures = {"truth": None, "truth_ci95": None, "grounded": 0.0, "grounded_ci95": [0.0, 9.0]}
-    bars = tables.reasoning_bars(evaluated_systems(reasoning=figures))
-    assert len(bars) == 6 * len(SUITES) and plots.plot_scores(bars, "figure", "t", "share", "%")
-    assert tables.reasoning_bars(evaluated_systems()) == []
+REASONING = {"truth": None, "truth_ci95": None, "grounded": 0.0, "grounded_ci95": [0.0, 9.0]}
+OF_OWN = {"grpo-base": {"own": GAP, "blink": GAP}}
+DELTAS = {"grpo-sft": {"mig_bench": GAP, "ood_grounding": GAP},
+          "grpo-base": {"blink": GAP, "mmiu": GAP}}
+TEXT = "▲ +9.5 (+7.0 to +12.0)"
 
 
-def test_pass_at_k_where_06_has_it():
-    rows = tables.pass_at_k_rows(evaluated_systems(pass_at_k={"1": 45.0, "8": 80.0}))
-    assert len(rows) == 2 * len(SUITES) and rows[1]["system"] == "GRPO"
-    assert rows[0] == {"suite": "MIG-Bench-like (drawn)", "system": "SFT", "samples": 8,
-                       "pass@1": 45.0, "pass@8": 80.0}
-    assert tables.pass_at_k_rows(evaluated_systems()) == []
+def claim(suite, compared, paper):
+    return {"suite": suite, "compared": compared, "this run (95 %)": TEXT,
+            "at temperature 1": "+11.0", "paper v2 (real benchmark, 7B)": paper}
+
+
+CLAIMS = [claim("MIG-Bench-like (drawn)", "RL over SFT", "+9.04"),
+          claim("out of domain (drawn)", "RL over SFT", "+4.98"),
+          claim("BLINK-like (drawn)", "RL over base", "+3.10"),
+          claim("MMIU-like (drawn)", "RL over base", "+2.40")]
+
+
+@pytest.mark.parametrize(("rows", "count", "first"), [
+    (tables.difference_rows({"grpo-sft": {"mmiu": GAP}}), 1,
+     [{"compared": "GRPO over SFT", "MMIU-like (drawn)": TEXT}]),
+    (tables.own_data_rows(OF_OWN), 1,
+     [{"compared": "GRPO over base", "own data (held out)": TEXT}]),
+    (tables.claim_rows({"deltas": OF_OWN}), 0, []),  # the claims are about other questions
+    (tables.claim_rows({"deltas": DELTAS}), 4, CLAIMS),
+    (tables.claim_rows({"deltas": DELTAS, "start_from": "base"}), 2, CLAIMS[2:]),  # no SFT before
+    (tables.reasoning_bars(evaluated_systems()), 0, []),
+    (tables.reasoning_bars(evaluated_systems(reasoning=REASONING)), 6 * len(SUITES), []),
+    (tables.pass_at_k_rows(evaluated_systems()), 0, []),
+    (tables.pass_at_k_rows(evaluated_systems(pass_at_k={"1": 45.0, "8": 80.0})), 2 * len(SUITES),
+     [{"suite": "MIG-Bench-like (drawn)", "system": name, "samples": 8, "pass@1": 45.0,
+       "pass@8": 80.0} for name in ("SFT", "GRPO")])])
+def test_rows_of_what_06_measured(rows, count, first):
+    assert len(rows) == count and rows[:len(first)] == first
+
+
+def test_reasoning_without_a_case_is_drawn_too():
+    bars = tables.reasoning_bars(evaluated_systems(reasoning=REASONING))
+    assert plots.plot_scores(bars, "figure", "t", "share", "%")
 
 
 def test_how_a_run_was_made(monkeypatch):
@@ -95,30 +122,6 @@ def test_how_a_run_was_made(monkeypatch):
     monkeypatch.setattr(tables.Run, "params", lambda *_: {"learning_rate": 2})
     assert tables.changed_rows("sharp", RECORDS) == [
         {"stage": "05_grpo", "parameter": "learning_rate", "this run": "1.0", "run default": "2"}]
-
-
-def test_rows_of_differences():
-    assert tables.difference_rows({"grpo-sft": {"mmiu": GAP}}) == [
-        {"compared": "GRPO over SFT", "MMIU-like (drawn)": "▲ +9.5 (+7.0 to +12.0)"}]
-
-
-def test_the_held_out_part_of_own_data():
-    deltas = {"grpo-base": {"own": GAP, "blink": GAP}}
-    assert tables.own_data_rows(deltas) == [
-        {"compared": "GRPO over base", "own data (held out)": "▲ +9.5 (+7.0 to +12.0)"}]
-    assert tables.claim_rows({"deltas": deltas}) == [], "the claims are about other questions"
-
-
-def test_the_papers_claims():
-    metrics = {"deltas": {"grpo-sft": {"mig_bench": GAP, "ood_grounding": GAP},
-                          "grpo-base": {"blink": GAP, "mmiu": GAP}}}
-    rows = tables.claim_rows(metrics)
-    papers = [row["paper v2 (real benchmark, 7B)"] for row in rows]
-    assert papers == ["+9.04", "+4.98", "+3.10", "+2.40"]
-    assert rows[0]["suite"] == "MIG-Bench-like (drawn)"
-    assert rows[0]["this run (95 %)"] == "▲ +9.5 (+7.0 to +12.0)"
-    from_base = tables.claim_rows(metrics | {"start_from": "base"})
-    assert [row["compared"] for row in from_base] == ["RL over base"] * 2, "no SFT model before it"
 
 
 def test_the_outcome_is_one_sentence():
