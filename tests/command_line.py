@@ -74,7 +74,9 @@ def _execute_here(path, output, params, cwd, **_):
             for cell in notebook.cells:
                 if cell.cell_type == "code":
                     with capture_output(stdout=False, stderr=False) as captured:
-                        shell.run_cell(cell.source, store_history=True).raise_error()
+                        result = shell.run_cell(cell.source, store_history=True)
+                    result.raise_error()
+                    cell.execution_count = result.execution_count
                     cell.outputs = [new_output("display_data", {
                         kind: b64encode(value).decode() if isinstance(value, bytes) else value
                         for kind, value in part.data.items()}, metadata=part.metadata or {})
