@@ -154,6 +154,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         """Are completions drawn from the probabilities of the learner, none left out?"""
         config = self.generation_config
         return (not self.draws_elsewhere() and self.num_iterations == 1
+                and not self.mask_truncated_completions
                 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
                 and config.top_p in (None, 1.0) and not config.min_new_tokens)
 

@@ -895,6 +895,19 @@ def test_an_update_of_another_gradient_or_policy_is_noticed(make_pair, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("leaves_out", [False, True])
+def test_the_tokens_drawn_are_measured_by_the_entropy_unless_some_are_left_out(make_pair, capsys,
+                                                                               leaves_out):
+    """Completions that ended are no fair sample: the tiny base's were 1.1 off, 0.99 allowed."""
+    _, own = make_pair(max_steps=1, gradient_accumulation_steps=1, max_completion_length=200,
+                       mask_truncated_completions=leaves_out)
+    del own._generate_single_turn
+    own.train()
+    assert "sampling/mean_negative_logp" in own.state.log_history[0], "some have ended"
+    assert ("-log p of the tokens drawn" in capsys.readouterr().out) != leaves_out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "reason"), [
     ("hook", "a hook on lm_head acts"),
     ("augmentation", "rows of a group have different prompts or images")])

@@ -119,7 +119,8 @@ CHANGES = [
     {"adam_beta1": 0.5}, {"adam_beta2": 0.9}, {"adam_epsilon": 0.01}, {"max_grad_norm": 1e-7},
     {"optim": "sgd"}, {"optim": "adafactor"}, {"weight_decay": 10.0}, {"max_steps": 2},
     {"lr_scheduler_kwargs": {"num_cycles": 2.0}},
-    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}]
+    *({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": value}}
+      for value in (False, True))]
 
 
 @pytest.fixture(scope="module")
