@@ -213,19 +213,20 @@ def _compare(trainer, rows: list[int], is_whole: bool, is_due: bool, has_16_bits
         for parameter, gradient in zip(parameters, own):
             parameter.grad = gradient
     else:
+        completions = {row: trainer.read[row].ids for row in rows}
         with evaluation_mode(trainer.model), torch.no_grad():
             own = [part.logps for part in read] if not has_dropout(trainer) else _score(
                 trainer, [part.number for part in read], [part.ids for part in read])
             of_learner = [values - stock for values, (_, stock)
-                          in zip(own, trainer.score_as_stock(rows))]
+                          in zip(own, trainer.score_as_stock(completions))]
     if trainer.drawn_tokens and not has_dropout(trainer):
-        differences, surprises = torch.tensor(trainer.drawn_tokens).unbind(1)
-        of_decoder.append(differences)
+        of_decoder.append(torch.tensor(trainer.drawn_tokens)[:, 0])
         if is_due and trainer.draws_from_policy():
-            entropy = torch.cat([part.entropies for part in trainer.read.values()]).mean().item()
+            excess = torch.cat([-part.logps - part.entropies for part in trainer.read.values()])
+            # what rounding adds, five standard errors, and tokens too rare to have been drawn
+            limit = mean**2 + (5 * excess.norm().item() + 70) / len(excess)
             checks.append(("-log p of the tokens drawn", "beside the entropy",
-                           abs(surprises.mean().item() - entropy),
-                           round(0.1 + 8 / len(surprises) ** 0.5, 2)))
+                           abs(excess.mean().item()), round(limit, 3)))
     if is_due and rows:
         gap, of_drawn, gradients = _compare_one(trainer, rows[-1])
         of_learner.append(gap)
@@ -258,7 +259,7 @@ def _compare_one(trainer, row: int) -> tuple[torch.Tensor, list[torch.Tensor], f
         # with another one before it, which it must not see
         rows = [ids.flip(0), ids, *(ids.new_tensor(completion.ids) for completion in drawn)]
         _, own, *others = _score(trainer, [number] * len(rows), rows)
-        (_, stock), = trainer.score_as_stock([row])
+        (_, stock), = trainer.score_as_stock({row: ids})
         return (own - stock, [values - values.new_tensor(completion.logps)
                               for values, completion in zip(others, drawn)],
                 max(_gradient_gaps(model, own, stock)))

@@ -6,7 +6,7 @@ once as long as its features fit in the cache. All else is TRL's.
 import math
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from inspect import signature
 from math import gcd
@@ -151,12 +151,13 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return self.use_vllm or bool(self.unsupported_sampling)
 
     def draws_from_policy(self) -> bool:
-        """Are completions drawn from the probabilities of the learner, none left out?"""
+        """Are completions drawn from the probabilities of the learner, no token or row left out?"""
         config = self.generation_config
         return (not self.draws_elsewhere() and self.num_iterations == 1
                 and not self.mask_truncated_completions
                 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
-                and config.top_p in (None, 1.0) and not config.min_new_tokens)
+                and config.top_p in (None, 1.0) and not config.min_new_tokens
+                and not self.mask_truncated_completions)
 
     def _make_cache(self) -> PromptCache:
         """The cache of prompts and image features for the whole training."""
@@ -275,18 +276,18 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return inputs.pop("input_ids"), images if flat else None, {
             name: value for name, value in inputs.items() if name != "attention_mask"}
 
-    def score_as_stock(self, rows: Iterable[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """(row, log-probabilities (tokens,) by TRL's own method) of completions of `read`."""
+    def score_as_stock(self, completions: dict[int, torch.Tensor]
+                       ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(row, log-probabilities (tokens,) by TRL's own method) of completions, by row."""
         device, last, inputs = self.accelerator.device, None, None
         with obstacles.reading_images_once(self.model):
-            for row in sorted(rows):
+            for row, completion in sorted(completions.items()):
                 if inputs is None or not is_same(self.prompts[row], last):
                     last = self.prompts[row]
                     inputs = self._tokenize_as_stock(last)
                     fields = {name: torch.as_tensor(np.array(value), device=device)
                               for name, value in inputs[2].items()}
                 (prompt,), images, _ = inputs
-                completion = self.read[row].ids
                 ids = torch.cat([torch.tensor(prompt, device=device), completion])[None]
                 kinds = {name: pad(value, (0, len(completion)))
                          for name, value in fields.items() if name == "mm_token_type_ids"}
@@ -299,18 +300,22 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
         Returns: by how much the log-probabilities (tokens,) of each completion differ.
         """
-        weights, gaps = {}, []
+        weights, completions, gaps = {}, {}, []
         for step in self.trl_steps:
             rows, width = step[ROW].tolist(), step["completion_ids"].shape[1]
             logps, entropies = (pad_rows([getattr(self.read[row], name) for row in rows], width)
                                 for name in ("logps", "entropies"))
             loss = self._loss_as_stock(step, logps.requires_grad_(), entropies)
             weights |= dict(zip(rows, torch.autograd.grad(loss, logps)[0]))
+            lengths = step["completion_mask"].sum(1).tolist()
+            completions |= {row: ids[:length] for row, ids, length
+                            in zip(rows, step["completion_ids"], lengths) if length}
         self.model.zero_grad()
-        for row, logps in self.score_as_stock(row for row, part in self.read.items()
-                                              if len(part.ids)):
+        for row, logps in self.score_as_stock(completions):
             self.accelerator.backward((logps * weights[row][:len(logps)]).sum())
-            gaps.append(logps.detach() - self.read[row].logps)
+            pair = [logps.detach(), self.read[row].logps]
+            stock, own = pad_rows(pair, max(map(len, pair)))
+            gaps.append(stock - own)
         average_gradients(self.model, self.accelerator.num_processes)
         return gaps
 

@@ -858,8 +858,16 @@ def behind_seven(get, cache, sources):
             for source, prompt in zip(sources, get(cache, sources))]
 
 
+def mask_last_tokens(gather, own, steps):
+    """The last token of every completion is left out on the way from TRL's steps."""
+    return [step | {"completion_mask": (mask := step["completion_mask"]) * mask.roll(-1, 1)}
+            for step in gather(own, steps)]
+
+
 OWN = SharedPrefixGRPOTrainer
 FAULTS_OF_UPDATES = {
+    "last token masked where rows moved": (
+        "log-probabilities at the first update", OWN, "_gather_groups", mask_last_tokens),
     "advantages stay where rows moved": (
         "gradients at the first update", OWN, "_gather_groups", lambda gather, own, steps: [
             moved | {"advantages": step["advantages"]}
@@ -871,9 +879,9 @@ FAULTS_OF_UPDATES = {
         "log-probabilities at the first update", OWN, "_logps",
         lambda read, own, model, numbers, ids, mask: [
             values * mask.roll(-1, 1) for values in read(own, model, numbers, ids, mask)]),
-    "drawn from logits x 3": (
+    "drawn from logits x 2": (
         "-log p of the tokens drawn at the first update", generation, "sample_tokens",
-        lambda sample, logits, *others: sample(3 * logits, *others)),
+        lambda sample, logits, *others: sample(2 * logits, *others)),
     "positions behind seven images": ("log-probabilities at update 1", PromptCache, "get",
                                       behind_seven)}
 
