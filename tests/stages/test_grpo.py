@@ -442,6 +442,21 @@ def test_a_model_whose_prompts_cannot_be_shared_is_one_sentence(tmp_path, make_t
         make_trainer(tmp_path)
 
 
+@pytest.mark.slow
+def test_replies_drawn_from_other_logits_are_noticed_though_the_model_is_sure(
+        tmp_path, make_trainer, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sample = generation.sample_tokens
+    monkeypatch.setattr(generation, "sample_tokens",
+                        lambda logits, *others: sample(3 * logits, *others))
+    trainer = make_trainer(
+        tmp_path, load=lambda _, *others: loading.load_policy(
+            loading.resolve_model("tiny/sft"), *others),
+        num_generations=8, per_device_train_batch_size=64, max_completion_length=160)
+    with pytest.raises(UserError, match="-log p of the tokens drawn at the first update are"):
+        trainer.train()
+
+
 def test_where_rl_starts(tmp_path, random_folder, capsys):
     """A folder whose model saw images otherwise is said, where the kit saved it."""
     folder = shutil.copytree(random_folder, tmp_path / "trained")
