@@ -156,8 +156,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return (not self.draws_elsewhere() and self.num_iterations == 1
                 and not self.mask_truncated_completions
                 and self.args.steps_per_generation <= self.args.gradient_accumulation_steps
-                and config.top_p in (None, 1.0) and not config.min_new_tokens
-                and not self.mask_truncated_completions)
+                and config.top_p in (None, 1.0) and not config.min_new_tokens)
 
     def _make_cache(self) -> PromptCache:
         """The cache of prompts and image features for the whole training."""
