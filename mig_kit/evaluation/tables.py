@@ -23,6 +23,8 @@ CLAIMS = (
     ("blink", "RL over base", "grpo-base", 3.1),
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
+ALL_SYSTEMS = ("base", "sft", "start", "grpo")
+RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
 DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
 
 
@@ -81,12 +83,9 @@ def task_rows(items: pd.DataFrame, suite: str) -> list[dict]:
 
 
 def describe_moved_tasks(items: pd.DataFrame, suite: str) -> str:
-    """One sentence on the tasks of a suite that RL moved by more than their interval, both ways.
-
-    RL's start is the model "start", else "sft" or "base".
-    """
+    """One sentence on the tasks of a suite that RL moved by more than their interval, both ways."""
     models = {*items["model"]}
-    start = SYSTEM_LABELS[next(name for name in ("start", "sft", "base") if name in models)]
+    start = SYSTEM_LABELS[next(name for name in RL_STARTS if name in models)]
     rows, rl = task_rows(items, suite), SYSTEM_LABELS["grpo"]
     moved = {mark: [f"{row['suite']} {row[start]} → {row[rl]}" for row in rows
                     if row[f"{rl} over {start}"].startswith(mark)] for mark in "▲▼"}
@@ -192,7 +191,7 @@ def describe_outcome(metrics: dict) -> str:
     systems, deltas = metrics["systems"], metrics["deltas"]
     suite = next(iter(systems["grpo"]))
     scores = " → ".join(f"{SYSTEM_LABELS[name]} {systems[name][suite]['score']:.1f}"
-                        for name in ("base", "sft", "start", "grpo") if name in systems)
+                        for name in ALL_SYSTEMS if name in systems)
     pair = ("grpo-sft" if metrics.get("start_from", "merged") == "merged" else
             "grpo-start" if "start" in systems else "grpo-base")
     gap = deltas.get(pair, {}).get(suite)

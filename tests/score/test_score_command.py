@@ -153,7 +153,6 @@ def test_what_the_unread_replies_of_both_could_change_is_said(files):
             "unread replies say (2 and 1).") in output
 
 
-
 def test_empty_replies_alone_are_no_score(files):
     result = run_score(files, "mig_bench", records=mig_records()[:2], replies=[" ", ""])
     assert "replies.jsonl: all replies are empty, which is no score" in str(result.exception)
