@@ -80,15 +80,20 @@ def read_option(command: str, option: str) -> str:
     return words[words.index(option) + 1]
 
 
+def list_sources(item: Item) -> list[Item]:
+    """The items whose runs an item's commands name."""
+    words = {word for command in item.commands for word in re.split(r"[\s/]", command)}
+    return [other for other in list_items() if other.run_id in words - {item.run_id}
+            and not other.commands[-1].startswith("mig-kit eval")]
+
+
 def list_source_commands(item: Item) -> list[str]:
     """The commands that make the runs an item starts from, as far as they are not there.
 
     In a fresh clone their records are there, and the runs are not.
     """
-    words = {word for command in item.commands for word in re.split(r"[\s/]", command)}
-    return [command for other in list_items() if other.run_id in words - {item.run_id}
-            and not other.commands[-1].startswith("mig-kit eval")
-            and not Run(other.run_id).record("06_evaluate") for command in other.commands]
+    return [command for source in list_sources(item)
+            if not Run(source.run_id).record("06_evaluate") for command in source.commands]
 
 
 def run_command(command: str, **environment: str) -> None:

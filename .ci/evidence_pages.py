@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 sys.path.insert(0, str(Path(__file__).parent))
-from evidence import list_items, read_list, read_option
+from evidence import list_items, list_sources, read_list
 
 from mig_kit import __version__, stats
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT
@@ -114,9 +114,9 @@ def count_seeds(records: list) -> str:
 
 
 def pair_with_recipe(records: dict[str, list[dict]], arm: str) -> list[tuple[dict, dict]]:
-    """(record of the arm, the recipe's of the same seed)."""
+    """(the recipe's record, the arm's of the same seed)."""
     recipe = {record["seed"]: record for record in records["recipe"]}
-    return [(record, recipe[record["seed"]]) for record in records.get(arm, [])
+    return [(recipe[record["seed"]], record) for record in records.get(arm, [])
             if record["seed"] in recipe]
 
 
@@ -131,21 +131,18 @@ def headline(records: dict[str, list[dict]]) -> str:
             ["SFT", *(_mean(recipe, "sft", suite) for suite in NAMES)]]
     if control:
         rows.append(["SFT on RL's prompts (control)",
-                     *(_mean([arm for arm, _ in control], "sft", suite) for suite in NAMES)])
+                     *(_mean([arm for _, arm in control], "sft", suite) for suite in NAMES)])
     own = [*zip(recipe, recipe)]
     rows += [["GRPO", *(_mean(recipe, "grpo", suite) for suite in NAMES)],
              ["GRPO over SFT",
-              *(describe(gaps_between(own, "grpo", "sft", suite)) for suite in NAMES)]]
+              *(describe(gaps_between(own, "grpo", "sft", suite), suite == MAIN)
+                for suite in NAMES)]]
     if control:
-        pairs = [(recipe, arm) for arm, recipe in control]
         rows.append(["GRPO over SFT on RL's prompts", *(
-            describe(gaps_between(pairs, "grpo", "sft", suite), False) for suite in NAMES)])
-    rows += [["GRPO over base", *(describe(gaps_between(
-                [(record, first) for record in recipe], "grpo", "base", suite), False)
-                for suite in NAMES)],
-             ["paper (7B, benchmarks)", *(
-                 f"{points:+.2f} over {SYSTEM_LABELS[pair.split('-')[1]]}"
-                 for _, _, pair, points in CLAIMS)]]
+            describe(gaps_between(control, "grpo", "sft", suite), False) for suite in NAMES)])
+    rows.append(["paper (7B, benchmarks)", *(
+        f"{points:+.2f} over {SYSTEM_LABELS[pair.split('-')[1]]}"
+        for _, _, pair, points in CLAIMS)])
     counts = [len(scores(recipe, "grpo", suite)) for suite in (MAIN, OUT_OF_DOMAIN)]
     title = f"% correct, drawn scenes, {count_seeds(recipe)}"
     if counts[0] != counts[1]:
@@ -191,7 +188,7 @@ def _number(values: np.ndarray, name: str) -> str:
 def claim(records: dict[str, list[dict]]) -> str:
     """What RL adds to SFT, and to its control, in a sentence for each place."""
     own = [(record, record) for record in records["recipe"]]
-    control = [(recipe, arm) for arm, recipe in pair_with_recipe(records, "equal_data")]
+    control = pair_with_recipe(records, "equal_data")
     sentences = []
     for words, suite in (("In domain", MAIN), ("Out of domain", OUT_OF_DOMAIN)):
         of_sft, of_control = (gaps_between(pairs, "grpo", "sft", suite) for pairs in (own, control))
@@ -244,7 +241,7 @@ def controls(records: dict[str, list[dict]]) -> str:
     """RL beside SFT without RL: of RL's prompts and seconds, and of more passes, seed by seed."""
     entries, rows, seconds = read_list(), [], []
     for arm in ("equal_data", "sft_longer"):
-        pairs = [(recipe, control) for control, recipe in pair_with_recipe(records, arm)]
+        pairs = pair_with_recipe(records, arm)
         if pairs:
             rows.append([f"GRPO over {entries[arm]['title']}", str(len(pairs)), *(
                 describe(gaps_between(pairs, "grpo", "sft", suite)) for suite in NAMES)])
@@ -285,7 +282,7 @@ def arms(records: dict[str, list[dict]]) -> str:
     for arm in others:
         pairs = pair_with_recipe(records, arm)
         if pairs:
-            cells = [gaps_between(pairs, "grpo", "grpo", suite) for suite in NAMES]
+            cells = [-gaps_between(pairs, "grpo", "grpo", suite) for suite in NAMES]
             rows.append([entries[arm]["title"], str(len(pairs)), *map(describe, cells)])
             values += [(ttest_1samp(cell.mean((1, 2)), 0).pvalue, len(rows) - 1, place)
                        for place, cell in enumerate(cells, 2) if len(cell) > 2]
@@ -315,11 +312,11 @@ def provenance(records: dict[str, list[dict]]) -> str:
         item.path.read_bytes() for item in list_items() if item.path.is_file())).hexdigest()
     commits = sorted({record["git"][:7] for record in everyone})
     changed = sum(record["git"].endswith("+") for record in everyone)
-    made_by = {read_option(record["evidence"]["commands"][0], "--run-id"): record["git"][:7]
-               for record in records["recipe"]}
-    of_others = sum("--from" in (command := record["evidence"]["commands"][0])
-                    and made_by.get(read_option(command, "--from")) not in (
-                        None, record["git"][:7]) for record in everyone)
+    made_by = {item.run_id: json.loads(item.path.read_text())["git"][:7]
+               for item in list_items() if item.path.is_file()}
+    of_others = sum(any(made_by.get(source.run_id, commit) != commit
+                        for source in list_sources(item))
+                    for item in list_items() if (commit := made_by.get(item.run_id)))
     machines = sorted({record["machine"] for record in everyone})
     codes = sorted({record["evidence"]["smoke"][:12] for record in everyone})
     return (f"{len(everyone)} of {len(list_items())} records, version {__version__}, commits "

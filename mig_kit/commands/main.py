@@ -91,7 +91,8 @@ def run(stages: tuple[str, ...], profile: str, run_id: str, source: str, overrid
     if "07_report" in plan.params:
         from mig_kit.evaluation.report import write_page  # a second, as nbconvert
 
-        write_page(runs.Run(run_id).stage_folder("07_report"), run_id)
+        if page := write_page(runs.Run(run_id).stage_folder("07_report"), run_id):
+            click.echo(f"report: {page}")
     if "06_evaluate" not in plan.params:
         return False
     from mig_kit.evaluation.evaluated_runs import check_margins  # a second, as scipy

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from mig_kit.data.records import Problem, demand, iter_entries
+from mig_kit.data.records import Problem, iter_entries, refuse_unless
 
 BOX = re.compile(r"<\|box_start\|>\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)<\|box_end\|>")
 OBJECT_TAG = re.compile(r"<\|object_ref_(?:start|end)\|>")
@@ -33,17 +33,19 @@ def iter_mgrounding(path: Path) -> Iterator[tuple[str, dict | Problem]]:
 def _to_own_line(record: dict) -> dict:
     """The first turn of a record as a line of own data."""
     images, turns = record.get("images"), record.get("conversations")
-    demand(isinstance(images, list) and isinstance(turns, list) and len(turns) > 1
-            and all(isinstance(turn, dict) and isinstance(turn.get("value"), str)
-                    for turn in turns[:2]), "no 'images' and 'conversations' of MGrounding-630k")
+    refuse_unless(isinstance(images, list) and isinstance(turns, list) and len(turns) > 1
+                  and all(isinstance(turn, dict) and isinstance(turn.get("value"), str)
+                          for turn in turns[:2]),
+                  "no 'images' and 'conversations' of MGrounding-630k")
     question, answer = (turn["value"] for turn in turns[:2])
-    demand(question.count("<image>") in (0, len(images)), "images that its question does not show")
-    demand(not BOX.search(question), "a box in the question")
+    refuse_unless(question.count("<image>") in (0, len(images)),
+                  "images that its question does not show")
+    refuse_unless(not BOX.search(question), "a box in the question")
     boxes = list(BOX.finditer(answer))
-    demand(len(boxes) == 1, "another number of boxes than one in the answer")
+    refuse_unless(len(boxes) == 1, "another number of boxes than one in the answer")
     name = IMAGE.fullmatch(OBJECT_TAG.sub("", answer[:boxes[0].start()]))
-    demand(name is not None or len(images) == 1, "no image before the box",
-            "the answer must name the image before its box, as in \"It's in the third image.\"")
+    refuse_unless(name is not None or len(images) == 1, "no image before the box",
+                  "the answer must name the image before its box, as in \"It's in the third image.\"")
     number = 1 if name is None else ORDINALS.index(name[1].lower()) + 1 if name[1] else int(name[2])
     return {"images": [image.removeprefix("./") if isinstance(image, str) else image
                        for image in images],

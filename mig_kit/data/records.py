@@ -27,7 +27,7 @@ class Problem(UserError):
         self.reason = reason
 
 
-def demand(condition: bool, reason: str, sentence: str = "") -> None:
+def refuse_unless(condition: bool, reason: str, sentence: str = "") -> None:
     """Raise a Problem unless the condition holds."""
     if not condition:
         raise Problem(reason, sentence)

@@ -90,12 +90,16 @@ def table_html(rows: list[dict]) -> str:
         return table.to_html(index=False, border=0, na_rep="", float_format="{:.1f}".format)
 
 
-def write_page(folder: Path, run_id: str) -> None:
-    """Write report.html beside the executed notebook in 07's folder, unless it is there."""
+def write_page(folder: Path, run_id: str) -> Path | None:
+    """Write report.html beside the executed notebook in 07's folder, unless it is there; its path.
+    """
     source, page = folder / "07_report.ipynb", folder / "report.html"
-    if source.is_file() and not page.is_file():  # a notebook that is run by hand lies elsewhere
+    if not source.is_file():  # a notebook that is run by hand lies elsewhere
+        return None
+    if not page.is_file():
         html = export_page(run_id, nbformat.read(source, 4).cells)
         write_atomically(page, lambda temporary: temporary.write_text(html, "utf-8"))
+    return page
 
 
 def export_page(run_id: str, cells: list[NotebookNode]) -> str:

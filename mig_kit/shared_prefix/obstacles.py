@@ -162,7 +162,8 @@ def _checking_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def run_self_check(trainer, when: str, is_whole: bool, is_due: bool) -> str:
-    """Compare an update with stock TRL's; print how far it is, and return what is too much, or "".
+    """Compare an update with stock TRL's; print how far it is if a check is due or fails, and
+    return what is too much, or "".
 
     Its gradients are compared whole, or it is compared by a completion of each group; if no check
     is due, only of the groups whose number of images or length is new.
@@ -175,13 +176,14 @@ def run_self_check(trainer, when: str, is_whole: bool, is_due: bool) -> str:
         parameter.is_floating_point() and parameter.dtype.itemsize == 2
         for parameter in trainer.model.parameters())
     checks = _compare(trainer, rows, is_whole, is_due, has_16_bits)
-    if trainer.args.should_log:
+    failure = next((f"{what} at {when} are {gap:.2g} from stock TRL's {where}, more than {limit}; "
+                    "training goes on with stock passes" for what, where, gap, limit in checks
+                    if not gap <= limit), "")  # NaN, too
+    if trainer.args.should_log and (is_due or failure):
         print(f"self-check at {when}: by how much passes differ from stock TRL's: " + ", ".join(
             f"{what} {where} {gap:.1e} (of {limit} allowed)" for what, where, gap, limit in checks)
             + f"; {time.perf_counter() - start:.1f} s", flush=True)
-    return next((f"{what} at {when} are {gap:.2g} from stock TRL's {where}, more than {limit}; "
-                 "training goes on with stock passes" for what, where, gap, limit in checks
-                 if not gap <= limit), "")  # NaN, too
+    return failure
 
 
 def _choose_rows(trainer, is_due: bool) -> list[int]:

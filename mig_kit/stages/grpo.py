@@ -22,6 +22,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.models import loading
 from mig_kit.models.model_folders import check_model_folder
 from mig_kit.models.processors import describe_other_format
+from mig_kit.pipeline.runs import Run
 from mig_kit.prompts import Answer, chat_messages, read_reply
 from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample, read_samples
@@ -194,6 +195,16 @@ def one_group_trainer(policy: loading.Policy, sample: Sample, folder: Path,
         trainer.model.activation_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()  # a layer in evaluation keeps everything
     return trainer
+
+
+def find_lesson_model(run_id: str) -> Path:
+    """The folder of the run's SFT model, else of the one that ships; prints which."""
+    run = Run(run_id)
+    if run.record("03_merge"):
+        print(f"the SFT model of run '{run_id}' learns")
+        return run.stage_folder("03_merge") / "merged"
+    print(f"run '{run_id}' has no SFT model, so the one that ships learns: tiny/sft")
+    return loading.resolve_model("tiny/sft")
 
 
 def resolve_start(params: SimpleNamespace, merged: Path) -> str | Path:

@@ -17,16 +17,15 @@ from mig_kit.stages.synthesize import RuleBasedTraces
 TRACES = 2  # of a question, as in 01
 
 run, folder = Run(sys.argv[1]), Path(sys.argv[2])
-params = run.with_run_params(
-    "04_rejection_sampling", run.params("04_rejection_sampling"))
+params = run.with_run_params("04_rejection_sampling", run.params("04_rejection_sampling"))
 box_format = BoxFormat.of(params)
 kept = read_samples(run.stage_folder("04_rejection_sampling") / "kept.parquet")
 samples = kept.select([row for row in range(len(kept)) for _ in range(TRACES)])
+(folder / "images").mkdir(parents=True, exist_ok=True)
 lines = []
 for number, (sample, trace) in enumerate(zip(
         samples, RuleBasedTraces(samples, params["seed"], box_format))):
     names = [f"{number // TRACES}-{place}.png" for place in range(len(sample.images))]
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, image in zip(names, sample.images.encoded):
         (folder / "images" / name).write_bytes(image.read_bytes())
     answer = {"options": sample.options, "letter": sample.letter} if sample.options else {

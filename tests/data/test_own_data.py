@@ -267,8 +267,8 @@ def test_boxes_in_one_corner_are_of_another_frame(root):
 
 
 def test_a_share_of_1_may_be_rounded_up_and_a_question_names_images_that_are_there(root):
-    whole = changed(box=[0, 0, 1.0000001, 0.5], coordinates="normalized_1")
-    assert call("check", write_lines(root, whole))[0] == 0
+    rounded = changed(box=[0, 0, 1.0000001, 0.5], coordinates="normalized_1")
+    assert call("check", write_lines(root, rounded))[0] == 0
     path = write_lines(root, changed(question="Find the cup of image 3."))
     assert "'question' names image 3, but there are 2 images" in call("check", path)[1]
 
