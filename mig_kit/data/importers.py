@@ -45,7 +45,8 @@ def _to_own_line(record: dict) -> dict:
     refuse_unless(len(boxes) == 1, "another number of boxes than one in the answer")
     name = IMAGE.fullmatch(OBJECT_TAG.sub("", answer[:boxes[0].start()]))
     refuse_unless(name is not None or len(images) == 1, "no image before the box",
-                  "the answer must name the image before its box, as in \"It's in the third image.\"")
+                  "the answer must name the image before its box, as in "
+                  "\"It's in the third image.\"")
     number = 1 if name is None else ORDINALS.index(name[1].lower()) + 1 if name[1] else int(name[2])
     return {"images": [image.removeprefix("./") if isinstance(image, str) else image
                        for image in images],
