@@ -38,7 +38,7 @@ from mig_kit.serving import reply_files, shipped_replies
 from mig_kit.serving.stored_replies import load_replies, reply_file
 
 FOLDER = NOTEBOOKS / "executed"
-LESSONS = ("05b_grpo_by_hand", "11_break_it", "12_credit")
+LESSONS = ("05b_grpo_by_hand", "10_what_makes_it_work", "11_break_it", "12_credit")
 FACTS = ("run_id", "started", "seconds", "machine", "versions", "git")
 # a shipped model -> the stages that trained its adapter and merged it
 MADE_BY = {"tiny/sft": ("02_sft", "03_merge"), "tiny/grpo": ("05_grpo", "05_grpo")}

@@ -90,6 +90,20 @@ def test_notebook_09_compares_runs(runs, tmp_path, monkeypatch, capsys):
     assert re.search(r"'4\.0 \(-8\.7 to \+16\.7\)'\s+Out\[\d+\]: 1\.4\s+$", text)
 
 
+def test_notebook_10_puts_a_run_beside_the_records(runs, tmp_path, monkeypatch, capsys):
+    """With what its reader is told to try behind it."""
+    write_with_blocks(tmp_path, "10_what_makes_it_work")
+    execute_here(tmp_path / "10_what_makes_it_work.ipynb", runs, tmp_path, monkeypatch,
+                 run_id="smoke")
+    text = capsys.readouterr().out
+    records = [json.loads(path.read_text())
+               for path in (NOTEBOOKS / "guide" / "evidence").glob("recipe-*.json")]
+    shares = [record["evidence"]["curves"]["evidence"] for record in records]
+    assert f"records of recipe ({len(records)} seeds)" in text
+    assert re.search(rf"run 'smoke': \d+% of the last .*{min(shares):.0%} to {max(shares):.0%}", text)
+    assert "pass@1" in text.rpartition("share of replies")[2] and "Warning" not in text
+
+
 needs_adapters = pytest.mark.skipif(
     not model_folder("tiny/sft").is_dir(), reason="no adapters yet; make executed ships them")
 
@@ -143,7 +157,8 @@ def test_notebook_90_makes_a_tiny_base(tmp_path, monkeypatch):
         output_of("run", "90", "--profile", "smoke", MIG_KIT_RUNS=str(tmp_path / "runs"))
 
 
-@pytest.mark.parametrize("stage", [*run_folders.STAGES, "09_compare"])
+@pytest.mark.parametrize("stage", [*run_folders.STAGES, "09_compare",
+                                   "10_what_makes_it_work"])
 def test_what_a_reader_is_told_to_try_shows_something(stage):
     for block in read_blocks(stage, "python"):
         last = ast.parse(block).body[-1]
