@@ -100,8 +100,8 @@ def test_notebook_10_puts_a_run_beside_the_records(runs, tmp_path, monkeypatch, 
                for path in (NOTEBOOKS / "guide" / "evidence").glob("recipe-*.json")]
     shares = [record["evidence"]["curves"]["evidence"] for record in records]
     assert f"records of recipe ({len(records)} seeds)" in text
-    assert re.search(r"run 'smoke': \d+% of the last replies list their evidence; the recorded seeds "
-                     rf"beside it {min(shares):.0%} to {max(shares):.0%}", text)
+    assert re.search(r"run 'smoke': \d+% of the last replies list their evidence; the recorded "
+                     rf"seeds beside it {min(shares):.0%} to {max(shares):.0%}", text)
     assert "pass@1" in text.rpartition("share of replies")[2] and "Warning" not in text
 
 
