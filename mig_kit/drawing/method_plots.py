@@ -169,7 +169,7 @@ def draw_loss(rewards: Sequence[float], advantages: np.ndarray,
     names = [f"reply {number}: reward {reward:.2f}, advantage {advantage:+.2f}" for
              number, (reward, advantage) in enumerate(zip(rewards, advantages), 1)]
     figure, panels = plt.subplots(1, len(token_weights), sharey=True, layout="constrained",
-                                  figsize=(8.6, 0.28 * len(names) + 1.1), squeeze=False)
+                                  figsize=(8.6, 0.28 * len(names) + 1.8), squeeze=False)
     for axis, (name, weights) in zip(panels[0], token_weights.items()):
         pushes = weights * advantages[:, None]
         limit = max(np.abs(pushes).max(), 1e-12)
