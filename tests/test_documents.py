@@ -1,5 +1,6 @@
 """README and guide: commands, blocks, figures and links."""
 
+import doctest
 import json
 import re
 import shlex
@@ -18,11 +19,14 @@ from command_line import run_mig_kit
 from safetensors import safe_open
 from trl import GRPOConfig
 
-from mig_kit import __version__
+from mig_kit import __version__, prompts, stats
 from mig_kit.commands.main import cli, stage_name
 from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT, model_folder
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.shared_prefix import logprobs
+from mig_kit.stages import sft
+from mig_kit.training import reward_loading
 
 GUIDE = PROJECT_ROOT / "notebooks" / "guide"
 PAGES = [PROJECT_ROOT / "README.md", PROJECT_ROOT / "notebooks" / "README.md",
@@ -85,6 +89,12 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
             assert anchor in map(slug, headings), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("module", [prompts, stats, logprobs, sft, reward_loading])
+def test_examples_in_docstrings_hold(module):
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
 
 
 def test_readme_and_guide_are_short():

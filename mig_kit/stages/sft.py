@@ -138,7 +138,13 @@ class CompletionLossTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
 
     def collate(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """row: (replies,); labels: (replies, tokens) of completions, -100 for padding, fillers."""
+        """row: (replies,); labels: (replies, tokens) of completions, -100 for padding, fillers.
+
+        >>> trainer = SimpleNamespace(completions={4: torch.tensor([7, 8]), 5: torch.tensor([9])})
+        >>> CompletionLossTrainer.collate(trainer, [{"rows": [4, 5], "is_filler": False}])
+        {'row': tensor([4, 5]), 'labels': tensor([[   7,    8],
+                [   9, -100]])}
+        """
         rows = [row for example in examples for row in example["rows"]]
         for row in {*rows} - self.completions.keys():
             self.completions[row] = completion_ids(self.samples[row], self.replies[row],
