@@ -1,8 +1,7 @@
 """Stage 02: supervised fine-tuning on the cold-start set, with QLoRA.
 
-NF4 weights with double quantisation, LoRA on the language model only, loss on the reply only. Of
-the paper we had the abstracts, which say LoRA; the rest is our choice: rank and alpha of the full
-profiles are VLM-R1's (arXiv 2504.07615).
+NF4 weights with double quantisation, LoRA on the language model only, loss on the reply only. The
+paper's abstracts name LoRA; rank and alpha of the full profiles are VLM-R1's (arXiv 2504.07615).
 """
 
 from collections.abc import Sequence
