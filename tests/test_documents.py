@@ -36,6 +36,7 @@ README = TEXTS["README.md"]
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 # a synopsis, words left out, or what a shell function puts together
 NO_COMMAND = re.compile(r"BENCHMARK|\.\.\. |\$[(a-z]")
+WITHIN_TEXT = re.compile(r"`(mig-kit [^`|]* -[^`|]*)`")  # commands with an option
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
 PAPER = "Improving the Reasoning of Multi-Image Grounding in MLLMs via Reinforcement Learning"
 
@@ -50,7 +51,8 @@ def read_commands(text: str) -> list[str]:
     return [line.strip() for line in lines if not NO_COMMAND.search(line)]
 
 
-COMMANDS = [(page, command) for page, text in TEXTS.items() for command in read_commands(text)
+COMMANDS = [(page, command) for page, text in TEXTS.items()
+            for command in [*read_commands(text), *WITHIN_TEXT.findall(text)]
             if command.startswith("mig-kit ")]
 
 
