@@ -28,6 +28,7 @@ from mig_kit.world.suites import OUT_OF_DOMAIN, SUITES, suite_title, task_title
 PAGES = (PROJECT_ROOT / "README.md", NOTEBOOKS / "guide" / "results.md")
 NAMES = list(dict.fromkeys(suite for suite, *_ in CLAIMS))
 MAIN = NAMES[0]
+COMMANDS = "notebooks/guide/evidence/evidence.yaml"  # from README
 NOT_YET = "Not run yet with this version."
 
 
@@ -128,12 +129,12 @@ def headline(records: dict[str, list[dict]]) -> str:
     first = next(record for record in recipe if not record["seed"])
     control = pair_with_recipe(records, "equal_data")
     rows = [["base", *(_mean([first], "base", suite) for suite in NAMES)],
-            ["SFT", *(_mean(recipe, "sft", suite) for suite in NAMES)]]
+            [f"[SFT]({COMMANDS})", *(_mean(recipe, "sft", suite) for suite in NAMES)]]
     if control:
-        rows.append(["SFT on RL's prompts (control)",
+        rows.append([f"[SFT on RL's prompts]({COMMANDS}) (control)",
                      *(_mean([arm for _, arm in control], "sft", suite) for suite in NAMES)])
     own = [*zip(recipe, recipe)]
-    rows += [["GRPO", *(_mean(recipe, "grpo", suite) for suite in NAMES)],
+    rows += [[f"[GRPO]({COMMANDS})", *(_mean(recipe, "grpo", suite) for suite in NAMES)],
              ["GRPO over SFT",
               *(describe(gaps_between(own, "grpo", "sft", suite), suite == MAIN)
                 for suite in NAMES)]]

@@ -49,11 +49,15 @@ def test_an_executed_notebook_is_what_a_run_left(stage):
     assert cells_of(path) == cells_of(NOTEBOOKS / path.name), "make executed-texts"
     notebook = nbformat.read(path, 4)
     assert load_tool().outputs_digest(notebook) == FACTS[stage]["outputs"]
+    pictures = []
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
             assert output.output_type != "error"
-            if output.get("data", {}).get("image/png"):
+            assert "Empty DataFrame" not in output.get("data", {}).get("text/plain", "")
+            if picture := output.get("data", {}).get("image/png"):
+                pictures.append(picture)
                 output.data["image/png"] = ""
+    assert len({*pictures}) == len(pictures), "a picture is shown twice"
     assert not MACHINE_PATH.search(nbformat.writes(notebook))
 
 

@@ -159,6 +159,30 @@ def plot_rewards(terms: dict[str, Sequence[float]], advantages: Sequence[float])
     return _close(figure)
 
 
+def draw_loss(rewards: Sequence[float], advantages: np.ndarray,
+              token_weights: dict[str, np.ndarray]) -> plt.Figure:
+    """From a group to its loss: a row per reply, a cell per token, coloured by weight x advantage.
+
+    token_weights: kind of loss -> (replies, tokens), 0 behind an end; advantages: (replies,).
+    """
+    colours = sns.blend_palette([PREDICTED, "white", CORRECT], as_cmap=True)
+    names = [f"reply {number}: reward {reward:.2f}, advantage {advantage:+.2f}" for
+             number, (reward, advantage) in enumerate(zip(rewards, advantages), 1)]
+    figure, panels = plt.subplots(1, len(token_weights), sharey=True, layout="constrained",
+                                  figsize=(8.6, 0.28 * len(names) + 1.8), squeeze=False)
+    for axis, (name, weights) in zip(panels[0], token_weights.items()):
+        pushes = weights * advantages[:, None]
+        limit = max(np.abs(pushes).max(), 1e-12)
+        sns.heatmap(pushes, mask=weights == 0, cmap=colours, vmin=-limit, vmax=limit, cbar=False,
+                    xticklabels=20, yticklabels=names, linewidths=0.15, ax=axis)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel("token")
+        axis.tick_params(axis="both", labelsize=8, rotation=0)
+        axis.grid(False)
+    set_title(figure, "What each token adds to the loss (blue: more probable, orange: less)")
+    return _close(figure)
+
+
 def plot_change(change: Sequence[float], advantages: Sequence[float]) -> plt.Figure:
     """Change of each reply's log-probability by one update, in nats, coloured by advantage."""
     figure, axis = plt.subplots(figsize=(6.4, 3), layout="constrained")

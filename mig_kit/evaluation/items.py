@@ -201,14 +201,17 @@ def summarize_reasoning(greedy: pd.DataFrame) -> dict:
     Returns:
         claims: number of claims that can be judged.
         truth: share of these that are true.
-        grounded: share of the correct replies that make a claim, and no false one.
+        grounded, silent, false: shares of the correct replies that make a claim and no false one,
+            no claim, and a false claim; together 100.
         Figures without a case are None.
     """
     true, judged, correct = (greedy[name].to_numpy(float) for name in ("true", "judged", "correct"))
     summary = {"claims": int(judged.sum())}
+    is_silent, is_false = judged == 0, true < judged
     for name, (part, total) in {
-            "truth": (true, judged),
-            "grounded": (correct * (judged > 0) * (true == judged), correct)}.items():
+            "truth": (true, judged), "grounded": (correct * ~(is_silent | is_false), correct),
+            "silent": (correct * is_silent, correct),
+            "false": (correct * is_false, correct)}.items():
         summary |= {name: None, f"{name}_ci95": None}
         if total.any():
             summary |= {name: to_percent(part.sum() / total.sum()),

@@ -141,11 +141,11 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
 
 
 def reasoning_bars(systems: dict) -> list[dict]:
-    """Rows {figure, system, share, ci95, n} of truth and grounded, for `plots.plot_scores`."""
+    """Rows {figure, system, share, ci95, n} of truth, silent, false, for `plots.plot_scores`."""
     return [{"figure": f"{suite_title(suite)}: {name}", "system": system,
              "share": figures[name], "ci95": figures[f"{name}_ci95"] or [np.nan] * 2,
              "n": result["n"]}
-            for name in ("truth", "grounded")
+            for name in ("truth", "silent", "false")
             for system, suites in systems.items() for suite, result in suites.items()
             if (figures := result.get("reasoning"))]
 

@@ -67,7 +67,8 @@ def test_the_truth_of_reasoning_by_hand():
     result = summarize(samples, replies)["reasoning"]
     assert result["claims"] == 6
     assert result["truth"] == pytest.approx(100 * 5 / 6)
-    assert result["grounded"] == pytest.approx(100 / 3)
+    for name in ("grounded", "silent", "false"):
+        assert result[name] == pytest.approx(100 / 3)
     low, high = result["grounded_ci95"]
     assert 0 <= low < 100 / 3 < high <= 100
     silent = summarize(samples, [""] * 4)["reasoning"]

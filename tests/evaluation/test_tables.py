@@ -67,7 +67,8 @@ def test_tasks_that_rl_moved_are_named_both_ways():
     assert text.startswith("RL moved 0 of 10 tasks beyond their intervals. Of twenty")
 
 
-REASONING = {"truth": None, "truth_ci95": None, "grounded": 0.0, "grounded_ci95": [0.0, 9.0]}
+REASONING = {"truth": None, "truth_ci95": None, "silent": 0.0, "silent_ci95": [0.0, 9.0],
+             "false": 9.0, "false_ci95": None}
 OF_OWN = {"grpo-base": {"own": GAP, "blink": GAP}}
 DELTAS = {"grpo-sft": {"mig_bench": GAP, "ood_grounding": GAP},
           "grpo-base": {"blink": GAP, "mmiu": GAP}}
@@ -94,7 +95,7 @@ CLAIMS = [claim("MIG-Bench-like (drawn)", "RL over SFT", "+9.04"),
     (tables.claim_rows({"deltas": DELTAS}), 4, CLAIMS),
     (tables.claim_rows({"deltas": DELTAS, "start_from": "base"}), 2, CLAIMS[2:]),  # no SFT before
     (tables.reasoning_bars(evaluated_systems()), 0, []),
-    (tables.reasoning_bars(evaluated_systems(reasoning=REASONING)), 6 * len(SUITES), []),
+    (tables.reasoning_bars(evaluated_systems(reasoning=REASONING)), 9 * len(SUITES), []),
     (tables.pass_at_k_rows(evaluated_systems()), 0, []),
     (tables.pass_at_k_rows(evaluated_systems(pass_at_k={"1": 45.0, "8": 80.0})), 2 * len(SUITES),
      [{"suite": "MIG-Bench-like (drawn)", "system": name, "samples": 8, "pass@1": 45.0,
