@@ -1,8 +1,7 @@
 """Stage 01, the filter: which traces may teach.
 
 Every trace passes `drop_reason`. A model teacher's traces also pass `drop_reason_of_model_teacher`,
-with the criteria of MG-Thinker (its section 3.2); it publishes no text rules, so the patterns are
-ours.
+with the criteria of MG-Thinker (arXiv 2609.37374, section 3.2) and patterns of our own.
 """
 
 import re

@@ -109,6 +109,10 @@ def parse_reply(text: str) -> Answer:
     """Read a reply without its sample; never raises.
 
     Several boxes or `<answer>` blocks count as no answer.
+
+    >>> answer = parse_reply('<think>A.</think><answer>{"image": 2, "box": [1, 2, 9, 9]}</answer>')
+    >>> answer.thinking, answer.image, answer.box, answer.well_formed
+    ('A.', 2, (1.0, 2.0, 9.0, 9.0), True)
     """
     thinking, answers = _find_blocks(text, "think"), _find_blocks(text, "answer")
     image, box, letter = None, None, ""

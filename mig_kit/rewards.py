@@ -2,9 +2,8 @@
 
 A reward is a function of an answer (`prompts.Answer`, a reply that was read) and its sample; it
 returns a number, or None if it does not apply to the sample. Parameter `rewards` of 05 also takes a
-function from your own file: "my_rewards.py:center". Of the paper we had the abstracts, without a
-formula; the form is
-MG-Thinker's.
+function from your own file: "my_rewards.py:center". Of the paper we had the abstracts, which name
+no rewards; these are ours, after MG-Thinker's.
 """
 
 import re

@@ -99,6 +99,13 @@ def share_interval_by_list(groups: Groups) -> list[float]:
 
     Args:
         groups: (values in 0..1, clusters) of each task.
+
+    >>> correct = np.tile([1.0, 1.0, 0.0, 0.0], 50)
+    >>> questions, pairs = np.arange(200), np.arange(200) // 2  # a list each, and one for two
+    >>> [round(bound, 2) for bound in share_interval_by_list([(correct, questions)])]
+    [0.43, 0.57]
+    >>> [round(bound, 2) for bound in share_interval_by_list([(correct, pairs)])]
+    [0.4, 0.6]
     """
     mean = macro_mean([values for values, _ in groups])
     count = len(np.unique(np.concatenate([clusters for _, clusters in groups])))

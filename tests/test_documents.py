@@ -1,5 +1,6 @@
 """README and guide: commands, blocks, figures and links."""
 
+import doctest
 import json
 import re
 import shlex
@@ -18,11 +19,14 @@ from command_line import run_mig_kit
 from safetensors import safe_open
 from trl import GRPOConfig
 
-from mig_kit import __version__
+from mig_kit import __version__, prompts, stats
 from mig_kit.commands.main import cli, stage_name
 from mig_kit.common import NOTEBOOKS, PACKAGE, PROJECT_ROOT, model_folder
 from mig_kit.pipeline.plan import parse_overrides
 from mig_kit.pipeline.run_folders import RECIPE
+from mig_kit.shared_prefix import logprobs
+from mig_kit.stages import sft
+from mig_kit.training import reward_loading
 
 GUIDE = PROJECT_ROOT / "notebooks" / "guide"
 PAGES = [PROJECT_ROOT / "README.md", PROJECT_ROOT / "notebooks" / "README.md",
@@ -32,6 +36,7 @@ README = TEXTS["README.md"]
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 # a synopsis, words left out, or what a shell function puts together
 NO_COMMAND = re.compile(r"BENCHMARK|\.\.\. |\$[(a-z]")
+WITHIN_TEXT = re.compile(r"`(mig-kit [^`|]* -[^`|]*)`")  # commands with an option
 LINK = re.compile(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)")
 PAPER = "Improving the Reasoning of Multi-Image Grounding in MLLMs via Reinforcement Learning"
 
@@ -46,7 +51,8 @@ def read_commands(text: str) -> list[str]:
     return [line.strip() for line in lines if not NO_COMMAND.search(line)]
 
 
-COMMANDS = [(page, command) for page, text in TEXTS.items() for command in read_commands(text)
+COMMANDS = [(page, command) for page, text in TEXTS.items()
+            for command in [*read_commands(text), *WITHIN_TEXT.findall(text)]
             if command.startswith("mig-kit ")]
 
 
@@ -85,6 +91,12 @@ def test_links_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
             assert anchor in map(slug, headings), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("module", [prompts, stats, logprobs, sft, reward_loading])
+def test_examples_in_docstrings_hold(module):
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
 
 
 def test_readme_and_guide_are_short():

@@ -46,7 +46,8 @@ def folder(smoke_runs, relatives, tmp_path_factory):
     own_questions.write_questions(folder / "images", 60)
     write_benchmarks(folder / "images")
     shutil.copytree(folder / "images", folder, dirs_exist_ok=True)  # where no --root is given
-    for name in ("MIG_data.json", "revised_MIG_bench.json"):
+    (folder / "eval" / "MIG-Bench").mkdir(parents=True)
+    for name in ("MIG_data.json", "eval/MIG-Bench/revised_MIG_bench.json"):
         shutil.copy(folder / "mig_bench.json", folder / name)
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (90, 70), "white").save(folder / name)

@@ -215,7 +215,16 @@ class _PackedRow:
 
 def _pack_completions(prompts: list[Prompt], prompt_index: torch.Tensor, ids: torch.Tensor,
                       mask: torch.Tensor) -> _PackedRow:
-    """Arguments as of `completion_states`; the result is on the device of `ids`."""
+    """Arguments as of `completion_states`; the result is on the device of `ids`.
+
+    >>> prompt = Prompt(torch.arange(9), torch.arange(9).expand(3, -1), None)  # of nine tokens
+    >>> ids, mask = torch.tensor([[51, 52], [61, 0]]), torch.tensor([[1, 1], [1, 0]])
+    >>> packed = _pack_completions([prompt], torch.tensor([0, 0]), ids, mask)
+    >>> packed.ids.tolist(), packed.positions[0].tolist(), packed.lengths
+    ([[51, 52, 61]], [[9, 10, 9]], [[2, 1]])
+    >>> packed.state_places.tolist()  # 0: the prompt's end; 1: the token 51, before 52
+    [0, 1, 0]
+    """
     device = ids.device
     prompt_index, ids, is_token = prompt_index.cpu(), ids.cpu(), mask.bool().cpu()
     packed_ids, positions, lengths = [], [], []

@@ -1,11 +1,9 @@
 """Stage 05: rule-based RL with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
 
 Advantages and loss are TRL's (`training.recipe_trainer` says where); here are model, data, rewards.
-
-Of the paper we had the abstracts, which say "rule-based RL"; GRPO, group size, rates and KL weight
-are our choices: the tiny profile's own, the full profiles' VLM-R1's and MG-Thinker's. The loss
-averages over the tokens of an update (TRL's `loss_type` dapo), not first over each reply as in the
-GRPO paper (arXiv 2402.03300).
+The paper's abstracts say "rule-based RL". GRPO, group size, rates and KL weight are our choices;
+the full profiles' are VLM-R1's and MG-Thinker's. The loss averages over an update's tokens (TRL's
+`loss_type` dapo), not first over each reply as in GRPO's own paper (arXiv 2402.03300).
 """
 
 import shutil

@@ -1,8 +1,7 @@
 """Stage 04: rejection sampling with the merged model curates the prompts for RL.
 
-Of the paper we had the abstracts, which name the step; the rule is ours: draw N replies at
-temperature 1 and keep prompts whose pass rate lies between two bounds, at most the same number of
-every task.
+The paper's abstracts name the step; the rule is ours: draw N replies at temperature 1 and keep
+prompts whose pass rate lies between two bounds, at most the same number of every task.
 """
 
 import random

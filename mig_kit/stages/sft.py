@@ -1,8 +1,7 @@
 """Stage 02: supervised fine-tuning on the cold-start set, with QLoRA.
 
-NF4 weights with double quantisation, LoRA on the language model only, loss on the reply only. Of
-the paper we had the abstracts, which say LoRA; the rest is our choice: rank and alpha of the full
-profiles are VLM-R1's (arXiv 2504.07615).
+NF4 weights with double quantisation, LoRA on the language model only, loss on the reply only. The
+paper's abstracts name LoRA; rank and alpha of the full profiles are VLM-R1's (arXiv 2504.07615).
 """
 
 from collections.abc import Sequence
@@ -138,7 +137,13 @@ class CompletionLossTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
 
     def collate(self, examples: list[dict]) -> dict[str, torch.Tensor]:
-        """row: (replies,); labels: (replies, tokens) of completions, -100 for padding, fillers."""
+        """row: (replies,); labels: (replies, tokens) of completions, -100 for padding, fillers.
+
+        >>> trainer = SimpleNamespace(completions={4: torch.tensor([7, 8]), 5: torch.tensor([9])})
+        >>> CompletionLossTrainer.collate(trainer, [{"rows": [4, 5], "is_filler": False}])
+        {'row': tensor([4, 5]), 'labels': tensor([[   7,    8],
+                [   9, -100]])}
+        """
         rows = [row for example in examples for row in example["rows"]]
         for row in {*rows} - self.completions.keys():
             self.completions[row] = completion_ids(self.samples[row], self.replies[row],

@@ -1,6 +1,6 @@
 """Stage 01: synthesise the cold-start set, by a teacher's traces and a filter that keeps good ones.
 
-Of the paper we had the abstracts alone; prompts and filter (`filters.drop_reason`) are ours.
+The paper's abstracts name the step; prompts and filter (`filters.drop_reason`) are ours.
 """
 
 import random

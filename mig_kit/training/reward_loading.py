@@ -158,6 +158,11 @@ class Score:
         given: TRL's arguments, for a reward in its form, which also gets the columns question,
         sizes ((width, height), pixels), targets ((image number, box), pixels of the original),
         options, letter and solution (a correct answer as the model writes it).
+
+        >>> from mig_kit.prompts import parse_reply
+        >>> score = Score("thinks", lambda answer, sample: answer.thinking != "", BoxFormat())
+        >>> score.score_batch([parse_reply("<think>A.</think>"), parse_reply("A.")], [None, None])
+        [1.0, 0.0]
         """
         values = []
         if takes_batch(self.reward):

@@ -1,6 +1,6 @@
 """What is drawn: the suites of the evaluation, and the mix that the stages train on.
 
-Each suite is the tiny world's counterpart of a benchmark that the paper reports. Only the questions
+Each suite but the unseen things is the tiny world's counterpart of a benchmark. Only the questions
 of MIG-Bench are asked in a training split too.
 """
 
