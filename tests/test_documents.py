@@ -111,8 +111,14 @@ def test_readme_and_guide_are_short():
 def test_the_readmes_figures_of_speed_and_size():
     (ratio,) = re.findall(r"([\d.]+) times as fast as stock TRL", README)
     assert f"**{ratio}**" in TEXTS["notebooks/guide/speed.md"]
-    assert "**`make run`** (version 0.6.0) took 16 minutes" in TEXTS["notebooks/guide/speed.md"]
-    assert "some 16 minutes" in README
+    (whole, parts), = re.findall(r"`make run`.*? took (\d+) minutes .*?: (.*?);",
+                                 TEXTS["notebooks/guide/speed.md"])
+    facts = json.loads((NOTEBOOKS / "executed" / "run.json").read_text())
+    seconds = {stage: facts[stage]["seconds"] for stage in RECIPE}
+    assert parts == ", ".join(f"{stage[:2]} {seconds[stage] / 60:.1f}" for stage in (
+        "02_sft", "04_rejection_sampling", "05_grpo", "06_evaluate"))
+    assert 0 <= int(whole) - sum(seconds.values()) / 60 <= 1.5  # kernels start, too
+    assert f"some {whole} minutes" in README
     with safe_open(PACKAGE / "tiny_base" / "model.safetensors", "pt") as weights:
         count = sum(weights.get_tensor(name).numel() for name in weights.keys())
     assert f"{count / 1e6:.0f} million" == "5 million" and "five million" in README

@@ -115,7 +115,7 @@ def status(run_id: str | None) -> None:
         run_folders.require_runs(run_id)
     lines = run_lines(run_id) if run_id else map(run_line, sorted(run_folders.list_runs()))
     click.echo("\n".join(lines) or (
-        f"no run in {run_folders.runs_root()} yet; mig-kit run makes one, all stages in some 16 "
+        f"no run in {run_folders.runs_root()} yet; mig-kit run makes one, all stages in some 15 "
         "minutes, and mig-kit run --profile smoke tries them in a few"))
 
 
