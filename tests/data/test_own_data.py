@@ -307,7 +307,7 @@ def test_a_file_none_of_whose_images_is_found_is_one_line(root, tmp_path):
     assert f"line 2: image 1: '{root}/none.png' is not there" in text
 
 
-def test_the_commands(root, tmp_path):
+def test_the_commands(root):
     path = write_lines(root, GOOD, *[changed(image=7)] * 12, GOOD)
     result = run_mig_kit("data", "check", str(path))
     assert result.returncode == 1 and not result.stderr

@@ -110,7 +110,8 @@ def test_text_without_the_answer_format_is_read():
     for unclear in (  # no box may get lost: the other one could then be the answer
             "At [10, 20, 30, 40].", "None but the second.", "<answer>none</answer>",
             "In image 1: [1, 2, 30, 40]\nIn image 2: [5, 6, 70, 80]",
-            '[{"bbox_2d": [1, 2, 30, 40], "image": 1}, {"bbox_2d": [5, 6, 7, 8], "image": [1, 2]}]'):
+            '[{"bbox_2d": [1, 2, 30, 40], "image": 1}, '
+            '{"bbox_2d": [5, 6, 7, 8], "image": [1, 2]}]'):
         assert read_freely(unclear, single) == unclear
     answer = parse_reply(read_freely("[1, 2, 30.5, 40]", one_image))
     assert (answer.image, answer.box) == (1, (1, 2, 30.5, 40))
