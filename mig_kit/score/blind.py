@@ -62,19 +62,6 @@ def fit_constant_box(boxes: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     return best
 
 
-def _most_frequent_letters(items: list[BenchmarkItem], by_task: dict[str, np.ndarray],
-                           folds: np.ndarray) -> np.ndarray:
-    """(n,) 1 where the letter most frequent in the task's other folds is the item's."""
-    values = np.zeros(len(items))
-    for places in by_task.values():
-        for fold in range(FOLDS):
-            letters = Counter(items[place].letter for place in places[folds[places] != fold])
-            letter = max(letters, key=letters.get, default="")
-            for place in places[folds[places] == fold]:
-                values[place] = letter != "" and items[place].letter == letter
-    return values
-
-
 def blind_values(scored: Scored) -> dict[str, np.ndarray]:
     """Row -> (n,) values of the headline metric, 0..1, of answers that no image is needed for.
 
@@ -84,22 +71,24 @@ def blind_values(scored: Scored) -> dict[str, np.ndarray]:
     """
     items, lists = [item for item, _ in scored.judged], number_lists(scored)
     by_task, folds = group_by_task(scored.tasks, np.arange(len(items))), lists % FOLDS
-    letters = _most_frequent_letters(items, by_task, folds)
-    boxes = shares_of_image(items)
-    if np.isnan(boxes).all():
-        return {LETTER: letters} if all(item.letter for item in items) else {}
+    letters, boxes = np.zeros(len(items)), shares_of_image(items)
     guesses = {WHOLE: np.tile([0.0, 0, 1, 1], (len(items), 1)), CONSTANT: np.full_like(boxes, 0),
                OTHER: np.full_like(boxes, 0)}
     for places in by_task.values():
         known = places[np.isfinite(boxes[places]).all(1)]
         for fold in range(FOLDS):
-            rest = known[folds[known] != fold]
+            own, rest = places[folds[places] == fold], known[folds[known] != fold]
+            counts = Counter(items[place].letter for place in places[folds[places] != fold])
+            letter = max(counts, key=counts.get, default="")
+            letters[own] = [letter != "" and items[place].letter == letter for place in own]
             if len(rest):
-                guesses[CONSTANT][places[folds[places] == fold]] = fit_constant_box(boxes[rest])
+                guesses[CONSTANT][own] = fit_constant_box(boxes[rest])
         ordered = known[np.argsort(lists[known], kind="stable")]
         after = np.searchsorted(lists[ordered], lists[ordered], "right") % max(1, len(ordered))
         is_another = lists[ordered] != lists[ordered[after]]
         guesses[OTHER][ordered] = boxes[ordered[after]] * is_another[:, None]
+    if np.isnan(boxes).all():
+        return {LETTER: letters} if all(item.letter for item in items) else {}
     return {name: np.maximum(letters, pairwise_iou(guess, boxes) >= 0.5)
             for name, guess in guesses.items()}
 

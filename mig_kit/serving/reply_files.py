@@ -214,7 +214,8 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
     replies: dict[str, dict] = {}
     for system, model in models.items():
         if not params.server and Path(model) == model_folder(shipped_replies.BASE):
-            _take_shipped(system, samples, drawn_samples, hardware, box_format, folder, params)
+            keys = list_reply_keys(samples, drawn_samples, hardware.dtype, box_format, params)
+            _take_shipped({reply_file(folder, system, *of): key for of, key in keys.items()})
         if cache:
             cache.release()  # so that two models need not be in memory at a time
         release_memory()
@@ -223,35 +224,48 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
                 cache.serve(policy.model)
             elif isinstance(policy, Policy):
                 cache = make_cache(policy)
-            replies[system] = _system_replies(policy, system, cache, samples, drawn_samples,
-                                              folder, params)
+            replies[system] = {suite: {"drawn": [[] for _ in part]}
+                               for suite, part in samples.items()}
+            for suite, kind, part, count, temperature in _list_asked(samples, drawn_samples,
+                                                                     params):
+                drawn = sample_replies(
+                    policy, part, reply_file(folder, system, suite, kind), replies=count,
+                    temperature=temperature, max_new_tokens=params.max_new_tokens,
+                    seed=params.seed, label=f"{system} {suite} {kind}", cache=cache)
+                rows = [drawn.get(sample.id, []) for sample in samples[suite]]
+                replies[system][suite][kind] = (
+                    rows if kind == "drawn" else [reply for reply, in rows])
             policy = None  # frees the system before the next
     return replies
+
+
+def _list_asked(samples: dict[str, list[Sample]], drawn_samples: dict[str, list[Sample]],
+                params: SimpleNamespace) -> list[tuple[str, str, list[Sample], int, float]]:
+    """(suite, kind of reply, samples, replies to each, temperature); as of `suite_replies`."""
+    asked = []
+    for suite, part in samples.items():
+        asked.append((suite, "greedy", part, 1, 0.0))
+        if params.replies and suite in drawn_samples:
+            asked.append((suite, "drawn", drawn_samples[suite], params.replies, 1.0))
+    return asked
 
 
 def list_reply_keys(samples: dict[str, list[Sample]], drawn_samples: dict[str, list[Sample]],
                     dtype: torch.dtype, box_format: BoxFormat,
                     params: SimpleNamespace) -> dict[tuple[str, str], str]:
     """(suite, kind of reply) -> `shipped_replies.reply_key`; arguments as of `suite_replies`."""
-    greedy, drawn = (SamplingOptions(temperature, max_new_tokens=params.max_new_tokens)
-                     for temperature in (0.0, 1.0))
-    asked = [(suite, "greedy", part, 1, greedy) for suite, part in samples.items()]
-    asked += [(suite, "drawn", part, params.replies, drawn)
-              for suite, part in drawn_samples.items() if params.replies]
-    return {(suite, kind): shipped_replies.reply_key(part, box_format, dtype, count, sampling,
-                                                     params.seed)
-            for suite, kind, part, count, sampling in asked}
+    return {(suite, kind): shipped_replies.reply_key(
+        part, box_format, dtype, count,
+        SamplingOptions(temperature, max_new_tokens=params.max_new_tokens), params.seed)
+        for suite, kind, part, count, temperature in _list_asked(samples, drawn_samples, params)}
 
 
-def _take_shipped(system: str, samples: dict[str, list[Sample]],
-                  drawn_samples: dict[str, list[Sample]], hardware: Hardware,
-                  box_format: BoxFormat, folder: Path, params: SimpleNamespace) -> None:
+def _take_shipped(keys: dict[Path, str]) -> None:
     """Put the shipped base's replies where they would be drawn, and print how many they are."""
-    keys = list_reply_keys(samples, drawn_samples, hardware.dtype, box_format, params)
-    paths = {key: reply_file(folder, system, *of) for of, key in keys.items()}
-    counts = {path.name: shipped_replies.fetch_replies(key, path) for key, path in paths.items()
+    counts = {path.name: shipped_replies.fetch_replies(key, path) for path, key in keys.items()
               if not path.is_file()}
     if any(counts.values()):
+        folder = next(iter(keys)).parent
         write_json(folder / SHIPPED_COUNTS, counts)
         print(describe_shipped(folder))
 
@@ -261,23 +275,3 @@ def count_endings_by_system(replies: dict, folder: Path) -> dict:
     return {system: count_endings(
         *(reply_file(folder, system, suite, kind) for suite in by_suite
           for kind in ("greedy", "drawn"))) for system, by_suite in replies.items()}
-
-
-def _system_replies(policy: Policy | ServedModel, system: str, cache: SampleCache | None,
-                    samples: dict[str, list[Sample]], drawn_samples: dict[str, list[Sample]],
-                    folder: Path, params: SimpleNamespace) -> dict:
-    """One system's part of `suite_replies`; cache: of a policy, None for servers."""
-    answers = {}
-    for suite, suite_samples in samples.items():
-        def ask(kind: str, questions: list[Sample], count: int, temperature: float,
-                suite=suite) -> dict[str, list[str]]:
-            return sample_replies(
-                policy, questions, reply_file(folder, system, suite, kind), replies=count,
-                temperature=temperature, max_new_tokens=params.max_new_tokens, seed=params.seed,
-                label=f"{system} {suite} {kind}", cache=cache)
-
-        greedy = ask("greedy", suite_samples, 1, 0.0)
-        drawn = ask("drawn", drawn_samples[suite], params.replies, 1.0) if params.replies else {}
-        answers[suite] = {"greedy": [greedy[sample.id][0] for sample in suite_samples],
-                          "drawn": [drawn.get(sample.id, []) for sample in suite_samples]}
-    return answers

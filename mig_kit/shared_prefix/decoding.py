@@ -83,15 +83,12 @@ class Decoder:
         self.prefix_bias = torch.zeros(is_padding.shape, device=device)
         self.prefix_bias.masked_fill_(is_padding, HIDDEN)
         self.row_bias = torch.full((capacity + ROW_BLOCK,), HIDDEN, device=device)
-        self._prepare_angles(prefixes.next_position, capacity, prefixes.inputs["inputs_embeds"])
 
-    def _prepare_angles(self, next_position: torch.Tensor, capacity: int,
-                        embeds: torch.Tensor) -> None:
-        """Cosines and sines of all steps, (prefixes, 1, steps, width)."""
-        steps = torch.arange(capacity, device=embeds.device)
-        positions = (next_position[:, None] + steps).expand(3, -1, -1)
-        self.cosines, self.sines = (
-            angles[:, None] for angles in self.language.rotary_emb(embeds, positions))
+        # cosines and sines of all steps, (prefixes, 1, steps, width)
+        steps = torch.arange(capacity, device=device)
+        positions = (prefixes.next_position[:, None] + steps).expand(3, -1, -1)
+        self.cosines, self.sines = (angles[:, None] for angles in self.language.rotary_emb(
+            prefixes.inputs["inputs_embeds"], positions))
         # With this sign, rotating a head only has to swap its halves.
         self.sines[..., :self.width // 2] *= -1
 
@@ -309,7 +306,9 @@ def _fuse_layers(layers: tuple[torch.nn.Module, ...], autocast: bool,
     bases, adapters = [], []
     for layer in layers:
         adapter = _active_adapter(layer) if is_plain_lora(layer) else None
-        is_wrapped = adapter is not None or _is_bare(layer)
+        # one that is merged or switched off, but not both, computes what its base layer does
+        is_wrapped = adapter is not None or "lora_A" in dict(layer.named_children()) and (
+            layer.merged != layer.disable_adapters)
         bases.append(layer.base_layer if is_wrapped else layer)
         adapters.append(adapter)
     if not all(type(base) is torch.nn.Linear for base in bases):
@@ -344,11 +343,6 @@ def _active_adapter(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor,
     name = names[0]
     return (layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(),
             layer.scaling[name])
-
-
-def _is_bare(layer: torch.nn.Module) -> bool:
-    """Is this a layer of LoRA's that computes what its base layer does?"""
-    return "lora_A" in dict(layer.named_children()) and layer.merged != layer.disable_adapters
 
 
 def train_mode_for_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:

@@ -132,7 +132,7 @@ def test_a_run_is_handed_over_with_its_own_values(smoke_runs, tmp_path, monkeypa
         assert card.data.library_name == "transformers"
 
 
-def test_what_cannot_be_exported_is_one_sentence(questions, root, tmp_path):
+def test_what_cannot_be_exported_is_one_sentence(root, tmp_path):
     samples = list(own_data.iter_samples(write_lines(root, GOOD, name="few.jsonl"), root))
     for out, sentence in ((".", "exists; name a new folder"),
                           ("out", "an update takes 16 prompts")):

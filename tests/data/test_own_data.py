@@ -217,11 +217,6 @@ def test_any_line_is_a_sample_inside_the_rules_or_has_sentences(root, line):
 MANY = "so many that others are probably wrong, too"
 
 
-def test_a_box_that_leaves_its_image_to_the_left_reaches_as_far(root):
-    path = write_lines(root, changed(box=[-500, 20, 60, 90]))
-    assert "the furthest reaches 350 % of its image's width" in call("check", path)[1]
-
-
 def test_what_pandas_saves_beside_the_columns_is_not_read(root):
     rows = [GOOD | {"box": numpy.array(GOOD["box"])}, CHOICE]
     table = pandas.DataFrame(rows * 3).sample(frac=1, random_state=0)
@@ -259,18 +254,27 @@ def test_most_boxes_speak_against_the_others(root, tmp_path):
     assert "24 written to" in text and MANY not in text
 
 
-def test_boxes_in_one_corner_are_of_another_frame(root):
-    half = "no box of 24 passes half of its image"
-    assert half in call("check", write_lines(root, *[changed(box=[1, 2, 30, 40])] * 24))[1]
-    path = write_lines(root, *[changed(box=[1, 2, 30, 40])] * 23, changed(box=[1, 2, 190, 40]))
-    assert half not in call("check", path)[1]
+LONG = {**GOOD, "question": "Find the cup. " * 3000}
+HALF = "no box of 24 passes half of its image"
+IN_A_CORNER = [changed(box=[1, 2, 30, 40])] * 24
 
 
-def test_a_share_of_1_may_be_rounded_up_and_a_question_names_images_that_are_there(root):
-    rounded = changed(box=[0, 0, 1.0000001, 0.5], coordinates="normalized_1")
-    assert call("check", write_lines(root, rounded))[0] == 0
-    path = write_lines(root, changed(question="Find the cup of image 3."))
-    assert "'question' names image 3, but there are 2 images" in call("check", path)[1]
+@pytest.mark.parametrize("rows, words, sentences", [
+    ([changed(box=[-500, 20, 60, 90])], (), ["the furthest reaches 350 % of its image's width"]),
+    (IN_A_CORNER, (), [HALF]),
+    ([*IN_A_CORNER[1:], changed(box=[1, 2, 190, 40])], (), [f"not {HALF}"]),
+    ([changed(box=[0, 0, 1.0000001, 0.5], coordinates="normalized_1")], (), ["1 correct, 0 wrong"]),
+    ([changed(question="Find the cup of image 3.")], (),
+     ["'question' names image 3, but there are 2 images"]),
+    ([GOOD, LONG, CHOICE], (), ["3 lines, 3 correct"]),  # no model is asked
+    ([GOOD, LONG, CHOICE], ("--profile", "tiny"),
+     ["line 2: the prompt takes ", "3 lines, 2", "and the model reads 4096; shorten the question, "
+      "take fewer images, or"])])
+def test_what_a_check_says_of_boxes_questions_and_prompts(root, rows, words, sentences):
+    code, text = call("check", write_lines(root, *rows), *words)
+    assert code == ("0 wrong" not in text)
+    for sentence in sentences:
+        assert (sentence.removeprefix("not ") in text) != sentence.startswith("not ")
 
 
 def test_the_sheet_draws_boxes_and_escapes_text(root):
@@ -303,7 +307,7 @@ def test_a_file_none_of_whose_images_is_found_is_one_line(root, tmp_path):
     assert f"line 2: image 1: '{root}/none.png' is not there" in text
 
 
-def test_the_commands(root, tmp_path):
+def test_the_commands(root):
     path = write_lines(root, GOOD, *[changed(image=7)] * 12, GOOD)
     result = run_mig_kit("data", "check", str(path))
     assert result.returncode == 1 and not result.stderr
@@ -320,12 +324,3 @@ def test_check_writes_the_correct_lines(root):
     assert code == 1 and "5 lines, 4 correct, 1 wrong; 4 written to" in text
     assert call("check", out)[0] == 0 and len(out.read_text().splitlines()) == 4
     assert "is FILE itself" in call("check", path, "--out", path)[1]
-
-
-def test_long_prompts_are_named(root):
-    long = {**GOOD, "question": "Find the cup. " * 3000}
-    path = write_lines(root, GOOD, long, CHOICE)
-    assert call("check", path)[0] == 0, "no model is asked"
-    code, text = call("check", path, "--profile", "tiny")
-    assert code == 1 and text.startswith("line 2: the prompt takes ") and "3 lines, 2" in text
-    assert "and the model reads 4096; shorten the question, take fewer images, or" in text

@@ -199,8 +199,7 @@ def test_vector_math_is_settled_before_two_threads_can_meet_in_it(monkeypatch):
 # projections: 4 of attention, 3 of linear attention, 3 of an MLP
 @pytest.mark.parametrize(("family", "projections"), [
     ("qwen2_vl", 14), ("qwen3_vl", 14), ("qwen3_5", 19)])
-def test_relatives_load_in_normalized_coordinates_only(family, projections, relatives, float32,
-                                                        samples):
+def test_relatives_load_in_normalized_coordinates_only(family, projections, relatives, float32):
     folder = relatives[family]
     with pytest.raises(UserError, match="set the parameter coordinates to normalized_1000"):
         loading.load_processor(folder, box_format=BoxFormat())

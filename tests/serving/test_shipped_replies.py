@@ -51,13 +51,13 @@ def test_shipped_replies_are_taken_as_they_were_drawn(tmp_path, monkeypatch, cap
             for number, sample in enumerate(samples["refer"])]
     drawn.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shipped_replies.ship_replies({key: drawn for key in keys.values()})
-    take = reply_files._take_shipped
-    take("base", samples, {}, hardware, BOX_FORMAT, tmp_path / "replies", params)
-    assert capsys.readouterr().out == "2 of the base's replies are those shipped with it\n"
     taken = tmp_path / "replies" / "base_refer_greedy.jsonl"
+    reply_files._take_shipped(dict.fromkeys([taken], *keys.values()))
+    assert capsys.readouterr().out == "2 of the base's replies are those shipped with it\n"
     assert [json.loads(line) for line in taken.read_text().splitlines()] == rows
     params.max_new_tokens = 9
-    take("base", samples, {}, hardware, BOX_FORMAT, tmp_path / "others", params)
+    keys = reply_files.list_reply_keys(samples, {}, hardware.dtype, BOX_FORMAT, params)
+    reply_files._take_shipped(dict.fromkeys([tmp_path / "others" / "a.jsonl"], *keys.values()))
     assert not (tmp_path / "others").exists() and not capsys.readouterr().out
 
 

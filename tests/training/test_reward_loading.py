@@ -60,11 +60,13 @@ def test_the_copy_counts(load, tmp_path, samples):
     assert again(parse_reply("four"), samples[0]) == 2.0, "not from the copy"
 
 
-def test_dataclasses_and_the_kit_can_be_used(load, samples):
-    reward, _ = load("from __future__ import annotations\nfrom dataclasses import dataclass\n"
-                     "from mig_kit.rewards import box_reward\n"
-                     "@dataclass\nclass Part:\n    value: float\n"
-                     + HEAD + "    return Part(box_reward(answer, sample)).value\n")
+def test_dataclasses_the_kit_and_a_byte_order_mark_can_be_used(load, samples):
+    reward, file = load("\ufefffrom __future__ import annotations\n"
+                        "from dataclasses import dataclass\n"
+                        "from mig_kit.rewards import box_reward\n"
+                        "@dataclass\nclass Part:\n    value: float\n"
+                        + HEAD + "    return Part(box_reward(answer, sample)).value\n")
+    check_rewards([f"{file}:center"], {}, {})
     assert reward(right_answer(samples[0]), samples[0]) > 0.9
 
 
@@ -98,12 +100,6 @@ def test_a_reward_in_trls_form_gets_the_batch(load, samples, text, values):
         trainer_state=TrainerState(), log_metric=print)
     assert results == (values or [len(sample.images) for sample in samples[:2]])
     assert score(parse_reply("a"), samples[0]) is None, "a reply alone is no batch"
-
-
-def test_a_byte_order_mark_before_a_reward_is_no_error(load, samples):
-    reward, file = load("\ufeff" + HEAD + "    return 1\n")
-    check_rewards([f"{file}:center"], {}, {})
-    assert reward(parse_reply(""), samples[0]) == 1
 
 
 @pytest.mark.parametrize(("text", "error", "words"), [
