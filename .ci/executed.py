@@ -1,7 +1,8 @@
 """Put the notebooks of a finished run into notebooks/executed: `make executed RUN_ID=default`.
 Without a run it writes the present texts beside the outputs that are there: `make executed-texts`.
 
-Lessons, which are no stages, are executed on that run. run.json beside them says of which run they
+Lessons, which are no stages, are executed on that run; `.ci/executed.py RUN_ID LESSON` makes one
+of them again, as 10 after new records. run.json beside them says of which run they
 are, and holds a digest of each one's outputs. README's picture is the one that 07 keeps, and
 results.md shows the head of the report, as Chromium draws it. The run's adapters become tiny/sft
 and tiny/grpo; replies.json holds some of the replies that its models gave in 06, and those of the
@@ -195,8 +196,18 @@ def main(run_id: str) -> None:
     copy_pictures(run_id)
 
 
+def renew_lesson(run_id: str, lesson: str) -> None:
+    """Execute one lesson again on the run whose notebooks are there."""
+    prepare_process()
+    path = FOLDER / "run.json"
+    facts = json.loads(path.read_text())
+    write_json(path, facts | {lesson: run_lesson(lesson, run_id)})
+
+
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[2:]:
+        renew_lesson(*sys.argv[1:])
+    elif sys.argv[1:]:
         main(sys.argv[1])
     else:
         for kept_notebook in sorted(FOLDER.glob("*.ipynb")):
