@@ -15,13 +15,11 @@ import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
-from mig_kit.evaluation.evaluate import has_own_data
 from mig_kit.evaluation.items import QUESTION, pick, read_items
 from mig_kit.pipeline import store
-from mig_kit.pipeline.params import default_params
+from mig_kit.pipeline.params import default_params, find_changed
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.pipeline.runs import Run
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.world.suites import SUITES, suite_title
 
 # Runs that differ in one of these did not answer the same questions.
@@ -89,7 +87,7 @@ def load_groups(groups: dict[str, list[str]]) -> tuple[
 
 def _read_run(word: str) -> tuple[EvaluatedRun, pd.MultiIndex]:
     """A run or a recorded one, and the index of its questions."""
-    if is_recorded(word):
+    if word.endswith(".json"):
         run = read_recorded(word)
         rows = [(suite, task, task) for suite, per_task in run.params["suites"].items()
                 for task in SUITES[suite].tasks for _ in range(per_task)]
@@ -104,17 +102,13 @@ def _read_run(word: str) -> tuple[EvaluatedRun, pd.MultiIndex]:
     return _load_run(run, record, greedy), pd.MultiIndex.from_frame(asked[QUESTION[:4]])
 
 
-def _sample_params(params: dict) -> dict:
-    """SAMPLE_PARAMS of the parameters of 06."""
-    drawn = {name: size for name, size in params["suites"].items() if size}
-    return {name: params[name] for name in SAMPLE_PARAMS} | {"suites": drawn}
-
-
 def _load_run(run: Run, record: dict, greedy: pd.DataFrame) -> EvaluatedRun:
     """record: of 06; greedy: rows of its `items`."""
     stages = {stage: run.record(stage) or {} for stage in RECIPE[1:6]}
     trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
     seed = trained.get("seed", 0)
+    asked = {name: record["params"][name] for name in SAMPLE_PARAMS}
+    drawn = {name: size for name, size in asked["suites"].items() if size}
     curves = store.read_metrics(run.stage_folder("05_grpo")).get("curves", [])
     lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
     summaries = store.read_metrics(run.stage_folder("06_evaluate"))["systems"]
@@ -125,9 +119,9 @@ def _load_run(run: Run, record: dict, greedy: pd.DataFrame) -> EvaluatedRun:
         float(np.mean(lengths or [np.nan])),
         sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
         record.get("git", ""), record.get("machine", ""),
-        record.get("versions", {}).get("mig-kit", ""), _sample_params(record["params"]),
+        record.get("versions", {}).get("mig-kit", ""), asked | {"suites": drawn},
         trained.get("start_from", "merged"), record.get("questions", {}),
-        changed_params(run.id, RECIPE[1:7]), run.notes("06_evaluate"),
+        changed_params(run), run.notes("06_evaluate"),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
                   if summary.get("reasoning")} for system, by_suite in summaries.items()},
         {system: {suite: summary["score"] for suite, summary in by_suite.items()}
@@ -142,15 +136,10 @@ def correct_bits(greedy: pd.DataFrame, by: str = "model") -> dict[str, dict[str,
             for name, of_name in greedy.groupby(by, sort=False)}
 
 
-def is_recorded(name: str) -> bool:
-    """Whether a member of a group is a recorded run's file, not a run id."""
-    return name.endswith(".json")
-
-
 def record_run(run_id: str, folder: Path) -> Path:
     """Write FOLDER/RUN_ID.json, a recorded run; UserError as `load_groups`, and for own data."""
     _, runs = load_groups({run_id: [run_id]})
-    if has_own_data(run_id):
+    if Run(run_id).data != "scenes":
         raise UserError(f"run '{run_id}' was scored on own data, whose questions are not in the "
                         "record; only runs on drawn suites can be recorded")
     path = folder / f"{run_id}.json"
@@ -172,15 +161,11 @@ def read_recorded(path: str) -> EvaluatedRun:
                         "file") from error
 
 
-def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
-    """Finished stage -> its parameters that differ from the defaults and change results."""
-    changed = {}
-    for stage in stages:
-        params, defaults = Run(run_id).params(stage), default_params(stage)
-        if values := {name: value for name, value in params.items()
-                      if name not in EXECUTION_PARAMS and value != defaults.get(name, value)}:
-            changed[stage] = values
-    return changed
+def changed_params(run: Run) -> dict[str, dict]:
+    """Finished stage of 01 to 06 -> its parameters that differ from the defaults."""
+    changed = {stage: find_changed(run.params(stage), default_params(stage))
+               for stage in RECIPE[1:7]}
+    return {stage: values for stage, values in changed.items() if values}
 
 
 def pair_runs(runs: Sequence[EvaluatedRun],
@@ -230,7 +215,7 @@ def check_margins(run_id: str) -> tuple[str, bool]:
     than the recipe's, or without a finished 06.
     """
     file, run = PROJECT_ROOT / MARGINS, Run(run_id)
-    if not run.record("06_evaluate") or not file.is_file() or changed_params(run_id, RECIPE[1:7]):
+    if not run.record("06_evaluate") or not file.is_file() or changed_params(run):
         return "", False
     metrics = store.read_metrics(run.stage_folder("06_evaluate"))
     texts, is_outside = [], False

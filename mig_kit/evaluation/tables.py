@@ -8,9 +8,8 @@ import pandas as pd
 from mig_kit import __version__
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.evaluation.items import paired_gap, pick
-from mig_kit.pipeline.params import default_params
+from mig_kit.pipeline.params import default_params, find_changed
 from mig_kit.pipeline.runs import Run
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.sample import Sample
 from mig_kit.stats import interval_text, number_text
 from mig_kit.world.suites import OWN, suite_title, task_title
@@ -135,8 +134,7 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
         others = Run(source).params(stage) if source else default_params(stage)
         rows += [{"stage": stage, "parameter": name, "this run": str(value),
                   f"run {source}" if source else "default": str(others[name])}
-                 for name, value in record["params"].items()
-                 if value != others.get(name, value) and name not in EXECUTION_PARAMS]
+                 for name, value in find_changed(record["params"], others).items()]
     return rows
 
 
