@@ -41,12 +41,12 @@ class EvaluatedRun:
     git: str
     machine: str
     version: str  # of mig-kit
-    params: dict  # SAMPLE_PARAMS of 06
+    params: dict  # SAMPLE_PARAMS of 06; of a model that mig-kit eval asked those of 06 alone
     start_from: str = "merged"  # what 05 trained
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `changed_params`
     stale: list[str] = field(default_factory=list)  # of `Run.notes`
-    # by system and suite: truth and grounded of `evaluate.summarize_reasoning`
+    # by system and suite: truth and grounded of `items.summarize_reasoning`
     reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # percent, as 06 wrote them
     processor_seconds: float | None = None  # of stages 02 to 05; None where a part was not seen
@@ -66,11 +66,12 @@ def load_groups(groups: dict[str, list[str]]) -> tuple[
     for word in [word for group in groups.values() for word in group]:
         loaded[word], asked = _read_run(word)
         questions = asked if questions is None else questions
-    first, *others = loaded.values()
     for name in SAMPLE_PARAMS:
-        if any(run.params[name] != first.params[name] for run in others):
-            values = ", ".join(f"{word} {run.params[name]}" for word, run in loaded.items())
-            raise UserError(f"the runs were not evaluated on the same samples: {name} is {values}")
+        values = {word: run.params.get(name, default_params("01_synthesize").get(name))
+                  for word, run in loaded.items()}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            texts = ", ".join(f"{word} {value}" for word, value in values.items())
+            raise UserError(f"the runs were not evaluated on the same samples: {name} is {texts}")
     digests = {}
     for word, run in loaded.items():
         for suite, digest in run.questions.items():
@@ -104,24 +105,19 @@ def _read_run(word: str) -> tuple[EvaluatedRun, pd.MultiIndex]:
 
 def _load_run(run: Run, record: dict, greedy: pd.DataFrame) -> EvaluatedRun:
     """record: of 06; greedy: rows of its `items`."""
-    stages = {stage: run.record(stage) or {} for stage in RECIPE[1:6]}
-    trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
-    seed = trained.get("seed", 0)
+    stages = list(filter(None, map(run.record, RECIPE[2:6])))  # a run may have no cold start
+    trained, synthesized = (run.params(stage) for stage in ("05_grpo", "01_synthesize"))
     asked = {name: record["params"][name] for name in SAMPLE_PARAMS}
     drawn = {name: size for name, size in asked["suites"].items() if size}
-    curves = store.read_metrics(run.stage_folder("05_grpo")).get("curves", [])
-    lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
+    curves = store.read_metrics(run.stage_folder("05_grpo"))["curves"]
+    lengths = [row["length"] for row in curves[-10:] if row["length"] is not None]
     summaries = store.read_metrics(run.stage_folder("06_evaluate"))["systems"]
-    spent = [stage.get("processor_seconds") for name, stage in stages.items()
-             if name > "02" and stage]
+    spent = [stage["processor_seconds"] for stage in stages]
     return EvaluatedRun(
-        run.id, synthesized.get("seed", seed), seed, correct_bits(greedy),
-        float(np.mean(lengths or [np.nan])),
-        sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
-        record.get("git", ""), record.get("machine", ""),
-        record.get("versions", {}).get("mig-kit", ""), asked | {"suites": drawn},
-        trained.get("start_from", "merged"), record.get("questions", {}),
-        changed_params(run), run.notes("06_evaluate"),
+        run.id, synthesized["seed"], trained["seed"], correct_bits(greedy),
+        float(np.mean(lengths or [np.nan])), sum(stage["seconds"] for stage in stages) / 60,
+        record["git"], record["machine"], record["versions"]["mig-kit"], asked | {"suites": drawn},
+        trained["start_from"], record["questions"], changed_params(run), run.notes("06_evaluate"),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
                   if summary.get("reasoning")} for system, by_suite in summaries.items()},
         {system: {suite: summary["score"] for suite, summary in by_suite.items()}

@@ -22,7 +22,6 @@ CLAIMS = (
     ("blink", "RL over base", "grpo-base", 3.1),
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
-ALL_SYSTEMS = ("base", "sft", "start", "grpo")
 RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
 DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
 
@@ -189,7 +188,7 @@ def describe_outcome(metrics: dict) -> str:
     systems, deltas = metrics["systems"], metrics["deltas"]
     suite = next(iter(systems["grpo"]))
     scores = " → ".join(f"{SYSTEM_LABELS[name]} {systems[name][suite]['score']:.1f}"
-                        for name in ALL_SYSTEMS if name in systems)
+                        for name in SYSTEM_LABELS if name in systems)
     pair = ("grpo-sft" if metrics.get("start_from", "merged") == "merged" else
             "grpo-start" if "start" in systems else "grpo-base")
     gap = deltas.get(pair, {}).get(suite)
