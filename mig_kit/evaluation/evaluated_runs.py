@@ -59,8 +59,7 @@ def load_groups(groups: dict[str, list[str]]) -> tuple[
     The index has a row for each place of `EvaluatedRun.correct`, suite after suite: its suite,
     task, part and list, as in `items`.
 
-    Raises: UserError for a run without a finished 06, if runs answered different questions, or if
-    a model was trained again since.
+    Raises: UserError for a run without a finished 06, or if runs answered different questions.
     """
     loaded, questions = {}, None
     for word in [word for group in groups.values() for word in group]:
