@@ -96,15 +96,6 @@ def encode_images(images: Sequence[Image.Image], folder: Path) -> list[dict]:
             {"bytes": image.read_bytes(), "path": None} for image in images.encoded]
 
 
-def sample_to_row(sample: Sample, folder: Path) -> dict:
-    """The sample as a row of a table in `folder`; what the table has no column for is left out."""
-    return vars(sample) | {
-        "images": encode_images(sample.images, folder), "sizes": sample.sizes,
-        "target_images": [target.image for target in sample.targets],
-        "target_boxes": [target.box for target in sample.targets],
-        "reference": sample.reference or []}
-
-
 def sample_from_row(row: dict, folder: Path) -> Sample:
     """The sample that a row of a table in `folder` was made from; extra columns are ignored."""
     targets = zip(row["target_images"], row["target_boxes"])
@@ -141,8 +132,12 @@ class SampleWriter:
         self.n_bytes = self.n_written = 0
 
     def write(self, sample: Sample, trace: Trace | None = None) -> None:
-        """Add a row."""
-        row = sample_to_row(sample, self.path.parent)
+        """Add a row; what the table has no column for is left out."""
+        row = vars(sample) | {
+            "images": encode_images(sample.images, self.path.parent), "sizes": sample.sizes,
+            "target_images": [target.image for target in sample.targets],
+            "target_boxes": [target.box for target in sample.targets],
+            "reference": sample.reference or []}
         if trace is not None:
             row |= {"reply": trace.text, "detail": trace.detail, "error": trace.error}
         self.rows.append(row)

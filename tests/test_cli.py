@@ -1,7 +1,6 @@
 """The command line's sentences."""
 
 import errno
-import io
 import json
 import os
 from pathlib import Path
@@ -25,7 +24,6 @@ from mig_kit.world.tasks import make_sample
     (("run", "01", "-p", "run_id", "b"), "use --run-id"),
     (("run", "05", "-p", "top_p", "0.9"), 'is written as -p trl "{NAME: VALUE}"'),
     (("run", "05", "-p", "reward_weights", "{box:2}"), "reward_weights.box:2 is None: Input"),
-    (("run", "01", "--run-id", "a/b"), "run_id is 'a/b'; use letters"),
     (("run", "05", "-p", "beta=0.1"), "Option '-p' requires 2 arguments"),
     (("run", "99"), "no stage '99'"),
     (("eval", "--model", "tiny", "--out", "x", "--suite", "blnk"), "is not one of 'drawn', 'own'"),
@@ -94,14 +92,6 @@ def test_a_lock_is_read_without_the_right_to_write(tmp_path, monkeypatch):
         monkeypatch.setattr("os.statvfs", lambda path: Mock(f_flag=os.ST_RDONLY))
         assert not run_folders.is_locked(tmp_path)
     assert modes == ["r", "r"]
-
-
-def test_rm_without_an_answer_removes_nothing(tmp_path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    monkeypatch.setattr("sys.stdin", io.StringIO())
-    result = run_mig_kit("rm", "mine", MIG_KIT_RUNS=str(tmp_path))
-    assert "nothing removed, for there was no answer; --yes does not ask" in result.stderr
-    assert (tmp_path / "mine").is_dir()
 
 
 def test_an_interrupt_prints_the_command_that_goes_on(tmp_path, monkeypatch):

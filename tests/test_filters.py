@@ -53,13 +53,10 @@ def test_each_drop_reason_of_a_model_teachers_trace():
         return filters.drop_reason_of_model_teacher(trace, SAMPLE, BOX_FORMAT)
 
     assert drop_reason() == ""
-    assert drop_reason(end="") == "format"
     assert drop_reason(error="x") == "no reply"
     assert drop_reason("The answer is in image 2.") == "up front"
     assert drop_reason("As the ground truth says.") == "reveals"
-    image = SAMPLE.targets[0].image
-    other_image = answer.replace(f": {image},", f": {3 - image},")
-    assert drop_reason(end=other_image) == "image"
+    assert drop_reason(end="") == "format", "and the others that the rules' traces have, too"
     choice = next(iter_free_form("cot", 1))
     reply = f"<think>It shows one.</think><answer>{choice.letter}</answer>"
     trace = Trace(reply, "endpoint", "")

@@ -124,7 +124,11 @@ def status(run_id: str | None) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(run_id: str, yes: bool) -> None:
     """Delete the run RUN_ID with all its stages, unless branches start from it."""
-    runs.require_no_branches(run_id)
+    run_folders.require_runs(run_folders.validate_run_id(run_id))
+    if branches := [name for name in sorted(run_folders.list_runs())
+                    if runs.Run(name).branch.get("from") == run_id]:
+        raise UserError(f"run '{run_id}' stays: {', '.join(branches)} start from it; remove these "
+                        f"first, as mig-kit rm {branches[0]}")
     folder = run_folders.runs_root() / run_id
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
     run_folders.lock_run(folder)  # refused before a question is asked

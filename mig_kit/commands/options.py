@@ -33,5 +33,4 @@ root_option = click.option("--root", type=FOLDER, help="Image root; else the fol
 
 def profile_box_format(profile: str) -> BoxFormat:
     """How the models of a profile see images and write boxes."""
-    params = profile_params("01_synthesize", profile)
-    return BoxFormat.of(params)
+    return BoxFormat.of(profile_params("01_synthesize", profile))

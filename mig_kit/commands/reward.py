@@ -42,17 +42,12 @@ def check_reward(rewards: tuple[str, ...], file: Path | None, run_id: str, root:
 
     if not run_id and not (rewards and file):
         raise UserError("name rewards and --data FILE, or --run RUN, which has both")
+    box_format, params = profile_box_format(profile), profile_params("05_grpo", profile)
     if run_id:
         run_folders.require_runs(run_id)
         run = Run(run_id)
-        profile = run.profile or "tiny"
-    box_format, params = profile_box_format(profile), profile_params("05_grpo", profile)
-    record = None
-    if run_id:
-        values = run.run_params("mig-kit reward check")
-        box_format = BoxFormat.of(values)
-        if record := run.record("05_grpo"):
-            params = run.params("05_grpo")
+        box_format = BoxFormat.of(run.run_params("mig-kit reward check"))
+        params = run.params("05_grpo") or profile_params("05_grpo", run.profile or "tiny")
     # a file is named from where the command is given
     references = [f"{Path.cwd() / text}" if ":" in text else text for text in rewards]
     references = references or params["rewards"]
@@ -64,7 +59,7 @@ def check_reward(rewards: tuple[str, ...], file: Path | None, run_id: str, root:
         samples = read_samples(folder / "kept.parquet")
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if record and not rewards:
+        if run_id and run.record("05_grpo") and not rewards:
             folder = run.stage_folder("05_grpo")
         else:  # copied, as 05 copies them
             check_rewards(references, {}, {})

@@ -107,15 +107,13 @@ def evaluate_model(model: RunModel, task: Task, hardware: Hardware, out: Path,
                         "chat template, or at how its server parts reasoning from answers, and "
                         f"delete {out} before another try")
     greedy = [reply for suite in samples for reply in replies[suite]["greedy"]]
-    if benchmark:
-        keys = [{"index": item.index} for item in benchmark.items]
-        scores, table = judge_benchmark(benchmark, samples[task.suite], greedy, task.root,
-                                        box_format)
-    else:
-        keys = [{"id": sample.id} for sample in chain(*samples.values())]
-        scores, table = judge_suites(samples, replies, box_format)
-    write_json_lines(out / "predictions.jsonl", [key | {"response": reply}
-                                                 for key, reply in zip(keys, greedy)])
+    keys = ([{"index": item.index} for item in benchmark.items] if benchmark else
+            [{"id": sample.id} for sample in chain(*samples.values())])
+    lines = [key | {"response": reply} for key, reply in zip(keys, greedy, strict=True)]
+    scores, table = (
+        judge_benchmark(benchmark, samples[task.suite], lines, task.root, box_format) if benchmark
+        else judge_suites(samples, replies, box_format))
+    write_json_lines(out / "predictions.jsonl", lines)
     is_read = table.groupby(QUESTION, sort=False)["read"].max()  # by any protocol
     result = {"model": str(model.folder), "adapter": described, "questions": questions,
               **_compare_with_run(task, samples, model.run_id),
@@ -213,15 +211,13 @@ def judge_suites(samples: dict[str, Sequence[Sample]], replies: dict[str, dict],
     return summarize_all(table, "protocol"), table
 
 
-def judge_benchmark(benchmark: Benchmark, samples: list[Sample], greedy: list[str], root: Path,
+def judge_benchmark(benchmark: Benchmark, samples: list[Sample], lines: list[dict], root: Path,
                     box_format: BoxFormat) -> tuple[dict, pd.DataFrame]:
     """As `judge_suites`, of a real benchmark by its protocols, whose headline is called correct.
 
-    root: of its images.
+    lines: the predictions. root: of its images.
     """
     name, tables = benchmark.name, []
-    lines = [{"index": item.index, "response": reply}
-             for item, reply in zip(benchmark.items, greedy, strict=True)]
     scored = {protocol: protocols.score_predictions(
         benchmark, lines, "the replies", box_format, protocol, box_format.coordinates, str(root))
         for protocol in BENCHMARKS[name].protocols}

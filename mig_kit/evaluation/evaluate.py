@@ -30,9 +30,9 @@ PAIRS = (("grpo", "sft"), ("grpo", "start"), ("grpo", "base"), ("sft", "base"))
 def load_test_samples(run_id: str, params: Mapping) -> dict[str, Sequence[Sample]]:
     """Suite -> scored samples: held-out own data, then synthetic suites; params: of 06."""
     samples: dict[str, Sequence[Sample]] = {}
-    if has_own_data(run_id):
-        folder = Run(run_id).stage_folder("01_synthesize")
-        samples[suites.OWN] = read_samples(folder / "val.parquet")
+    run = Run(run_id)
+    if run.data != "scenes":
+        samples[suites.OWN] = read_samples(run.stage_folder("01_synthesize") / "val.parquet")
     return samples | draw_test_samples(params)
 
 
@@ -52,11 +52,6 @@ def digest_questions(samples: Mapping[str, Sequence[Sample]]) -> dict[str, str]:
                      sample.letter, False, [image.hex() for image in image_digests(sample.images)])
             digests[suite].update(json.dumps(asked, default=float).encode())
     return {suite: digest.hexdigest() for suite, digest in digests.items()}
-
-
-def has_own_data(run_id: str) -> bool:
-    """Whether the run was trained on data of its own, not on drawn scenes."""
-    return Run(run_id).data != "scenes"
 
 
 def find_rl_start(start_from: str) -> Path | None:

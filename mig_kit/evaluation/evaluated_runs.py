@@ -15,13 +15,11 @@ import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
 from mig_kit.common import PROJECT_ROOT, UserError, write_json
-from mig_kit.evaluation.evaluate import has_own_data
 from mig_kit.evaluation.items import QUESTION, pick, read_items
 from mig_kit.pipeline import store
-from mig_kit.pipeline.params import default_params
+from mig_kit.pipeline.params import default_params, find_changed
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.pipeline.runs import Run
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.world.suites import SUITES, suite_title
 
 # Runs that differ in one of these did not answer the same questions.
@@ -43,12 +41,12 @@ class EvaluatedRun:
     git: str
     machine: str
     version: str  # of mig-kit
-    params: dict  # SAMPLE_PARAMS of 06
+    params: dict  # SAMPLE_PARAMS of 06; of a model that mig-kit eval asked those of 06 alone
     start_from: str = "merged"  # what 05 trained
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `changed_params`
     stale: list[str] = field(default_factory=list)  # of `Run.notes`
-    # by system and suite: truth and grounded of `evaluate.summarize_reasoning`
+    # by system and suite: truth and grounded of `items.summarize_reasoning`
     reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # percent, as 06 wrote them
     processor_seconds: float | None = None  # of stages 02 to 05; None where a part was not seen
@@ -61,18 +59,18 @@ def load_groups(groups: dict[str, list[str]]) -> tuple[
     The index has a row for each place of `EvaluatedRun.correct`, suite after suite: its suite,
     task, part and list, as in `items`.
 
-    Raises: UserError for a run without a finished 06, if runs answered different questions, or if
-    a model was trained again since.
+    Raises: UserError for a run without a finished 06, or if runs answered different questions.
     """
     loaded, questions = {}, None
     for word in [word for group in groups.values() for word in group]:
         loaded[word], asked = _read_run(word)
         questions = asked if questions is None else questions
-    first, *others = loaded.values()
     for name in SAMPLE_PARAMS:
-        if any(run.params[name] != first.params[name] for run in others):
-            values = ", ".join(f"{word} {run.params[name]}" for word, run in loaded.items())
-            raise UserError(f"the runs were not evaluated on the same samples: {name} is {values}")
+        values = {word: run.params.get(name, default_params("01_synthesize").get(name))
+                  for word, run in loaded.items()}
+        if any(value != next(iter(values.values())) for value in values.values()):
+            texts = ", ".join(f"{word} {value}" for word, value in values.items())
+            raise UserError(f"the runs were not evaluated on the same samples: {name} is {texts}")
     digests = {}
     for word, run in loaded.items():
         for suite, digest in run.questions.items():
@@ -89,7 +87,7 @@ def load_groups(groups: dict[str, list[str]]) -> tuple[
 
 def _read_run(word: str) -> tuple[EvaluatedRun, pd.MultiIndex]:
     """A run or a recorded one, and the index of its questions."""
-    if is_recorded(word):
+    if word.endswith(".json"):
         run = read_recorded(word)
         rows = [(suite, task, task) for suite, per_task in run.params["suites"].items()
                 for task in SUITES[suite].tasks for _ in range(per_task)]
@@ -104,30 +102,21 @@ def _read_run(word: str) -> tuple[EvaluatedRun, pd.MultiIndex]:
     return _load_run(run, record, greedy), pd.MultiIndex.from_frame(asked[QUESTION[:4]])
 
 
-def _sample_params(params: dict) -> dict:
-    """SAMPLE_PARAMS of the parameters of 06."""
-    drawn = {name: size for name, size in params["suites"].items() if size}
-    return {name: params[name] for name in SAMPLE_PARAMS} | {"suites": drawn}
-
-
 def _load_run(run: Run, record: dict, greedy: pd.DataFrame) -> EvaluatedRun:
     """record: of 06; greedy: rows of its `items`."""
-    stages = {stage: run.record(stage) or {} for stage in RECIPE[1:6]}
-    trained, synthesized = (stages[name].get("params", {}) for name in ("05_grpo", "01_synthesize"))
-    seed = trained.get("seed", 0)
-    curves = store.read_metrics(run.stage_folder("05_grpo")).get("curves", [])
-    lengths = [row["length"] for row in curves[-10:] if row.get("length") is not None]
+    stages = list(filter(None, map(run.record, RECIPE[2:6])))  # a run may have no cold start
+    trained, synthesized = (run.params(stage) for stage in ("05_grpo", "01_synthesize"))
+    asked = {name: record["params"][name] for name in SAMPLE_PARAMS}
+    drawn = {name: size for name, size in asked["suites"].items() if size}
+    curves = store.read_metrics(run.stage_folder("05_grpo"))["curves"]
+    lengths = [row["length"] for row in curves[-10:] if row["length"] is not None]
     summaries = store.read_metrics(run.stage_folder("06_evaluate"))["systems"]
-    spent = [stage.get("processor_seconds") for name, stage in stages.items()
-             if name > "02" and stage]
+    spent = [stage["processor_seconds"] for stage in stages]
     return EvaluatedRun(
-        run.id, synthesized.get("seed", seed), seed, correct_bits(greedy),
-        float(np.mean(lengths or [np.nan])),
-        sum(stage.get("seconds", 0) for name, stage in stages.items() if name > "02") / 60,
-        record.get("git", ""), record.get("machine", ""),
-        record.get("versions", {}).get("mig-kit", ""), _sample_params(record["params"]),
-        trained.get("start_from", "merged"), record.get("questions", {}),
-        changed_params(run.id, RECIPE[1:7]), run.notes("06_evaluate"),
+        run.id, synthesized["seed"], trained["seed"], correct_bits(greedy),
+        float(np.mean(lengths or [np.nan])), sum(stage["seconds"] for stage in stages) / 60,
+        record["git"], record["machine"], record["versions"]["mig-kit"], asked | {"suites": drawn},
+        trained["start_from"], record["questions"], changed_params(run), run.notes("06_evaluate"),
         {system: {suite: summary["reasoning"] for suite, summary in by_suite.items()
                   if summary.get("reasoning")} for system, by_suite in summaries.items()},
         {system: {suite: summary["score"] for suite, summary in by_suite.items()}
@@ -142,15 +131,10 @@ def correct_bits(greedy: pd.DataFrame, by: str = "model") -> dict[str, dict[str,
             for name, of_name in greedy.groupby(by, sort=False)}
 
 
-def is_recorded(name: str) -> bool:
-    """Whether a member of a group is a recorded run's file, not a run id."""
-    return name.endswith(".json")
-
-
 def record_run(run_id: str, folder: Path) -> Path:
     """Write FOLDER/RUN_ID.json, a recorded run; UserError as `load_groups`, and for own data."""
     _, runs = load_groups({run_id: [run_id]})
-    if has_own_data(run_id):
+    if Run(run_id).data != "scenes":
         raise UserError(f"run '{run_id}' was scored on own data, whose questions are not in the "
                         "record; only runs on drawn suites can be recorded")
     path = folder / f"{run_id}.json"
@@ -172,15 +156,11 @@ def read_recorded(path: str) -> EvaluatedRun:
                         "file") from error
 
 
-def changed_params(run_id: str, stages: Sequence[str]) -> dict[str, dict]:
-    """Finished stage -> its parameters that differ from the defaults and change results."""
-    changed = {}
-    for stage in stages:
-        params, defaults = Run(run_id).params(stage), default_params(stage)
-        if values := {name: value for name, value in params.items()
-                      if name not in EXECUTION_PARAMS and value != defaults.get(name, value)}:
-            changed[stage] = values
-    return changed
+def changed_params(run: Run) -> dict[str, dict]:
+    """Finished stage of 01 to 06 -> its parameters that differ from the defaults."""
+    changed = {stage: find_changed(run.params(stage), default_params(stage))
+               for stage in RECIPE[1:7]}
+    return {stage: values for stage, values in changed.items() if values}
 
 
 def pair_runs(runs: Sequence[EvaluatedRun],
@@ -230,7 +210,7 @@ def check_margins(run_id: str) -> tuple[str, bool]:
     than the recipe's, or without a finished 06.
     """
     file, run = PROJECT_ROOT / MARGINS, Run(run_id)
-    if not run.record("06_evaluate") or not file.is_file() or changed_params(run_id, RECIPE[1:7]):
+    if not run.record("06_evaluate") or not file.is_file() or changed_params(run):
         return "", False
     metrics = store.read_metrics(run.stage_folder("06_evaluate"))
     texts, is_outside = [], False

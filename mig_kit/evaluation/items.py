@@ -108,9 +108,9 @@ def pick(items: pd.DataFrame, **values: str) -> pd.DataFrame:
     return items[np.logical_and.reduce([items[name] == value for name, value in values.items()])]
 
 
-def spread(items: pd.DataFrame, columns: str = "model", value: str = "correct") -> pd.DataFrame:
-    """A row per question, in order, and a column per model: the mean over draws; NaN for none."""
-    return items.pivot_table(value, QUESTION, columns, sort=False)
+def spread(items: pd.DataFrame) -> pd.DataFrame:
+    """A row per question, in order, and a column per model: its share of correct draws, or NaN."""
+    return items.pivot_table("correct", QUESTION, "model", sort=False)
 
 
 def to_groups(values: pd.Series) -> stats.Groups:
@@ -130,9 +130,9 @@ def score_with_interval(values: pd.Series) -> dict:
             "ci95": [*map(to_percent, stats.share_interval_by_list(to_groups(values)))]}
 
 
-def paired_gap(items: pd.DataFrame, after: str, before: str, columns: str = "model") -> dict | None:
+def paired_gap(items: pd.DataFrame, after: str, before: str) -> dict | None:
     """{"value", "ci95"} in points of the questions that both answered, None without any."""
-    wide = spread(items, columns)
+    wide = spread(items)
     if not {after, before} <= {*wide} or not len(wide := wide.dropna(subset=[after, before])):
         return None
     return stats.paired_gap_by_list(to_groups(wide[after] - wide[before]))

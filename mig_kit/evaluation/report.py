@@ -23,7 +23,7 @@ from mig_kit.boxes import BoxFormat, iou
 from mig_kit.common import write_atomically
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.drawing.pictures import draw_replies
-from mig_kit.evaluation.tables import ALL_SYSTEMS, RL_STARTS
+from mig_kit.evaluation.tables import RL_STARTS
 from mig_kit.image_files import encode_image, to_data_url
 from mig_kit.prompts import Answer, read_reply
 from mig_kit.rewards import is_correct, reply_iou
@@ -120,7 +120,7 @@ def load_greedy_replies(folder: Path, suite: str, samples: Sequence[Sample],
                         systems: Iterable[str]) -> dict[str, dict[str, str]]:
     """System -> sample id -> greedy reply; {} without samples. folder: "replies" of 06."""
     replies = {}
-    for system in [name for name in ALL_SYSTEMS if samples and name in systems]:
+    for system in [name for name in SYSTEM_LABELS if samples and name in systems]:
         stored = load_replies(reply_file(folder, system, suite))
         replies[system] = {sample.id: stored[sample.id][0] for sample in samples}
     return replies

@@ -8,9 +8,8 @@ import pandas as pd
 from mig_kit import __version__
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.evaluation.items import paired_gap, pick
-from mig_kit.pipeline.params import default_params
+from mig_kit.pipeline.params import default_params, find_changed
 from mig_kit.pipeline.runs import Run
-from mig_kit.pipeline.stage_params import EXECUTION_PARAMS
 from mig_kit.sample import Sample
 from mig_kit.stats import interval_text, number_text
 from mig_kit.world.suites import OWN, suite_title, task_title
@@ -23,7 +22,6 @@ CLAIMS = (
     ("blink", "RL over base", "grpo-base", 3.1),
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
-ALL_SYSTEMS = ("base", "sft", "start", "grpo")
 RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
 DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
 
@@ -135,8 +133,7 @@ def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
         others = Run(source).params(stage) if source else default_params(stage)
         rows += [{"stage": stage, "parameter": name, "this run": str(value),
                   f"run {source}" if source else "default": str(others[name])}
-                 for name, value in record["params"].items()
-                 if value != others.get(name, value) and name not in EXECUTION_PARAMS]
+                 for name, value in find_changed(record["params"], others).items()]
     return rows
 
 
@@ -191,7 +188,7 @@ def describe_outcome(metrics: dict) -> str:
     systems, deltas = metrics["systems"], metrics["deltas"]
     suite = next(iter(systems["grpo"]))
     scores = " → ".join(f"{SYSTEM_LABELS[name]} {systems[name][suite]['score']:.1f}"
-                        for name in ALL_SYSTEMS if name in systems)
+                        for name in SYSTEM_LABELS if name in systems)
     pair = ("grpo-sft" if metrics.get("start_from", "merged") == "merged" else
             "grpo-start" if "start" in systems else "grpo-base")
     gap = deltas.get(pair, {}).get(suite)

@@ -9,7 +9,13 @@ import yaml
 from pydantic import ValidationError
 
 from mig_kit.common import PROFILES, UserError, suggest_word
-from mig_kit.pipeline.stage_params import MODELS, RUN_PARAMS, RUN_PARAMS_STAGE, stage_fields
+from mig_kit.pipeline.stage_params import (
+    EXECUTION_PARAMS,
+    MODELS,
+    RUN_PARAMS,
+    RUN_PARAMS_STAGE,
+    stage_fields,
+)
 
 # TRL's config class of the stages that train
 CONFIGS = {"02_sft": "SFTConfig", "05_grpo": "GRPOConfig"}
@@ -55,6 +61,12 @@ def _read_profile(path: Path) -> dict:
 def needs_gpu(profile: str) -> bool:
     """Whether a profile trains a full model: one of its files sets device to "cuda"."""
     return any(profile_params(stage, profile).get("device") == "cuda" for stage in MODELS)
+
+
+def find_changed(params: dict, others: dict) -> dict:
+    """The parameters that change results and have another value in `others`."""
+    return {name: value for name, value in params.items()
+            if name not in EXECUTION_PARAMS and value != others.get(name, value)}
 
 
 def merge_mappings(value, change):

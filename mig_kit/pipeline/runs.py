@@ -196,16 +196,6 @@ def find_damaged(folder: Path, record: dict, is_thorough: bool = False) -> Path 
     return next((images / name for name in listed if name not in stored), None)
 
 
-def require_no_branches(run_id: str) -> None:
-    """UserError, with their names, if other runs start from this one."""
-    run_folders.require_runs(run_folders.validate_run_id(run_id))
-    branches = [name for name in sorted(run_folders.list_runs())
-                if Run(name).branch.get("from") == run_id]
-    if branches:
-        raise UserError(f"run '{run_id}' stays: {', '.join(branches)} start from it; remove these "
-                        f"first, as mig-kit rm {branches[0]}")
-
-
 def check_branch(source: str, run_id: str, stages: list[str]) -> list[str]:
     """The stages before `stages` that a branch takes from `source`; [] if it has them already.
 

@@ -137,19 +137,19 @@ def begin_stage(stage: str, names: dict) -> tuple[Stage, SimpleNamespace]:
     """
     prepare_process()
     cells = KernelCells(stage, names)
-    params = _read_params(stage, names, cells)
+    known = {*default_params(stage), *cells.list_parameters()}
+    params = validate_params({name: names[name] for name in known & names.keys()}, stage)
     run = _open_run(stage, params)
     run.require_intact_inputs(stage)
-    is_shown = _lock_and_look(run, stage, params)
-    begun = (_show if is_shown else _go_on)(run, stage, params, cells)
+    run_folders.lock_run(run.folder)
+    try:
+        begin = _show if is_done(run, stage, params) else _go_on
+    except UserError:
+        run_folders.unlock_run(run.folder)
+        raise
+    begun = begin(run, stage, params, cells)
     _print_stage(begun)
     return begun, SimpleNamespace(**begun.params)
-
-
-def _read_params(stage: str, names: dict, cells: KernelCells) -> dict:
-    """The parameters of a stage among a notebook's globals(), validated."""
-    known = {*default_params(stage), *cells.list_parameters()}
-    return validate_params({name: names[name] for name in known & names.keys()}, stage)
 
 
 def _open_run(stage: str, params: dict) -> Run:
@@ -164,16 +164,6 @@ def _open_run(stage: str, params: dict) -> Run:
     earlier = runs.start_branch(source.id, run.id, stage)
     print(f"run '{run.id}' is new: {earlier[0]} to {earlier[-1]} are those of run '{source.id}'")
     return Run(run.id)
-
-
-def _lock_and_look(run: Run, stage: str, params: dict) -> bool:
-    """`is_done`, of a run that is locked unless the stage is refused."""
-    run_folders.lock_run(run.folder)
-    try:
-        return is_done(run, stage, params)
-    except UserError:
-        run_folders.unlock_run(run.folder)
-        raise
 
 
 def is_done(run: Run, stage: str, params: dict) -> bool:
@@ -269,14 +259,6 @@ def seconds_spent(folder: Path) -> float:
     written = [path.stat().st_mtime for path in folder.rglob("*")
                if path.is_file() and path.suffix != ".log"]
     return round(started["spent"] + max(written) - (folder / STARTED).stat().st_mtime, 1)
-
-
-def begin_again(folder: Path, facts: dict) -> None:
-    """For --force: drop what was begun in an unfinished folder; the stage starts with these facts.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(folder / STARTED, {"facts": facts, "spent": 0.0})
 
 
 def _output_files(folder: Path) -> list[Path]:

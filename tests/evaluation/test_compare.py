@@ -68,13 +68,15 @@ def write_run(root, run_id, seed=0, skill=None, data_seed=None, **changed):
     items.write_items(pd.DataFrame(rows), evaluated)
     write_json(evaluated / "run.json",
                {"params": PARAMS | changed, "git": "abc", "machine": "two cores",
+                "versions": {"mig-kit": "0.6.0"},
                 "questions": dict.fromkeys(SUITES, "digest")})
     write_json(evaluated / "metrics.json", {"systems": {system: {
         suite: {"score": plain_score(correct[system, suite])} for suite in SUITES}
         for system in skill}})
     write_json(synthesized / "run.json",
                {"params": {"seed": seed if data_seed is None else data_seed}})
-    write_json(trained / "run.json", {"params": {"seed": seed}, "seconds": 300})
+    write_json(trained / "run.json",
+               {"params": {"seed": seed}, "seconds": 300, "processor_seconds": None})
     write_json(trained / "metrics.json", {"curves": [{"length": 50 + step} for step in range(20)]})
     return correct
 
@@ -139,23 +141,17 @@ def test_three_variants_of_three_seeds_as_plain_loops_compute_them(nine_runs):
     assert {fact["minutes"] for fact in result["runs"]} == {5.0}
 
 
-def test_groups_of_other_seeds_by_hand():
-    """Means 3 and 1, variances 4 and 2 of three and two runs."""
-    error = 4 / 3 + 2 / 2
-    degrees = error ** 2 / ((4 / 3) ** 2 / 2 + (2 / 2) ** 2 / 1)
-    half = student_t.ppf(0.975, degrees) * error ** 0.5
-    assert mean_interval(np.array([1.0, 3, 5]), [0.0, 2.0]) == pytest.approx([2 - half, 2 + half])
-    assert mean_interval(np.array([1.0]), [0.0]) is None
+OF_BOTH = 4 / 3 + 2 / 2  # variances 4 and 2 of three and two runs
+OF_ONE_MORE = 4 + 4 / 3  # one run beside three with variance 4
 
 
-@pytest.mark.parametrize("swap", [False, True])
-def test_one_run_beside_several_has_their_spread(swap):
-    """Mean 3 and standard deviation 2 of three runs; one more of them lies 2.3 away or nearer."""
-    half = student_t.ppf(0.975, 2) * 2 * (1 + 1 / 3) ** 0.5
-    sides, value = ([1.0, 3, 5], [4.0]), -1
-    if swap:
-        sides, value = sides[::-1], 1
-    assert mean_interval(*sides) == pytest.approx([value - half, value + half])
+@pytest.mark.parametrize(("runs", "others", "value", "variance", "degrees"), [
+    ([1.0, 3, 5], [0.0, 2], 2, OF_BOTH, OF_BOTH ** 2 / ((4 / 3) ** 2 / 2 + (2 / 2) ** 2 / 1)),
+    ([1.0, 3, 5], [4.0], -1, OF_ONE_MORE, 2), ([4.0], [1.0, 3, 5], 1, OF_ONE_MORE, 2)])
+def test_differences_of_other_seeds_by_hand(runs, others, value, variance, degrees):
+    half = student_t.ppf(0.975, degrees) * variance ** 0.5
+    assert mean_interval(runs, others) == pytest.approx([value - half, value + half])
+    assert mean_interval(runs[:1], others[:1]) is None
 
 
 def test_the_recipe_is_no_other_than_itself():
@@ -352,6 +348,13 @@ def test_a_recorded_run_gives_the_runs_own_rows(tmp_path):
     assert {row["suite"] for row in of_run} > {*SUITES}
 
 
+def test_records_of_a_run_and_of_a_model_that_was_asked_alone_are_compared(runs):
+    folder = PROJECT_ROOT / "notebooks" / "guide" / "evidence"
+    groups = {arm: [str(folder / f"{arm}-3.json")] for arm in ("recipe", "equal_data")}
+    result = compare.compare_groups(groups, system="sft")
+    assert "Difference to recipe, points" in compare.render_table(result)
+
+
 def test_truth_is_compared_over_seeds(runs):
     """Three seeds a group, by hand; one run has the interval of its 06; a share ends at 100."""
     for group, seed in itertools.product(("recipe", "remedy"), range(3)):
@@ -379,36 +382,24 @@ def test_truth_is_compared_over_seeds(runs):
 MARGINS = json.loads((PROJECT_ROOT / evaluated_runs.MARGINS).read_text())
 
 
-def margins_of(gaps, monkeypatch, changed=None):
-    """`check_margins` of a run with a gap (value, low, high) for each suite of MARGINS."""
-    deltas = {suite: {"value": value, "ci95": bounds}
-              for suite, (value, *bounds) in zip(MARGINS, gaps)}
+@pytest.mark.parametrize(("low", "high", "ends"), [
+    (-11.0, 39.0, ""), (-9.0, -2.0, ": OUTSIDE"), (90.0, 95.0, ": OUTSIDE")])
+def test_a_margin_stands_beside_the_seeds_and_lies_outside_with_its_whole_interval(
+        low, high, ends, monkeypatch):
+    gaps = {"mig_bench": {"value": 15.0, "ci95": [low, high]},
+            "ood_grounding": {"value": 2.0, "ci95": [-1.0, 5.0]}}
     monkeypatch.setattr(evaluated_runs.Run, "record", lambda *_: {"params": {}})
-    monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: changed or {})
     monkeypatch.setattr(evaluated_runs.store, "read_metrics",
-                        lambda _: {"deltas": {"grpo-sft": deltas}})
-    return evaluated_runs.check_margins("default")
-
-
-def test_margins_stand_beside_the_range_of_the_seeds(monkeypatch):
+                        lambda _: {"deltas": {"grpo-sft": gaps}})
     lowest, highest = (pick(MARGINS["mig_bench"]) for pick in (min, max))
-    line, is_outside = margins_of([(15.0, -11.0, 39.0), (2.0, -1.0, 5.0)], monkeypatch)
-    assert not is_outside and "OUTSIDE" not in line
-    first, second = line.splitlines()
-    assert first == ("RL over SFT, MIG-Bench-like (drawn): +15.0 points (-11.0 to +39.0); seeds of "
-                     f"results.md: {lowest:+.1f} to {highest:+.1f}")
+    text, is_outside = evaluated_runs.check_margins("default")
+    first, second = text.splitlines()
+    assert first == (f"RL over SFT, MIG-Bench-like (drawn): +15.0 points ({low:+.1f} to {high:+.1f}"
+                     f"); seeds of results.md: {lowest:+.1f} to {highest:+.1f}{ends}")
     assert second.startswith("RL over SFT, out of domain (drawn): +2.0 points (-1.0 to +5.0); ")
-
-
-@pytest.mark.parametrize(("low", "high", "is_outside"), [
-    (-9.0, -2.0, True), (-9.0, 99.0, False), (90.0, 95.0, True)])
-def test_a_margin_lies_outside_with_its_whole_interval(low, high, is_outside, monkeypatch):
-    line, outside = margins_of([((low + high) / 2, low, high), (2.0, -1.0, 5.0)], monkeypatch)
-    assert outside is is_outside is line.splitlines()[0].endswith("OUTSIDE")
-
-
-def test_another_recipe_is_not_compared(monkeypatch):
-    assert margins_of([], monkeypatch, {"05_grpo": {"beta": 1}}) == ("", False)
+    assert is_outside == bool(ends)
+    monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: {"05_grpo": {"beta": 1}})
+    assert evaluated_runs.check_margins("default") == ("", False), "another recipe"
 
 
 @pytest.mark.parametrize("is_outside", [True, False])

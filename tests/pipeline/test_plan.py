@@ -240,6 +240,8 @@ def test_rm_asks_and_keeps_what_branches_start_from(root):
     assert "no run 'c'" in error_of("rm", "c", "--yes")
     assert "run_id is '../a'" in error_of("rm", "../a", "--yes")
     assert "nothing removed" in CliRunner().invoke(cli, ["rm", "b"], input="n\n").output
+    unanswered = CliRunner().invoke(cli, ["rm", "b"], input="").exception
+    assert str(unanswered) == "nothing removed, for there was no answer; --yes does not ask"
     assert (root / "b").is_dir()
     assert "removed: run 'b'" in CliRunner().invoke(cli, ["rm", "b"], input="y\n").output
     assert not (root / "b").exists() and (root / "a").is_dir()

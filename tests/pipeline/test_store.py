@@ -13,7 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_json
-from mig_kit.pipeline import run_folders, stage_keys, store
+from mig_kit.pipeline import execute, run_folders, stage_keys, store
 from mig_kit.pipeline.params import validate_params
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.pipeline.runs import Run
@@ -126,9 +126,8 @@ def test_force_replaces_at_the_end_and_goes_on_after_a_kill(root):
     stage = begin()
     (stage.folder / "out.txt").write_text("old")
     stage.finish({"n": 1})
-    run = Run("a")
-    store.begin_again(run.unfinished_folder(stage.name),
-                      run.stage_facts(stage.name, stage.params))
+    forced = SimpleNamespace(params={stage.name: stage.params}, profile="tiny")
+    execute._prepare(Run("a"), stage.name, forced, force=True)
     begun = begin()
     finished = stage.final_folder
     assert not (begun.folder / "out.txt").exists() and (finished / "out.txt").is_file()
