@@ -33,7 +33,7 @@ from mig_kit.models.shipped import AS_THE_RUN, STARTS, merge_shipped
 from mig_kit.pipeline.execute import ThisPython
 from mig_kit.pipeline.processes import prepare_process
 from mig_kit.pipeline.run_facts import EVALUATE, MODELS, describe_machine
-from mig_kit.pipeline.run_folders import STAGES
+from mig_kit.pipeline.run_folders import RECIPE, STAGES
 from mig_kit.pipeline.runs import Run
 from mig_kit.serving import reply_files, shipped_replies
 from mig_kit.serving.stored_replies import load_replies, reply_file
@@ -46,6 +46,15 @@ MADE_BY = {"tiny/sft": ("02_sft", "03_merge"), "tiny/grpo": ("05_grpo", "05_grpo
 MERGED = "model.safetensors"
 REPLIES_PER_TASK = 2
 GROUND = re.compile(r"(<!-- executed ground -->\n```text\n).*?(```\n<!-- end -->)", re.DOTALL)
+
+
+def move_links(text: str) -> str:
+    """A text of notebooks/ with its links as they are read in FOLDER."""
+    def move(match: re.Match) -> str:
+        name = match[1].removeprefix("executed/").partition("#")[0]
+        is_here = name.removesuffix(".ipynb") in (*RECIPE, *LESSONS)
+        return f"]({match[1].removeprefix('executed/') if is_here else f'../{match[1]}'})"
+    return re.sub(r"\]\((?!https?:|#)([^)\s]+)\)", move, text)
 
 
 def outputs_digest(notebook) -> str:
@@ -66,6 +75,9 @@ def keep_notebook(path: Path) -> str:
             part.metadata.pop(name, None)
         if "page" in part.metadata.get("tags", ()):  # a gallery of megabytes
             part.outputs = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = move_links(cell.source)
     nbformat.write(notebook, FOLDER / path.name)
     return outputs_digest(notebook)
 
@@ -83,7 +95,7 @@ def refresh_texts(path: Path) -> None:
             continue  # the run had those that are kept
         if now.cell_type == "code" and parse_code(cell) != parse_code(now):
             sys.exit(f"{path.name} was run with other code; make executed after a run")
-        cell.source = now.source
+        cell.source = move_links(now.source) if now.cell_type == "markdown" else now.source
     nbformat.write(kept, path)
 
 

@@ -77,11 +77,11 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-LINKING = [*PAGES, PROJECT_ROOT / "tests" / "README.md", *GUIDE.glob("lessons/*.md"),
-           *NOTEBOOKS.glob("*.ipynb")]
+LINKING = [*PAGES, PROJECT_ROOT / "tests" / "README.md", *NOTEBOOKS.glob("*.ipynb"),
+           *NOTEBOOKS.glob("executed/*.ipynb")]
 
 
-@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_links_lead_somewhere(page):
     for path, anchor in LINK.findall(page.read_text()):
         if path.startswith("http"):
@@ -97,6 +97,14 @@ def test_links_lead_somewhere(page):
 def test_examples_in_docstrings_hold(module):
     results = doctest.testmod(module)
     assert results.attempted and not results.failed
+
+
+def test_what_the_pieces_of_05b_are_worth_is_recorded():
+    page = json.loads((NOTEBOOKS / "05b_grpo_by_hand.ipynb").read_text())
+    text = "".join("".join(cell["source"]) for cell in page["cells"]).replace("\n", " ")
+    for runs in json.loads((GUIDE / "pieces.json").read_text())["correct"].values():
+        shares = [row["after"].count("1") / len(row["after"]) for row in runs]
+        assert ", ".join(f"{100 * share:.0f}" for share in shares) + " %" in text
 
 
 def test_readme_and_guide_are_short():
