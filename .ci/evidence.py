@@ -24,7 +24,12 @@ import yaml
 from mig_kit import __version__
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, write_json
 from mig_kit.evaluation.eval_model import read_result
-from mig_kit.evaluation.evaluated_runs import EvaluatedRun, correct_bits, record_run
+from mig_kit.evaluation.evaluated_runs import (
+    SAMPLE_PARAMS,
+    EvaluatedRun,
+    correct_bits,
+    record_run,
+)
 from mig_kit.pipeline import store
 from mig_kit.pipeline.params import default_params
 from mig_kit.pipeline.run_facts import describe_machine, processor_seconds
@@ -183,7 +188,9 @@ def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
     """Write FOLDER/RUN_ID.json of an SFT model that `mig-kit eval` has asked."""
     result, run = read_result(out), Run(run_id)
     correct = correct_bits(result["items"], "protocol")["strict"]
-    trained, asked = run.record("02_sft"), default_params("06_evaluate")  # as `mig-kit eval` did
+    trained = run.record("02_sft")
+    # as `mig-kit eval` did
+    asked = default_params("01_synthesize") | default_params("06_evaluate")
     stages = [run.record(stage) for stage in ("02_sft", "03_merge")]
     seconds = sum(stage["seconds"] for stage in stages)
     spent = [stage["processor_seconds"] for stage in stages]
@@ -191,7 +198,7 @@ def record_evaluation(run_id: str, seed: int, out: Path) -> Path:
     write_json(path, asdict(EvaluatedRun(
         run_id, seed, seed, {"sft": correct}, float("nan"), seconds / 60, trained["git"],
         trained["machine"], trained["versions"]["mig-kit"],
-        {name: asked[name] for name in ("eval_seed", "suites")}, questions=result["questions"],
+        {name: asked[name] for name in SAMPLE_PARAMS}, questions=result["questions"],
         scores={"sft": {suite: summary["score"]
                         for suite, summary in result["scores"]["strict"].items()}},
         processor_seconds=None if None in spent else sum(spent))))

@@ -42,12 +42,13 @@ def check_reward(rewards: tuple[str, ...], file: Path | None, run_id: str, root:
 
     if not run_id and not (rewards and file):
         raise UserError("name rewards and --data FILE, or --run RUN, which has both")
-    box_format, params = profile_box_format(profile), profile_params("05_grpo", profile)
     if run_id:
         run_folders.require_runs(run_id)
         run = Run(run_id)
         box_format = BoxFormat.of(run.run_params("mig-kit reward check"))
         params = run.params("05_grpo") or profile_params("05_grpo", run.profile or "tiny")
+    else:
+        box_format, params = profile_box_format(profile), profile_params("05_grpo", profile)
     # a file is named from where the command is given
     references = [f"{Path.cwd() / text}" if ":" in text else text for text in rewards]
     references = references or params["rewards"]

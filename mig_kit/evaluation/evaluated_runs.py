@@ -46,7 +46,7 @@ class EvaluatedRun:
     questions: dict[str, str] = field(default_factory=dict)  # of `evaluate.digest_questions`
     changed: dict[str, dict] = field(default_factory=dict)  # of `changed_params`
     stale: list[str] = field(default_factory=list)  # of `Run.notes`
-    # by system and suite: truth and grounded of `items.summarize_reasoning`
+    # by system and suite: all figures of `items.summarize_reasoning`
     reasoning: dict[str, dict[str, dict]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # percent, as 06 wrote them
     processor_seconds: float | None = None  # of stages 02 to 05; None where a part was not seen
@@ -111,7 +111,7 @@ def _load_run(run: Run, record: dict, greedy: pd.DataFrame) -> EvaluatedRun:
     curves = store.read_metrics(run.stage_folder("05_grpo"))["curves"]
     lengths = [row["length"] for row in curves[-10:] if row["length"] is not None]
     summaries = store.read_metrics(run.stage_folder("06_evaluate"))["systems"]
-    spent = [stage["processor_seconds"] for stage in stages]
+    spent = [stage.get("processor_seconds") for stage in stages]
     return EvaluatedRun(
         run.id, synthesized["seed"], trained["seed"], correct_bits(greedy),
         float(np.mean(lengths or [np.nan])), sum(stage["seconds"] for stage in stages) / 60,

@@ -144,7 +144,7 @@ def reasoning_bars(systems: dict) -> list[dict]:
              "n": result["n"]}
             for name in ("truth", "silent", "false")
             for system, suites in systems.items() for suite, result in suites.items()
-            if (figures := result.get("reasoning"))]
+            if name in (figures := result.get("reasoning", {}))]
 
 
 def stage_rows(records: dict[str, dict], marks: dict[str, dict]) -> list[dict]:

@@ -35,7 +35,7 @@ _FAULTS = re.compile(r"\b(?:too|not|includ\w+|lighter|farther|further|background
 _PRAISES = re.compile(r"\b(?:closer|nearer|darker|better|best|fits|correct)\b", re.IGNORECASE)
 _OF_ANOTHER = re.compile(r"\b(?:first(?! choice)|second|other|another|alternative|runner\S*)\b",
                          re.IGNORECASE)
-_NEXT_CHOICE = re.compile(rf"{_OF_ANOTHER.pattern} (?:choice|option)(?: is|:)\W{{0,3}}\Z",
+_NEXT_CHOICE = re.compile(r"\b(?:second|other|alternative) (?:choice|option)(?: is|:)\W{0,3}\Z",
                           re.IGNORECASE)
 # the weight that an answer gives itself, if it is none
 _NO_WEIGHT = re.compile(r"-.*|[0.]+\s*%?|none|no|false", re.IGNORECASE)

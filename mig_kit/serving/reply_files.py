@@ -224,7 +224,7 @@ def suite_replies(models: dict[str, str | Path], samples: dict[str, list[Sample]
                 cache.serve(policy.model)
             elif isinstance(policy, Policy):
                 cache = make_cache(policy)
-            replies[system] = {suite: {"drawn": [[] for _ in part]}
+            replies[system] = {suite: {"drawn": [[]] * len(part)}
                                for suite, part in samples.items()}
             for suite, kind, part, count, temperature in _list_asked(samples, drawn_samples,
                                                                      params):

@@ -68,7 +68,9 @@ def test_explicit_answers_are_read(form, letter):
     "The format would be <answer>B</answer>.", "(A)? Wait, but the second image has",
     "The answer is A? Wait, the rim", "\\boxed{B}. Wait, no.", "The answer is A. Hmm, let me look.",
     "The answer is A. Not A.", "- [x] A\n- [x] B", "- [x] Z",
-    "My first choice was B. The second fits."])
+    "My first choice was B. The second fits.",
+    "The answer is A. But the first option is: B, and it is correct.",
+    "The answer is A. Rather, another choice is: B"])
 @pytest.mark.parametrize("is_blink", [False, True])
 def test_what_is_not_said_explicitly_is_not_read(text, is_blink):
     assert read_choice(text, "ABCD", OPTIONS, is_blink) == ("", "")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.common import model_folder
 from mig_kit.evaluation.evaluate import draw_test_samples
 from mig_kit.models import loading
 from mig_kit.pipeline.params import default_params
@@ -43,7 +44,7 @@ def test_shipped_replies_are_taken_as_they_were_drawn(tmp_path, monkeypatch, cap
     """Said on the terminal; what a key does not name is not taken."""
     monkeypatch.setattr(shipped_replies, "FILE", tmp_path / "replies.jsonl.gz")
     samples = {"refer": [make_sample("refer_grounding", "val", number) for number in range(2)]}
-    params = SimpleNamespace(max_new_tokens=8, replies=0, seed=0)
+    params = SimpleNamespace(max_new_tokens=8, replies=0, seed=0, server="")
     hardware = loading.choose_hardware("float32", "cpu")
     keys = reply_files.list_reply_keys(samples, {}, hardware.dtype, BOX_FORMAT, params)
     drawn = tmp_path / "drawn.jsonl"
@@ -51,14 +52,14 @@ def test_shipped_replies_are_taken_as_they_were_drawn(tmp_path, monkeypatch, cap
             for number, sample in enumerate(samples["refer"])]
     drawn.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shipped_replies.ship_replies({key: drawn for key in keys.values()})
-    taken = tmp_path / "replies" / "base_refer_greedy.jsonl"
-    reply_files._take_shipped(dict.fromkeys([taken], *keys.values()))
-    assert capsys.readouterr().out == "2 of the base's replies are those shipped with it\n"
-    assert [json.loads(line) for line in taken.read_text().splitlines()] == rows
-    params.max_new_tokens = 9
-    keys = reply_files.list_reply_keys(samples, {}, hardware.dtype, BOX_FORMAT, params)
-    reply_files._take_shipped(dict.fromkeys([tmp_path / "others" / "a.jsonl"], *keys.values()))
-    assert not (tmp_path / "others").exists() and not capsys.readouterr().out
+    asked = ({"base": model_folder(shipped_replies.BASE)}, samples, {}, hardware, BOX_FORMAT)
+    replies = reply_files.suite_replies(*asked, tmp_path / "replies", params)
+    assert replies["base"]["refer"]["greedy"] == ["reply 0", "reply 1"]
+    assert "2 of the base's replies are those shipped with it\n" in capsys.readouterr().out
+    params.max_new_tokens = 2
+    replies = reply_files.suite_replies(*asked, tmp_path / "others", params)
+    assert "reply 0" not in replies["base"]["refer"]["greedy"]
+    assert "shipped" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
