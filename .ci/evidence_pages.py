@@ -274,7 +274,7 @@ def draws(records: dict[str, list[dict]]) -> str:
         for task, rows in zip(SUITES[MAIN].tasks, gaps):
             _, high = stats.gap_interval_by_list([(rows, np.arange(len(rows)))])
             fallen += [f"{task} (seed {record['seed']})"] * (high < 0)
-    return (f"{len(drawn)} draws of RL from the SFT model of seed 0 end at "
+    return (f"{len(drawn)} draws of RL from the SFT model of seed 0, first the run on show, end at "
             f"{', '.join(f'{value:.1f}' for value in final)} in domain: sd "
             f"{final.std(ddof=1):.1f}. Tasks below SFT by more than their interval: "
             f"{', '.join(fallen) or 'none'}.")
