@@ -1,4 +1,4 @@
-"""What 05b's pieces are worth: its cells, one of them changed, for three to six seeds, from tiny/sft.
+"""What 05b's pieces are worth: its cells, one of them changed, for several seeds, from tiny/sft.
 
 `python .ci/pieces.py` writes notebooks/guide/pieces.json. A prompt is read once per group, as in
 the kit, where 05b reads it for every reply; 05b's last section compares the two.
