@@ -119,11 +119,12 @@ def count_seeds(records: list) -> str:
     return f"{len(records)} seed{'s' * (len(records) != 1)}"
 
 
-def pair_with_recipe(records: dict[str, list[dict]], arm: str) -> list[tuple[dict, dict]]:
-    """(the recipe's record, the arm's of the same seed)."""
-    recipe = {record["seed"]: record for record in records["recipe"]}
-    return [(recipe[record["seed"]], record) for record in records.get(arm, [])
-            if record["seed"] in recipe]
+def pair_with_recipe(records: dict[str, list[dict]], arm: str,
+                     whole: str = "recipe") -> list[tuple[dict, dict]]:
+    """(the record of the recipe, or of another whole, the arm's of the same seed)."""
+    by_seed = {record["seed"]: record for record in records.get(whole, [])}
+    return [(by_seed[record["seed"]], record) for record in records.get(arm, [])
+            if record["seed"] in by_seed]
 
 
 def headline(records: dict[str, list[dict]]) -> str:

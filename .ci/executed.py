@@ -2,11 +2,11 @@
 Without a run it writes the present texts beside the outputs that are there: `make executed-texts`.
 
 Lessons, which are no stages, are executed on that run; `.ci/executed.py RUN_ID LESSON` makes one
-of them again, as 10 after new records. run.json beside them says of which run they
-are, and holds a digest of each one's outputs. README's picture is the one that 07 keeps, and
-results.md shows the head of the report, as Chromium draws it. The run's adapters become tiny/sft
-and tiny/grpo; replies.json holds some of the replies that its models gave in 06, and those of the
-base lie beside it.
+of them again, as 10 after new records. run.json beside them says of which run they are, and holds a
+digest of each one's outputs. README's picture is the one that 07 keeps, and results.md shows the
+head of the report, as Chromium draws it. The run's adapters become tiny/sft and tiny/grpo;
+replies.json holds some of the replies that its models gave in 06, and those of the base lie beside
+it.
 """
 
 import ast

@@ -3,14 +3,13 @@
 import json
 import logging
 import re
-import shutil
 import sys
 import time
 
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-from mig_kit.common import NOTEBOOKS, UserError, write_json
+from mig_kit.common import NOTEBOOKS, UserError
 from mig_kit.pipeline import run_folders, store
 from mig_kit.pipeline.plan import PlannedRun
 from mig_kit.pipeline.runs import PROFILE_FILE, Run, start_branch
@@ -113,17 +112,13 @@ def run_plan(plan: PlannedRun, force: bool = False) -> None:
 
 
 def _prepare(run: Run, stage: str, plan: PlannedRun, force: bool) -> None:
-    """Raise if an earlier stage is missing or another process writes the run; with `force` also
-    drop what was begun of the stage, and say what it begins with.
-    """
-    facts, folder = run.stage_facts(stage, plan.params[stage]), run.unfinished_folder(stage)
+    """Raise if an earlier stage is missing or another process writes the run."""
+    facts = run.stage_facts(stage, plan.params[stage])
     run_folders.lock_run(run.folder)
     if not run.profile:
         (run.folder / PROFILE_FILE).write_text(f"{plan.profile}\n")
     if force:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(folder / store.STARTED, {"facts": facts, "spent": 0.0})
+        store.begin_again(run.unfinished_folder(stage), facts)
     run_folders.unlock_run(run.folder)
 
 

@@ -261,6 +261,14 @@ def seconds_spent(folder: Path) -> float:
     return round(started["spent"] + max(written) - (folder / STARTED).stat().st_mtime, 1)
 
 
+def begin_again(folder: Path, facts: dict) -> None:
+    """For --force: drop what was begun in an unfinished folder; the stage starts with these facts.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / STARTED, {"facts": facts, "spent": 0.0})
+
+
 def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*")
                   if path.is_file() and path.suffix not in (".ipynb", ".tmp", ".log")

@@ -15,8 +15,8 @@ _LABEL = r"(?i:option|choice|point|box|picture|letter)"
 _SIGNS = r"[\s*_`\"'$(\[{:=]{0,9}"
 # "answer is X", "choice: X", \boxed{X}; "X is the answer"; a last sentence that ends in "is X"
 _CONCLUSION = re.compile(
-    rf"(?:\b(?i:(?:answer|choice|option)[*_\"')\]]{{0,4}}(?:\s+is\b|\s*[:=]|\s[-\u2013]\s|(?<=r\*\*)\s"
-    rf"|\s[^.!?:=\n]{{1,40}}?\bis\b))|\\boxed(?=\{{)){_SIGNS}(?:\\\w{{1,9}}\{{)?"
+    rf"(?:\b(?i:(?:answer|choice|option)[*_\"')\]]{{0,4}}(?:\s+is\b|\s*[:=]|\s[-\u2013]\s"
+    rf"|(?<=r\*\*)\s|\s[^.!?:=\n]{{1,40}}?\bis\b))|\\boxed(?=\{{)){_SIGNS}(?:\\\w{{1,9}}\{{)?"
     rf"(?:{_LABEL}\s+)?{_SIGNS}(?P<letter>[A-Z])(?![\w'-])"
     r"|\b(?P<subject>[A-Z])[)*\"']{0,4} is (?:the )?(?:\w{1,20} )?(?:answer|choice|option)\b")
 _END = re.compile(r"\bis:?\s+(?:\w{1,20}\s+)?\W{0,4}(?P<letter>[A-Z])\b\W{0,9}\Z")

@@ -306,9 +306,7 @@ def _fuse_layers(layers: tuple[torch.nn.Module, ...], autocast: bool,
     bases, adapters = [], []
     for layer in layers:
         adapter = _active_adapter(layer) if is_plain_lora(layer) else None
-        # one that is merged or switched off, but not both, computes what its base layer does
-        is_wrapped = adapter is not None or "lora_A" in dict(layer.named_children()) and (
-            layer.merged != layer.disable_adapters)
+        is_wrapped = adapter is not None or _is_bare(layer)
         bases.append(layer.base_layer if is_wrapped else layer)
         adapters.append(adapter)
     if not all(type(base) is torch.nn.Linear for base in bases):
@@ -343,6 +341,11 @@ def _active_adapter(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor,
     name = names[0]
     return (layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(),
             layer.scaling[name])
+
+
+def _is_bare(layer: torch.nn.Module) -> bool:
+    """Is this a layer of LoRA's that computes what its base layer does?"""
+    return "lora_A" in dict(layer.named_children()) and layer.merged != layer.disable_adapters
 
 
 def train_mode_for_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
