@@ -38,7 +38,7 @@ def test_every_stage_left_what_it_should_and_no_notebook_shows_a_warning(smoke_r
         assert {"metrics.json", "run.json", f"{stage}.ipynb"} <= names
         record = json.loads((folder / "run.json").read_text())
         assert record["versions"]["trl"]
-        assert re.search(r"\w.* \d+ of \d+ cores$", record["machine"])
+        assert re.search(r"\w.* \(\w.*\), \w+, \d+ of \d+ cores$", record["machine"])
         assert stage in ("01_synthesize", "07_report") or record["hardware"]
     page = (smoke_runs / "smoke" / "07_report" / "report.html").read_text()
     figure = page.index('alt="Greedy score on every suite"')

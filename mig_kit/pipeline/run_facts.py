@@ -69,10 +69,13 @@ def describe_machine() -> dict:
     """{"versions" of packages, "machine": its CPU, "git": the project's commit} for run.json."""
     import torch  # not at the top: a command that only looks at runs need not wait for it
 
-    # the CPU and its threads: another number of them rounds sums otherwise, with other digits
+    # what rounds sums otherwise, with other digits: the instructions, as processors of one name may
+    # have others, and the number of threads
     facts = torch.cpu.get_capabilities()
-    name = (facts.get("cpu_name") or platform.machine()) + " with AMX" * bool(facts.get("amx_bf16"))
-    machine = f"{name}, {platform.system()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    name = facts.get("cpu_name") or platform.machine()
+    kernels = torch.backends.cpu.get_cpu_capability() + " with AMX" * bool(facts.get("amx_bf16"))
+    machine = (f"{name} ({kernels}), {platform.system()}, {torch.get_num_threads()} of "
+               f"{os.cpu_count()} cores")
     return {"versions": package_versions(), "machine": machine, "git": _read_commit()}
 
 

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from command_line import describe_files, error_of, output_of
 from IPython.core.interactiveshell import InteractiveShell
 
@@ -15,6 +16,7 @@ from mig_kit.boxes import BoxFormat
 from mig_kit.common import UserError, write_json
 from mig_kit.pipeline import execute, run_folders, stage_keys, store
 from mig_kit.pipeline.params import validate_params
+from mig_kit.pipeline.run_facts import describe_machine
 from mig_kit.pipeline.run_folders import RECIPE
 from mig_kit.pipeline.runs import Run
 
@@ -304,3 +306,11 @@ def test_a_full_disk_leaves_the_old_file_and_no_finished_stage(small_disk):
     (small_disk / "filler").unlink()
     begin().finish({"n": 1})
     assert load_record()
+
+
+def test_processors_of_one_name_with_other_instructions_are_other_machines(monkeypatch):
+    machines = set()
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda name=capability: name)
+        machines.add(describe_machine()["machine"])
+    assert len(machines) == 2
