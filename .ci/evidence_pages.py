@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ from mig_kit.common import NOTEBOOKS, PROJECT_ROOT
 from mig_kit.drawing.palette import SYSTEM_LABELS
 from mig_kit.evaluation.evaluated_runs import MARGINS
 from mig_kit.evaluation.tables import CLAIMS
-from mig_kit.world.suites import OUT_OF_DOMAIN, SUITES, suite_title, task_title
+from mig_kit.world.suites import OUT_OF_DOMAIN, SUITES, make_suite, suite_title, task_title
 
 PAGES = (PROJECT_ROOT / "README.md", NOTEBOOKS / "guide" / "results.md")
 NAMES = list(dict.fromkeys(suite for suite, *_ in CLAIMS))
 MAIN = NAMES[0]
+WORST = ("sft", MAIN)  # the difference whose worst seed README tells
 COMMANDS = "notebooks/guide/evidence/evidence.yaml"  # from README
 NOT_YET = "Not run yet with this version."
 HOLM = """Points of each arm's GRPO model less the recipe's, paired by seed. By chance alone one of
@@ -109,6 +111,13 @@ def render(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
+@cache
+def chances(suite: str) -> list[float]:
+    """What guessing a letter scores in each task of a suite, percent; [] if it asks for boxes."""
+    samples = make_suite(suite, "test", 1, 0)
+    return [100 / len(sample.options) for sample in samples if sample.options]
+
+
 def short_title(suite: str) -> str:
     """The suite's name without "(drawn)"."""
     return suite_title(suite).removesuffix(" (drawn)")
@@ -134,16 +143,19 @@ def headline(records: dict[str, list[dict]]) -> str:
     recipe = records["recipe"]
     first = next(record for record in recipe if not record["seed"])
     control = pair_with_recipe(records, "equal_data")
-    rows = [["base", *(_mean([first], "base", suite) for suite in NAMES)],
+    guesses = [np.array([np.mean(chances(suite) or [np.nan])]) for suite in NAMES]
+    rows = [["a guessed letter", *(_number(guess, "").replace("nan", "-") for guess in guesses)],
+            ["base", *(_mean([first], "base", suite) for suite in NAMES)],
             [f"[SFT]({COMMANDS})", *(_mean(recipe, "sft", suite) for suite in NAMES)]]
     if control:
         rows.append([f"[SFT on RL's prompts]({COMMANDS}) (control)",
                      *(_mean([arm for _, arm in control], "sft", suite) for suite in NAMES)])
-    own = [*zip(recipe, recipe)]
+    own, from_base = [*zip(recipe, recipe)], [(record, first) for record in recipe]
     rows += [[f"[GRPO]({COMMANDS})", *(_mean(recipe, "grpo", suite) for suite in NAMES)],
-             ["GRPO over SFT",
-              *(describe(gaps_between(own, "grpo", "sft", suite), suite == MAIN)
-                for suite in NAMES)]]
+             *([f"GRPO over {SYSTEM_LABELS[before]}", *(
+                 describe(gaps_between(pairs, "grpo", before, suite), (before, suite) == WORST)
+                 for suite in NAMES)]
+               for before, pairs in (("base", from_base), ("sft", own)))]
     if control:
         rows.append(["GRPO over the control", *(
             describe(gaps_between(control, "grpo", "sft", suite), False) for suite in NAMES)])
@@ -154,9 +166,13 @@ def headline(records: dict[str, list[dict]]) -> str:
     title = f"% correct, drawn scenes, {count_seeds(recipe)}"
     if counts[0] != counts[1]:
         title += f" (out of domain {counts[1]})"
-    if control:
-        title += f", control {len(control)}"
-    return render([title, *map(short_title, NAMES)], rows)
+    table = render([title, *map(short_title, NAMES)], rows)
+    if not control:
+        return table
+    shown = [short_title(suite) for suite in NAMES
+             if interval(gaps_between(control, "grpo", "sft", suite))[0] > 0]
+    return (table.replace(" |", f", control {len(control)} |", 1)
+            + f"\n\n**Beside the control** a gain is shown here: {', '.join(shown) or 'nowhere'}.")
 
 
 def _mean(records: list[dict], system: str, suite: str) -> str:
@@ -193,7 +209,9 @@ def _number(values: np.ndarray, name: str) -> str:
 
 
 def claim(records: dict[str, list[dict]]) -> str:
-    """What RL adds to SFT, and to its control, in a sentence for each place."""
+    """What RL adds to SFT, and to its control, in a sentence for each place, of drawn scenes and
+    the tiny model.
+    """
     own = [(record, record) for record in records["recipe"]]
     control = pair_with_recipe(records, "equal_data")
     sentences = []
@@ -205,7 +223,7 @@ def claim(records: dict[str, list[dict]]) -> str:
                      f"({count_seeds(of_control)})")
         if len(of_control) > 2:
             verdict = "is shown" if interval(of_control)[0] > 0 else "is not shown"
-            text += f": beside this control the paper's claim {verdict} here"
+            text += f": a gain beside this control {verdict}"
         sentences.append(f"{text}.")
     return "\n".join(sentences)
 
@@ -218,8 +236,10 @@ def tasks(records: dict[str, list[dict]]) -> str:
         means = {system: np.array([100 * by_task(record, system, suite).mean(1)
                                    for record in asked if system in answers(record, suite)])
                  for system in ("base", "sft", "grpo")}
-        rows = [[SYSTEM_LABELS[system], *(f"{value:.0f}" for value in values.mean(0))]
-                for system, values in means.items() if len(values)]
+        guessed = [["a guessed letter", *(f"{value:.0f}" for value in chances(suite))]]
+        rows = guessed * bool(chances(suite)) + [
+            [SYSTEM_LABELS[system], *(f"{value:.0f}" for value in values.mean(0))]
+            for system, values in means.items() if len(values)]
         gap = means["grpo"] - means["sft"]
         rows.append(["GRPO - SFT, worst to best seed",
                      *(f"{column.min():+.0f} to {column.max():+.0f}" for column in gap.T)])
@@ -238,26 +258,37 @@ def parts(records: dict[str, list[dict]]) -> str:
     texts = [f"{task_title(task)} {describe(far[:, [place]])}"
              for place, task in enumerate(SUITES[OUT_OF_DOMAIN].tasks) if len(far)]
     near = [*SUITES["blink"].tasks].index("visual_correspondence")
-    blink = np.delete(gaps_between([(record, first) for record in recipe], "grpo", "base", "blink"),
-                      near, axis=1)
-    return (f"GRPO over SFT out of domain, {count_seeds(far)}: {'; '.join(texts)}. GRPO over base, "
-            f"BLINK-like without visual correspondence: {describe(blink)}.")
+    pairs = {"base": [(record, first) for record in recipe], "SFT": [*zip(recipe, recipe)],
+             "the control": pair_with_recipe(records, "equal_data")}
+    blink = [f"over {name} " + describe(np.delete(gaps_between(
+        of_name, "grpo", "base" if name == "base" else "sft", "blink"), near, axis=1))
+        for name, of_name in pairs.items() if of_name]
+    return (f"GRPO over SFT out of domain, {count_seeds(far)}: {'; '.join(texts)}. "
+            f"BLINK-like without visual correspondence, GRPO {', '.join(blink)}.")
 
 
 def controls(records: dict[str, list[dict]]) -> str:
     """RL beside SFT without RL: of RL's prompts and seconds, and of more passes, seed by seed."""
-    entries, rows, seconds = read_list(), [], []
+    entries, rows, texts = read_list(), [], []
     for arm in ("equal_data", "sft_longer"):
-        pairs = pair_with_recipe(records, arm)
+        pairs, title = pair_with_recipe(records, arm), entries[arm]["title"]
         if pairs:
-            rows.append([f"GRPO over {entries[arm]['title']}", str(len(pairs)), *(
+            rows.append([f"GRPO over {title}", f"{len(pairs)} of {len(entries[arm]['seeds'])}", *(
                 describe(gaps_between(pairs, "grpo", "sft", suite)) for suite in NAMES)])
-            seconds.append(f"{entries[arm]['title']}: " + ", ".join(
-                f"{control['processor_seconds']:.0f}" for _, control in pairs))
+            own = -gaps_between(pairs, "sft", "sft", MAIN).mean((0, 2))  # beyond the recipe's SFT
+            fallen = [task for task, gap in zip(SUITES[MAIN].tasks, own) if gap < 0]
+            seconds = ", ".join(f"{control['processor_seconds']:.0f}" for _, control in pairs)
+            texts.append(
+                f"{title[0].upper()}{title[1:]}. Expected: {entries[arm]['expected']}. In domain "
+                f"it is {100 * own.mean():+.1f} points beyond the recipe's SFT, and below it in "
+                f"{', '.join(fallen) or 'no task'}. Processor seconds of its training, by seed: "
+                f"{seconds}.")
+        else:
+            texts.append(f"Not run with this version: {title}. Expected: "
+                         f"{entries[arm]['expected']}.")
     if not rows:
         return NOT_YET
-    return (render(["points", "seeds", *map(short_title, NAMES)], rows)
-            + f"\n\nProcessor seconds of the training, by seed. {'; '.join(seconds)}.")
+    return "\n\n".join([render(["points", "seeds", *map(short_title, NAMES)], rows), *texts])
 
 
 def draws(records: dict[str, list[dict]]) -> str:
@@ -277,7 +308,8 @@ def draws(records: dict[str, list[dict]]) -> str:
             fallen += [f"{task} (seed {record['seed']})"] * (high < 0)
     return (f"{len(drawn)} draws of RL from the SFT model of seed 0, first the run on show, end at "
             f"{', '.join(f'{value:.1f}' for value in final)} in domain: sd "
-            f"{final.std(ddof=1):.1f}. Tasks below SFT by more than their interval: "
+            f"{final.std(ddof=1):.1f}, of those behind the first {final[1:].std(ddof=1):.1f}. "
+            f"Tasks below SFT by more than their interval: "
             f"{', '.join(fallen) or 'none'}.")
 
 
@@ -290,16 +322,20 @@ def arms(records: dict[str, list[dict]]) -> str:
         pairs = pair_with_recipe(records, arm)
         if pairs:
             cells = [-gaps_between(pairs, "grpo", "grpo", suite) for suite in NAMES]
-            rows.append([entries[arm]["title"], str(len(pairs)), *map(describe, cells)])
+            rows.append([entries[arm]["title"], entries[arm]["expected"], str(len(pairs)),
+                         *map(describe, cells)])
             values += [(ttest_1samp(cell.mean((1, 2)), 0).pvalue, len(rows) - 1, place)
-                       for place, cell in enumerate(cells, 2) if len(cell) > 2]
+                       for place, cell in enumerate(cells, 3) if len(cell) > 2]
+    left = [entries[arm]["title"] for arm in others if not records.get(arm)]
+    left = f"Predicted and not run with this version: {'; '.join(left)}." * bool(left)
     if not rows:
-        return NOT_YET
+        return left
     for rank, (value, row, place) in enumerate(sorted(values)):
         if value * (len(values) - rank) > 0.05:
             break
         rows[row][place] += " *"
-    return HOLM + render(["instead of the recipe", "seeds", *map(short_title, NAMES)], rows)
+    table = render(["instead of the recipe", "expected", "seeds", *map(short_title, NAMES)], rows)
+    return HOLM + "\n\n".join(filter(None, [table, left]))
 
 
 def contest(records: dict[str, list[dict]]) -> str:

@@ -28,6 +28,7 @@ import papermill
 from mig_kit.boxes import BoxFormat
 from mig_kit.common import NOTEBOOKS, PROJECT_ROOT, file_sha256, model_folder, write_json
 from mig_kit.evaluation.evaluate import draw_test_samples, first_per_task
+from mig_kit.evaluation.report import export_page
 from mig_kit.models.adapters import WEIGHTS
 from mig_kit.models.shipped import AS_THE_RUN, STARTS, merge_shipped
 from mig_kit.pipeline.execute import ThisPython
@@ -118,15 +119,23 @@ def run_lesson(lesson: str, run_id: str) -> dict:
 
 
 def copy_pictures(run_id: str) -> None:
-    """Write guide/question.png and guide/report.png; the latter needs `chromium` on the path."""
-    guide, report = NOTEBOOKS / "guide", Run(run_id).stage_folder("07_report")
-    shutil.copy(report / "question.png", guide)
+    """Write guide/question.png, and guide/report.png with `draw_report`."""
+    shutil.copy(Run(run_id).stage_folder("07_report") / "question.png", NOTEBOOKS / "guide")
+    draw_report(run_id)
+
+
+def draw_report(run_id: str) -> None:
+    """Write guide/report.png, the head of the kept 07's page; needs `chromium` on the path."""
     if not (browser := shutil.which("chromium")):
         sys.exit("chromium is not on the path, so report.png is still of an earlier run; install it"
                  " and repeat make executed")
-    subprocess.run([browser, "--headless", "--no-sandbox", "--hide-scrollbars",
-                    "--window-size=1100,1410", f"--screenshot={guide / 'report.png'}",
-                    (report / "report.html").resolve().as_uri()], check=True, capture_output=True)
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        page.write_text(export_page(run_id, nbformat.read(FOLDER / "07_report.ipynb", 4).cells))
+        subprocess.run([browser, "--headless", "--no-sandbox", "--hide-scrollbars",
+                        "--window-size=1100,1500",
+                        f"--screenshot={NOTEBOOKS / 'guide' / 'report.png'}", page.as_uri()],
+                       check=True, capture_output=True)
 
 
 def ship_adapters(run_id: str, facts: dict) -> None:

@@ -111,9 +111,11 @@ def make_records(gains, questions=800):
 @pytest.mark.parametrize(("gains", "stars"), [((40, 41, 42, 43), 4), ((0, 9, -9, 1), 0)])
 def test_arms_are_marked_where_holm_leaves_them(gains, stars, monkeypatch):
     monkeypatch.setattr(evidence_pages, "read_list", lambda: {
-        "kl": {"title": "KL", "commands": ["mig-kit run"]}})
+        "kl": {"title": "KL", "expected": "nothing", "commands": ["mig-kit run"]},
+        "beta": {"title": "another KL", "expected": "nothing", "commands": ["mig-kit run"]}})
     table = evidence_pages.arms({"recipe": make_records((0, 0, 0, 0)), "kl": make_records(gains)})
-    assert table.count(" *") - table.count(" **") == stars and "| KL | 4 |" in table
+    assert table.count(" *") - table.count(" **") == stars and "| KL | nothing | 4 |" in table
+    assert table.endswith("Predicted and not run with this version: another KL.")
 
 
 def test_two_equal_arms_differ_in_nothing():

@@ -220,6 +220,6 @@ def check_margins(run_id: str) -> tuple[str, bool]:
         this_outside = high < lowest or low > highest
         is_outside |= this_outside
         texts.append(f"RL over SFT, {suite_title(suite)}: {gap['value']:+.1f} points ({low:+.1f} "
-                     f"to {high:+.1f}); seeds of results.md: {lowest:+.1f} to {highest:+.1f}"
+                     f"to {high:+.1f}); recorded seeds: {lowest:+.1f} to {highest:+.1f}"
                      + ": OUTSIDE" * this_outside)
     return "\n".join(texts), is_outside

@@ -114,7 +114,7 @@ def tabulate_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box
         if wrong >= right - 1e-6:
             print(f"warning: the reply '{kind}' earns {wrong:.2f}, the right one no more than "
                   f"{right:.2f}: training would learn it", flush=True)
-    if len(rewards) > 1:
+    if len(rewards) > 1 or weights.get(*rewards, 1.0) != 1:
         columns[SUM] = total
     return pd.DataFrame({name: values.mean() for name, values in columns.items()},
                         index=pd.Index(KINDS, name="reply"))

@@ -395,7 +395,7 @@ def test_a_margin_stands_beside_the_seeds_and_lies_outside_with_its_whole_interv
     text, is_outside = evaluated_runs.check_margins("default")
     first, second = text.splitlines()
     assert first == (f"RL over SFT, MIG-Bench-like (drawn): +15.0 points ({low:+.1f} to {high:+.1f}"
-                     f"); seeds of results.md: {lowest:+.1f} to {highest:+.1f}{ends}")
+                     f"); recorded seeds: {lowest:+.1f} to {highest:+.1f}{ends}")
     assert second.startswith("RL over SFT, out of domain (drawn): +2.0 points (-1.0 to +5.0); ")
     assert is_outside == bool(ends)
     monkeypatch.setattr(evaluated_runs, "changed_params", lambda *_: {"05_grpo": {"beta": 1}})
