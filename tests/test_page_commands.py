@@ -91,4 +91,4 @@ def test_the_commands_of_a_page_run(page, folder):
 
 def test_the_commands_of_the_readme_run(folder):
     """The fixture ran them."""
-    assert {"default", "sharp", "mine"} <= {path.name for path in (folder / "runs").iterdir()}
+    assert {"default", "gentle", "mine"} <= {path.name for path in (folder / "runs").iterdir()}
