@@ -180,7 +180,7 @@ def table(run_ids: tuple[str, ...], groups: tuple[str, ...], reference: str, sys
     by_group = compare.parse_groups([*groups, *run_ids])
     result = compare.compare_groups(by_group, reference, system)
     click.echo(compare.render_table(result, form))
-    if form == "csv":  # the other forms have the notes below the tables
+    if form == "csv":  # Markdown has the notes below the tables
         click.echo("\n".join(result["notes"]), nl=bool(result["notes"]), err=True)
     if figure:
         from mig_kit.drawing import plots  # seconds, which a table need not wait for

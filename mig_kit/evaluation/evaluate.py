@@ -1,6 +1,7 @@
 """Stage 06: the questions of all suites, and who is compared; `items` judges the replies.
 
-A reply is correct if its one box reaches IoU 0.5 in the correct image. A suite's score is the
+A reply is correct if its one box reaches IoU 0.5 in the correct image, or by its letter, or if it
+says rightly that there is none (`rewards.is_correct`). A suite's score is the
 unweighted mean over its tasks (MIG-Bench's AVG), that of own data the mean over its questions.
 Intervals are by list of images (`stats`).
 """

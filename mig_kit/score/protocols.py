@@ -112,7 +112,8 @@ def score_predictions(benchmark: Benchmark, predictions: list[dict], source: str
         predictions: of Ref-L4 also with its script's "pred_bbox" and "format" for "response".
         source: what errors call the predictions.
         box_format: the processor's limits, for absolute coordinates.
-        coordinates: of the replies' boxes; `official` first converts all but 0..1000.
+        coordinates: of the replies' boxes; `official` first converts all but 0..1000, of Ref-L4
+            these, too.
         images: the folder of the images, if their sizes are needed.
         box_order: one of BOX_ORDERS, or None if the user did not say.
         judge: who reads the letters that no rule reads.

@@ -76,7 +76,7 @@ def detail_shares(answers: Sequence[Answer], samples: Sequence[Sample]) -> dict[
 
 
 def reasoning_shares(answers: Sequence[Answer], samples: Sequence[Sample]) -> dict[str, float]:
-    """{"truth", "coverage"} of all replies, as `items.summarize_reasoning` counts, 0..1.
+    """{"truth": true claims among judged ones, "coverage"} of all replies, 0..1.
 
     Judged by the samples' notes. A share of nothing is left out; {} for own data.
     """

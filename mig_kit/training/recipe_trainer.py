@@ -1,7 +1,7 @@
 """The trainers of stage 05, what keeps a few of their replies, and one group to look at.
 
-Each update TRL calls `_generate_single_turn` (the base class or servers draw completions),
-`_generate_and_score_completions` (adds rewards and advantages) and `_compute_loss` (TRL's own).
+For each draw TRL calls `_generate_and_score_completions` (adds rewards and advantages), and in it
+`_generate_single_turn` (the base class or servers draw completions); for each step `_compute_loss`.
 Before the first update `KeepRollouts` draws a few replies, too.
 """
 
@@ -42,7 +42,7 @@ PROMPTS, REPLIES, SEED = 4, 4, 748
 
 
 class _ResumableOrder:
-    """Mixin: prompts come in the same order after a kill; see also `resuming.train_or_resume`."""
+    """Mixin: prompts come in the same order after a kill; see `resuming`."""
 
     def _get_train_sampler(self, dataset=None):
         stock = super()._get_train_sampler(dataset)

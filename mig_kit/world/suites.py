@@ -298,7 +298,6 @@ def iter_training_mix(split: str, per_task: int, free_form_per_task: int, seed: 
     boxes: general questions of each kind that asks for a box; None for `free_form_per_task`.
     worlds: what tasks and general questions are drawn from, in turn.
     """
-    # not through SUITES: a suite more would make stage 01 stale
     yield from _iter_tasks("mig_bench", _draws(TASKS, worlds=worlds), split, per_task, seed)
     yield from iter_free_form(split, free_form_per_task, seed, boxes, worlds)
 
