@@ -29,7 +29,6 @@ from mig_kit.world.suites import OUT_OF_DOMAIN, SUITES, make_suite, suite_title,
 PAGES = (PROJECT_ROOT / "README.md", NOTEBOOKS / "guide" / "results.md")
 NAMES = list(dict.fromkeys(suite for suite, *_ in CLAIMS))
 MAIN = NAMES[0]
-WORST = ("sft", MAIN)  # the difference whose worst seed README tells
 COMMANDS = "notebooks/guide/evidence/evidence.yaml"  # from README
 NOT_YET = "Not run yet with this version."
 HOLM = """Points of each arm's GRPO model less the recipe's, paired by seed. By chance alone one of
@@ -129,11 +128,23 @@ def count_seeds(records: list) -> str:
 
 
 def pair_with_recipe(records: dict[str, list[dict]], arm: str,
-                     whole: str = "recipe") -> list[tuple[dict, dict]]:
-    """(the record of the recipe, or of another whole, the arm's of the same seed)."""
-    by_seed = {record["seed"]: record for record in records.get(whole, [])}
+                     reference: str = "recipe") -> list[tuple[dict, dict]]:
+    """(the record of the recipe, or of another reference, the arm's of the same seed)."""
+    by_seed = {record["seed"]: record for record in records.get(reference, [])}
     return [(by_seed[record["seed"]], record) for record in records.get(arm, [])
             if record["seed"] in by_seed]
+
+
+def pairs_without_rl(records: dict[str, list[dict]]) -> dict[str, tuple[list[tuple], str]]:
+    """Models without RL -> ((the recipe's record, theirs) of each seed, their name there), as far
+    as there are records; the base, which has no seed, is in seed 0's.
+    """
+    recipe = records["recipe"]
+    first = next(record for record in recipe if not record["seed"])
+    pairs = {"base": ([(record, first) for record in recipe], "base"),
+             "SFT": ([*zip(recipe, recipe)], "sft"),
+             "the control": (pair_with_recipe(records, "equal_data"), "sft")}
+    return {name: pair for name, pair in pairs.items() if pair[0]}
 
 
 def headline(records: dict[str, list[dict]]) -> str:
@@ -143,22 +154,17 @@ def headline(records: dict[str, list[dict]]) -> str:
     recipe = records["recipe"]
     first = next(record for record in recipe if not record["seed"])
     control = pair_with_recipe(records, "equal_data")
-    guesses = [np.array([np.mean(chances(suite) or [np.nan])]) for suite in NAMES]
-    rows = [["a guessed letter", *(_number(guess, "").replace("nan", "-") for guess in guesses)],
+    rows = [["a guessed letter", *(f"{np.mean(chances(suite)):.1f}" if chances(suite) else "-"
+                                   for suite in NAMES)],
             ["base", *(_mean([first], "base", suite) for suite in NAMES)],
             [f"[SFT]({COMMANDS})", *(_mean(recipe, "sft", suite) for suite in NAMES)]]
     if control:
         rows.append([f"[SFT on RL's prompts]({COMMANDS}) (control)",
                      *(_mean([arm for _, arm in control], "sft", suite) for suite in NAMES)])
-    own, from_base = [*zip(recipe, recipe)], [(record, first) for record in recipe]
-    rows += [[f"[GRPO]({COMMANDS})", *(_mean(recipe, "grpo", suite) for suite in NAMES)],
-             *([f"GRPO over {SYSTEM_LABELS[before]}", *(
-                 describe(gaps_between(pairs, "grpo", before, suite), (before, suite) == WORST)
-                 for suite in NAMES)]
-               for before, pairs in (("base", from_base), ("sft", own)))]
-    if control:
-        rows.append(["GRPO over the control", *(
-            describe(gaps_between(control, "grpo", "sft", suite), False) for suite in NAMES)])
+    rows.append([f"[GRPO]({COMMANDS})", *(_mean(recipe, "grpo", suite) for suite in NAMES)])
+    rows += [[f"GRPO over {name}", *(
+        describe(gaps_between(pairs, "grpo", before, suite), (name, suite) == ("SFT", MAIN))
+        for suite in NAMES)] for name, (pairs, before) in pairs_without_rl(records).items()]
     rows.append(["paper (7B, benchmarks)", *(
         f"{points:+.2f} over {SYSTEM_LABELS[pair.split('-')[1]]}"
         for _, _, pair, points in CLAIMS)])
@@ -166,13 +172,14 @@ def headline(records: dict[str, list[dict]]) -> str:
     title = f"% correct, drawn scenes, {count_seeds(recipe)}"
     if counts[0] != counts[1]:
         title += f" (out of domain {counts[1]})"
-    table = render([title, *map(short_title, NAMES)], rows)
-    if not control:
-        return table
-    shown = [short_title(suite) for suite in NAMES
-             if interval(gaps_between(control, "grpo", "sft", suite))[0] > 0]
-    return (table.replace(" |", f", control {len(control)} |", 1)
-            + f"\n\n**Beside the control** a gain is shown here: {', '.join(shown) or 'nowhere'}.")
+    if control:
+        title += f", control {len(control)}"
+    shown = {suite: interval(gaps_between(control, "grpo", "sft", suite))[0] > 0
+             for suite in NAMES if len(control) > 2}
+    yes, no = (", ".join(short_title(suite) for suite in shown if shown[suite] == is_shown)
+               for is_shown in (True, False))
+    verdict = f"\n\n**Beside the control** a gain is shown: {yes or '-'}; not shown: {no or '-'}."
+    return render([title, *map(short_title, NAMES)], rows) + verdict * bool(shown)
 
 
 def _mean(records: list[dict], system: str, suite: str) -> str:
@@ -209,9 +216,7 @@ def _number(values: np.ndarray, name: str) -> str:
 
 
 def claim(records: dict[str, list[dict]]) -> str:
-    """What RL adds to SFT, and to its control, in a sentence for each place, of drawn scenes and
-    the tiny model.
-    """
+    """What RL adds to SFT, and to its control, in a sentence for each place."""
     own = [(record, record) for record in records["recipe"]]
     control = pair_with_recipe(records, "equal_data")
     sentences = []
@@ -252,17 +257,14 @@ def parts(records: dict[str, list[dict]]) -> str:
     """RL's margins behind the means: out of domain by task, BLINK-like without its task that is
     near to a trained one.
     """
-    recipe = records["recipe"]
-    first = next(record for record in recipe if not record["seed"])
-    far = gaps_between([*zip(recipe, recipe)], "grpo", "sft", OUT_OF_DOMAIN)
+    pairs = pairs_without_rl(records)
+    far = gaps_between(pairs["SFT"][0], "grpo", "sft", OUT_OF_DOMAIN)
     texts = [f"{task_title(task)} {describe(far[:, [place]])}"
              for place, task in enumerate(SUITES[OUT_OF_DOMAIN].tasks) if len(far)]
     near = [*SUITES["blink"].tasks].index("visual_correspondence")
-    pairs = {"base": [(record, first) for record in recipe], "SFT": [*zip(recipe, recipe)],
-             "the control": pair_with_recipe(records, "equal_data")}
-    blink = [f"over {name} " + describe(np.delete(gaps_between(
-        of_name, "grpo", "base" if name == "base" else "sft", "blink"), near, axis=1))
-        for name, of_name in pairs.items() if of_name]
+    blink = [f"over {name} " + describe(np.delete(
+        gaps_between(of_name, "grpo", before, "blink"), near, axis=1))
+        for name, (of_name, before) in pairs.items()]
     return (f"GRPO over SFT out of domain, {count_seeds(far)}: {'; '.join(texts)}. "
             f"BLINK-like without visual correspondence, GRPO {', '.join(blink)}.")
 
@@ -308,8 +310,8 @@ def draws(records: dict[str, list[dict]]) -> str:
             fallen += [f"{task} (seed {record['seed']})"] * (high < 0)
     return (f"{len(drawn)} draws of RL from the SFT model of seed 0, first the run on show, end at "
             f"{', '.join(f'{value:.1f}' for value in final)} in domain: sd "
-            f"{final.std(ddof=1):.1f}, of those behind the first {final[1:].std(ddof=1):.1f}. "
-            f"Tasks below SFT by more than their interval: "
+            f"{final.std(ddof=1):.1f}, without the first {final[1:].std(ddof=1):.1f}. "
+            "Tasks below SFT by more than their interval: "
             f"{', '.join(fallen) or 'none'}.")
 
 
@@ -345,8 +347,7 @@ def contest(records: dict[str, list[dict]]) -> str:
     return render(["who", "worst GRPO score of seeds 0, 1, 2", "processor seconds, 02 to 05",
                    "version"],
                   [["the recipe", f"{scores(first, 'grpo', MAIN).min():.1f}",
-                    f"{min(spent):.0f} to {max(spent):.0f}",
-                    __version__]])
+                    f"{min(spent):.0f} to {max(spent):.0f}", __version__]])
 
 
 def provenance(records: dict[str, list[dict]]) -> str:
