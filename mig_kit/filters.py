@@ -34,8 +34,7 @@ def drop_reason(reply: str, sample: Sample, box_format: BoxFormat) -> str:
     "box" means an IoU below 0.5 with the target.
     """
     answer = read_reply(reply, sample, box_format)
-    has_answer = answer.letter if sample.options else answer.has_box
-    if not has_answer or not answer.well_formed:
+    if not answer.states(sample.options) or not answer.well_formed:
         return "format"
     if sample.options:
         if answer.letter != sample.letter:

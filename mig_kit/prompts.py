@@ -6,6 +6,7 @@ reasoning in `<think>`, then one JSON object in `<answer>`.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mig_kit.boxes import Box, BoxFormat, to_model_box, to_original_box
@@ -41,6 +42,10 @@ class Answer:
     letter: str
     well_formed: bool
     names_none: bool
+
+    def states(self, options: Sequence[str]) -> bool:
+        """Whether it gives what a question asks for: a letter if it has options, else a box."""
+        return bool(self.letter) if options else self.has_box
 
 
 def format_box(box: Box) -> str:

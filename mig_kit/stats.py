@@ -7,7 +7,7 @@ its place where few lists differ, and Student's t over seeds (`mean_interval`).
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from scipy.stats import beta, norm
@@ -27,6 +27,18 @@ def group_by_task(tasks: Iterable[str], values: np.ndarray) -> dict[str, np.ndar
     for row, task in enumerate(tasks):
         rows[task].append(row)
     return {task: values[task_rows] for task, task_rows in rows.items()}
+
+
+def number_alike(keys: Iterable[Hashable]) -> np.ndarray:
+    """(n,) a number for each key, in order of appearance, the same for equal ones."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def first_rows(tasks: Sequence[str], count: int) -> list[int]:
+    """Places of the first `count` of each task, in order."""
+    by_task = group_by_task(tasks, np.arange(len(tasks)))
+    return sorted(place for places in by_task.values() for place in places[:count].tolist())
 
 
 def macro_mean(groups: list[np.ndarray]) -> float:

@@ -22,6 +22,8 @@ from mig_kit.rewards import is_correct
 from mig_kit.sample import Sample
 from mig_kit.world.tasks import TASKS, make_sample
 
+ROOM_TO_REASON = 1024  # new tokens of a model of no run: those of the full profiles
+
 
 def find_model(model: str, changes: dict, server: str = "") -> RunModel:
     """The model that --model names; a ServedName if only the server knows it.
@@ -58,7 +60,8 @@ def find_model(model: str, changes: dict, server: str = "") -> RunModel:
                f" (its own: {own.description})" if box_format != own else "")
     click.echo(f"{model} is asked with {box_format.description}{further}", err=True)
     if not found_model:
-        return RunModel(ServedName(folder) if is_served else folder, box_format, {})
+        asked = {} if model in SHIPPED else {"max_new_tokens": ROOM_TO_REASON}
+        return RunModel(ServedName(folder) if is_served else folder, box_format, asked)
     for note in Run(found_model.run_id).notes(found_model.stage):
         click.echo(f"warning: {note}", err=True)
     return replace(found_model, folder=folder, box_format=box_format)
@@ -111,7 +114,8 @@ def check_suite(context: click.Context, option: click.Parameter, suite: str) -> 
               help="The --out of another model: one table, and the paired difference; repeat.")
 @click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE",
               help="Set a parameter of stage 06, such as server (which draws the replies) or "
-                   "max_new_tokens (1024 for a model that reasons at length).")
+                   "max_new_tokens (if left out: the 06's of a run's model, 128 of a shipped one, "
+                   "1024 of others).")
 def eval_command(model: str, adapter: Path | None, four_bit: bool, suite: str, file: Path | None,
                  images: Path | None, limit: int, out: Path, compare: tuple[Path, ...],
                  overrides: tuple[tuple[str, str], ...], **changes) -> None:

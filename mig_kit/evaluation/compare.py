@@ -85,7 +85,7 @@ def compare_groups(groups: dict[str, list[str]], reference: str = "", system: st
             rows += [{"group": name, "suite": suite, **_question_row(figure, scope, *sides)}
                      for figure, sides in figures.items()]
         rows += [{"group": name, "suite": suite, **row} for suite in questions.unique("suite")
-                 for row in _reasoning_rows(members, suite, others, reference)]
+                 for row in _reasoning_rows(members, suite, system, others, reference)]
         facts += [{"group": name, "tokens": run.tokens, "minutes": run.minutes} for run in members]
     return {"reference": reference, "system": system, "rows": rows, "runs": facts,
             "notes": list_notes(runs, reference, system)}
@@ -152,8 +152,8 @@ def _row(figure: str, value: float, interval: Sequence[float], over: str, by_run
             "runs": len(by_run), "over": over, "by_run": by_run.tolist() if has_by_run else []}
 
 
-def _reasoning_rows(runs: list[EvaluatedRun], suite: str, others: list[EvaluatedRun] | None,
-                    reference: str) -> list[dict]:
+def _reasoning_rows(runs: list[EvaluatedRun], suite: str, system: str,
+                    others: list[EvaluatedRun] | None, reference: str) -> list[dict]:
     """How true the reasoning is; a single run has the interval of its 06, its differences none."""
     def read(members: Sequence[EvaluatedRun], system: str, name: str) -> np.ndarray:
         return np.array([run.reasoning.get(system, {}).get(suite, {}).get(name)
@@ -165,7 +165,7 @@ def _reasoning_rows(runs: list[EvaluatedRun], suite: str, others: list[Evaluated
         figures = {"sft": sft, "grpo": grpo, "grpo-sft": grpo - sft}
         if others and (pairs := pair_runs(runs, others)):
             paired, partners = zip(*pairs)
-            figures[f"vs {reference}"] = read(paired, "grpo", name) - read(partners, "grpo", name)
+            figures[f"vs {reference}"] = read(paired, system, name) - read(partners, system, name)
         for figure, by_run in figures.items():
             over_seeds = stats.mean_interval(by_run)
             of_06 = runs[0].reasoning.get(figure, {}).get(suite, {}).get(f"{name}_ci95")

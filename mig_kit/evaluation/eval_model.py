@@ -256,6 +256,11 @@ def result_tables(results: Mapping[str, dict]) -> list[str]:
         texts.append(f"{first['unread']} of {first['asked']} replies name no box or letter that can"
                      " be read; look at predictions.jsonl, and if they are cut, raise "
                      f"max_new_tokens ({first['max_new_tokens']})\n")
+    room = {name: result["max_new_tokens"] for name, result in results.items()}
+    if len({*room.values()}) > 1:
+        values = ", ".join(f"{name} {tokens}" for name, tokens in room.items())
+        texts.append(f"max_new_tokens differ ({values}): what is compared had not the same room; "
+                     "ask again with -p max_new_tokens, and another --out\n")
     for name, result in results.items():
         if result.get("trained"):
             texts.append(f"{result['trained']} of the questions were given to training by 01 of "

@@ -76,8 +76,7 @@ def first_per_task(samples: Sequence[Sample], per_task: int) -> Sequence[Sample]
     """The first `per_task` samples of every task, in order; all for 0."""
     if not per_task:
         return samples
-    by_task = stats.group_by_task((sample.task for sample in samples), np.arange(len(samples)))
-    rows = sorted(row for rows in by_task.values() for row in rows[:per_task].tolist())
+    rows = stats.first_rows([sample.task for sample in samples], per_task)
     if isinstance(samples, TableRows):
         return samples.select(rows)
     return [samples[row] for row in rows]

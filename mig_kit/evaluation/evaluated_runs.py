@@ -191,8 +191,8 @@ def list_notes(runs: dict[str, list[EvaluatedRun]], reference: str, system: str)
     unpaired = [name for name in runs
                 if name != reference and not pair_runs(runs[name], runs[reference])]
     groups = {  # a sentence -> the groups that it is about
-        "One run each, whose intervals are over questions alone; another seed may move a score by "
-        "more": single * (system != "base"),
+        "One run each, whose own figures have intervals over questions alone; another seed may "
+        "move a score by more": single * (system != "base"),
         "Runs with the same seed of 01 may share a cold start, and are counted as independent":
             sharing * (system != "base"),
         f"Not compared with {reference} seed by seed, for no two pairs of runs share seeds; such "

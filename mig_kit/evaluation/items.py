@@ -19,7 +19,6 @@ from mig_kit.image_files import image_digests
 from mig_kit.prompts import Answer, read_reply
 from mig_kit.rewards import is_correct, names_image, reply_iou
 from mig_kit.sample import Sample
-from mig_kit.score.own import is_read
 from mig_kit.stats import to_percent
 from mig_kit.world.claims import count_claims
 from mig_kit.world.suites import OWN
@@ -45,7 +44,7 @@ def score_answer(answer: Answer, sample: Sample) -> dict[str, float | None]:
             "iou": reply_iou(answer, sample) if asks_for_box else correct,
             "image": float(names_image(answer, sample)) if asks_for_box else correct,
             "format": max(float(answer.well_formed), correct * is_none),
-            "read": float(is_read(answer, sample.options) or answer.names_none),
+            "read": float(answer.states(sample.options) or answer.names_none),
             "true": claims and claims.true, "judged": claims and claims.judged}
 
 
@@ -56,9 +55,7 @@ def score_part(sample: Sample) -> str:
 
 def number_image_lists(samples: Sequence[Sample]) -> np.ndarray:
     """(samples,) a number for the images that each shows: the same where they are the same."""
-    numbers: dict[tuple[bytes, ...], int] = {}
-    return np.array([numbers.setdefault(image_digests(sample.images), len(numbers))
-                     for sample in samples])
+    return stats.number_alike(image_digests(sample.images) for sample in samples)
 
 
 def make_items(samples: Mapping[str, Sequence[Sample]], replies: Mapping[str, Mapping],

@@ -71,8 +71,13 @@ def plan_run(names: list[str], profile: str, run_id: str, source: str,
         runs.check_branch(source, run_id, stages)
     if any(run_folders.STAGES[stage] for stage in params) and RUN_PARAMS_STAGE not in params:
         origin.require(RUN_PARAMS_STAGE, min(params))
-    check_run({stage: values for stage, values in params.items()
-               if force or not run.record(stage)}, origin)
+    left = {stage: values for stage, values in params.items() if force or not run.record(stage)}
+    check_run(left, origin)
+    if "start_from" not in values and left.get("05_grpo", {}).get("start_from") == "base" and (
+            "03_merge" in params or origin.record("03_merge")):
+        raise UserError(
+            f"05_grpo: profile '{profile}' starts from the base and would leave the model of 03 "
+            "unused; say -p start_from merged, or -p start_from base if that is meant")
     return PlannedRun(run_id, source, params, profile, origin)
 
 

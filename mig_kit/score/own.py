@@ -2,14 +2,13 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from mig_kit.boxes import BoxFormat, Coordinates, coordinate_size, iou, rescale_box
 from mig_kit.common import UserError
 from mig_kit.data.line_checks import parse_line
 from mig_kit.data.records import READ_FORMS, Problem, iter_entries
-from mig_kit.prompts import LETTERS, Answer, parse_reply
+from mig_kit.prompts import LETTERS, parse_reply
 from mig_kit.score.annotations import Benchmark, BenchmarkItem
 from mig_kit.score.choice_parsers import read_choice
 from mig_kit.score.records import require_file
@@ -68,11 +67,6 @@ def read_freely(reply: str, options: tuple[str, ...], n_images: int) -> str:
     return f"<think>{text}</think><answer>{answer}</answer>" if answer else reply
 
 
-def is_read(answer: Answer, options: Sequence[str]) -> bool:
-    """Whether it states what its question asks for: a letter if it has options, else a box."""
-    return bool(answer.letter) if options else answer.has_box
-
-
 def judge_own(item: BenchmarkItem, reply: str, protocol: str, coordinates: Coordinates,
               box_format: BoxFormat, sizes: dict[str, tuple[int, int]]) -> Verdict:
     """1 or 0 for a reply; sizes: of the images, if coordinates are converted.
@@ -82,7 +76,7 @@ def judge_own(item: BenchmarkItem, reply: str, protocol: str, coordinates: Coord
     """
     answer = parse_reply(read_freely(reply, item.choices, len(item.images))
                          if protocol == "free_text" else reply)
-    rule, problem = ("a statement", "") if is_read(answer, item.options) else ("", UNREAD)
+    rule, problem = ("a statement", "") if answer.states(item.options) else ("", UNREAD)
     if item.letter:
         return Verdict(float(answer.letter == item.letter), problem,
                        {"letter": item.letter, "read": answer.letter, "rule": rule})

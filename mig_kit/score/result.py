@@ -7,7 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from mig_kit.score.annotations import BenchmarkItem
-from mig_kit.stats import group_by_task, macro_mean, paired_gap_by_list, share_interval_by_list
+from mig_kit.stats import (
+    group_by_task,
+    macro_mean,
+    number_alike,
+    paired_gap_by_list,
+    share_interval_by_list,
+    to_percent,
+)
 
 NOT_READ = ("unread", "no <answer> block")
 
@@ -49,9 +56,7 @@ def averaged_groups(scored: Scored) -> list[np.ndarray]:
 
 def number_lists(scored: Scored) -> np.ndarray:
     """(n,) a number for each item's list of images."""
-    names = scored.lists or range(len(scored.tasks))
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return np.array([numbers[name] for name in names])
+    return number_alike(scored.lists or range(len(scored.tasks)))
 
 
 def describe_reach(boxes: list[tuple], frame: str) -> tuple[str, ...]:
@@ -72,10 +77,6 @@ def describe_reach(boxes: list[tuple], frame: str) -> tuple[str, ...]:
             f"boxes leave their image{inverted}, read as {frame}.",) * bool(boxes)
 
 
-def _percent(value: float) -> float:
-    return 100 * float(value) + 0.0  # never -0.0
-
-
 def summarize(scored: Scored) -> dict:
     """The scores in percent, not rounded.
 
@@ -90,15 +91,15 @@ def summarize(scored: Scored) -> dict:
     if unread.any():
         values = np.where(unread, 1.0, next(iter(scored.metrics.values())))
         best = macro_mean([values[rows] for rows in averaged_groups(scored)])
-        at_most["at_most"] = _percent(best)
+        at_most["at_most"] = to_percent(best)
 
     def average(groups: list[np.ndarray]) -> dict:
-        figures = {name: _percent(macro_mean([values[places] for places in groups]))
+        figures = {name: to_percent(macro_mean([values[places] for places in groups]))
                    for name, values in scored.metrics.items()}
         if figures:
             headline = next(iter(scored.metrics.values()))
             interval = share_interval_by_list([(headline[rows], lists[rows]) for rows in groups])
-            figures["ci95"] = [_percent(bound) for bound in interval]
+            figures["ci95"] = [to_percent(bound) for bound in interval]
         return figures
 
     by_task = group_by_task(scored.tasks, np.arange(len(scored.tasks)))

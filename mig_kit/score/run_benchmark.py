@@ -4,8 +4,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from mig_kit.boxes import BoxFormat, coordinate_size, rescale_box
 from mig_kit.common import UserError
 from mig_kit.image_files import EncodedImage, LazyImages
@@ -18,7 +16,7 @@ from mig_kit.score.annotations import (
 )
 from mig_kit.score.benchmarks import read_benchmark
 from mig_kit.score.records import read_records
-from mig_kit.stats import group_by_task
+from mig_kit.stats import first_rows
 
 _INLINE_BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 
@@ -34,9 +32,7 @@ def read_runnable(name: str, annotations: str | Path, root: str | Path,
     """
     benchmark = read_benchmark(name, read_records(annotations))
     if limit:
-        rows = np.arange(len(benchmark.items))
-        by_task = group_by_task((item.task for item in benchmark.items), rows)
-        chosen = sorted(row for part in by_task.values() for row in part[:limit])
+        chosen = first_rows([item.task for item in benchmark.items], limit)
         benchmark = replace(benchmark, complete=False,
                             items=tuple(benchmark.items[row] for row in chosen))
     for is_usable, problem in (

@@ -142,6 +142,8 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
     iterations = params.num_iterations
     arguments |= {"epsilon_high": params.epsilon_high or None,
                   "save_steps": -(-params.save_steps // iterations) * iterations}
+    if params.server:  # TRL's default weights a reply as a whole, and drops long ones
+        arguments.setdefault("vllm_importance_sampling_mode", "token_truncate")
     config = GRPOConfig(**arguments)
     resuming.use_one_device(config)
     scores = score_functions(rewards, policy.box_format, params.hallucinated_image_penalty)

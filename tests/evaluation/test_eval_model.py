@@ -14,6 +14,7 @@ from PIL import Image
 from teacher_server import TeacherServer, completion, question_text
 
 from mig_kit.boxes import BoxFormat
+from mig_kit.commands.ask import find_model
 from mig_kit.common import UserError
 from mig_kit.evaluation import eval_model
 from mig_kit.evaluation.items import read_items
@@ -86,6 +87,20 @@ def test_two_models_stand_in_one_table(evaluated, smoke_runs):
     for suite, summary in results["grpo"]["scores"]["strict"].items():
         gain = summary["score"] - results["base"]["scores"]["strict"][suite]["score"]
         assert gaps["strict", suite_title(suite)] == pytest.approx(gain, abs=0.051)
+
+
+def test_models_that_had_not_the_same_room_are_called_so(evaluated):
+    results = {name: eval_model.read_result(evaluated / name) for name in ("grpo", "base")}
+    assert not any("the same room" in text for text in eval_model.result_tables(results))
+    results["base"]["max_new_tokens"] = 1024
+    tokens = results["grpo"]["max_new_tokens"]
+    sentence = f"max_new_tokens differ (grpo {tokens}, base 1024): what is compared"
+    assert any(sentence in text for text in eval_model.result_tables(results))
+
+
+def test_a_model_of_no_run_has_room_to_reason(random_folder):
+    assert find_model(str(random_folder), {}).evaluation == {"max_new_tokens": 1024}
+    assert find_model("tiny/sft", {}).evaluation == {}, "as 06 asks it"
 
 
 def test_a_difference_is_over_lists_of_images():

@@ -277,6 +277,20 @@ def test_without_a_teacher_02_and_03_are_left_out_and_rl_starts_from_the_base(ro
     assert planned_stages([], OWN[2:], "branch") == ["00", "05", "06", "07"]
 
 
+def test_a_profile_that_would_leave_the_cold_start_unused_is_refused(root, leave):
+    """02 to 04 would use the SFT model, and 05 train the base; said, it is meant."""
+    with_teacher = (OWN[0], ("teacher", "own"))
+    for names, run_id, overrides in (([], "new", with_teacher), (["05_grpo"], "a", ())):
+        def planned(*start, names=names, run_id=run_id, overrides=overrides):
+            return [*plan.plan_run(names, "tiny_own", run_id, "", overrides + start).params]
+
+        with pytest.raises(UserError, match="starts from the base and would leave the model of 03"):
+            planned()
+        for start in ("merged", "base"):
+            assert "05_grpo" in planned(("start_from", start))
+    assert planned_stages([], OWN[:2] + OWN[2:]) == ["00", "01", "04", "05", "06", "07"]
+
+
 def test_too_few_prompts_are_known_after_04(root):
     (root / "a" / "04_rejection_sampling" / "metrics.json").write_text('{"kept": 15}')
     sentence = "04 keeps 15; lower gradient_accumulation_steps"

@@ -135,9 +135,11 @@ def test_what_servers_drew_with_is_deleted_when_it_has_been_learnt_from(
 
 
 def test_the_correction_reaches_the_loss(make_served, first_gradients):
-    def shift(body, answer):  # the server claims e times the learner's probability of a reply
+    """Token by token: TRL's default would multiply a reply's ratios, and 8 of them give e^-8."""
+    def shift(body, answer):  # the server claims e times the learner's probability of every token
         for choice in answer["choices"]:
-            choice["logprobs"]["content"][0]["logprob"] += 1.0
+            for token in choice["logprobs"]["content"]:
+                token["logprob"] += 1.0
         return answer
 
     gradients = []
