@@ -176,13 +176,22 @@ def _judge_replies_with_boxes(
         item, coordinates, is_official)), images)
     items = [replace(item, size=item.size or sizes.get(item.images[(item.target or 1) - 1]))
              for item in items]
-    if not is_official:
-        rule = partial(judge_own, protocol=protocol) if rules.frame == "kit" else strict_iou
-        verdicts = judge_all(items, lines, partial(
-            rule, coordinates=coordinates, box_format=box_format, sizes=sizes))
-        reach = _describe_reach(items, verdicts, coordinates, box_format, sizes)
-        return items, verdicts, remarks + reach
-    in_pixels = rules.frame == "pixels"
+    if is_official:
+        verdicts, further = _judge_officially(rules, items, lines, coordinates, box_format, sizes)
+        return items, verdicts, remarks + further
+    rule = partial(judge_own, protocol=protocol) if rules.frame == "kit" else strict_iou
+    verdicts = judge_all(items, lines, partial(
+        rule, coordinates=coordinates, box_format=box_format, sizes=sizes))
+    return items, verdicts, remarks + _describe_reach(
+        items, verdicts, coordinates, box_format, sizes)
+
+
+def _judge_officially(
+        rules: Rules, items: list[BenchmarkItem], lines: list[dict | None],
+        coordinates: Coordinates, box_format: BoxFormat,
+        sizes: Sizes) -> tuple[list[Verdict], tuple]:
+    """Verdicts of the authors' rule, and remarks: what was converted for it, what it reads."""
+    in_pixels, remarks = rules.frame == "pixels", ()
     if in_pixels or coordinates != Coordinates.NORMALIZED_1000:
         remarks += (f"Boxes were read as {_describe_frame(coordinates, box_format)} and converted "
                     "before the authors' rule read them; their own script does not convert.",)
@@ -203,7 +212,7 @@ def _judge_replies_with_boxes(
         n_others = sum(map(_is_another_box, items, lines, verdicts))
         remarks += (f"In {n_others:,} replies the official rule read another box than the "
                     "<answer>.",) * bool(n_others)
-    return items, verdicts, remarks + _describe_reach(
+    return verdicts, remarks + _describe_reach(
         items, verdicts, Coordinates.PIXELS if in_pixels else None, box_format, sizes)
 
 
