@@ -337,7 +337,22 @@ def arms(records: dict[str, list[dict]]) -> str:
             break
         rows[row][place] += " *"
     table = render(["instead of the recipe", "expected", "seeds", *map(short_title, NAMES)], rows)
-    return HOLM + "\n\n".join(filter(None, [table, left]))
+    return HOLM + "\n\n".join(filter(None, [table, own_gains(records), left]))
+
+
+def own_gains(records: dict[str, list[dict]]) -> str:
+    """A sentence: what RL adds to the SFT models of arms that have others than the recipe's."""
+    entries, texts = read_list(), []
+    for arm in records:
+        pairs = [(record, record) for recipe, record in pair_with_recipe(records, arm)
+                 if "grpo" in record["correct"]
+                 and answers(record, MAIN)["sft"] != answers(recipe, MAIN)["sft"]]
+        if arm != "draws" and pairs:
+            gains = [describe(gaps_between(pairs, "grpo", "sft", suite), False)
+                     for suite in (MAIN, OUT_OF_DOMAIN)]
+            texts.append(f"{entries[arm]['title']}: {gains[0]} in domain, {gains[1]} out of it "
+                         f"({count_seeds(pairs)})")
+    return f"RL over the arm's own SFT model: {'; '.join(texts)}." * bool(texts)
 
 
 def contest(records: dict[str, list[dict]]) -> str:
