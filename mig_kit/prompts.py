@@ -31,7 +31,7 @@ class Answer:
         box: xyxy, pixels of that original (`parse_reply`: as it is written); None without one.
         has_box: it gives a box, be it in an image that the sample does not have.
         well_formed: it is one `<think>` and one `<answer>` block with one answer, nothing else.
-        names_none: likewise, but the answer holds neither number nor letter, or is NO_BOX.
+        names_none: likewise, but the answer has no digit and is no option's letter, or is NO_BOX.
     """
 
     text: str

@@ -22,7 +22,7 @@ CLAIMS = (
     ("blink", "RL over base", "grpo-base", 3.1),
     ("mmiu", "RL over base", "grpo-base", 2.4),
 )
-RL_STARTS = ("start", "sft", "base")  # what RL is compared with, the first that a run has
+RL_STARTS = ("start", "sft", "base")  # beside GRPO in pictures: the first that a run has
 DIFFERENCES = (("sft", "base"), ("grpo", "sft"), ("grpo", "start"), ("grpo", "base"))
 
 
@@ -81,7 +81,9 @@ def task_rows(items: pd.DataFrame, suite: str) -> list[dict]:
 
 
 def describe_moved_tasks(items: pd.DataFrame, suite: str) -> str:
-    """One sentence on the tasks of a suite that RL moved by more than their interval, both ways."""
+    """One sentence on the tasks of a suite in which GRPO and the first of RL_STARTS differ by more
+    than their interval, both ways.
+    """
     models = {*items["model"]}
     start = SYSTEM_LABELS[next(name for name in RL_STARTS if name in models)]
     rows, rl = task_rows(items, suite), SYSTEM_LABELS["grpo"]
@@ -101,7 +103,7 @@ def gap_text(gap: dict) -> str:
 
 
 def pass_at_k_rows(systems: dict) -> list[dict]:
-    """Rows {suite, system, samples, pass@1, ...} of GRPO and its start, percent; may be []."""
+    """Rows {suite, system, samples, pass@1, ...} of SFT, a start of one's own, GRPO; may be []."""
     return [{"suite": suite_title(suite), "system": SYSTEM_LABELS[system],
              "samples": result["n_sampled"],
              **{f"pass@{k}": value for k, value in result["pass_at_k"].items()}}
@@ -125,7 +127,7 @@ def task_bars(systems: dict, suite: str = "mig_bench") -> list[dict]:
 
 
 def changed_rows(run_id: str, records: dict[str, dict]) -> list[dict]:
-    """Rows of parameters that differ from the run's source or, without one, from the profile."""
+    """Rows of parameters that differ from the run's source or, without one, the defaults."""
     source = next((record["run_id"] for record in records.values()
                    if record["run_id"] != run_id), "")
     rows = []

@@ -104,7 +104,7 @@ def add_lora(weight: torch.Tensor, adapter: Adapter, name: str) -> torch.Tensor:
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     """The weight as a 4-bit layer computes with it; same dtype and device."""
-    # late: 03 alone needs it, and it comes with the notebooks
+    # late: 4-bit weights alone need it, and it comes with the notebooks
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4",

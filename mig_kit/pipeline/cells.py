@@ -47,7 +47,7 @@ class KernelCells:
         bounds = [self.saved.index(cell) for cell in (since[:1] + since[-1:])]
         due = self.saved[bounds[0]:bounds[1] + 1] if bounds else []
         left = iter(since)
-        skipped = [cell for cell in due if cell not in left]
+        skipped = [cell for cell in due if cell not in left]  # `in` moves on: the order counts
         return f"it did not run {skipped[0].splitlines()[0]!r} in its place" if skipped else ""
 
 

@@ -64,7 +64,7 @@ class StageLines(logging.Handler):
 
 
 def check_plan(plan: PlannedRun) -> None:
-    """UserError if a stage has finished with other parameters, or lacks what it reads."""
+    """UserError if a stage has finished with other parameters, or lacks all that it reads."""
     run = Run(plan.run_id)
     for stage in [stage for stage, values in plan.params.items()
                   if not store.is_done(run, stage, values)]:
@@ -112,7 +112,7 @@ def run_plan(plan: PlannedRun, force: bool = False) -> None:
 
 
 def _prepare(run: Run, stage: str, plan: PlannedRun, force: bool) -> None:
-    """Raise if an earlier stage is missing or another process writes the run."""
+    """Raise if an input is missing or the run is locked; force: drop what was begun."""
     facts = run.stage_facts(stage, plan.params[stage])
     run_folders.lock_run(run.folder)
     if not run.profile:

@@ -53,11 +53,10 @@ def require_runs(*run_ids: str) -> None:
             raise UserError(f"no run '{run_id}' in {runs_root()}; {hint}")
 
 
-def lock_run(run: Path, patience: float = 5.0) -> None:
+def lock_run(run: Path) -> None:
     """Keep other processes from writing this run until `unlock_run` or this process ends.
 
-    patience: seconds; a notebook whose caller was killed ends within one. Raises UserError if
-    another process holds the run.
+    Raises UserError if another process holds the run.
     """
     if run in _LOCKS:
         return
@@ -68,7 +67,7 @@ def lock_run(run: Path, patience: float = 5.0) -> None:
                         "MIG_KIT_RUNS to a folder that can be written") from error
     lock = FileLock(run / "lock", thread_local=False)
     try:
-        lock.acquire(timeout=patience)
+        lock.acquire(timeout=5)  # a notebook whose caller was killed ends within a second
     except Timeout:
         raise UserError(f"run '{run.name}' is being written by another process; wait for it, shut "
                         "its notebook down, or use another --run-id") from None

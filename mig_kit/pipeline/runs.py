@@ -132,7 +132,7 @@ class Run:
 
     @cached_property
     def marks(self) -> dict[str, dict[str, str]]:
-        """Finished stage -> {one of MARKS: "STAGE: why" of the first stage that makes it so}."""
+        """Finished stage -> {one of MARKS: "STAGE: why", its own, else that of its first input}."""
         marks: dict[str, dict[str, str]] = {}
         for stage in filter(self.record, STAGES):
             reasons = {"stale": self._describe_staleness(stage),

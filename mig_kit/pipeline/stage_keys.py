@@ -1,8 +1,8 @@
 """What a stage's results follow from, as digests: parameters, inputs, files and code.
 
 A change of these makes a stage stale. Its code is the notebook's code cells and every module of
-the kit that they lead to by imports. Docstrings, comments, markdown and what only keeps runs or
-draws pictures do not count.
+the kit that they lead to by imports. Docstrings, comments, markdown and what only keeps runs,
+draws, tabulates or checks do not count.
 """
 
 import ast

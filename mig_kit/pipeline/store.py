@@ -1,8 +1,8 @@
 """Stages of a run: how one begins, goes on after a kill, and finishes.
 
-runs/<run id>/NN_stage/ holds a finished stage, which never changes. A stage is made beside it, in
-NN_stage.unfinished, whose started.json says what it follows from; run.json is written last, then
-the folder is renamed. A stopped stage goes on there. Cells of a finished stage work in
+runs/<run id>/NN_stage/ holds a finished stage, whose outputs never change. A stage is made beside
+it, in NN_stage.unfinished, whose started.json says what it follows from; run.json is written last,
+then the folder is renamed. A stopped stage goes on there. Cells of a finished stage work in
 NN_stage.shown, a copy that is deleted at their end.
 """
 

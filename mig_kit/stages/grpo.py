@@ -1,6 +1,7 @@
 """Stage 05: rule-based RL with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
 
-Advantages and loss are TRL's (`training.recipe_trainer` says where); here are model, data, rewards.
+The loss is TRL's, and so are advantages unless you name a function (`training.recipe_trainer`);
+here are model, data, rewards.
 The paper's abstracts say "rule-based RL". GRPO, group size, rates and KL weight are our choices;
 the full profiles' are VLM-R1's and MG-Thinker's. The loss averages over an update's tokens (TRL's
 `loss_type` dapo), not first over each reply as in GRPO's own paper (arXiv 2402.03300).

@@ -1,4 +1,4 @@
-"""Stage 03: merge the adapter into the weights that training saw.
+"""Stage 03: how far ways to merge are from what training saw; `models.merging` merges.
 
 QLoRA trains the adapter on NF4 weights, so it belongs to the dequantised base. Merging into other
 weights gives another model; `measure_merge_gaps` says by how much.

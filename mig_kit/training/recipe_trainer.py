@@ -71,7 +71,10 @@ def own_advantages(function: Callable, rewards: torch.Tensor) -> torch.Tensor:
 
 
 class _OwnAdvantage:
-    """Mixin: where TRL has computed advantages, `advantage` replaces them, if there is one."""
+    """Mixin: where TRL has computed advantages, `advantage` replaces them, if there is one.
+
+    TRL gives the advantages on and not the rewards, so `_calculate_rewards` keeps them.
+    """
 
     advantage: Callable | None = None
 

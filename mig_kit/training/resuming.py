@@ -78,8 +78,7 @@ def use_one_device(config) -> None:
 def train_in_float32(model: torch.nn.Module) -> None:
     """Make the adapter float32, as PEFT loads it when a training resumes.
 
-    TRL makes that of a 4-bit model bfloat16, which rounds small updates away: of A, at the full
-    profiles' learning rate in 05, three quarters.
+    TRL makes that of a 4-bit model bfloat16, which rounds small updates away.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:

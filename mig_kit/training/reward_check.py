@@ -60,7 +60,7 @@ def construct_replies(sample: Sample, box_format: BoxFormat) -> dict[str, str]:
 
 
 def choose_questions(samples: Sequence[Sample]) -> list[Sample]:
-    """Up to QUESTIONS of MOST_READ samples, evenly spaced, as many of each task.
+    """About QUESTIONS of MOST_READ samples, evenly spaced: as many of each task, at least one.
 
     Raises: UserError if there is none.
     """
@@ -114,7 +114,7 @@ def tabulate_payments(rewards: dict[str, Reward], samples: Sequence[Sample], box
         if wrong >= right - 1e-6:
             print(f"warning: the reply '{kind}' earns {wrong:.2f}, the right one no more than "
                   f"{right:.2f}: training would learn it", flush=True)
-    if len(rewards) > 1 or weights.get(*rewards, 1.0) != 1:
+    if len(rewards) > 1 or weights.get(next(iter(rewards)), 1.0) != 1:
         columns[SUM] = total
     return pd.DataFrame({name: values.mean() for name, values in columns.items()},
                         index=pd.Index(KINDS, name="reply"))
