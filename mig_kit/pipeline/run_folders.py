@@ -53,10 +53,11 @@ def require_runs(*run_ids: str) -> None:
             raise UserError(f"no run '{run_id}' in {runs_root()}; {hint}")
 
 
-def lock_run(run: Path) -> None:
+def lock_run(run: Path, patience: float = 5.0) -> None:
     """Keep other processes from writing this run until `unlock_run` or this process ends.
 
-    Raises UserError if another process holds the run.
+    patience: seconds; a notebook whose caller was killed ends within one. Raises UserError if
+    another process holds the run.
     """
     if run in _LOCKS:
         return
@@ -67,7 +68,7 @@ def lock_run(run: Path) -> None:
                         "MIG_KIT_RUNS to a folder that can be written") from error
     lock = FileLock(run / "lock", thread_local=False)
     try:
-        lock.acquire(timeout=5)  # a notebook whose caller was killed ends within a second
+        lock.acquire(timeout=patience)
     except Timeout:
         raise UserError(f"run '{run.name}' is being written by another process; wait for it, shut "
                         "its notebook down, or use another --run-id") from None
