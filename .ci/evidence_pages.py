@@ -275,7 +275,7 @@ def controls(records: dict[str, list[dict]]) -> str:
     for arm in ("equal_data", "sft_longer"):
         pairs, title = pair_with_recipe(records, arm), entries[arm]["title"]
         if pairs:
-            rows.append([f"GRPO over {title}", f"{len(pairs)} of {len(entries[arm]['seeds'])}", *(
+            rows.append([f"GRPO over {title}", str(len(pairs)), *(
                 describe(gaps_between(pairs, "grpo", "sft", suite)) for suite in NAMES)])
             own = -gaps_between(pairs, "sft", "sft", MAIN).mean((0, 2))  # beyond the recipe's SFT
             fallen = [task for task, gap in zip(SUITES[MAIN].tasks, own) if gap < 0]

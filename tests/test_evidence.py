@@ -164,7 +164,7 @@ def test_what_is_missing_is_made_once(tmp_path, monkeypatch, capsys):
         assert len(lines) == made + 1 and lines[-1] == "nothing is missing"
 
 
-@pytest.mark.parametrize(("name", "source"), [("kl-1", "seed1"), ("draws-3", "default")])
+@pytest.mark.parametrize(("name", "source"), [("all_prompts-1", "seed1"), ("draws-3", "default")])
 def test_a_fresh_clone_makes_the_run_that_an_arm_starts_from(name, source, tmp_path, monkeypatch):
     """The recipe's record is there, and its run is not; a finished one is left as it is."""
     ran, item = [], next(item for item in ITEMS if name_item(item) == name)
