@@ -1,7 +1,6 @@
 """Stage 05: rule-based RL with GRPO (TRL's GRPOTrainer) from the merged model, with a new LoRA.
 
-The loss is TRL's, and so are advantages unless you name a function (`training.recipe_trainer`);
-here are model, data, rewards.
+Loss and, without a function of yours, advantages are TRL's (`training.recipe_trainer` says where).
 The paper's abstracts say "rule-based RL". GRPO, group size, rates and KL weight are our choices;
 the full profiles' are VLM-R1's and MG-Thinker's. The loss averages over an update's tokens (TRL's
 `loss_type` dapo), not first over each reply as in GRPO's own paper (arXiv 2402.03300).
@@ -143,9 +142,8 @@ def grpo_trainer(policy: loading.Policy, samples: Sequence[Sample], folder: Path
     iterations = params.num_iterations
     arguments |= {"epsilon_high": params.epsilon_high or None,
                   "save_steps": -(-params.save_steps // iterations) * iterations}
-    if params.server:  # TRL's default weights a reply as a whole, and drops long ones
-        arguments.setdefault("vllm_importance_sampling_mode", "token_truncate")
-    config = GRPOConfig(**arguments)
+    # of servers' replies; TRL's default weights each as a whole, and drops long ones
+    config = GRPOConfig(**{"vllm_importance_sampling_mode": "token_truncate"} | arguments)
     resuming.use_one_device(config)
     scores = score_functions(rewards, policy.box_format, params.hallucinated_image_penalty)
     logged = ("reward", *(f"rewards/{name}/mean" for name in rewards), "entropy")
